@@ -1,0 +1,1 @@
+"""The evaluation protocol: benchmarks, graders and generation. Knows nothing of recipes or of training."""

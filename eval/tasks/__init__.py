@@ -1,0 +1,1 @@
+"""One file for each benchmark: its rows, its stop rule, and `grade`."""

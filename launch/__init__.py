@@ -1,0 +1,1 @@
+"""From a recipe to a trained, exported and evaluated adapter. Each command is a page of plain steps."""

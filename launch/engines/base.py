@@ -1,0 +1,44 @@
+"""The small interface behind which DeepSpeed, and whatever else shards a model, stands."""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from astra.weights import Weights
+
+
+class Stepper(Protocol):
+    """A model in training: gradients summed over micro batches and averaged over ranks, then one optimiser step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro batch's scalar loss."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping."""
+        ...
+
+
+class Engine(Weights, Protocol):
+    """How a model is held and stepped. Every function is collective."""
+
+    device: torch.device
+    sharded: bool
+    """True if ranks hold shards, so that all ranks must run every module the same number of times."""
+
+    def load(self, path: str) -> PreTrainedModel:
+        """The causal LM at the local folder `path`, frozen, on the device; sharded while it is read."""
+        ...
+
+    def inference(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within it `model` can run forward passes, before it is trained."""
+        ...
+
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
+    ) -> Stepper:
+        """Make `model` trainable: `accumulation` calls of backward before each step. It can run in eval mode too."""
+        ...

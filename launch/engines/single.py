@@ -1,0 +1,56 @@
+"""Plain PyTorch: every rank holds the whole model. Trains in one process; more ranks may only evaluate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from astra.weights import PlainWeights
+from launch.errors import UserError
+
+
+class SingleStepper:
+    """A plain optimiser with gradient clipping."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+class SingleEngine(PlainWeights):
+    """See engines.base.Engine."""
+
+    sharded = False
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def load(self, path: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
+        return model.to(self.device).requires_grad_(False)
+
+    @contextmanager
+    def inference(self, model: nn.Module) -> Iterator[None]:
+        model.eval()
+        yield
+
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
+    ) -> SingleStepper:
+        if dist.get_world_size() > 1:
+            raise UserError("engine: single trains in one process; set engine=zero3 or start one rank")
+        return SingleStepper(optimizer, max_grad_norm)

@@ -1,0 +1,92 @@
+"""DeepSpeed ZeRO, from ds_configs/: stage 3 shards the base as it is loaded; stage 2 shards gradients and optimiser."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__ as compatible_ops
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from astra.weights import PlainWeights
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+class ZeroStepper:
+    """A DeepSpeed engine with its optimiser."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+        self.engine, self.optimizer = engine, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # advances DeepSpeed's count of micro batches; updates nothing
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+
+class ZeroEngine:
+    """See engines.base.Engine. `name` is that of a file in ds_configs/."""
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.config = json.loads((CONFIGS / f"{name}.json").read_text())
+        self.config["bf16"] = {"enabled": dtype == torch.bfloat16}
+        self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
+        self.sharded = self.config["zero_optimization"]["stage"] == 3
+        # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
+        compatible_ops["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
+
+    def load(self, path: str) -> PreTrainedModel:
+        if self.sharded:
+            # transformers looks for a live object of this class, now and while the model is used.
+            self.transformers_config = HfDeepSpeedConfig(self.config)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
+        return (model if self.sharded else model.to(self.device)).requires_grad_(False)
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if not hasattr(parameter, "ds_id"):
+            value = value.to(parameter).contiguous()
+            dist.broadcast(value, 0)
+            PlainWeights().write(parameter, value)
+            return
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.copy_(value)
+
+    @contextmanager
+    def inference(self, model: nn.Module) -> Iterator[None]:
+        if not self.sharded:
+            model.eval()
+            yield
+            return
+        # A zero.Init model gathers its weights in `forward` only inside a DeepSpeed engine.
+        engine, *_ = deepspeed.initialize(model=model, config=self.config)
+        engine.eval()
+        try:
+            yield
+        finally:
+            engine.destroy()
+
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
+    ) -> ZeroStepper:
+        config = self.config | {"gradient_clipping": max_grad_norm, "gradient_accumulation_steps": accumulation}
+        engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return ZeroStepper(engine, optimizer)

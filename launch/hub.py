@@ -1,0 +1,56 @@
+"""Where a model's files are, and what they are: a hub id or a local folder, and the hash of its weights."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from launch.data import is_hub_id
+from launch.errors import UserError
+
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
+
+
+def fetch_model(name: str, revision: str) -> Path:
+    """The local folder of model `name`: the folder itself, or the hub's files, downloaded or from the cache.
+
+    Raises:
+        UserError: no such folder or model, the hub is not reachable, or there are no safetensors weights.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not is_hub_id(name):
+            raise UserError(f"model.name: no folder {name}")
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(
+                f"model.name: cannot get {name} (revision {revision}) from the hub: {type(error).__name__}: "
+                f"{str(error)[:200]}; check the name and the network, log in if the model is gated, or give a folder"
+            ) from None
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
+    return folder
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the names and SHA-256 sums of a model's safetensors files."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(f"{path.name} {_file_hash(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    # In the hub's cache a snapshot links to a blob that is named by the file's own SHA-256.
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+        return path.resolve().name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub commit of a folder in the hub's cache, or None for any other: no hash is invented."""
+    return folder.name if folder.parent.name == "snapshots" else None

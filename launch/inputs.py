@@ -1,0 +1,82 @@
+"""What a run starts from: the run folder, a local model folder, and tokens, checked on rank 0."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from launch import quickstart
+from launch.data import TokenSet, read_rows, tokenise
+from launch.distributed import on_rank0
+from launch.errors import UserError
+from launch.hub import commit_of, fetch_model, weights_hash
+from launch.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same on every rank."""
+
+    recipe: Recipe  # with local paths in the place of `quickstart`
+    model_path: Path
+    dtype: torch.dtype
+    tokens: TokenSet
+    base: dict  # name, revision and hash of the base model
+    data: dict  # path, rows and hash of the tokens
+
+
+def open_run(folder: Path, recipe_yaml: str) -> bool:
+    """Make the run folder and write recipe.yaml; True if the folder already holds this very run, finished.
+
+    Raises UserError if it holds another run or other files, or cannot be written.
+    """
+    recipe_path = folder / "recipe.yaml"
+    try:
+        if recipe_path.is_file() and (folder / "results.json").is_file():
+            if recipe_path.read_text() == recipe_yaml:
+                return True
+            raise UserError(f"--output: {folder} holds a finished run of another recipe; choose another folder")
+        if folder.is_dir() and not recipe_path.is_file() and any(folder.iterdir()):
+            raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe_path.write_text(recipe_yaml)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {folder}: {error.strerror}") from None
+    return False
+
+
+def prepare(recipe: Recipe, device: torch.device) -> Inputs:
+    """Resolve, check and tokenise the inputs of `recipe`; rank 0 does it and hands the result on. Collective."""
+    wanted = (recipe.model.name, recipe.model.revision)
+    recipe = quickstart.resolve(recipe, device)
+    model_path = on_rank0(lambda: fetch_model(recipe.model.name, recipe.model.revision))
+    if not model_path.is_dir():  # a node that does not share rank 0's disk
+        model_path = fetch_model(recipe.model.name, recipe.model.revision)
+
+    def read() -> tuple[TokenSet, dict, dict]:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model.name: the tokenizer of {recipe.model.name} has no end-of-sequence token; set one")
+        tokens = tokenise(read_rows(recipe.data), tokenizer, recipe.data.max_length)
+        commit = commit_of(model_path)
+        base = {
+            "name": recipe.model.name,
+            "revision": commit or wanted[1],
+            "revision_verified": commit is not None,
+            "weights_sha256": weights_hash(model_path),
+        }
+        data = {
+            "path": recipe.data.path,
+            "revision": recipe.data.revision,
+            "rows": len(tokens),
+            "tokens_sha256": hashlib.sha256(tokens.tokens.numpy().tobytes()).hexdigest(),
+        }
+        return tokens, base, data
+
+    tokens, base, data = on_rank0(read)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(recipe.model.dtype)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Inputs(recipe, model_path, dtype, tokens, base, data)

@@ -1,0 +1,104 @@
+"""The training loop: whatever the engine and world size, the same steps and the same losses."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.data import TokenSet, collate, deal
+from launch.distributed import all_reduce_sum
+from launch.engines.base import Engine
+from launch.errors import UserError
+
+
+class Metrics(TypedDict):
+    """One optimiser step, a line of metrics.jsonl."""
+
+    step: int  # from 1
+    loss: float  # mean over the step's answer tokens, nats
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # answer tokens of the step, over all ranks
+    tokens_per_second: float  # answer tokens, over all ranks
+    seconds: float  # since the first step began
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warmup from 0, then a cosine to 0, of step 0, 1, ... (transformers' get_cosine_schedule_with_warmup)."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * step / max(1, warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def answer_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over the label tokens, fp32, nats; labels of -100 do not count."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def train(
+    engine: Engine,
+    model: nn.Module,
+    tokens: TokenSet,
+    steps: Sequence[Sequence[int]],
+    *,
+    global_batch: int,
+    micro_batch: int,
+    lr: float,
+    warmup_ratio: float,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> Iterator[Metrics]:
+    """Train the parameters of `model` that require gradients with AdamW, one optimiser step for each item of `steps`.
+
+    Collective. A step's loss is the mean over all its answer tokens: n of them are counted over all ranks and micro
+    batches, each micro batch's summed loss is multiplied by world_size / n, and the engine averages gradients over
+    ranks. So neither world size nor micro batch changes the loss curve, beyond rounding.
+
+    Raises:
+        UserError: on every rank, when the loss or the gradient norm is not finite.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    micro_batch = min(micro_batch, math.ceil(global_batch / world_size))
+    accumulation = math.ceil(global_batch / (micro_batch * world_size))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    stepper = engine.training(model, optimizer, max_grad_norm, accumulation)
+    model.train()
+    start = before = time.perf_counter()
+    for step, rows in enumerate(steps):
+        answer_tokens = tokens.answer_tokens(rows)
+        share = deal(rows, rank, world_size, micro_batch)
+        share += [[None] * micro_batch] * (accumulation - len(share))  # a short last step
+        summed = 0.0
+        for micro_rows in share:
+            batch, labels = collate(tokens, micro_rows, engine.device)
+            loss = answer_loss(model, batch["input_ids"], batch["attention_mask"], labels)
+            stepper.backward(loss * (world_size / answer_tokens))
+            summed += loss.detach().double()
+        step_lr = learning_rate(step, len(steps), lr, warmup_ratio)
+        grad_norm = stepper.step(step_lr)
+        loss_value = all_reduce_sum(float(summed), engine.device) / answer_tokens
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: not finite; lower train.lr or check the data"
+            )
+        now = time.perf_counter()
+        yield Metrics(
+            step=step + 1,
+            loss=loss_value,
+            grad_norm=grad_norm,
+            lr=step_lr,
+            tokens=answer_tokens,
+            tokens_per_second=answer_tokens / (now - before),
+            seconds=now - start,
+        )
+        before = now

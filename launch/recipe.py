@@ -1,0 +1,209 @@
+"""The typed recipe: one YAML file, overrides from the command line, every unknown key refused."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+
+from launch.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+Name = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 2e-5, without a dot, as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Section(BaseModel):
+    """A part of a recipe. Strict: 3 is not "3", and true is not 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    name: Name = Field(description="hub id, local folder, or `quickstart` (a small base that the first run pretrains)")
+    revision: Name = Field("main", description="hub branch, tag or commit of the model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen base; auto is bfloat16 on GPUs and float32 on CPUs"
+    )
+
+
+class Data(Section):
+    path: Name = Field(description="hub id, or a local JSON, JSONL or Parquet file or a folder of them")
+    revision: Name = Field("main", description="hub branch, tag or commit of the data")
+    split: Name = Field("train", description="split of the data set")
+    instruction: Name = Field("query", description="field of a row that holds the instruction")
+    answer: Name = Field("response", description="field of a row that holds the answer")
+    keep: dict[Name, Name] = Field({}, description="field: value that a row must have to be kept, e.g. {lang: python}")
+    limit: int | None = Field(None, ge=1, description="rows; the first so many that are kept; all when null")
+    max_length: int = Field(512, ge=2, description="tokens of prompt and answer together; the rest is cut")
+
+
+class Adapter(Section):
+    method: Literal["astra", "lora"] = Field("astra", description="how the factors start: astra, or plain lora")
+    eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
+        "smallest", description="astra: which eigenvectors of the output second moment (the paper: smallest)"
+    )
+    rank: int = Field(128, ge=1, description="r, columns of B")
+    alpha: Number = Field(128, gt=0, description="the adapter's product is scaled by s = alpha / rank")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="probability, on the adapter's input")
+    targets: list[Name] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="names, or last parts of names, of the linear modules that get an adapter",
+    )
+
+
+class Calibration(Section):
+    samples: int = Field(256, ge=1, description="training rows that calibration runs, a seeded choice")
+    batch_size: int = Field(1, ge=1, description="rows of a calibration batch; batches are dealt whole to ranks")
+    seed: int = Field(0, ge=0, description="of the choice of rows and of eigen_select: random")
+
+
+class Train(Section):
+    global_batch: int = Field(128, ge=1, description="rows of an optimiser step, over all ranks")
+    micro_batch: int = Field(1, ge=1, description="rows of one forward pass of a rank; accumulation is derived")
+    epochs: Number = Field(1, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs when set")
+    lr: Number = Field(2e-5, gt=0, description="peak learning rate of AdamW, cosine to 0")
+    warmup_ratio: Number = Field(0.03, ge=0, lt=1, description="share of the steps with linear warmup")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's, decoupled")
+    max_grad_norm: Number = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    seed: int = Field(42, ge=0, description="of the data order, plain lora's factors and dropout")
+    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more time")
+
+
+class Eval(Section):
+    suites: list[Literal["gsm8k"]] = Field([], description="benchmarks to score after training")
+    data_dir: str | None = Field(None, description="folder with the benchmarks' files; the hub when null")
+    limit: int | None = Field(None, ge=1, description="problems of each suite, the first so many; all when null")
+    max_new_tokens: int = Field(1024, ge=1, description="tokens generated at most for one problem")
+    batch_size: int = Field(16, ge=1, description="problems generated at once on a rank")
+    baseline: bool = Field(False, description="also score the base model before training")
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    model: Model
+    data: Data
+    adapter: Adapter = Adapter()
+    calibration: Calibration = Calibration()
+    train: Train = Train()
+    eval: Eval = Eval()
+    engine: Literal["zero3", "zero2", "single"] = Field(
+        "zero3", description="zero3 shards everything; zero2 keeps the base whole on each rank; single is one process"
+    )
+
+
+def read(source: str, overrides: list[str]) -> Recipe:
+    """The recipe named `source` (a file in recipes/, or a path), with `a.b=value` overrides (YAML values) applied.
+
+    Raises:
+        UserError: unknown recipe or key, bad value, unreadable file; one line that names it.
+    """
+    values = _load(_find(source))
+    for override in overrides:
+        _override(values, override)
+    return validate(values)
+
+
+def validate(values: dict) -> Recipe:
+    """The recipe of nested `values`; see `read` for errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every field, resolved; `read` takes it back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def field_help() -> str:
+    """One line for each field: name, default and description."""
+    lines = []
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for key, spec in field.annotation.model_fields.items():
+                default = "required" if spec.is_required() else f"default {spec.default}"
+                lines.append(f"  {name}.{key:<24} {spec.description} ({default})")
+        else:
+            lines.append(f"  {name:<30} {field.description} (default {field.default})")
+    return "\n".join(lines)
+
+
+def _find(source: str) -> Path:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if source in names:
+        return RECIPES / f"{source}.yaml"
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(source, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--recipe: no recipe or file {source!r}; {hint}recipes: {', '.join(names)}")
+
+
+def _load(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--recipe: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--recipe: {path} holds no fields; start from a file in recipes/")
+    return values
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set: {override!r} is not of the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set: the value of {override!r} is not YAML; quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set: {key}: {parent} has no fields of its own")
+    values[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line: an unknown key before anything that it may have caused."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem, more = problems[0], len(problems) - 1
+    where = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            text = f"{where}: unknown key; {_nearest(problem['loc'])}"
+        case "missing":
+            text = f"{where}: is required; set it in the recipe or with --set {where}=VALUE"
+        case _:
+            text = f"{where}: {problem['input']!r} is not valid: {problem['msg']}"
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _nearest(location: tuple) -> str:
+    fields: Any = Recipe
+    for part in location[:-1]:
+        fields = fields.model_fields[part].annotation
+    known = list(fields.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"

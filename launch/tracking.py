@@ -1,0 +1,103 @@
+"""What a run leaves to look at: metrics.jsonl, plots, progress, and the conditions its numbers were made under."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from launch.loop import Metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ["torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers"]
+
+
+def progress(items: Iterable, total: int, description: str, rank: int) -> Iterator:
+    """`items` with a progress bar on rank 0; ten plain lines where the output is not a terminal."""
+    if rank != 0:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=description)
+        return
+    every = max(1, total // 10)
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done % every == 0 or done == total:
+            print(f"{description}: {done}/{total}", flush=True)
+
+
+def track(metrics: Iterable[Metrics], total: int, folder: Path, rank: int) -> list[Metrics]:
+    """Run a training to its end; rank 0 writes each step to metrics.jsonl as it comes and shows progress."""
+    steps: list[Metrics] = []
+    if rank != 0:
+        return list(metrics)
+    terminal = sys.stderr.isatty()
+    every = max(1, total // 10)
+    with (folder / "metrics.jsonl").open("w") as file, tqdm(total=total, desc="train", disable=not terminal) as bar:
+        for step in metrics:
+            steps.append(step)
+            file.write(json.dumps(step) + "\n")
+            file.flush()
+            bar.update()
+            bar.set_postfix_str(f"loss {step['loss']:.4f}")
+            if not terminal and (step["step"] % every == 0 or step["step"] in (1, total)):
+                print(
+                    f"train: {step['step']}/{total} loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} "
+                    f"lr {step['lr']:.2e} {step['tokens_per_second']:.0f} answer tokens/s",
+                    flush=True,
+                )
+    return steps
+
+
+def plot(steps: list[Metrics], folder: Path) -> list[Path]:
+    """loss.png and grad_norm.png of a run, in `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"loss": "loss (nats per answer token)", "grad_norm": "gradient norm before clipping"}
+    paths = []
+    for key, label in labels.items():
+        figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+        axes.plot([step["step"] for step in steps], [step[key] for step in steps], color="#0072B2")
+        axes.set(xlabel="optimiser step", ylabel=label, title=folder.name)
+        axes.grid(alpha=0.3)
+        paths.append(folder / f"{key}.png")
+        figure.savefig(paths[-1], dpi=150)
+        pyplot.close(figure)
+    return paths
+
+
+def conditions(world_size: int, device: torch.device) -> dict:
+    """Versions, revision and machine that a run's numbers hold for."""
+    return {
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def git_revision() -> str | None:
+    """The repository's commit, with `-dirty` where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Indented JSON, written beside and renamed, so that the file is whole or absent."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)
