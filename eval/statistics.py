@@ -6,7 +6,10 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion, as fractions (Wilson 1927). Raises ValueError unless 0 <= correct <= n, n > 0."""
+    """The 95 % Wilson score interval of a proportion, as fractions (Wilson 1927).
+
+    Raises ValueError unless 0 <= correct <= n and n > 0.
+    """
     if not 0 <= correct <= n or n == 0:
         raise ValueError(f"{correct} correct of {n} is no proportion")
     share = correct / n

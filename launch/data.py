@@ -15,7 +15,7 @@ from astra.moments import Batch
 from launch.errors import UserError
 from launch.recipe import Data
 
-# The literature's prompt (Alpaca, no input). The one place it is spelled: calibration, training and evaluation import it.
+# The literature's prompt (Alpaca, no input), spelled here alone: calibration, training and evaluation import it.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"

@@ -20,7 +20,7 @@ WARNING = (
 
 
 def save_subspaces(folder: Path, subspaces: dict[str, Subspace], manifest: dict) -> None:
-    """calibration/subspaces.safetensors (`<module>.vectors` (d_out, r), `<module>.values` (r,), fp64), then its manifest."""
+    """subspaces.safetensors (`<module>.vectors` (d_out, r), `<module>.values` (r,), fp64), then manifest.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, subspace in subspaces.items():
@@ -72,8 +72,8 @@ def model_card(recipe: Recipe, results: dict) -> str:
     rounding = ""
     if results["dtype"] == "bfloat16":
         rounding = (
-            f"\nThe frozen base is bfloat16: the residual is rounded, by at most {results['residual_rounding']:.1e} of a "
-            "weight's norm, and `lora/` on the original base differs from the trained model by that rounding.\n"
+            f"\nThe frozen base is bfloat16: the residual is rounded, by at most {results['residual_rounding']:.1e} of "
+            "a weight's norm, and `lora/` on the original base differs from the trained model by that rounding.\n"
         )
     residual = (
         "| `adapter/` | the trained factors, valid ONLY on the residual base `W_res = W - s B0 A0` |\n"

@@ -89,7 +89,8 @@ def train(
         loss_value = all_reduce_sum(float(summed), engine.device) / answer_tokens
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise UserError(
-                f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: not finite; lower train.lr or check the data"
+                f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: not finite; lower train.lr "
+                "or check the data"
             )
         now = time.perf_counter()
         yield Metrics(

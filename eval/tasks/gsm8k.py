@@ -77,9 +77,9 @@ def _read(data_dir: Path | None) -> Iterator[dict]:
 def grade(output: str, reference: str) -> bool:
     """Whether `output` gives the number `reference` as its one final answer. Exact rational arithmetic, no rounding.
 
-    The answer is what follows the last "answer is", "answer:" or "####" that anything follows, else the last \\boxed{}, else an output that is
-    nothing but a number. Currency and percent signs, units, thousands separators and markup are dropped; of an
-    equation the right-hand side counts; two different numbers ("18 or 20") are no answer. Never raises.
+    The answer is what follows the last "answer is", "answer:" or "####" that anything follows, else the last \\boxed{},
+    else an output that is nothing but a number. Currency and percent signs, units, thousands separators and markup are
+    dropped; of an equation the right-hand side counts; two different numbers ("18 or 20") are no answer. Never raises.
     """
     wanted = _value(reference)
     answer = extract(output)
