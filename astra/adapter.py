@@ -154,13 +154,13 @@ def load(folder: Path) -> tuple[dict[str, Factors], float]:
     return factors, config["lora_alpha"] / config["r"]
 
 
-@torch.no_grad()
-def subtract(model: nn.Module, initial: Mapping[str, Factors], scaling: float) -> None:
-    """Turn the original base into `W_res`, rebuilt from the stored A0, B0 as `initialise` made it."""
+def subtract(model: nn.Module, initial: Mapping[str, Factors], scaling: float, weights: Weights) -> None:
+    """Turn the original base into `W_res`, rebuilt from the stored A0, B0 as `initialise` made it. Collective."""
     for name, (a0, b0) in initial.items():
-        weight = model.get_submodule(name).weight
+        parameter = model.get_submodule(name).weight
+        weight = weights.read(parameter)
         product = scaling * (b0.double() @ a0.double()).to(weight.device)
-        weight.copy_(weight.double() - product)
+        weights.write(parameter, (weight.double() - product).to(weight.dtype))
 
 
 def base_layers(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Linear]:

@@ -36,10 +36,14 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self.answer_starts)
 
+    def lengths(self) -> Tensor:
+        """(rows,), tokens of each row."""
+        return self.offsets.diff()
+
     def answer_tokens(self, rows: Sequence[int]) -> int:
         """Tokens of `rows` that the loss counts."""
         index = torch.as_tensor(rows)
-        return int((self.offsets[index + 1] - self.offsets[index] - self.answer_starts[index]).sum())
+        return int((self.lengths()[index] - self.answer_starts[index]).sum())
 
 
 def prompt(instruction: str) -> str:

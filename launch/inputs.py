@@ -76,7 +76,11 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         return tokens, base, data
 
     tokens, base, data = on_rank0(read)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(recipe.model.dtype)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Inputs(recipe, model_path, dtype, tokens, base, data)
+    return Inputs(recipe, model_path, resolve_dtype(recipe.model.dtype, device), tokens, base, data)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a recipe's `model.dtype`; auto is bfloat16 on GPUs and float32 on CPUs."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

@@ -74,14 +74,16 @@ def train(
     stepper = engine.training(model, optimizer, max_grad_norm, accumulation)
     model.train()
     start = before = time.perf_counter()
+    lengths = tokens.lengths()
     for step, rows in enumerate(steps):
         answer_tokens = tokens.answer_tokens(rows)
+        rows = sorted(rows, key=lambda row: -lengths[row])  # rows of like length together: less padding, the same sum
         share = deal(rows, rank, world_size, micro_batch)
         share += [[None] * micro_batch] * (accumulation - len(share))  # a short last step
         summed = 0.0
         for micro_rows in share:
             batch, labels = collate(tokens, micro_rows, engine.device)
-            loss = answer_loss(model, batch["input_ids"], batch["attention_mask"], labels)
+            loss = answer_loss(stepper.model, batch["input_ids"], batch["attention_mask"], labels)
             stepper.backward(loss * (world_size / answer_tokens))
             summed += loss.detach().double()
         step_lr = learning_rate(step, len(steps), lr, warmup_ratio)

@@ -61,16 +61,20 @@ def resolve(recipe: Recipe, device: torch.device) -> Recipe:
     """
     if NAME not in (recipe.model.name, recipe.data.path, recipe.eval.data_dir):
         return recipe
+    folder = ensure(device)
+    values = recipe.model_dump()
+    for section, field, path in (("model", "name", ""), ("data", "path", "train.jsonl"), ("eval", "data_dir", "")):
+        if values[section][field] == NAME:
+            values[section][field] = str(folder / path)
+    return validate(values)
+
+
+def ensure(device: torch.device) -> Path:
+    """The folder with base, train.jsonl and gsm8k_test.jsonl; made first if it is not cached. Collective."""
     folder = cache_folder()
     if not on_rank0((folder / "manifest.json").is_file):
         make(folder, device)
-    paths = {NAME: str(folder)}
-    values = recipe.model_dump()
-    values["model"]["name"] = paths.get(recipe.model.name, recipe.model.name)
-    values["eval"]["data_dir"] = paths.get(recipe.eval.data_dir or "", recipe.eval.data_dir)
-    if recipe.data.path == NAME:
-        values["data"]["path"] = str(folder / "train.jsonl")
-    return validate(values)
+    return folder
 
 
 def cache_folder() -> Path:

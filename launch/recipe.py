@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -29,6 +29,9 @@ class Section(BaseModel):
     """A part of a recipe. Strict: 3 is not "3", and true is not 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Model(Section):
@@ -121,8 +124,13 @@ def read(source: str, overrides: list[str]) -> Recipe:
 
 def validate(values: dict) -> Recipe:
     """The recipe of nested `values`; see `read` for errors."""
+    return section(Recipe, **values)
+
+
+def section(kind: type[SectionT], **values: Any) -> SectionT:
+    """One section of given values, for commands that have no recipe; see `read` for errors."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
 

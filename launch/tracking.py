@@ -14,6 +14,7 @@ from tqdm import tqdm
 from launch.loop import Metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 PACKAGES = ["torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers"]
 
 
@@ -55,8 +56,8 @@ def track(metrics: Iterable[Metrics], total: int, folder: Path, rank: int) -> li
     return steps
 
 
-def plot(steps: list[Metrics], folder: Path) -> list[Path]:
-    """loss.png and grad_norm.png of a run, in `folder`."""
+def plot(runs: dict[str, list[Metrics]], folder: Path) -> list[Path]:
+    """loss.png and grad_norm.png in `folder`, with one curve for each of `runs` (label -> its steps)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,8 +67,11 @@ def plot(steps: list[Metrics], folder: Path) -> list[Path]:
     paths = []
     for key, label in labels.items():
         figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-        axes.plot([step["step"] for step in steps], [step[key] for step in steps], color="#0072B2")
-        axes.set(xlabel="optimiser step", ylabel=label, title=folder.name)
+        axes.set_prop_cycle(color=COLOURS)
+        for run, steps in runs.items():
+            axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=run)
+        axes.set(xlabel="optimiser step", ylabel=label)
+        axes.legend()
         axes.grid(alpha=0.3)
         paths.append(folder / f"{key}.png")
         figure.savefig(paths[-1], dpi=150)
@@ -85,6 +89,11 @@ def conditions(world_size: int, device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """The steps in a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def git_revision() -> str | None:

@@ -43,7 +43,8 @@ def main() -> None:
     from launch.engines import make_engine
     from launch.inputs import open_run, prepare
     from launch.loop import train
-    from launch.scoring import describe, read_problems, score
+    from launch.report import table
+    from launch.scoring import read_problems, score
 
     device = start()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -102,7 +103,8 @@ def main() -> None:
     # 5. Train.
     torch.manual_seed(settings.seed + rank)  # dropout
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
+        model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     started = time.perf_counter()
     history = tracking.track(
         train(
@@ -128,7 +130,7 @@ def main() -> None:
     trained = adapter.read_factors(layers, engine)
     if rank == 0:
         export.save_adapters(folder, model.peft_config[adapter.ADAPTER], inputs.base, initial, trained)
-        tracking.plot(history, folder)
+        tracking.plot({folder.name: history}, folder)
     scores = score(engine, model, tokenizer, problems, recipe.eval, folder)
 
     # 7. One results row, with the conditions its numbers hold for; written last, it marks the run as finished.
@@ -158,10 +160,8 @@ def main() -> None:
         }
         (folder / "README.md").write_text(export.model_card(recipe, results))
         tracking.write_json(folder / "results.json", results)
-    if baseline:
-        say(f"before {describe(baseline)}")
-    say(f"after  {describe(scores)}" if scores else "no suite to score; see eval.suites")
-    say(f"run folder: {folder} (loss.png, grad_norm.png, lora/, README.md, results.json)")
+        print(table([folder]))
+        print(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  adapter for the base: {folder / 'lora'}")
     stop()
 
 

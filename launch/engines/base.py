@@ -13,6 +13,9 @@ from astra.weights import Weights
 class Stepper(Protocol):
     """A model in training: gradients summed over micro batches and averaged over ranks, then one optimiser step."""
 
+    model: nn.Module
+    """What the training's forward passes must call: the model itself, or the engine's wrapper around it."""
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro batch's scalar loss."""
         ...
@@ -28,6 +31,8 @@ class Engine(Weights, Protocol):
     device: torch.device
     sharded: bool
     """True if ranks hold shards, so that all ranks must run every module the same number of times."""
+    reentrant: bool
+    """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
     def load(self, path: str) -> PreTrainedModel:
         """The causal LM at the local folder `path`, frozen, on the device; sharded while it is read."""

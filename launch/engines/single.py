@@ -15,8 +15,8 @@ from launch.errors import UserError
 class SingleStepper:
     """A plain optimiser with gradient clipping."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -34,7 +34,7 @@ class SingleStepper:
 class SingleEngine(PlainWeights):
     """See engines.base.Engine."""
 
-    sharded = False
+    sharded = reentrant = False
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -53,4 +53,4 @@ class SingleEngine(PlainWeights):
     ) -> SingleStepper:
         if dist.get_world_size() > 1:
             raise UserError("engine: single trains in one process; set engine=zero3 or start one rank")
-        return SingleStepper(optimizer, max_grad_norm)
+        return SingleStepper(model, optimizer, max_grad_norm)

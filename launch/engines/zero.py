@@ -22,7 +22,9 @@ class ZeroStepper:
     """A DeepSpeed engine with its optimiser."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
-        self.engine, self.optimizer = engine, optimizer
+        # Through the engine: its forward counts micro batches, and stage 3 would else keep only the last one's gradient.
+        self.model = self.engine = engine
+        self.optimizer = optimizer
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -45,6 +47,8 @@ class ZeroEngine:
         self.config["bf16"] = {"enabled": dtype == torch.bfloat16}
         self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
         self.sharded = self.config["zero_optimization"]["stage"] == 3
+        # The other form compares the shapes of saved weights, which stage 3 has let go of by then.
+        self.reentrant = self.sharded
         # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
         compatible_ops["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
