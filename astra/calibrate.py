@@ -29,18 +29,29 @@ def calibrate(
     `counted` is False throughout. World size changes only the order of fp64 sums.
 
     Args:
-        model: a causal LM, called with input_ids and attention_mask.
+        model: a causal LM, called with input_ids.
         linears: name -> module, at least one; in the same order on every rank.
         batches: this rank's share of the calibration batches, on the model's device.
         weights: access to whole weights.
         rank: r, the number of eigenvectors. select, seed: see eigen.solve.
         progress: wraps the batches, for a progress bar.
     """
+    statistics = second_moments(model, linears, batches, progress)
+    return solve_all(statistics, linears, weights, rank=rank, select=select, seed=seed)
+
+
+def second_moments(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    progress: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+) -> list[Statistic]:
+    """The statistics of all ranks' batches, summed; see `calibrate` for the arguments. Collective."""
     groups = find_groups(model, linears, batches[0])
     statistics = plan(groups, linears, batches[0]["input_ids"].device)
     accumulate(model, linears, statistics, progress(batches))
     all_reduce(statistics)
-    return solve_all(statistics, linears, weights, rank=rank, select=select, seed=seed)
+    return statistics
 
 
 def solve_all(

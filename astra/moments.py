@@ -21,11 +21,13 @@ from astra.errors import AstraError
 
 
 class Batch(TypedDict):
-    """One calibration batch, right-padded. `counted` is False at padding and in dummy rows; all are (batch, tokens)."""
+    """One right-padded calibration batch; both are (rows, tokens).
+
+    No attention mask: in a causal model no real token sees the padding after it.
+    """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    counted: Tensor
+    counted: Tensor  # bool, False at padding and in dummy rows
 
 
 @dataclass
@@ -81,8 +83,8 @@ def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: A
 def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> list[list[str]]:
     """Names of the modules, in the order they run, grouped by the input tensor they share in a real forward pass.
 
-    A module joins the group of the module that ran just before it when it is given the very same tensor. Raises
-    AstraError if a module does not run, or runs more than once.
+    A module joins the group of the module that ran just before it when it is given the same memory (engines may wrap
+    one tensor in several objects). Raises AstraError if a module does not run, or runs more than once.
     """
     groups: list[list[str]] = []
     last: list[Tensor] = []
@@ -90,14 +92,14 @@ def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch
     def look(name: str, module: nn.Linear, x: Tensor) -> None:
         if any(name in group for group in groups):
             raise AstraError(f"{name} runs more than once in a forward pass; take it out of adapter.targets")
-        if last and x is last[0]:
+        if last and (x.data_ptr(), x.shape, x.stride()) == (last[0].data_ptr(), last[0].shape, last[0].stride()):
             groups[-1].append(name)
         else:
             groups.append([name])
-        last[:] = [x]
+        last[:] = [x]  # kept, so that its memory is not given to another tensor
 
     with _hooks(linears, look):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        model(input_ids=batch["input_ids"], use_cache=False)
     idle = set(linears) - {name for group in groups for name in group}
     if idle:
         raise AstraError(f"{min(idle)} does not run in a forward pass; take it out of adapter.targets")
@@ -148,7 +150,7 @@ def accumulate(
     with _hooks({name: linears[name] for name in by_leader}, add):
         for batch in batches:
             counted = batch["counted"].flatten()
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model(input_ids=batch["input_ids"], use_cache=False)
 
 
 def all_reduce(statistics: list[Statistic]) -> None:

@@ -77,5 +77,4 @@ def probe(tokens: TokenSet, engine: Engine) -> Batch:
 @torch.no_grad()
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of `batch`, (rows, tokens, vocabulary), fp32. Collective for a sharded model."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return output.logits.float()
+    return model(input_ids=batch["input_ids"], use_cache=False).logits.float()

@@ -169,13 +169,11 @@ def collate(tokens: TokenSet, rows: Sequence[int | None], device: torch.device) 
         pieces.append(tokens.tokens[tokens.offsets[index] : tokens.offsets[index + 1]].long())
     input_ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=0)
     lengths = torch.tensor([len(piece) for piece in pieces])[:, None]
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths).long()
     is_real = torch.tensor([row is not None for row in rows])[:, None]
     starts = torch.tensor([0 if row is None else int(tokens.answer_starts[row]) for row in rows])[:, None]
-    counted = (attention_mask == 1) & is_real
+    counted = (torch.arange(input_ids.shape[1]) < lengths) & is_real
     labels = input_ids.masked_fill(~counted | (torch.arange(input_ids.shape[1]) < starts), -100)
-    batch = Batch(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), counted=counted.to(device))
-    return batch, labels.to(device)
+    return Batch(input_ids=input_ids.to(device), counted=counted.to(device)), labels.to(device)
 
 
 def deal(items: Sequence[int], rank: int, world_size: int, size: int) -> list[list[int | None]]:

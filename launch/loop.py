@@ -36,9 +36,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def answer_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the label tokens, fp32, nats; labels of -100 do not count."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+def answer_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over the label tokens, fp32, nats; labels of -100 do not count. Both are (rows, tokens).
+
+    No attention mask: rows are padded on the right, so no real token sees padding, and fused causal kernels apply.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
@@ -83,7 +86,7 @@ def train(
         summed = 0.0
         for micro_rows in share:
             batch, labels = collate(tokens, micro_rows, engine.device)
-            loss = answer_loss(stepper.model, batch["input_ids"], batch["attention_mask"], labels)
+            loss = answer_loss(stepper.model, batch["input_ids"], labels)
             stepper.backward(loss * (world_size / answer_tokens))
             summed += loss.detach().double()
         step_lr = learning_rate(step, len(steps), lr, warmup_ratio)

@@ -28,7 +28,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 class Section(BaseModel):
     """A part of a recipe. Strict: 3 is not "3", and true is not 1."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -84,7 +84,9 @@ class Train(Section):
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's, decoupled")
     max_grad_norm: Number = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     seed: int = Field(42, ge=0, description="of the data order, plain lora's factors and dropout")
-    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more time")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations: less memory, a third more time; auto is true on GPUs, false on CPUs"
+    )
 
 
 class Eval(Section):

@@ -102,7 +102,7 @@ def main() -> None:
 
     # 5. Train.
     torch.manual_seed(settings.seed + rank)  # dropout
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and device.type == "cuda"):
         model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     started = time.perf_counter()

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.utils import nvtx
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -22,7 +23,7 @@ class ZeroStepper:
     """A DeepSpeed engine with its optimiser."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
-        # Through the engine: its forward counts micro batches, and stage 3 would else keep only the last one's gradient.
+        # Its forward counts micro batches: without it stage 3 would keep only the last one's gradient.
         self.model = self.engine = engine
         self.optimizer = optimizer
 
@@ -51,6 +52,7 @@ class ZeroEngine:
         self.reentrant = self.sharded
         # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
         compatible_ops["deepspeed_shm_comm"] = False
+        nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
 
     def load(self, path: str) -> PreTrainedModel:

@@ -1,0 +1,255 @@
+"""Training under ZeRO in 1, 2 and 4 real processes: the losses of plain PyTorch, and exports that mean the same.
+
+The oracle is an independent loop: plain transformers and PEFT, one process, one row at a time.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from astra import adapter
+from astra.weights import PlainWeights
+from launch import data as launch_data
+from launch.recipe import read
+from launch.report import table
+
+# (ranks, settings): world sizes, micro batches with and without accumulation, engines, checkpointing.
+LAUNCHES = [
+    (1, ("train.micro_batch=3",), "deepspeed"),
+    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true"), "deepspeed"),
+    (4, ("train.micro_batch=1",), "torchrun"),
+    (2, ("train.micro_batch=5", "engine=zero2"), "deepspeed"),
+    (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
+]
+BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "deepspeed")
+
+
+def run_of(trained: Callable[..., Path], case: tuple) -> Path:
+    ranks, settings, launcher = case
+    return trained(ranks, *settings, launcher=launcher)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def with_factors(path: Path, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """Plain PEFT: the residual base, rebuilt from the run's astra_init, with the factors in `folder`."""
+    model = load_base(base, dtype)
+    adapter.subtract(model, *adapter.load(path / "astra_init"), PlainWeights())
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def logits(model: torch.nn.Module, base: Path, rows: list[dict]) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(launch_data.prompt(rows[0]["query"]) + rows[0]["response"]).input_ids])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.double()
+
+
+def oracle(run: Path, base: Path, rows: list[dict]) -> tuple[list[float], list[float], PeftModel]:
+    """Losses, gradient norms and model of a plain loop from the run's astra_init: the recipe's settings, by hand."""
+    settings = read(str(run / "recipe.yaml"), [])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = with_factors(run, base, run / "astra_init")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.train.lr, weight_decay=0.0)
+    steps = settings.train.max_steps
+    warmup = math.ceil(steps * settings.train.warmup_ratio)
+    order = []
+    generator = torch.Generator().manual_seed(settings.train.seed)
+    while len(order) < steps * settings.train.global_batch:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    losses, norms = [], []
+    for step in range(steps):
+        batch = order[step * settings.train.global_batch : (step + 1) * settings.train.global_batch]
+        total, count = torch.zeros(()), 0
+        for i in batch:
+            begin = tokenizer(launch_data.prompt(rows[i]["query"])).input_ids
+            ids = tokenizer(launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n").input_ids
+            assert ids[: len(begin)] == begin
+            ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+            output = model(input_ids=ids).logits[0]
+            total = total + F.cross_entropy(output[len(begin) - 1 : -1], ids[0, len(begin) :], reduction="sum")
+            count += ids.shape[1] - len(begin)
+        loss = total / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.train.max_grad_norm)
+        share = (step - warmup) / (steps - warmup)
+        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.train.lr * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms, model
+
+
+@pytest.mark.parametrize("case", LAUNCHES, ids=lambda case: f"{case[0]}-{case[1][-1]}")
+def test_losses_gradients_and_weights_equal_plain_pytorch(
+    case: tuple, trained: Callable[..., Path], base: Path, rows: list[dict]
+) -> None:
+    run = run_of(trained, case)
+    losses, norms, model = oracle(run, base, rows)
+    steps = metrics(run)
+    assert [step["step"] for step in steps] == list(range(1, 8))
+    assert losses[-1] < 0.8 * losses[0]
+    # 1e-4: contract 1, for fp32 and other orders of its sums.
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-4)
+    assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-3)
+    reached = logits(model, base, rows)
+    exported = logits(PeftModel.from_pretrained(load_base(base), run / "lora"), base, rows)
+    moved = (reached - logits(load_base(base), base, rows)).abs().max()
+    assert moved > 0.5
+    assert (exported - reached).abs().max() < 1e-2 * moved
+
+
+def test_loss_curves_and_exports_of_all_launches_agree(
+    trained: Callable[..., Path], base: Path, rows: list[dict]
+) -> None:
+    first, *others = [run_of(trained, case) for case in LAUNCHES]
+    for other in others:
+        for key, tolerance in (("loss", 1e-4), ("tokens", 0), ("lr", 0)):
+            wanted = [step[key] for step in metrics(first)]
+            assert [step[key] for step in metrics(other)] == pytest.approx(wanted, rel=tolerance, abs=0)
+        a, b = (load_file(run / "astra_init" / "adapter_model.safetensors") for run in (first, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*LAUNCHES[:3], BF16], ids=["1 rank", "2 ranks", "4 ranks", "bf16"])
+def test_the_three_exports_are_one_model_in_plain_peft(
+    case: tuple, trained: Callable[..., Path], base: Path, rows: list[dict]
+) -> None:
+    run = run_of(trained, case)
+    dtype = torch.bfloat16 if case is BF16 else torch.float32
+    original = logits(load_base(base), base, rows)
+    on_residual = logits(with_factors(run, base, run / "adapter", dtype).float(), base, rows)
+    plain = logits(PeftModel.from_pretrained(load_base(base, dtype), run / "lora").float(), base, rows)
+    merged = PeftModel.from_pretrained(load_base(base, dtype).float(), run / "lora").merge_and_unload()
+    # fp32: 1e-5 of the logits. bf16: the residual's rounding, 2^-8 of each weight, through two layers.
+    tolerance = (1e-5 if dtype == torch.float32 else 0.05) * original.abs().max()
+    assert (plain - original).abs().max() > (100 if dtype == torch.float32 else 5) * tolerance
+    assert (plain - on_residual).abs().max() < tolerance
+    assert (plain - logits(merged, base, rows)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("case", [*LAUNCHES, BF16], ids=lambda case: f"{case[0]}-{case[1][-1]}")
+def test_nothing_moves_at_step_0(case: tuple, trained: Callable[..., Path]) -> None:
+    results = json.loads((run_of(trained, case) / "results.json").read_text())
+    if case is BF16:
+        assert 0 < results["residual_rounding"] <= 2**-8
+    else:
+        assert 0 < results["logit_drift"] < 1e-5
+        assert 0 < results["residual_rounding"] < 1e-6
+
+
+def test_the_exported_initial_factors_follow_from_the_subspaces(trained: Callable[..., Path], base: Path) -> None:
+    run = run_of(trained, LAUNCHES[1])
+    found = load_file(run / "calibration" / "subspaces.safetensors")
+    initial, scaling = adapter.load(run / "astra_init")
+    model = load_base(base)
+    assert scaling == 1.5
+    assert len(initial) == 14
+    for name, (a0, b0) in initial.items():
+        vectors, values = found[f"{name}.vectors"], found[f"{name}.values"]
+        assert vectors.dtype == values.dtype == torch.float64
+        torch.testing.assert_close(b0, vectors.float(), rtol=0, atol=0)
+        wanted = vectors.T @ model.get_submodule(name).weight.double()
+        wanted[values == 0] = 0
+        torch.testing.assert_close(a0, wanted.float(), rtol=0, atol=1e-6)
+
+
+def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path], data: Path) -> None:
+    run = run_of(trained, LAUNCHES[1])
+    for name in ("loss.png", "grad_norm.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    step = metrics(run)[0]
+    assert step.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds"}
+    manifest = json.loads((run / "calibration" / "manifest.json").read_text())
+    assert len(manifest["sample_ids"]) == len(set(manifest["sample_ids"])) == 11
+    assert (manifest["eigen_select"], manifest["rank"], manifest["dtype"]) == ("smallest", 4, "float32")
+    generations = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    problems = [json.loads(line) for line in (data / "gsm8k_test.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in generations] == [row["question"] for row in problems]
+    results = json.loads((run / "results.json").read_text())
+    score = results["scores"]["gsm8k"]
+    assert score["n"] == 7
+    assert score["correct"] == sum(row["correct"] for row in generations)
+    assert results["conditions"]["world_size"] == 2
+    assert "smallest" in (run / "README.md").read_text()
+    assert "| astra smallest | 4 |" in table([run])
+    assert "residual" in (run / "adapter" / "README.md").read_text()
+
+
+def test_generations_do_not_depend_on_the_engine_or_world_size(trained: Callable[..., Path]) -> None:
+    texts = []
+    for case in LAUNCHES:
+        lines = (run_of(trained, case) / "generations.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["output"] for line in lines])
+    assert len(texts[0]) == 7
+    for other in texts[1:]:
+        assert other == texts[0]
+
+
+def test_the_resolved_recipe_gives_the_same_run_and_a_finished_run_is_left_alone(
+    trained: Callable[..., Path], launch: Callable, tmp_path: Path
+) -> None:
+    run = run_of(trained, LAUNCHES[0])
+    again = launch("launch/train.py", "--recipe", run / "recipe.yaml", "--output", tmp_path / "again")
+    assert "Traceback" not in again.stderr
+    wanted = [step["loss"] for step in metrics(run)]
+    assert [step["loss"] for step in metrics(tmp_path / "again")] == wanted  # bit for bit: one rank, one thread
+    before = (run / "results.json").stat().st_mtime_ns
+    done = launch("launch/train.py", "--recipe", run / "recipe.yaml", "--output", run)
+    assert "finished" in done.stdout
+    assert (run / "results.json").stat().st_mtime_ns == before
+
+
+def test_plain_lora_starts_with_b_zero_and_exports_rank_r(trained: Callable[..., Path]) -> None:
+    run = trained(2, "adapter.method=lora", "eval.suites=[]")
+    results = json.loads((run / "results.json").read_text())
+    assert (results["lora_rank"], results["eigen_select"], results["logit_drift"]) == (4, None, 0)
+    assert not (run / "astra_init").exists()
+    assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
+
+
+def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
+    trained: Callable[..., Path], launch: Callable, base: Path, data: Path, tmp_path: Path
+) -> None:
+    run = run_of(trained, LAUNCHES[1])
+    common = ["--data-dir", data, "--max-new-tokens", "12"]
+    outputs = []
+    for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3")):
+        options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / name]
+        launch("launch/evaluate.py", *options, *common, ranks=ranks)
+        lines = (tmp_path / name / "generations.jsonl").read_text().splitlines()
+        outputs.append([json.loads(line)["output"] for line in lines])
+    trained_outputs = [json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()]
+    assert outputs == [trained_outputs, trained_outputs]
+
+    other = tmp_path / "other"
+    model = load_base(base)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    options = ["--model", other, "--adapter", run / "lora", "--output", tmp_path / "refused"]
+    refused = launch("launch/evaluate.py", *options, *common, launcher="python", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: --adapter:")
+    assert "Traceback" not in refused.stderr
