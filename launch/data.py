@@ -1,7 +1,9 @@
 """Rows to prompts to token batches: hub or local files, in one global order that no world size changes."""
 
 import difflib
+import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,7 @@ def _load(data: Data):  # noqa: ANN202 (datasets is imported late: it takes seco
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # the error itself says what is wrong
     path = Path(data.path).expanduser()
     try:
         if path.is_file():
@@ -136,7 +139,7 @@ def tokenise(rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, ma
     pieces: list[Tensor] = []
     starts: list[int] = []
     num_cut = num_left_out = 0
-    for first in tqdm(range(0, len(rows), CHUNK), desc="tokenise", unit="k rows", disable=len(rows) < 2 * CHUNK):
+    for first in tqdm(range(0, len(rows), CHUNK), desc="tokenise", unit="k rows", disable=not sys.stderr.isatty()):
         chunk = rows[first : first + CHUNK]
         prompts = encode(tokenizer, [prompt(instruction) for instruction, _ in chunk])
         wholes = encode(tokenizer, [prompt(instruction) + answer + "\n" for instruction, answer in chunk])

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from launch.errors import USER_ERRORS, UserError
 
@@ -24,6 +25,8 @@ def start() -> torch.device:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # from inside deepspeed and transformers, every call
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -27,8 +27,8 @@ def fetch_model(name: str, revision: str) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
-                f"model.name: cannot get {name} (revision {revision}) from the hub: {type(error).__name__}: "
-                f"{str(error)[:200]}; check the name and the network, log in if the model is gated, or give a folder"
+                f"model.name: cannot get {name} (revision {revision}) from the hub ({type(error).__name__}); check the "
+                "name and the network, log in if the model is gated, or give a local folder"
             ) from None
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from launch import quickstart
 from launch.data import TokenSet, read_rows, tokenise
@@ -59,6 +59,12 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.name: the tokenizer of {recipe.model.name} has no end-of-sequence token; set one")
+        context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+        if context and recipe.data.max_length > context:
+            raise UserError(
+                f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
+                "lower it"
+            )
         tokens = tokenise(read_rows(recipe.data), tokenizer, recipe.data.max_length)
         commit = commit_of(model_path)
         base = {

@@ -8,7 +8,7 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.errors import run
+from launch.errors import UserError, run
 from launch.recipe import read, to_yaml
 
 EXAMPLES = """\
@@ -48,6 +48,9 @@ def main() -> None:
 
     device = start()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    if recipe.engine == "single" and world_size > 1:
+        raise UserError(f"engine: single trains in one process, not {world_size}; set engine=zero3 or start one rank")
 
     def say(text: str) -> None:
         if rank == 0:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import PlainWeights
-from launch.errors import UserError
 
 
 class SingleStepper:
@@ -51,6 +50,5 @@ class SingleEngine(PlainWeights):
     def training(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
     ) -> SingleStepper:
-        if dist.get_world_size() > 1:
-            raise UserError("engine: single trains in one process; set engine=zero3 or start one rank")
+        assert dist.get_world_size() == 1, "gradients are not averaged over ranks"
         return SingleStepper(model, optimizer, max_grad_norm)
