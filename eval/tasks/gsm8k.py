@@ -88,13 +88,10 @@ def grade(output: str, reference: str) -> bool:
 
 def extract(output: str) -> Fraction | None:
     """The final answer that `output` gives, or None if it gives none or several."""
-    after = [output[marker.end() :] for marker in _MARKER.finditer(output)]
-    stated = [text for text in after if text.strip()]
+    markers = list(_MARKER.finditer(output))
     boxes = _BOXED.findall(output)
-    if after and not stated:
-        return None
-    if stated:
-        text = stated[-1]
+    if markers:
+        text = next((after for marker in reversed(markers) if (after := output[marker.end() :].strip())), "")
         boxes = _BOXED.findall(text)
         if boxes and not re.search(r"\d", text.partition("\\boxed")[0]):
             text = boxes[0]

@@ -1,0 +1,130 @@
+"""The subspace is the one named (contract 3), in full-rank, rank-deficient, ill-conditioned and tied spectra."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from astra.eigen import EPS, Subspace, canonical_signs, named_generator, select_indices, solve
+from astra.errors import AstraError
+
+SELECTS = ("smallest", "largest", "middle", "random")
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    second = q @ torch.diag(values.double()) @ q.T
+    return (second + second.T) / 2
+
+
+def energy(subspace: Subspace, second: Tensor) -> float:
+    return (subspace.vectors.T @ second @ subspace.vectors).trace().item()
+
+
+def check_contract(subspace: Subspace, second: Tensor, rank: int, select: str) -> None:
+    size = len(second)
+    spectrum = torch.linalg.eigvalsh(second).clamp(min=0)
+    slack = 10 * size * EPS * second.trace().item()
+    inner = subspace.vectors.T @ subspace.vectors
+    torch.testing.assert_close(inner, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12 * size)
+    assert (subspace.values.diff() >= 0).all()
+    if select == "smallest":
+        assert energy(subspace, second) <= 1.01 * spectrum[:rank].sum() + slack
+    if select == "largest":
+        assert energy(subspace, second) >= 0.99 * spectrum[-rank:].sum() - slack
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 24).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size), st.integers(0, size))),
+    st.sampled_from(SELECTS),
+    st.integers(0, 9),
+    st.floats(-9, 9),
+)
+def test_contract_for_any_size_rank_nullity_and_scale(
+    sizes: tuple[int, int, int], select: str, seed: int, scale: float
+) -> None:
+    size, rank, nullity = sizes
+    values = torch.logspace(0, -6, size, dtype=torch.float64) * 10**scale
+    values[:nullity] = 0
+    if nullity == size:
+        values[0] = 10**scale
+    second = with_spectrum(values, seed)
+    check_contract(solve(None, second, rank, select, seed, "layer"), second, rank, select)
+
+
+def test_ill_conditioned_tail_is_exact() -> None:
+    """From 1e7 down to 1e-4, where fp32 returns a tail with hundreds of times the minimal energy (method.md)."""
+    second = with_spectrum(torch.logspace(7, -4, 128, dtype=torch.float64))
+    subspace = solve(None, second, 8, "smallest", 0, "layer")
+    assert energy(subspace, second) <= 1.01 * torch.linalg.eigvalsh(second)[:8].sum().item()
+    fp32 = torch.linalg.eigh(second.float()).eigenvectors[:, :8].double()
+    assert (fp32.T @ second @ fp32).trace() > 2 * energy(subspace, second)
+
+
+def test_zero_eigenvalues_are_exactly_zero_and_null_vectors_come_first() -> None:
+    second = with_spectrum(torch.tensor([0.0, 0, 0, 2, 3, 5, 7, 9]))
+    subspace = solve(None, second, 5, "smallest", 0, "layer")
+    assert subspace.values[:3].tolist() == [0, 0, 0]
+    torch.testing.assert_close(subspace.values[3:], torch.tensor([2.0, 3], dtype=torch.float64))
+    assert (second @ subspace.vectors[:, :3]).abs().max() < 1e-14
+
+
+def test_the_null_space_of_a_tall_weight_is_exact_and_independent_of_the_data() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    basis, r = torch.linalg.qr(weight)
+    first, second = (r @ with_spectrum(torch.logspace(0, -e, 6, dtype=torch.float64), e) @ r.T for e in (1, 5))
+    a = solve(basis, first, 8, "smallest", 3, "layer")
+    b = solve(basis, second, 8, "smallest", 3, "layer")
+    assert (a.values == 0).all()
+    assert (a.vectors.T @ weight).abs().max() < 1e-13
+    torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-12)
+
+
+def test_a_tiny_change_of_the_moment_moves_a_degenerate_tail_by_as_little() -> None:
+    """The choice in a null space follows the null space, not the eigensolver's rounding noise."""
+    values = torch.cat([torch.zeros(12), torch.linspace(1, 2, 8)])
+    second = with_spectrum(values)
+    noise = torch.randn(20, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = second @ (noise + noise.T) @ second * 1e-12
+    a, b = (solve(None, moment, 5, "smallest", 0, "layer") for moment in (second, second + noise))
+    torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-9)
+
+
+@given(st.integers(1, 50).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))), st.integers(0, 5))
+def test_indices_are_those_of_the_definition(sizes: tuple[int, int], seed: int) -> None:
+    size, rank = sizes
+    pick = {s: select_indices(s, size, rank, named_generator(seed, "m")).tolist() for s in SELECTS}
+    assert pick["smallest"] == list(range(rank))
+    assert pick["largest"] == list(range(size - rank, size))
+    assert pick["middle"] == list(range((size - rank) // 2, (size - rank) // 2 + rank))
+    assert pick["random"] == sorted(set(pick["random"]))
+    assert len(pick["random"]) == rank
+
+
+def test_random_depends_on_seed_and_name_alone() -> None:
+    def draw(seed: int, name: str) -> list[int]:
+        return select_indices("random", 1000, 20, named_generator(seed, name)).tolist()
+
+    assert draw(1, "a") == draw(1, "a")
+    assert draw(1, "a") != draw(2, "a")
+    assert draw(1, "a") != draw(1, "b")
+
+
+def test_signs_are_canonical() -> None:
+    vectors = torch.tensor([[0.6, -0.8], [-0.8, 0.6]])
+    assert torch.equal(canonical_signs(vectors), canonical_signs(-vectors))
+    assert torch.equal(canonical_signs(vectors), torch.tensor([[-0.6, 0.8], [0.8, -0.6]]))
+
+
+def test_what_cannot_be_solved_is_named() -> None:
+    second = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(AstraError, match=r"adapter\.rank: 5 is above the 4 outputs of layer"):
+        solve(None, second, 5, "smallest", 0, "layer")
+    with pytest.raises(AstraError, match="layer: its calibration moment is not finite"):
+        solve(None, second * torch.nan, 2, "smallest", 0, "layer")
+    with pytest.raises(AstraError, match="eigen_select"):
+        solve(None, second, 2, "tail", 0, "layer")

@@ -1,0 +1,162 @@
+"""Second moments equal an oracle that holds every activation; masks, batch sizes and padding change nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from astra.errors import AstraError
+from astra.moments import Batch, Moment, Statistic, accumulate, factor, find_groups, plan
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_model(bias: bool, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=bias,
+        mlp_bias=bias,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in TARGETS}
+
+
+def make_rows(count: int = 9) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(50, (3 + 2 * (i % 4),), generator=generator) for i in range(count)]
+
+
+def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Batch]:
+    made = []
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        length = max(map(len, chunk)) + extra_padding
+        ids = torch.full((len(chunk), length), 7)
+        counted = torch.zeros(len(chunk), length, dtype=torch.bool)
+        for i, row in enumerate(chunk):
+            ids[i, : len(row)] = row
+            counted[i, : len(row)] = True
+        made.append(Batch(input_ids=ids, counted=counted))
+    return made
+
+
+def measure(model: nn.Module, batches: list[Batch]) -> list[Statistic]:
+    linears = linears_of(model)
+    statistics = plan(find_groups(model, linears, batches[0]), linears, torch.device("cpu"))
+    accumulate(model, linears, statistics, batches)
+    return statistics
+
+
+def output_moments(model: nn.Module, statistics: list[Statistic]) -> dict[str, Tensor]:
+    found = {}
+    for statistic in statistics:
+        for name in statistic.modules:
+            linear = model.get_submodule(name)
+            basis, small = factor(
+                statistic, linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+            )
+            found[name] = small if basis is None else basis @ small @ basis.T
+    return found
+
+
+def oracle(model: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
+    """1/n sum y y^T from all activations, one row at a time, y = W x + b in fp64."""
+    kept: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, linear in linears_of(model).items():
+
+        def hook(module: nn.Linear, args: tuple, output: Tensor, name: str = name) -> None:
+            y = args[0][0].double() @ module.weight.double().T
+            kept.setdefault(name, []).append(y if module.bias is None else y + module.bias.double())
+
+        handles.append(linear.register_forward_hook(hook))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=row[None])
+    for handle in handles:
+        handle.remove()
+    outputs = {name: torch.cat(parts) for name, parts in kept.items()}
+    return {name: y.T @ y / len(y) for name, y in outputs.items()}
+
+
+# An fp64 forward differs between batch sizes by rounding of 1e-16 a term; an fp32 one by 1e-8 (measured), bound 1e-6.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("size", "extra"), [(1, 0), (4, 0), (9, 5)])
+def test_moments_equal_the_oracle_for_any_batch_size_and_padding(
+    dtype: torch.dtype, tolerance: float, bias: bool, size: int, extra: int
+) -> None:
+    model, rows = make_model(bias, dtype), make_rows()
+    found = output_moments(model, measure(model, batches_of(rows, size, extra)))
+    wanted = oracle(model, rows)
+    assert found.keys() == wanted.keys()
+    for name, second in wanted.items():
+        assert (found[name] - second).norm() <= tolerance * second.norm(), name
+
+
+def test_modules_that_read_one_tensor_share_one_statistic_and_the_smaller_one_is_kept() -> None:
+    model = make_model(False, torch.float32)
+    statistics = measure(model, batches_of(make_rows(), 3))
+    kinds = [(s.of, [name.rsplit(".", 1)[-1] for name in s.modules], len(s.moment.outer)) for s in statistics]
+    layer = [
+        ("input", ["q_proj", "k_proj", "v_proj"], 16),
+        ("input", ["o_proj"], 16),
+        ("input", ["gate_proj", "up_proj"], 16),
+        ("output", ["down_proj"], 16),
+    ]
+    assert kinds == layer * 2
+
+
+def test_rows_that_do_not_count_add_nothing_and_hooks_are_gone() -> None:
+    model, rows = make_model(True, torch.float64), make_rows()
+    dummy = batches_of(rows[:2], 2)[0]
+    dummy["counted"] = torch.zeros_like(dummy["counted"])
+    with_dummy = measure(model, [*batches_of(rows, 3), dummy])
+    for a, b in zip(with_dummy, measure(model, batches_of(rows, 3)), strict=True):
+        assert torch.equal(a.moment.outer, b.moment.outer)
+        assert a.moment.count == b.moment.count == sum(map(len, rows))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_module_that_runs_twice_or_never_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            return self.twice(self.twice(torch.nn.functional.one_hot(input_ids, 4).float()))
+
+    model, batch = Odd(), batches_of([torch.tensor([1, 2])], 1)[0]
+    batch["input_ids"] %= 4
+    with pytest.raises(AstraError, match="twice runs more than once"):
+        find_groups(model, {"twice": model.twice}, batch)
+    with pytest.raises(AstraError, match="never does not run"):
+        find_groups(model, {"never": model.never}, batch)
+
+
+def test_a_tall_weight_gives_a_small_problem_with_orthonormal_basis() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(9, 5, generator=generator), torch.randn(9, generator=generator)
+    moment = Moment.zeros(5, torch.device("cpu"))
+    moment.add(x)
+    basis, small = factor(Statistic(["m"], "input", moment), weight, bias)
+    assert (basis.shape, small.shape) == ((9, 6), (6, 6))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
+    y = x @ weight.double().T + bias.double()
+    torch.testing.assert_close(basis @ small @ basis.T, y.T @ y / 30, rtol=1e-12, atol=1e-12)

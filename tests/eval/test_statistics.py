@@ -1,0 +1,27 @@
+"""Wilson's interval against values worked by hand and against its definition."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.statistics import Z95, wilson
+
+
+def test_known_values() -> None:
+    # 0 of n: [0, z^2 / (n + z^2)]; 50 of 100 from the usual tables.
+    low, high = wilson(0, 10)
+    assert (low, high) == (pytest.approx(0, abs=1e-12), pytest.approx(Z95**2 / (10 + Z95**2)))
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_ends_are_where_the_score_test_just_accepts(pair: tuple[int, int]) -> None:
+    correct, n = pair
+    for end in wilson(correct, n):
+        assert (correct / n - end) ** 2 == pytest.approx(Z95**2 * end * (1 - end) / n, abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (2, 1), (-1, 3)])
+def test_what_is_no_proportion_is_refused(correct: int, n: int) -> None:
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(correct, n)
