@@ -5,7 +5,7 @@
 set -euo pipefail
 launch="$(dirname "$0")/../launch"
 runs="${RUNS:-runs}"
-LAUNCH="${LAUNCH:-deepspeed --num_gpus 2}"
+LAUNCH="${LAUNCH:-deepspeed --quiet --num_gpus 2}"
 $LAUNCH "$launch/train.py" --recipe quickstart --output "$runs/quickstart" "$@"
 $LAUNCH "$launch/train.py" --recipe quickstart --set adapter.method=lora --set eval.baseline=false \
     --output "$runs/quickstart-lora" "$@"

@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Run a script of the repository in `ranks` real processes, in an empty folder, and return the finished process."""
+    """Run a script of the repository in `ranks` real processes, in an empty folder; the finished process."""
 
     def run(
         script: str | Path, *arguments: object, ranks: int = 1, launcher: str = "deepspeed", check: bool = True
@@ -41,7 +41,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             command += ["--master_port", str(random.randrange(20000, 60000))]
         command += [str(ROOT / script), *map(str, arguments)]
         folder = tmp_path_factory.mktemp("cwd")
-        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
         if check and done.returncode:
             pytest.fail(f"{command} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done

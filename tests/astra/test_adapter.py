@@ -1,0 +1,155 @@
+"""Initial factors leave the model unchanged, and a trained adapter means the same in every form (contracts 2 and 4)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from astra import adapter, inits
+from astra.calibrate import calibrate
+from astra.eigen import Subspace
+from astra.errors import AstraError
+from astra.moments import Batch
+from astra.weights import PlainWeights
+
+TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
+PLAIN = PlainWeights()
+IDS = torch.randint(60, (2, 11), generator=torch.Generator().manual_seed(9))
+
+
+def make_base(dtype: torch.dtype = torch.float32, tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=24,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.double()
+
+
+def start(base: nn.Module, rank: int, alpha: float, select: str) -> tuple[PeftModel, dict, dict[str, Subspace], float]:
+    """An Astra adapter on `base`: PEFT model, its layers, the subspaces and the reported rounding."""
+    model = adapter.attach(base, TARGETS, rank, alpha, 0.0).eval()
+    layers = adapter.lora_layers(model)
+    batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
+    with model.disable_adapter():
+        found = calibrate(model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1)
+    rounding = adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
+    return model, layers, found, rounding
+
+
+def train_a_bit(layers: dict) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in layers.values():
+            for part in (layer.lora_A, layer.lora_B):
+                weight = part[adapter.ADAPTER].weight
+                weight += (0.2 * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
+
+
+@pytest.mark.parametrize("select", ["smallest", "largest", "middle", "random"])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 10), (12, 3)])
+def test_nothing_moves_at_step_0_for_any_scaling(select: str, rank: int, alpha: float) -> None:
+    base = make_base()
+    before = logits(base)
+    original = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model, layers, _, rounding = start(base, rank, alpha, select)
+    assert 0 <= rounding < 1e-6
+    assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
+    changed = [n for n, m in adapter.base_layers(layers).items() if not torch.equal(m.weight, original[f"{n}.weight"])]
+    if select == "largest":  # not passed by B = 0: every A0 and W_res - W is there
+        assert len(changed) == len(layers) == 10
+    factors = adapter.read_factors(layers, PLAIN)
+    for name, (a0, b0) in factors.items():
+        wanted = original[f"{name}.weight"].double() - alpha / rank * b0.double() @ a0.double()
+        assert torch.equal(layers[name].base_layer.weight, wanted.float())
+
+
+def test_bf16_residual_is_within_its_rounding() -> None:
+    base = make_base(torch.bfloat16)
+    model, layers, _, rounding = start(base, 8, 8, "largest")
+    assert 0 < rounding <= 2**-8
+    assert {p.dtype for p in adapter.trainable(model)} == {torch.float32}
+    assert layers["model.layers.0.self_attn.q_proj"].base_layer.weight.dtype == torch.bfloat16
+
+
+def test_rows_of_a0_are_zero_where_the_eigenvalue_is() -> None:
+    _, layers, found, _ = start(make_base(), 8, 8, "smallest")
+    gate = "model.layers.1.mlp.gate_proj"  # 56 outputs of 24 inputs: at least 32 zero eigenvalues
+    assert (found[gate].values == 0).all()
+    assert not adapter.read_factors(layers, PLAIN)[gate].a.any()
+    down = "model.layers.1.mlp.down_proj"  # 22 tokens span 22 of 24 dimensions: two zero, then the smallest positive
+    assert (found[down].values == 0).tolist() == [True] * 2 + [False] * 6
+    assert adapter.read_factors(layers, PLAIN)[down].a.any(1).tolist() == [False] * 2 + [True] * 6
+
+
+@pytest.mark.parametrize("alpha", [8, 20])
+def test_residual_with_adapter_equals_plain_lora_on_the_base_and_its_merge(tmp_path: Path, alpha: float) -> None:
+    model, layers, _, _ = start(make_base(), 8, alpha, "largest")
+    initial = adapter.read_factors(layers, PLAIN)
+    train_a_bit(layers)
+    trained = adapter.read_factors(layers, PLAIN)
+    reached, original = logits(model), logits(make_base())
+    tolerance = 1e-5 * original.abs().max()
+    assert (reached - original).abs().max() > 100 * tolerance
+    config = model.peft_config[adapter.ADAPTER]
+    adapter.save(tmp_path / "lora", config, "base", adapter.to_plain_lora(trained, initial))
+    adapter.save(tmp_path / "adapter", config, "base", trained)
+    adapter.save(tmp_path / "astra_init", config, "base", initial)
+    plain = PeftModel.from_pretrained(make_base(), tmp_path / "lora")
+    assert plain.peft_config["default"].r == 16
+    assert (logits(plain) - reached).abs().max() < tolerance
+    assert (logits(plain.merge_and_unload()) - reached).abs().max() < tolerance
+    residual = make_base()
+    adapter.subtract(residual, *adapter.load(tmp_path / "astra_init"), PLAIN)
+    for name, layer in layers.items():
+        assert torch.equal(residual.get_submodule(name).weight, layer.base_layer.weight)
+    on_residual = PeftModel.from_pretrained(residual, tmp_path / "adapter")
+    assert (logits(on_residual) - reached).abs().max() < tolerance
+
+
+def test_load_gives_back_what_save_wrote(tmp_path: Path) -> None:
+    model, layers, _, _ = start(make_base(), 4, 6, "middle")
+    factors = adapter.read_factors(layers, PLAIN)
+    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
+    again, scaling = adapter.load(tmp_path)
+    assert scaling == 1.5
+    assert again.keys() == factors.keys()
+    assert all(torch.equal(a, b) for name in factors for a, b in zip(again[name], factors[name], strict=True))
+
+
+def test_targets_that_cannot_be_adapted_are_named() -> None:
+    with pytest.raises(AstraError, match=r"'qproj' matches no module; linear modules here: .*q_proj"):
+        adapter.find_targets(make_base(), ["q_proj", "qproj"])
+    with pytest.raises(AstraError, match="lm_head is tied"):
+        adapter.find_targets(make_base(), ["lm_head"])
+    with pytest.raises(AstraError, match="is a LlamaMLP, not a linear layer"):
+        adapter.find_targets(make_base(), ["mlp"])
+    with pytest.raises(AstraError, match=r"adapter\.rank: 13 is above the smaller side, 12, of .*k_proj"):
+        adapter.attach(make_base(), ["q_proj", "k_proj"], 13, 13, 0.0)
+    assert list(adapter.find_targets(make_base(tied=False), ["lm_head"])) == ["lm_head"]
+
+
+def test_plain_lora_draws_from_seed_and_name() -> None:
+    weight = torch.zeros(6, 25)
+    a, b = inits.lora(weight, 4, 1, "m")
+    assert (a.shape, b.shape) == ((4, 25), (6, 4))
+    assert not b.any()
+    assert 0.15 < a.abs().max() <= 0.2  # uniform in +-1 / sqrt(25)
+    assert torch.equal(a, inits.lora(weight, 4, 1, "m")[0])
+    assert not torch.equal(a, inits.lora(weight, 4, 1, "n")[0])
+    assert not torch.equal(a, inits.lora(weight, 4, 2, "m")[0])

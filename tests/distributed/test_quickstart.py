@@ -1,0 +1,26 @@
+"""The quickstart as a newcomer runs it: pretrains its base, trains Astra under ZeRO-3 on two ranks, and learns."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def test_quickstart_raises_exact_match_by_30_points_within_8_minutes(
+    launch: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "ASTRA_CACHE", str(tmp_path / "cache"))
+    start = time.monotonic()
+    done = launch("launch/train.py", "--recipe", "quickstart", "--output", tmp_path / "run", ranks=2)
+    assert time.monotonic() - start < 8 * 60
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    before, after = results["baseline"]["gsm8k"], results["scores"]["gsm8k"]
+    assert before["n"] == after["n"] == 200
+    assert after["accuracy"] - before["accuracy"] >= 0.30
+    assert (results["method"], results["eigen_select"], results["engine"]) == ("astra", "smallest", "zero3")
+    assert "| run | astra smallest | 8 | 0.005 | 42 | 150 |" in done.stdout
+    manifest = json.loads(next((tmp_path / "cache").glob("quickstart-*/manifest.json")).read_text())
+    assert 1_000_000 <= manifest["parameters"] <= 3_000_000
