@@ -15,7 +15,7 @@ from launch.engines.base import Engine
 from launch.export import dtype_name
 from launch.inputs import Inputs
 from launch.recipe import Recipe
-from launch.tracking import conditions, progress
+from launch.tracking import progress
 
 
 def subspaces(
@@ -49,7 +49,7 @@ def factors(recipe: Recipe, found: Mapping[str, Subspace]) -> Callable[[str, Ten
             return lambda name, weight: inits.lora(weight, settings.rank, recipe.train.seed, name)
 
 
-def manifest(recipe: Recipe, inputs: Inputs) -> dict:
+def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
     """Everything that decides the subspaces' bytes, to go beside them."""
     settings = recipe.calibration
     return {
@@ -65,7 +65,7 @@ def manifest(recipe: Recipe, inputs: Inputs) -> dict:
         "rank": recipe.adapter.rank,
         "targets": recipe.adapter.targets,
         "tie_break": "fixed Gaussian directions from (seed, module name), projected onto the null space",
-        "conditions": conditions(dist.get_world_size(), torch.device("cpu")),
+        "conditions": conditions,
     }
 
 

@@ -53,6 +53,12 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def say(text: str) -> None:
+    """Print on rank 0, at once."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def on_rank0(function: Callable[[], T]) -> T:
     """`function()` of rank 0, on every rank; a user error there is raised on every rank. Collective."""
     outcome: list = [None, None]

@@ -14,6 +14,7 @@ from launch.data import TokenSet, collate, deal
 from launch.distributed import all_reduce_sum
 from launch.engines.base import Engine
 from launch.errors import UserError
+from launch.recipe import Train
 
 
 class Metrics(TypedDict):
@@ -52,13 +53,7 @@ def train(
     model: nn.Module,
     tokens: TokenSet,
     steps: Sequence[Sequence[int]],
-    *,
-    global_batch: int,
-    micro_batch: int,
-    lr: float,
-    warmup_ratio: float,
-    weight_decay: float,
-    max_grad_norm: float,
+    settings: Train,
 ) -> Iterator[Metrics]:
     """Train the parameters of `model` that require gradients with AdamW, one optimiser step for each item of `steps`.
 
@@ -70,11 +65,11 @@ def train(
         UserError: on every rank, when the loss or the gradient norm is not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    micro_batch = min(micro_batch, math.ceil(global_batch / world_size))
-    accumulation = math.ceil(global_batch / (micro_batch * world_size))
+    micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / world_size))
+    accumulation = math.ceil(settings.global_batch / (micro_batch * world_size))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    stepper = engine.training(model, optimizer, max_grad_norm, accumulation)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    stepper = engine.training(model, optimizer, settings.max_grad_norm, accumulation)
     model.train()
     start = before = time.perf_counter()
     lengths = tokens.lengths()
@@ -89,7 +84,7 @@ def train(
             loss = answer_loss(stepper.model, batch["input_ids"], labels)
             stepper.backward(loss * (world_size / answer_tokens))
             summed += loss.detach().double()
-        step_lr = learning_rate(step, len(steps), lr, warmup_ratio)
+        step_lr = learning_rate(step, len(steps), settings.lr, settings.warmup_ratio)
         grad_norm = stepper.step(step_lr)
         loss_value = all_reduce_sum(float(summed), engine.device) / answer_tokens
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):

@@ -23,13 +23,14 @@ from launch.data import TokenSet, prompt, step_rows
 from launch.distributed import on_rank0
 from launch.engines import make_engine
 from launch.loop import train
-from launch.recipe import Recipe, validate
+from launch.recipe import Recipe, Train, validate
 from launch.tracking import progress, write_json
 
 NAME = "quickstart"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
 ROW = 128  # tokens of a pretraining row
-STEPS, GLOBAL_BATCH, MICRO_BATCH, LR = 650, 20, 10, 3e-3
+STEPS = 650
+PRETRAINING = Train(global_batch=20, micro_batch=10, lr=3e-3, max_steps=STEPS)
 DOCUMENTS = 30_000
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3600, 200
 SEED = 0
@@ -104,19 +105,8 @@ def make(folder: Path, device: torch.device) -> None:
     )
     model = LlamaForCausalLM(config).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
-    steps = list(step_rows(len(tokens), GLOBAL_BATCH, 1, STEPS, SEED))
-    metrics = train(
-        engine,
-        model,
-        tokens,
-        steps,
-        global_batch=GLOBAL_BATCH,
-        micro_batch=MICRO_BATCH,
-        lr=LR,
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
+    steps = list(step_rows(len(tokens), PRETRAINING.global_batch, 1, STEPS, SEED))
+    metrics = train(engine, model, tokens, steps, PRETRAINING)
     for metric in progress(metrics, STEPS, "pretrain", dist.get_rank()):
         last = metric
     on_rank0(lambda: _write(folder, model, tokenizer_model, last["loss"]))
