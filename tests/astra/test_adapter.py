@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from astra import adapter, inits
 from astra.calibrate import calibrate
@@ -153,3 +153,46 @@ def test_plain_lora_draws_from_seed_and_name() -> None:
     assert torch.equal(a, inits.lora(weight, 4, 1, "m")[0])
     assert not torch.equal(a, inits.lora(weight, 4, 1, "n")[0])
     assert not torch.equal(a, inits.lora(weight, 4, 2, "m")[0])
+
+
+ARCHITECTURES = {
+    "opt": {"hidden_size": 24, "ffn_dim": 40, "num_attention_heads": 4, "word_embed_proj_dim": 24},
+    "qwen2": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gemma2": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": 4,
+    },
+    "gpt_neox": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4},
+    "phi": {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4},
+}
+LINEARS = {
+    "opt": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "qwen2": TARGETS,
+    "gemma2": TARGETS,
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "phi": ["q_proj", "dense", "fc1", "fc2"],
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(architecture: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=60, num_hidden_layers=2, max_position_embeddings=32, **ARCHITECTURES[architecture]
+    )
+    base = AutoModelForCausalLM.from_config(config).eval()
+    before = logits(base)
+    model = adapter.attach(base, LINEARS[architecture], 4, 4, 0.0).eval()
+    layers = adapter.lora_layers(model)
+    batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
+    with model.disable_adapter():
+        linears = adapter.base_layers(layers)
+        found = calibrate(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
+    adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
+    assert len(layers) == 2 * len(LINEARS[architecture])
+    assert all(factors.a.any() for factors in adapter.read_factors(layers, PLAIN).values())
+    assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
