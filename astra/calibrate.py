@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
-from astra.moments import Batch, Statistic, accumulate, all_reduce, factor, find_groups, linear_sizes, plan
+from astra.moments import Batch, Statistic, accumulate, all_reduce, distributed, factor, find_groups, plan
 from astra.weights import Weights
 
 
@@ -70,8 +70,14 @@ def solve_all(
     like work and a rank holds one problem at a time.
     """
     statistic_of = {name: statistic for statistic in statistics for name in statistic.modules}
-    by_cost = sorted(linears, key=lambda name: (-min(linear_sizes(linears[name])), -linears[name].out_features))
-    world_size, this_rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+
+    def cost(name: str) -> tuple[int, int]:
+        """The eigenproblem's size, then the size of the product that forms it."""
+        linear = linears[name]
+        return min(linear.in_features, linear.out_features), linear.out_features
+
+    by_cost = sorted(linears, key=cost, reverse=True)
+    world_size, this_rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
     subspaces: dict[str, Subspace] = {}
     for start in range(0, len(by_cost), world_size):
         names = by_cost[start : start + world_size]
@@ -85,7 +91,9 @@ def solve_all(
         if mine is not None:
             try:
                 solved = solve(*mine, rank, select, seed, names[this_rank])
-            except (AstraError, torch.linalg.LinAlgError) as exc:
+            except AstraError as exc:
+                error = str(exc)
+            except torch.linalg.LinAlgError as exc:
                 error = f"{names[this_rank]}: {exc}"
         _raise_on_all_ranks(error)
         for owner, name in enumerate(names):
@@ -97,7 +105,7 @@ def solve_all(
 def _raise_on_all_ranks(error: str | None) -> None:
     """One rank's failure is every rank's, so that none is left waiting in a broadcast."""
     errors = [error]
-    if _distributed():
+    if distributed():
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
     for message in errors:
@@ -109,12 +117,8 @@ def _share(solved: Subspace | None, owner: int, linear: nn.Linear, rank: int, li
     """`solved` of the owner rank, on every rank; `like` gives dtype and device."""
     if solved is None:
         solved = Subspace(like.new_empty(linear.out_features, rank), like.new_empty(rank))
-    if _distributed():
+    if distributed():
         solved = Subspace(solved.vectors.contiguous(), solved.values.contiguous())
         dist.broadcast(solved.vectors, owner)
         dist.broadcast(solved.values, owner)
     return solved
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -61,11 +61,6 @@ class Statistic:
     moment: Moment
 
 
-def linear_sizes(linear: nn.Linear) -> tuple[int, int]:
-    """(d_out, d_in); read from the attributes, since a sharded weight's own shape may be (0,)."""
-    return linear.out_features, linear.in_features
-
-
 @contextmanager
 def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: ANN001 (a closure over the name)
     handles = [
@@ -110,14 +105,14 @@ def plan(groups: list[list[str]], linears: Mapping[str, nn.Linear], device: torc
     """The statistics to keep: for each group the one that holds fewer numbers (a tie goes to the input)."""
     statistics = []
     for names in groups:
-        sizes = [linear_sizes(linears[name]) for name in names]
-        d_in = sizes[0][1]
-        if d_in**2 <= sum(d_out**2 for d_out, _ in sizes):
+        # The layers' attributes: a sharded weight's own shape may be (0,).
+        d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
+        if d_in**2 <= sum(d_out**2 for d_out in sizes):
             statistics.append(Statistic(names, "input", Moment.zeros(d_in, device)))
         else:
             statistics += [
                 Statistic([name], "output", Moment.zeros(d_out, device))
-                for name, (d_out, _) in zip(names, sizes, strict=True)
+                for name, d_out in zip(names, sizes, strict=True)
             ]
     return statistics
 
@@ -153,13 +148,18 @@ def accumulate(
             model(input_ids=batch["input_ids"], use_cache=False)
 
 
+def distributed() -> bool:
+    """Whether there are other ranks to sum over; without a process group there are none."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def all_reduce(statistics: list[Statistic]) -> None:
     """Sum every statistic over the ranks, in place, in fp64 and in the same order on every rank.
 
     The sum over ranks of partial sums over tokens is the sum over all tokens, so the result is that of one process up
     to the order of fp64 additions.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return
     for statistic in statistics:
         for tensor in (statistic.moment.outer, statistic.moment.total, statistic.moment.count):

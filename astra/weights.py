@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Weights(Protocol):
@@ -21,12 +22,16 @@ class Weights(Protocol):
         ...
 
 
-class PlainWeights:
-    """`Weights` of an ordinary model, held whole on every rank."""
+class TorchWeights:
+    """`Weights` of an ordinary model, held whole on every rank, or of one that FSDP2 (`fully_shard`) has sharded."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().clone()
+        value = parameter.detach()
+        return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        value = value.to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=0)
         with torch.no_grad():
             parameter.copy_(value)

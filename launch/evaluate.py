@@ -6,6 +6,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.tasks import TASKS
 from launch import cli
 from launch.errors import UserError, run
 from launch.recipe import Eval
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", type=Path, help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base"
     )
-    parser.add_argument("--suite", action="append", choices=["gsm8k"], help="benchmark; repeatable (default gsm8k)")
+    parser.add_argument("--suite", action="append", choices=list(TASKS), help="benchmark; repeatable (default gsm8k)")
     parser.add_argument("--data-dir", help="folder with the benchmarks' files (default: the hub), or quickstart")
     parser.add_argument("--limit", type=int, help="problems of each suite, the first so many (default all)")
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
@@ -42,18 +43,18 @@ def main() -> None:
 
     import torch.distributed as dist
     from peft import PeftModel
-    from transformers import AutoTokenizer
 
     from astra import adapter
     from launch import export, quickstart, tracking
     from launch.distributed import on_rank0, start, stop
     from launch.engines import make_engine
-    from launch.hub import fetch_model, weights_hash
-    from launch.inputs import resolve_dtype
+    from launch.hub import fetch_model, load_tokenizer, weights_hash
+    from launch.inputs import make_folder, resolve_dtype
     from launch.recipe import section
     from launch.scoring import describe, read_problems, score
 
     device = start()
+    on_rank0(lambda: make_folder(arguments.output))
     if quickstart.NAME in (arguments.model, arguments.data_dir):
         folder = str(quickstart.ensure(device))
         arguments.model = folder if arguments.model == quickstart.NAME else arguments.model
@@ -71,7 +72,7 @@ def main() -> None:
     base = on_rank0(lambda: {"name": arguments.model, "weights_sha256": weights_hash(path)})
     made_for = on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
 
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_tokenizer(path)
     engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
     model = engine.load(str(path))
     if made_for and made_for["on"] == "residual":

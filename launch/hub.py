@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launch.data import is_hub_id
 from launch.errors import UserError
@@ -33,6 +34,17 @@ def fetch_model(name: str, revision: str) -> Path:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
     return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Raises UserError if there is none, or it has no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: cannot load the tokenizer in {folder}: {str(error)[:200]}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.name: the tokenizer in {folder} has no end-of-sequence token; set one")
+    return tokenizer
 
 
 def weights_hash(folder: Path) -> str:

@@ -3,15 +3,16 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from launch import quickstart
 from launch.data import TokenSet, read_rows, tokenise
 from launch.distributed import on_rank0
 from launch.errors import UserError
-from launch.hub import commit_of, fetch_model, weights_hash
+from launch.hub import commit_of, fetch_model, load_tokenizer, weights_hash
 from launch.recipe import Recipe
 
 
@@ -33,18 +34,25 @@ def open_run(folder: Path, recipe_yaml: str) -> bool:
     Raises UserError if it holds another run or other files, or cannot be written.
     """
     recipe_path = folder / "recipe.yaml"
+    make_folder(folder)
+    if recipe_path.is_file() and (folder / "results.json").is_file():
+        if recipe_path.read_text() == recipe_yaml:
+            return True
+        raise UserError(f"--output: {folder} holds a finished run of another recipe; choose another folder")
+    if not recipe_path.is_file() and any(folder.iterdir()):
+        raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
+    recipe_path.write_text(recipe_yaml)
+    return False
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder, if need be. Raises UserError if it cannot be written."""
     try:
-        if recipe_path.is_file() and (folder / "results.json").is_file():
-            if recipe_path.read_text() == recipe_yaml:
-                return True
-            raise UserError(f"--output: {folder} holds a finished run of another recipe; choose another folder")
-        if folder.is_dir() and not recipe_path.is_file() and any(folder.iterdir()):
-            raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        recipe_path.write_text(recipe_yaml)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"--output: cannot write {folder}: {error.strerror}") from None
-    return False
 
 
 def prepare(recipe: Recipe, device: torch.device) -> Inputs:
@@ -56,9 +64,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         model_path = fetch_model(recipe.model.name, recipe.model.revision)
 
     def read() -> tuple[TokenSet, dict, dict]:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"model.name: the tokenizer of {recipe.model.name} has no end-of-sequence token; set one")
+        tokenizer = load_tokenizer(model_path)
         context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
         if context and recipe.data.max_length > context:
             raise UserError(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from astra import adapter
 from launch import calibration, export, tracking
@@ -13,6 +12,7 @@ from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import make_engine
 from launch.errors import UserError
+from launch.hub import load_tokenizer
 from launch.inputs import open_run, prepare
 from launch.loop import train
 from launch.recipe import Recipe, to_yaml
@@ -35,7 +35,7 @@ def fine_tune(recipe: Recipe, name: str, folder: Path) -> None:
     model_name, settings = recipe.model.name, recipe.train
     inputs = prepare(recipe, device)
     recipe, tokens = inputs.recipe, inputs.tokens  # the quickstart's paths in the place of its name
-    tokenizer = AutoTokenizer.from_pretrained(inputs.model_path, local_files_only=True)
+    tokenizer = load_tokenizer(inputs.model_path)
     problems = read_problems(recipe.eval)
     total = num_steps(len(tokens), settings.global_batch, settings.epochs, settings.max_steps)
     steps = list(step_rows(len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed))

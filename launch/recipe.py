@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
+from eval.tasks import TASKS
 from launch.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -90,7 +91,7 @@ class Train(Section):
 
 
 class Eval(Section):
-    suites: list[Literal["gsm8k"]] = Field([], description="benchmarks to score after training")
+    suites: list[Literal[*TASKS]] = Field([], description="benchmarks to score after training")
     data_dir: str | None = Field(None, description="folder with the benchmarks' files; the hub when null")
     limit: int | None = Field(None, ge=1, description="problems of each suite, the first so many; all when null")
     max_new_tokens: int = Field(1024, ge=1, description="tokens generated at most for one problem")

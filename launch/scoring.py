@@ -10,14 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.generate import generate
 from eval.statistics import wilson
-from eval.tasks import gsm8k
+from eval.tasks import TASKS
 from launch.data import encode, prompt
 from launch.distributed import on_rank0
 from launch.engines.base import Engine
 from launch.recipe import Eval
 from launch.tracking import progress
-
-TASKS = {"gsm8k": gsm8k}
 
 
 def read_problems(settings: Eval) -> dict[str, list]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from astra.weights import PlainWeights
+from astra.weights import TorchWeights
 
 
 class SingleStepper:
@@ -30,7 +30,7 @@ class SingleStepper:
         return norm.item()
 
 
-class SingleEngine(PlainWeights):
+class SingleEngine(TorchWeights):
     """See engines.base.Engine."""
 
     sharded = reentrant = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from astra.weights import PlainWeights
+from astra.weights import TorchWeights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -70,7 +70,7 @@ class ZeroEngine:
         if not hasattr(parameter, "ds_id"):
             value = value.to(parameter).contiguous()
             dist.broadcast(value, 0)
-            PlainWeights().write(parameter, value)
+            TorchWeights().write(parameter, value)
             return
         with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:

@@ -13,10 +13,10 @@ from astra.calibrate import calibrate
 from astra.eigen import Subspace
 from astra.errors import AstraError
 from astra.moments import Batch
-from astra.weights import PlainWeights
+from astra.weights import TorchWeights
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
-PLAIN = PlainWeights()
+PLAIN = TorchWeights()
 IDS = torch.randint(60, (2, 11), generator=torch.Generator().manual_seed(9))
 
 

@@ -123,3 +123,26 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
         for key, (mine, whole, loaded, after) in held.items():
             assert mine == -(-whole // ranks), key
             assert loaded == after == 0, f"{key}: whole outside of its own forward pass"
+
+
+def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
+    calibrated: dict, launch: Callable, recipe: Path, tmp_path: Path
+) -> None:
+    launch("tests/distributed/fsdp_worker.py", recipe, tmp_path, ranks=2, launcher="torchrun")
+    settings = read(str(recipe), [])
+    base = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
+    scaling = settings.adapter.alpha / settings.adapter.rank
+    for rank in range(2):
+        saved = load_file(tmp_path / f"rank{rank}.safetensors")
+        assert saved["sharded"]
+        assert 0 < saved["moved"] < 1e-5
+        for key, vectors in saved.items():
+            if not key.endswith(".vectors"):
+                continue
+            # The same sums and solver as under ZeRO-3, on the same rows: only the order of additions differs.
+            torch.testing.assert_close(vectors, calibrated[2][0][key], rtol=0, atol=1e-7)
+            name = key.removeprefix("largest.").removesuffix(".vectors")
+            weight = base.get_submodule(name).weight.detach().double()
+            b0 = vectors.float().double()
+            residual = weight - scaling * b0 @ (vectors.T @ weight).float().double()
+            torch.testing.assert_close(saved[f"residual.{name}"], residual.float(), rtol=0, atol=1e-6)

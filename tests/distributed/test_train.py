@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from astra import adapter
-from astra.weights import PlainWeights
+from astra.weights import TorchWeights
 from launch import data as launch_data
 from launch.recipe import read
 from launch.report import table
@@ -49,7 +49,7 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 def with_factors(path: Path, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
     """Plain PEFT: the residual base, rebuilt from the run's astra_init, with the factors in `folder`."""
     model = load_base(base, dtype)
-    adapter.subtract(model, *adapter.load(path / "astra_init"), PlainWeights())
+    adapter.subtract(model, *adapter.load(path / "astra_init"), TorchWeights())
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
