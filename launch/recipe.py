@@ -108,8 +108,9 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     train: Train = Train()
     eval: Eval = Eval()
-    engine: Literal["zero3", "zero2", "single"] = Field(
-        "zero3", description="zero3 shards everything; zero2 keeps the base whole on each rank; single is one process"
+    engine: Literal["zero3", "fsdp", "zero2", "single"] = Field(
+        "zero3",
+        description="zero3 and fsdp shard everything; zero2 keeps the base whole on each rank; single is one process",
     )
 
 

@@ -11,6 +11,10 @@ def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
         from launch.engines.single import SingleEngine
 
         return SingleEngine(device, dtype)
+    if name == "fsdp":
+        from launch.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(device, dtype)
     from launch.engines.zero import ZeroEngine
 
     return ZeroEngine(name, device, dtype)

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 
 
-class SingleStepper:
-    """A plain optimiser with gradient clipping."""
+class TorchStepper:
+    """A plain optimiser with gradient clipping, over whole or FSDP2-sharded parameters."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
@@ -23,6 +24,7 @@ class SingleStepper:
     def step(self, lr: float) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -49,6 +51,6 @@ class SingleEngine(TorchWeights):
 
     def training(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
-    ) -> SingleStepper:
+    ) -> TorchStepper:
         assert dist.get_world_size() == 1, "gradients are not averaged over ranks"
-        return SingleStepper(model, optimizer, max_grad_norm)
+        return TorchStepper(model, optimizer, max_grad_norm)

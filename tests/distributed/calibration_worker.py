@@ -15,6 +15,7 @@ from astra.calibrate import second_moments, solve_all
 from launch import data as launch_data
 from launch.distributed import start, stop
 from launch.engines import make_engine
+from launch.errors import run
 from launch.recipe import read
 
 
@@ -56,4 +57,4 @@ def main(recipe_path: str, output: Path) -> None:
 
 if __name__ == "__main__":
     paths = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(paths[0], Path(paths[1]))
+    run(lambda: main(paths[0], Path(paths[1])))

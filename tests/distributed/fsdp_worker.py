@@ -16,6 +16,7 @@ from astra.calibrate import calibrate
 from astra.weights import TorchWeights
 from launch import data as launch_data
 from launch.distributed import start, stop
+from launch.errors import run
 from launch.recipe import read
 
 
@@ -53,4 +54,4 @@ def main(recipe_path: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    run(lambda: main(sys.argv[1], Path(sys.argv[2])))

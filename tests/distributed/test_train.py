@@ -1,4 +1,4 @@
-"""Training under ZeRO in 1, 2 and 4 real processes: the losses of plain PyTorch, and exports that mean the same.
+"""Training under ZeRO and FSDP2 in 1 to 4 real processes: the losses of plain PyTorch, and exports that mean the same.
 
 The oracle is an independent loop: plain transformers and PEFT, one process, one row at a time.
 """
@@ -28,9 +28,12 @@ LAUNCHES = [
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true"), "deepspeed"),
     (4, ("train.micro_batch=1",), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero2"), "deepspeed"),
+    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
+    (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
     (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
 ]
 BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "deepspeed")
+FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"), "torchrun")
 
 
 def run_of(trained: Callable[..., Path], case: tuple) -> Path:
@@ -132,12 +135,12 @@ def test_loss_curves_and_exports_of_all_launches_agree(
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [*LAUNCHES[:3], BF16], ids=["1 rank", "2 ranks", "4 ranks", "bf16"])
+@pytest.mark.parametrize("case", [*LAUNCHES[:3], LAUNCHES[5], BF16, FSDP_BF16], ids=str)
 def test_the_three_exports_are_one_model_in_plain_peft(
     case: tuple, trained: Callable[..., Path], base: Path, rows: list[dict]
 ) -> None:
     run = run_of(trained, case)
-    dtype = torch.bfloat16 if case is BF16 else torch.float32
+    dtype = torch.bfloat16 if case in (BF16, FSDP_BF16) else torch.float32
     original = logits(load_base(base), base, rows)
     on_residual = logits(with_factors(run, base, run / "adapter", dtype).float(), base, rows)
     plain = logits(PeftModel.from_pretrained(load_base(base, dtype), run / "lora").float(), base, rows)
@@ -149,10 +152,10 @@ def test_the_three_exports_are_one_model_in_plain_peft(
     assert (plain - logits(merged, base, rows)).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("case", [*LAUNCHES, BF16], ids=lambda case: f"{case[0]}-{case[1][-1]}")
+@pytest.mark.parametrize("case", [*LAUNCHES, BF16, FSDP_BF16], ids=lambda case: f"{case[0]}-{case[1][-1]}")
 def test_nothing_moves_at_step_0(case: tuple, trained: Callable[..., Path]) -> None:
     results = json.loads((run_of(trained, case) / "results.json").read_text())
-    if case is BF16:
+    if case in (BF16, FSDP_BF16):
         assert 0 < results["residual_rounding"] <= 2**-8
     else:
         assert 0 < results["logit_drift"] < 1e-5
