@@ -146,15 +146,22 @@ def to_yaml(recipe: Recipe) -> str:
 
 def field_help() -> str:
     """One line for each field: name, default and description."""
-    lines = []
+    specs = {}
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            for key, spec in field.annotation.model_fields.items():
-                default = "required" if spec.is_required() else f"default {spec.default}"
-                lines.append(f"  {name}.{key:<24} {spec.description} ({default})")
+            specs |= {f"{name}.{key}": spec for key, spec in field.annotation.model_fields.items()}
         else:
-            lines.append(f"  {name:<30} {field.description} (default {field.default})")
+            specs[name] = field
+    lines = []
+    for name, spec in specs.items():
+        default = "required" if spec.is_required() else f"default {_yaml(spec.default)}"
+        lines.append(f"  {name:<30} {spec.description} ({default})")
     return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    """`value` as --set takes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _find(source: str) -> Path:

@@ -20,7 +20,9 @@ EXAMPLES = """\
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
     parser.add_argument("--recipe", required=True, help="name of a file in recipes/, or a path to one")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override one field")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
+    )
     parser.add_argument("--engine", help="short for --set engine=ENGINE")
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
     arguments = parser.parse_args()
