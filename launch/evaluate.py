@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         default="single",
-        choices=["single", "zero3", "fsdp"],
-        help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards (default %(default)s)",
+        choices=["single", "zero3"],
+        help="single: every rank holds the whole model; zero3: ranks hold shards (default %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and generations.jsonl")
     arguments = parser.parse_args()
