@@ -79,7 +79,8 @@ def grade(output: str, reference: str) -> bool:
 
     The answer is what follows the last "answer is", "answer:" or "####" that anything follows, else the last \\boxed{},
     else an output that is nothing but a number. Currency and percent signs, units, thousands separators and markup are
-    dropped; of an equation the right-hand side counts; two different numbers ("18 or 20") are no answer. Never raises.
+    dropped; of an equation the side that is one number counts; two different numbers ("18 or 20") are no answer.
+    Never raises.
     """
     wanted = _value(reference)
     answer = extract(output)
@@ -110,14 +111,16 @@ def _value(text: str) -> Fraction | None:
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
     text = _NOISE.sub("", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)[, '\u2019\u202f](?=\d{3}(?!\d))", "", text)
     text = re.split(r"\.(?:\s|$)|[;!?]|,\s+(?=[A-Za-z])|\b(?:because|since|as)\b", text, maxsplit=1)[0]
-    text = text.rpartition("=")[2]
-    text = re.split(r"\(|\bout of\b", text, maxsplit=1)[0] if re.match(r"\W*\d", text) else text
-    if len(text) > MAX_DIGITS:
+    if len(text) > MAX_DIGITS or re.match(r"\W*not\b", text):
         return None
-    values = {_number(match, text) for match in _NUMBER.finditer(text)}
-    return values.pop() if len(values) == 1 else None
+    for side in reversed(text.split("=")):  # "20 - 2 = 18" and "18 = 20 - 2"
+        side = re.split(r"\(|\bout of\b", side, maxsplit=1)[0] if re.match(r"\W*\d", side) else side
+        values = {_number(match, side) for match in _NUMBER.finditer(side)}
+        if len(values) == 1:
+            return values.pop()
+    return None
 
 
 def _number(match: re.Match, text: str) -> Fraction | None:
