@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,8 +166,3 @@ def subtract(model: nn.Module, initial: Mapping[str, Factors], scaling: float, w
 def base_layers(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Linear]:
     """Base-model module name -> the frozen linear layer inside the PEFT layer."""
     return {name: layer.base_layer for name, layer in layers.items()}
-
-
-def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters that training changes."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
