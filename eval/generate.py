@@ -1,12 +1,12 @@
 """Batched greedy generation with transformers, the prompts shared out over all ranks."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from eval.errors import EvalError
 
@@ -41,28 +41,25 @@ def generate(
     if by_length and len(prompts[by_length[0]]) >= context:
         raise EvalError(f"a prompt of {len(prompts[by_length[0]])} tokens fills the model's context of {context}")
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    # Prompts near the context's end run alone on their rank: each has its own number of tokens left.
+    tight = sum(len(prompt) + max_new_tokens > context for prompt in prompts)
+    batches = _chunks(by_length[:tight], world_size) + _chunks(by_length[tight:], batch_size * world_size)
     mine: dict[int, str] = {}
-    for batch in progress(range(math.ceil(len(prompts) / (batch_size * world_size)))):
-        together = by_length[batch * batch_size * world_size : (batch + 1) * batch_size * world_size]
+    for batch in progress(range(len(batches))):
+        together = batches[batch]
         # A rank without a prompt of its own repeats the first one: sharded ranks run every module equally often.
         share = together[rank::world_size] or together[:1]
-        longest = len(prompts[together[0]])
+        longest = max(len(prompts[i]) for i in share)
         ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in share], device=device)
         lengths = torch.tensor([[len(prompts[i])] for i in share], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths).long()
-        new = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=min(max_new_tokens, context - longest),
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=sharded and world_size > 1,
-        )[:, longest:]
+        with _settings(model, GenerationConfig(pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)):
+            new = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(max_new_tokens, context - longest),
+                synced_gpus=sharded and world_size > 1,
+            )[:, longest:]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         mine |= dict(zip(share, texts, strict=True))
     parts: list[dict[int, str]] = [mine]
@@ -71,3 +68,18 @@ def generate(
         dist.all_gather_object(parts, mine)
     texts_of = {index: text for part in reversed(parts) for index, text in part.items()}
     return [texts_of[index] for index in range(len(prompts))]
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@contextmanager
+def _settings(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Within it `config` alone decides: a checkpoint's own settings (repetition_penalty, ...) would fill its gaps."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own

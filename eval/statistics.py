@@ -16,4 +16,5 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     centre = share + Z95**2 / (2 * n)
     spread = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # The ends are exact for 0 and n, which rounding would miss.
+    return (centre - spread) / scale if correct else 0.0, (centre + spread) / scale if correct < n else 1.0

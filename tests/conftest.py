@@ -1,9 +1,12 @@
-"""Fixtures for every test: the shared real data and model, where they are."""
+"""Fixtures for every test: the shared real data and model, where they are, and tiny random Llamas."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,30 @@ def shared() -> Path:
     if not (folder / "models" / "stories260K").is_dir():
         pytest.skip("the shared real data and model are not here; set ASTRA_SHARED to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """A factory of tiny seeded Llamas: grouped-query attention, biases drawn rather than zero, head tied or not."""
+
+    def make(dtype: torch.dtype = torch.float32, bias: bool = True, tied: bool = True) -> LlamaForCausalLM:
+        torch.manual_seed(11)
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_bias=bias,
+            mlp_bias=bias,
+            tie_word_embeddings=tied,
+            initializer_range=0.3,
+        )
+        model = LlamaForCausalLM(config).to(dtype).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        return model
+
+    return make

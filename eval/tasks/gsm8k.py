@@ -19,7 +19,10 @@ FILES = ("gsm8k_test.jsonl", "gsm8k/test.jsonl")  # where a data folder may hold
 # Where a response states its final answer; the last of them counts.
 _MARKER = re.compile(r"answer\W{0,4}(?:is\b|[:=])\W{0,4}?[:=]?|####", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_NUMBER = re.compile(r"[-+]?\s?(?:\d+\s+(?=\d+\s*/\s*\d))?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s?(?:(?P<whole>\d+)\s+(?=\d+\s*/\s*\d))?"
+    r"(?P<top>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<bottom>\d+))?"
+)
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _NOISE = re.compile(r"\\[$!,;%()\[\]]|\\(?:text|mathrm|mathbf)\b|[$€£¥¢%*_{}]|\\boxed")
 MAX_DIGITS = 400  # longer answers are no answers, and Python refuses to read them
@@ -66,11 +69,11 @@ def _read(data_dir: Path | None) -> Iterator[dict]:
     path = next((data_dir / name for name in FILES if (data_dir / name).is_file()), None)
     if path is None:
         raise EvalError(f"gsm8k: {data_dir} has none of {', '.join(FILES)}")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also what is not UTF-8, or too deep or long to read
                 raise EvalError(f"gsm8k: line {number} of {path} is not JSON: {error}") from None
 
 
@@ -98,7 +101,7 @@ def extract(output: str) -> Fraction | None:
             text = boxes[0]
     elif boxes:
         text = boxes[-1]
-    elif re.fullmatch(r"[^\w\s]?\s*-?[\d.,/ ]+[^\w\s]?", output.strip()):
+    elif len(output) <= MAX_DIGITS and re.fullmatch(r"[^\w\s]?\s*-?[\d.,/ ]+[^\w\s]?", output.strip()):
         text = output
     else:
         return None
@@ -125,13 +128,11 @@ def _value(text: str) -> Fraction | None:
 
 def _number(match: re.Match, text: str) -> Fraction | None:
     """The number of one match of _NUMBER in `text`; None for a division by zero."""
-    sign = -1 if match[0].startswith("-") else 1
-    whole, _, fraction = match[0].lstrip("+-").strip().replace(" /", "/").replace("/ ", "/").rpartition(" ")
+    sign = -1 if match["sign"] == "-" else 1
     after = text[match.end() :].split()
     scale = _SCALES.get(after[0].lower().strip(".,"), 1) if after else 1
     try:
-        numerator, slash, denominator = fraction.partition("/")
-        part = Fraction(numerator) / (Fraction(denominator) if slash else 1)
-        return sign * (Fraction(whole or "0") + part) * scale
+        part = Fraction(match["top"]) / Fraction(match["bottom"] or 1)
+        return sign * (Fraction(match["whole"] or 0) + part) * scale
     except ZeroDivisionError:
         return None

@@ -1,5 +1,6 @@
 """Initial factors leave the model unchanged, and a trained adapter means the same in every form (contracts 2 and 4)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,89 @@ def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(ar
     assert len(layers) == 2 * len(LINEARS[architecture])
     assert all(factors.a.any() for factors in adapter.read_factors(layers, PLAIN).values())
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("select", ["smallest", "largest", "middle", "random"])
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 8), (4, 10)])
+def test_the_bf16_residual_is_rounded_once_from_the_stored_factors_and_rebuilt_bit_for_bit(
+    select: str, rank: int, alpha: float, tmp_path: Path
+) -> None:
+    base = make_base(torch.bfloat16)
+    original = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model, layers, _, rounding = start(base, rank, alpha, select)
+    factors, scaling, worst = adapter.read_factors(layers, PLAIN), alpha / rank, 0.0
+    for name, (a0, b0) in factors.items():
+        weight, residual = original[f"{name}.weight"].double(), layers[name].base_layer.weight
+        product = scaling * b0.double() @ a0.double()
+        assert torch.equal(residual, (weight - product).bfloat16()), name
+        worst = max(worst, ((product + residual.double() - weight).norm() / weight.norm()).item())
+    assert rounding == pytest.approx(worst, rel=1e-9)  # the reported figure is the largest, recomputed
+    assert rounding <= 2**-8
+    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
+    rebuilt = make_base(torch.bfloat16)
+    adapter.subtract(rebuilt, *adapter.load(tmp_path), PLAIN)
+    for name, layer in layers.items():
+        assert torch.equal(rebuilt.get_submodule(name).weight, layer.base_layer.weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_lora_leaves_the_base_as_it_is(dtype: torch.dtype) -> None:
+    base = make_base(dtype)
+    before, original = logits(base), {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = adapter.attach(base, TARGETS, 4, 10, 0.0).eval()
+    layers = adapter.lora_layers(model)
+    rounding = adapter.initialise(layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN)
+    assert rounding == 0
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(m.weight, original[f"{n}.weight"]) for n, m in adapter.base_layers(layers).items())
+    assert all(a.any() and not b.any() for a, b in adapter.read_factors(layers, PLAIN).values())
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 10)])
+def test_what_is_saved_is_a_plain_lora_that_names_its_base_and_keeps_its_scaling(
+    rank: int, alpha: float, tmp_path: Path
+) -> None:
+    model, layers, _, _ = start(make_base(), rank, alpha, "largest")
+    factors = adapter.read_factors(layers, PLAIN)
+    config = model.peft_config[adapter.ADAPTER]
+    for folder, saved, grown in (("one", factors, 1), ("two", adapter.to_plain_lora(factors, factors), 2)):
+        adapter.save(tmp_path / folder, config, "owner/base", saved)
+        written = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert (written["r"], written["lora_alpha"]) == (grown * rank, grown * alpha)
+        assert written["base_model_name_or_path"] == "owner/base"
+        assert written["init_lora_weights"] is True  # a data-driven one would make PEFT change the base
+        assert not written["use_rslora"]
+        assert adapter.load(tmp_path / folder)[1] == alpha / rank
+    assert (config.r, config.lora_alpha) == (rank, alpha)
+
+
+def test_a_plain_lora_before_any_training_is_no_change_at_all() -> None:
+    """B A - B0 A0 with B = B0 and A = A0 is 0, and the scaling of twice the rank with twice alpha is the same s."""
+    _, layers, _, _ = start(make_base(), 4, 10, "largest")
+    initial = adapter.read_factors(layers, PLAIN)
+    for name, (a, b) in adapter.to_plain_lora(initial, initial).items():
+        assert (a.shape[0], b.shape[1]) == (8, 8)
+        product = b.double() @ a.double()
+        assert product.abs().max() < 1e-15 * (initial[name].b.double() @ initial[name].a.double()).norm()
+
+
+def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
+    base = make_base()
+    found = list(adapter.find_targets(base, ["up_proj", "self_attn.q_proj", "q_proj", "model.layers.1.mlp.down_proj"]))
+    assert found == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    with pytest.raises(AstraError, match="proj"):
+        adapter.find_targets(base, ["proj"])  # a part of a part is no match
+    assert list(adapter.lora_layers(adapter.attach(base, ["up_proj", "q_proj"], 12, 12, 0.0))) == found[:4]
+
+
+def test_only_the_factors_can_be_trained() -> None:
+    model = adapter.attach(make_base(), TARGETS, 4, 4, 0.0)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * len(TARGETS)
+    assert all(".lora_A." in name or ".lora_B." in name for name in trainable)

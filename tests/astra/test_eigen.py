@@ -128,3 +128,62 @@ def test_what_cannot_be_solved_is_named() -> None:
         solve(None, second * torch.nan, 2, "smallest", 0, "layer")
     with pytest.raises(AstraError, match="eigen_select"):
         solve(None, second, 2, "tail", 0, "layer")
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("spectrum", [(7, -4), (0, -2), (4, 4)], ids=["1e7 to 1e-4", "mild", "all alike"])
+def test_the_vectors_are_the_eigenvectors_at_the_named_indices(select: str, spectrum: tuple[int, int]) -> None:
+    values = torch.logspace(spectrum[1], spectrum[0], 40, dtype=torch.float64)
+    second = with_spectrum(values, 8)
+    subspace = solve(None, second, 7, select, 5, "layer")
+    indices = select_indices(select, 40, 7, named_generator(5, "layer"))
+    slack = 40 * EPS * second.trace().item()  # what rounding the matrix itself moves its eigenvalues by
+    torch.testing.assert_close(subspace.values, values[indices], rtol=0, atol=slack)
+    residual = second @ subspace.vectors - subspace.vectors * subspace.values
+    assert residual.abs().max() <= slack
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("rank", [5, 18])
+def test_a_tall_weights_small_problem_gives_what_the_whole_matrix_gives(select: str, rank: int) -> None:
+    """20 outputs of 6 inputs: all four choices straddle or fill the null space of dimension 14 at one of the ranks."""
+    weight = torch.randn(20, 6, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    basis, r = torch.linalg.qr(weight)
+    moment = with_spectrum(torch.logspace(0, -3, 6, dtype=torch.float64), 13)
+    second = weight @ moment @ weight.T
+    by_basis = solve(basis, r @ moment @ r.T, rank, select, 2, "layer")
+    whole = solve(None, second, rank, select, 2, "layer")
+    torch.testing.assert_close(by_basis.values, whole.values, rtol=1e-9, atol=0)  # zeros are zeros in both
+    assert (by_basis.values == 0).any() or (select == "largest" and rank == 5)
+    positive = by_basis.values > 0
+    # Distinct eigenvalues with gaps above 1e-3 of the trace or so: their vectors agree to rounding over the gap.
+    torch.testing.assert_close(by_basis.vectors[:, positive], whole.vectors[:, positive], rtol=0, atol=1e-8)
+    for found in (by_basis, whole):
+        torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(rank, dtype=torch.float64))
+        assert (second @ found.vectors - found.vectors * found.values).abs().max() < 1e-12 * second.trace()
+
+
+def test_which_random_eigenvectors_depends_on_seed_and_name_and_not_on_the_moment() -> None:
+    ones = torch.arange(1, 31, dtype=torch.float64)
+
+    def drawn(power: int, seed: int, name: str) -> list[int]:
+        values = solve(None, with_spectrum(ones**power, power), 6, "random", seed, name).values
+        return values.pow(1 / power).round().long().tolist()
+
+    assert drawn(1, 0, "a") == drawn(2, 0, "a")
+    assert drawn(1, 0, "a") != drawn(1, 1, "a")
+    assert drawn(1, 0, "a") != drawn(1, 0, "b")
+
+
+def test_solving_twice_gives_the_same_bits() -> None:
+    second = with_spectrum(torch.cat([torch.zeros(9), torch.linspace(1, 2, 8)]))
+    for select in SELECTS:
+        a, b = (solve(None, second.clone(), 6, select, 1, "layer") for _ in range(2))
+        assert torch.equal(a.vectors, b.vectors)
+        assert torch.equal(a.values, b.values)
+
+
+def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy() -> None:
+    subspace = solve(None, torch.zeros(6, 6, dtype=torch.float64), 3, "smallest", 0, "layer")
+    assert not subspace.values.any()
+    torch.testing.assert_close(subspace.vectors.T @ subspace.vectors, torch.eye(3, dtype=torch.float64))

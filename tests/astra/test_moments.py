@@ -160,3 +160,58 @@ def test_a_tall_weight_gives_a_small_problem_with_orthonormal_basis() -> None:
     torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
     y = x @ weight.double().T + bias.double()
     torch.testing.assert_close(basis @ small @ basis.T, y.T @ y / 30, rtol=1e-12, atol=1e-12)
+
+
+def test_the_moment_is_of_the_exact_output_and_not_of_the_models_rounded_one() -> None:
+    """In bf16 the rounded output is off by 1e-3; W x + b of the stored values in fp64 is what counts (method.md)."""
+    model, rows = make_model(True, torch.bfloat16), make_rows()
+    found, wanted = output_moments(model, measure(model, batches_of(rows, 1))), oracle(model, rows)
+    for name, second in wanted.items():  # the same bf16 forward, row by row: only fp64 rounding is left
+        assert (found[name] - second).norm() <= 1e-12 * second.norm(), name
+
+
+def test_any_tokens_may_be_left_out_and_only_those_are() -> None:
+    """`counted` is honoured token by token, also in the middle of a row, where the token still feeds the later ones."""
+    model, rows = make_model(True, torch.float64), make_rows()
+    batches = batches_of(rows, 1)
+    generator = torch.Generator().manual_seed(3)
+    for batch in batches:
+        batch["counted"] = torch.rand(batch["counted"].shape, generator=generator) < 0.6
+    statistics = measure(model, batches)
+    kept: dict[str, list[Tensor]] = {name: [] for name in linears_of(model)}
+    counted = torch.empty(0)
+    for name, linear in linears_of(model).items():
+
+        def hook(module: nn.Linear, args: tuple, name: str = name) -> None:
+            kept[name].append((args[0] @ module.weight.T + module.bias)[counted])
+
+        linear.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            counted = batch["counted"]
+            model(input_ids=batch["input_ids"])
+    for name, second in output_moments(model, statistics).items():
+        y = torch.cat(kept[name])
+        assert 0 < len(y) < sum(map(len, rows))
+        torch.testing.assert_close(second, y.T @ y / len(y), rtol=1e-12, atol=1e-12, msg=name)
+    assert {int(s.moment.count) for s in statistics} == {len(torch.cat(kept[name])) for name in kept}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "tokens"), [(4, 9, 30), (9, 9, 30), (9, 4, 30), (9, 4, 2), (4, 9, 2), (5, 4, 30)]
+)
+def test_both_statistics_give_the_moment_of_the_outputs(d_out: int, d_in: int, tokens: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(d_out)
+    weight = torch.randn(d_out, d_in, generator=generator)
+    offset = torch.randn(d_out, generator=generator) if bias else None
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) + 1  # a mean, or b m^T would vanish
+    y = x @ weight.double().T + (0 if offset is None else offset.double())
+    for of, vectors in (("input", x), ("output", y)):
+        moment = Moment.zeros(vectors.shape[1], torch.device("cpu"))
+        for part in vectors.split(7):
+            moment.add(part)
+        basis, small = factor(Statistic(["m"], of, moment), weight, offset)
+        assert small.dtype == torch.float64
+        second = small if basis is None else basis @ small @ basis.T
+        torch.testing.assert_close(second, y.T @ y / tokens, rtol=1e-12, atol=1e-12, msg=of)

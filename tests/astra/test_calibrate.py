@@ -1,0 +1,152 @@
+"""Calibration of a whole model gives each module the eigenvectors of its own outputs that the contract names."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from astra.calibrate import calibrate, second_moments
+from astra.eigen import EPS, Subspace, named_generator, select_indices
+from astra.errors import AstraError
+from astra.moments import Batch
+from astra.weights import TorchWeights
+
+SELECTS = ("smallest", "largest", "middle", "random")
+SEED = 3
+RANK = 4
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+
+
+def batches_of(lengths: Sequence[int], size: int) -> list[Batch]:
+    """Ragged rows of `lengths` tokens, `size` to a right-padded batch; row i is the same for every `size`."""
+    generator = torch.Generator().manual_seed(6)
+    rows = [torch.randint(50, (length,), generator=generator) for length in lengths]
+    made = []
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=9)
+        counted = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True).bool()
+        made.append(Batch(input_ids=ids, counted=counted))
+    return made
+
+
+def run(model: nn.Module, batches: list[Batch], select: str, rank: int = RANK) -> dict[str, Subspace]:
+    return calibrate(model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED)
+
+
+def outputs_of(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    """The oracle's activations: name -> W x + b in fp64 at every counted token, all of them in memory."""
+    kept: dict[str, list[Tensor]] = {}
+    counted = torch.empty(0)
+    handles = []
+    for name, linear in linears_of(model).items():
+
+        def hook(module: nn.Linear, args: tuple, name: str = name) -> None:
+            bias = 0 if module.bias is None else module.bias.double()
+            kept.setdefault(name, []).append((args[0].double() @ module.weight.double().T + bias)[counted])
+
+        handles.append(linear.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for batch in batches:
+            counted = batch["counted"]
+            model(input_ids=batch["input_ids"])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_module_gets_the_named_eigenvectors_of_its_outputs(
+    select: str, bias: bool, make_llama: Callable[..., nn.Module]
+) -> None:
+    model, batches = make_llama(torch.float64, bias=bias), batches_of([5, 9, 13, 6, 11, 7, 12], 3)
+    found, outputs = run(model, batches, select), outputs_of(model, batches)
+    assert found.keys() == outputs.keys()
+    assert len(found) == 14
+    for name, y in outputs.items():
+        second = y.T @ y / len(y)
+        spectrum, size = torch.linalg.eigvalsh(second).clamp(min=0), len(second)
+        indices = select_indices(select, size, RANK, named_generator(SEED, name))
+        # Both sides sum in fp64: they differ by a few hundred roundings of the largest eigenvalue.
+        slack = 10 * size * EPS * second.trace().item()
+        vectors, values = found[name].vectors, found[name].values
+        assert (vectors.shape, values.shape) == ((size, RANK), (RANK,))
+        assert (vectors.dtype, values.dtype) == (torch.float64, torch.float64)
+        torch.testing.assert_close(values, spectrum[indices], rtol=1e-9, atol=slack, msg=name)
+        torch.testing.assert_close(second @ vectors, vectors * values, rtol=0, atol=slack, msg=name)
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(RANK, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_fewer_tokens_than_dimensions_leave_eigenvalues_that_are_exactly_zero(
+    make_llama: Callable[..., nn.Module],
+) -> None:
+    model, batches = make_llama(torch.float64, bias=True), batches_of([5], 1)
+    found, outputs = run(model, batches, "smallest", rank=8), outputs_of(model, batches)
+    for name, y in outputs.items():
+        if y.shape[1] == 8:  # k_proj, v_proj: 8 outputs, 5 tokens, so three zero eigenvalues
+            assert (found[name].values == 0).tolist() == [True] * 3 + [False] * 5, name
+        else:
+            assert (found[name].values == 0).all(), name
+        null = found[name].vectors[:, found[name].values == 0]
+        assert (y @ null).abs().max() < 1e-12 * y.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_batch_size_does_not_change_the_energy(
+    dtype: torch.dtype, tolerance: float, make_llama: Callable[..., nn.Module]
+) -> None:
+    model, lengths = make_llama(dtype), [5, 9, 13, 6, 11, 7, 12]
+    one, many = (run(model, batches_of(lengths, size), "largest") for size in (1, 4))
+    for name in one:
+        torch.testing.assert_close(one[name].values.sum(), many[name].values.sum(), rtol=tolerance, atol=0)
+
+
+def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_was(
+    make_llama: Callable[..., nn.Module],
+) -> None:
+    model, batches = make_llama(), batches_of([5, 9, 13, 6, 11], 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dummy = Batch(input_ids=batches[0]["input_ids"], counted=torch.zeros_like(batches[0]["counted"]))
+    alone, padded = run(model, batches, "random"), run(model, [*batches, dummy], "random")
+    for name in alone:
+        assert torch.equal(alone[name].vectors, padded[name].vectors), name
+        assert torch.equal(alone[name].values, padded[name].values), name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_each_batch_is_run_once_through_the_progress_bar(make_llama: Callable[..., nn.Module]) -> None:
+    model, batches, seen = make_llama(), batches_of([5, 9, 13], 1), []
+
+    def progress(items: Sequence[Batch]) -> Iterator[Batch]:
+        for item in items:
+            seen.append(item["input_ids"].shape[1])
+            yield item
+
+    statistics = second_moments(model, linears_of(model), batches, progress)
+    assert seen == [5, 9, 13]
+    assert {int(statistic.moment.count) for statistic in statistics} == {27}
+
+
+def test_a_module_that_cannot_be_solved_is_named(make_llama: Callable[..., nn.Module]) -> None:
+    model, batches = make_llama(), batches_of([5, 9], 2)
+    with pytest.raises(AstraError, match=r"9 .*self_attn\.[kv]_proj") as error:
+        run(model, batches, "smallest", rank=9)
+    assert "\n" not in str(error.value)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 2] = float("inf")
+    with pytest.raises(AstraError, match=r"model\.layers\.1\.mlp\.(up|down)_proj") as error:
+        run(model, batches, "smallest")
+    assert "\n" not in str(error.value)
+
+
+def test_calibration_without_a_single_token_is_refused(make_llama: Callable[..., nn.Module]) -> None:
+    model, batch = make_llama(), batches_of([5], 1)[0]
+    batch["counted"] = torch.zeros_like(batch["counted"])
+    with pytest.raises(AstraError):
+        run(model, [batch], "smallest")
