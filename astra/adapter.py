@@ -113,6 +113,16 @@ def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str,
     }
 
 
+def write_factors(
+    layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
+) -> None:
+    """Set A and B of every layer, and nothing else, to `factors` (see initialise). Collective."""
+    for name, layer in layers.items():
+        parameters = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        for parameter, value in zip(parameters, factors(name, layer.base_layer.weight), strict=True):
+            weights.write(parameter, value)
+
+
 def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, Factors]:
     """`s (B A - B0 A0)` as a rank-2r LoRA of the ORIGINAL base: A' = [A; A0], B' = [B, -B0].
 

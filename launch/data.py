@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from astra.moments import Batch
+from launch import watch
 from launch.errors import UserError
 from launch.recipe import Data
 
@@ -140,6 +141,7 @@ def tokenise(rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, ma
     starts: list[int] = []
     num_cut = num_left_out = 0
     for first in tqdm(range(0, len(rows), CHUNK), desc="tokenise", unit="k rows", disable=not sys.stderr.isatty()):
+        watch.mark()
         chunk = rows[first : first + CHUNK]
         prompts = encode(tokenizer, [prompt(instruction) for instruction, _ in chunk])
         wholes = encode(tokenizer, [prompt(instruction) + answer + "\n" for instruction, answer in chunk])

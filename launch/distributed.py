@@ -12,27 +12,37 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from launch.errors import USER_ERRORS, UserError
+from launch import watch
+from launch.errors import USER_ERRORS, RankError, UserError
 
 T = TypeVar("T")
 
 
-def start() -> torch.device:
-    """Start the process group (nccl on GPUs, gloo on CPUs) and return this rank's device.
+# Collectives themselves never time out: launch.watch ends a job whose ranks are gone or stall, and says which.
+FOREVER = timedelta(days=30)
+STALL = 600.0  # seconds
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is the only rank. On CPUs the
-    cores are shared out among the ranks of the machine unless OMP_NUM_THREADS is set.
+
+def start(stall: float = STALL) -> torch.device:
+    """Start the process group (nccl on GPUs, gloo on CPUs) and the watch over it; return this rank's device.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set; under srun, Slurm's own
+    variables and MASTER_ADDR, MASTER_PORT; without any this is the only rank. On CPUs the cores are shared out among
+    the ranks of the machine unless OMP_NUM_THREADS is set.
+
+    Args:
+        stall: seconds, after which ranks that have not come, or make no progress, are given up.
+
+    Raises:
+        RankError: the ranks did not find each other.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # from inside deepspeed and transformers, every call
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = port
+        os.environ |= _slurm_ranks() if "SLURM_STEP_ID" in os.environ else _only_rank()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -43,13 +53,51 @@ def start() -> torch.device:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    # Rank 0 reads and tokenises the data while the others wait in a collective: longer than the default ten minutes.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=stall)))
+    except dist.DistError as error:
+        raise RankError(f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}") from None
+    watch.start(store, rank, world_size, stall)
+    try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+    except dist.DistError as error:
+        raise RankError(
+            f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank within {stall:.0f} s: "
+            f"{_first_line(error)}"
+        ) from None
     return device
 
 
+def _only_rank() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def _slurm_ranks() -> dict[str, str]:
+    """One rank a task of `srun`."""
+    of = os.environ
+    if "MASTER_ADDR" not in of and int(of.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+        raise UserError("MASTER_ADDR: set it to the first node's name before srun (see launch/cluster/slurm.sbatch)")
+    tasks = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    found = {name: of[variable] for name, variable in tasks.items()}
+    # "4", "4(x2)" or "4(x2),1": tasks of each node.
+    found["LOCAL_WORLD_SIZE"] = of["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]
+    port = 20000 + int(of["SLURM_JOB_ID"]) % 20000
+    return found | {"MASTER_ADDR": of.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": of.get("MASTER_PORT", str(port))}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, when all ranks have come this far."""
+    dist.barrier()
+    watch.quiet()
     dist.destroy_process_group()
 
 
@@ -67,17 +115,19 @@ def on_rank0(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except USER_ERRORS as error:
             outcome[1] = str(error)
+        except OSError as error:  # a disk that is full, a folder that is gone
+            outcome[1] = f"{error.filename or 'file'}: {error.strerror or error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
 
 
-def all_reduce_sum(value: float, device: torch.device) -> float:
-    """The sum of `value` over the ranks, in fp64. Collective."""
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """The sum of each of `values` over the ranks, in fp64. Collective."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return total.item()
+    return total.tolist()
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:

@@ -7,10 +7,15 @@ from collections.abc import Callable
 
 from astra.errors import AstraError
 from eval.errors import EvalError
+from launch import watch
 
 
 class UserError(ValueError):
     """Something the user can mend; the message names the field, file or row and what to do."""
+
+
+class RankError(UserError):
+    """What one rank alone finds, when it cannot reach the others."""
 
 
 USER_ERRORS = (UserError, AstraError, EvalError)
@@ -18,19 +23,26 @@ USER_ERRORS = (UserError, AstraError, EvalError)
 
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process: 0, or for a user error one line on rank 0 and 2 on every rank.
+    1 is for faults that a new start may not meet.
 
     Every rank meets the same error (what one rank alone finds is broadcast first). A launcher stops the other ranks as
-    soon as one ends, so they wait for rank 0, which has the line to print.
+    soon as one ends, so they wait for rank 0, which has the line to print. An error that comes of another rank being
+    gone ends with launch.watch's line about that rank.
     """
     code = 0
     try:
         main()
     except USER_ERRORS as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        watch.quiet()
+        alone = isinstance(error, RankError)
+        if alone or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)
-        code = 2
+        code = 1 if alone else 2
+    except RuntimeError:
+        watch.explain()
+        raise
     # Not sys.exit: process groups that DeepSpeed still refers to live on into the teardown of C++ objects, which then
     # aborts a finished rank now and then ("terminate called without an active exception", seen with 4 gloo ranks).
     sys.stdout.flush()

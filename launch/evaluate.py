@@ -48,9 +48,11 @@ def main() -> None:
     from launch import export, quickstart, tracking
     from launch.distributed import on_rank0, start, stop
     from launch.engines import make_engine
+    from launch.files import write_json
     from launch.hub import fetch_model, load_tokenizer, weights_hash
-    from launch.inputs import make_folder, resolve_dtype
+    from launch.inputs import resolve_dtype
     from launch.recipe import section
+    from launch.run_folder import make_folder
     from launch.scoring import describe, read_problems, score
 
     device = start()
@@ -90,7 +92,7 @@ def main() -> None:
             "scores": scores,
             "conditions": tracking.conditions(dist.get_world_size(), device),
         }
-        tracking.write_json(arguments.output / "results.json", results)
+        write_json(arguments.output / "results.json", results)
         print(describe(scores))
         print(f"generations: {arguments.output / 'generations.jsonl'}")
     stop()

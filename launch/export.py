@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from astra import adapter
 from astra.adapter import Factors
 from astra.eigen import Subspace
+from launch.files import write_json
 from launch.recipe import Recipe
-from launch.tracking import write_json
 
 WARNING = (
     "This adapter is valid only on the residual base W_res, which is rebuilt from the original base and ../astra_init. "

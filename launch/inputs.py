@@ -1,17 +1,26 @@
-"""What a run starts from: the run folder, a local model folder, and tokens, checked on rank 0."""
+"""What a run starts from: a local model folder and tokens, checked and prepared once on every node."""
 
 import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from launch import quickstart
 from launch.data import TokenSet, read_rows, tokenise
 from launch.distributed import on_rank0
-from launch.errors import UserError
+from launch.errors import USER_ERRORS, UserError
+from launch.files import write_json
 from launch.hub import commit_of, fetch_model, load_tokenizer, weights_hash
 from launch.recipe import Recipe
 
@@ -28,67 +37,87 @@ class Inputs:
     data: dict  # path, rows and hash of the tokens
 
 
-def open_run(folder: Path, recipe_yaml: str) -> bool:
-    """Make the run folder and write recipe.yaml; True if the folder already holds this very run, finished.
-
-    Raises UserError if it holds another run or other files, or cannot be written.
-    """
-    recipe_path = folder / "recipe.yaml"
-    make_folder(folder)
-    if recipe_path.is_file() and (folder / "results.json").is_file():
-        if recipe_path.read_text() == recipe_yaml:
-            return True
-        raise UserError(f"--output: {folder} holds a finished run of another recipe; choose another folder")
-    if not recipe_path.is_file() and any(folder.iterdir()):
-        raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
-    recipe_path.write_text(recipe_yaml)
-    return False
-
-
-def make_folder(folder: Path) -> None:
-    """Make an output folder, if need be. Raises UserError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output: cannot write {folder}: {error.strerror}") from None
-
-
 def prepare(recipe: Recipe, device: torch.device) -> Inputs:
-    """Resolve, check and tokenise the inputs of `recipe`; rank 0 does it and hands the result on. Collective."""
-    wanted = (recipe.model.name, recipe.model.revision)
-    recipe = quickstart.resolve(recipe, device)
-    model_path = on_rank0(lambda: fetch_model(recipe.model.name, recipe.model.revision))
-    if not model_path.is_dir():  # a node that does not share rank 0's disk
-        model_path = fetch_model(recipe.model.name, recipe.model.revision)
+    """Resolve, check and tokenise the inputs of `recipe`. Collective.
 
-    def read() -> tuple[TokenSet, dict, dict]:
-        tokenizer = load_tokenizer(model_path)
-        context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
-        if context and recipe.data.max_length > context:
-            raise UserError(
-                f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
-                "lower it"
-            )
-        tokens = tokenise(read_rows(recipe.data), tokenizer, recipe.data.max_length)
-        commit = commit_of(model_path)
-        base = {
+    Local rank 0 of every node does it, and the node's other ranks wait for its file: not in a collective, which could
+    time out, and with no shared disk needed.
+
+    Raises:
+        UserError: on every rank, what any node finds wrong; or the nodes' data or weights differ.
+    """
+    recipe = quickstart.resolve(recipe, device)
+    name = on_rank0(lambda: f"astra-{secrets.token_hex(8)}")
+    scratch = Path(tempfile.gettempdir()) / name
+    outcome_path = scratch / "outcome.json"
+    local_rank0 = int(os.environ["LOCAL_RANK"]) == 0
+    if local_rank0:
+        scratch.mkdir(mode=0o700)
+        try:
+            outcome = _prepare_node(recipe, scratch) | {"error": None}
+        except USER_ERRORS as error:
+            outcome = {"error": str(error)}
+        write_json(outcome_path, outcome)
+    while not outcome_path.is_file():
+        time.sleep(0.1)
+    outcome = json.loads(outcome_path.read_text(encoding="utf-8"))
+    outcomes = [outcome] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for other in outcomes:
+        if other["error"]:
+            raise UserError(other["error"])
+        for field, part, key in (("data.path", "data", "tokens_sha256"), ("model.name", "base", "weights_sha256")):
+            if other[part][key] != outcomes[0][part][key]:
+                raise UserError(f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it")
+    tensors = load_file(scratch / "tokens.safetensors")
+    dist.barrier()
+    if local_rank0:
+        shutil.rmtree(scratch)  # the tensors stay: their file is open
+    return Inputs(
+        recipe,
+        Path(outcome["model_path"]),
+        resolve_dtype(recipe.model.dtype, device),
+        TokenSet(**tensors, num_cut=outcome["num_cut"], num_left_out=outcome["num_left_out"]),
+        outcomes[0]["base"],
+        outcomes[0]["data"],
+    )
+
+
+def _prepare_node(recipe: Recipe, scratch: Path) -> dict:
+    """What `prepare` hands on; the tokens go to `scratch`/tokens.safetensors."""
+    model_path = fetch_model(recipe.model.name, recipe.model.revision)
+    tokenizer = load_tokenizer(model_path)
+    context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+    if context and recipe.data.max_length > context:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
+            "lower it"
+        )
+    tokens = tokenise(read_rows(recipe.data), tokenizer, recipe.data.max_length)
+    tensors = {"tokens": tokens.tokens, "offsets": tokens.offsets, "answer_starts": tokens.answer_starts}
+    save_file(tensors, scratch / "tokens.safetensors")
+    content = hashlib.sha256()
+    for tensor in tensors.values():
+        content.update(tensor.numpy())
+    commit = commit_of(model_path)
+    return {
+        "host": socket.gethostname(),
+        "model_path": str(model_path),
+        "num_cut": tokens.num_cut,
+        "num_left_out": tokens.num_left_out,
+        "base": {
             "name": recipe.model.name,
-            "revision": commit or wanted[1],
+            "revision": commit or recipe.model.revision,
             "revision_verified": commit is not None,
             "weights_sha256": weights_hash(model_path),
-        }
-        data = {
+        },
+        "data": {
             "path": recipe.data.path,
             "revision": recipe.data.revision,
             "rows": len(tokens),
-            "tokens_sha256": hashlib.sha256(tokens.tokens.numpy().tobytes()).hexdigest(),
-        }
-        return tokens, base, data
-
-    tokens, base, data = on_rank0(read)
-    return Inputs(recipe, model_path, resolve_dtype(recipe.model.dtype, device), tokens, base, data)
+            "tokens_sha256": content.hexdigest(),
+        },
+    }
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

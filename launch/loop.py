@@ -1,5 +1,6 @@
 """The training loop: whatever the engine and world size, the same steps and the same losses."""
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch import watch
 from launch.data import TokenSet, collate, deal
 from launch.distributed import all_reduce_sum
-from launch.engines.base import Engine
+from launch.engines.base import Engine, Stepper
 from launch.errors import UserError
 from launch.recipe import Train
 
@@ -26,7 +28,7 @@ class Metrics(TypedDict):
     lr: float
     tokens: int  # answer tokens of the step, over all ranks
     tokens_per_second: float  # answer tokens, over all ranks
-    seconds: float  # since the first step began
+    seconds: float  # spent in training steps so far, over all starts of the run
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -48,51 +50,69 @@ def answer_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def micro_batches(settings: Train) -> tuple[int, int]:
+    """Rows of one forward pass of a rank, and how many passes accumulate to one optimiser step."""
+    world_size = dist.get_world_size()
+    micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / world_size))
+    return micro_batch, math.ceil(settings.global_batch / (micro_batch * world_size))
+
+
+def make_stepper(engine: Engine, model: nn.Module, settings: Train) -> Stepper:
+    """AdamW over the parameters of `model` that require gradients, in the engine's hands. Collective."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return engine.training(model, optimizer, settings.max_grad_norm, micro_batches(settings)[1])
+
+
 def train(
-    engine: Engine,
-    model: nn.Module,
+    stepper: Stepper,
     tokens: TokenSet,
     steps: Sequence[Sequence[int]],
     settings: Train,
+    device: torch.device,
+    done: Sequence[Metrics] = (),
 ) -> Iterator[Metrics]:
-    """Train the parameters of `model` that require gradients with AdamW, one optimiser step for each item of `steps`.
+    """One optimiser step for each item of `steps` after those already `done`.
 
     Collective. A step's loss is the mean over all its answer tokens: n of them are counted over all ranks and micro
     batches, each micro batch's summed loss is multiplied by world_size / n, and the engine averages gradients over
     ranks. So neither world size nor micro batch changes the loss curve, beyond rounding.
 
+    When a rank is asked to stop (launch.watch), all ranks end after the same step.
+
     Raises:
         UserError: on every rank, when the loss or the gradient norm is not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / world_size))
-    accumulation = math.ceil(settings.global_batch / (micro_batch * world_size))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    stepper = engine.training(model, optimizer, settings.max_grad_norm, accumulation)
-    model.train()
-    start = before = time.perf_counter()
+    micro_batch, accumulation = micro_batches(settings)
+    stepper.model.train()
+    before = time.perf_counter()
+    seconds = done[-1]["seconds"] if done else 0.0
     lengths = tokens.lengths()
-    for step, rows in enumerate(steps):
+    for step, rows in enumerate(steps[len(done) :], start=len(done)):
+        watch.mark(f"training step {step + 1}")
+        torch.manual_seed(_dropout_seed(settings.seed, step, rank))
         answer_tokens = tokens.answer_tokens(rows)
         rows = sorted(rows, key=lambda row: -lengths[row])  # rows of like length together: less padding, the same sum
         share = deal(rows, rank, world_size, micro_batch)
         share += [[None] * micro_batch] * (accumulation - len(share))  # a short last step
         summed = 0.0
         for micro_rows in share:
-            batch, labels = collate(tokens, micro_rows, engine.device)
+            batch, labels = collate(tokens, micro_rows, device)
             loss = answer_loss(stepper.model, batch["input_ids"], labels)
             stepper.backward(loss * (world_size / answer_tokens))
             summed += loss.detach().double()
         step_lr = learning_rate(step, len(steps), settings.lr, settings.warmup_ratio)
         grad_norm = stepper.step(step_lr)
-        loss_value = all_reduce_sum(float(summed), engine.device) / answer_tokens
+        total, stopping = all_reduce_sum([float(summed), float(watch.stopping())], device)
+        loss_value = total / answer_tokens
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise UserError(
                 f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: not finite; lower train.lr "
                 "or check the data"
             )
         now = time.perf_counter()
+        seconds += now - before
         yield Metrics(
             step=step + 1,
             loss=loss_value,
@@ -100,6 +120,13 @@ def train(
             lr=step_lr,
             tokens=answer_tokens,
             tokens_per_second=answer_tokens / (now - before),
-            seconds=now - start,
+            seconds=seconds,
         )
-        before = now
+        if stopping:
+            return
+        before = time.perf_counter()  # what the caller does between steps (a checkpoint) is not training
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of one step on one rank: a run that goes on from a checkpoint draws what the undisturbed one would have."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big", signed=True)

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
 
+from launch import watch
 from launch.data import TokenSet, prompt, step_rows
 from launch.distributed import on_rank0
 from launch.engines import make_engine
-from launch.loop import train
+from launch.files import write_json
+from launch.loop import make_stepper, train
 from launch.recipe import Recipe, Train, validate
-from launch.tracking import progress, write_json
+from launch.tracking import progress
 
 NAME = "quickstart"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
@@ -106,7 +108,8 @@ def make(folder: Path, device: torch.device) -> None:
     model = LlamaForCausalLM(config).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
     steps = list(step_rows(len(tokens), PRETRAINING.global_batch, 1, STEPS, SEED))
-    metrics = train(engine, model, tokens, steps, PRETRAINING)
+    watch.stage("pretraining", timed=True)
+    metrics = train(make_stepper(engine, model, PRETRAINING), tokens, steps, PRETRAINING, device)
     for metric in progress(metrics, STEPS, "pretrain", dist.get_rank()):
         last = metric
     on_rank0(lambda: _write(folder, model, tokenizer_model, last["loss"]))

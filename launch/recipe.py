@@ -88,6 +88,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations: less memory, a third more time; auto is true on GPUs, false on CPUs"
     )
+    checkpoint_every: int = Field(100, ge=1, description="optimiser steps between checkpoints; start and end have one")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay in the run folder")
 
 
 class Eval(Section):
@@ -108,9 +110,10 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     train: Train = Train()
     eval: Eval = Eval()
-    engine: Literal["zero3", "fsdp", "zero2", "single"] = Field(
+    engine: Literal["zero3", "zero3_offload", "fsdp", "zero2", "single"] = Field(
         "zero3",
-        description="zero3 and fsdp shard everything; zero2 keeps the base whole on each rank; single is one process",
+        description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the CPUs' memory; "
+        "zero2 keeps the base whole on each rank; single is one process",
     )
 
 
@@ -142,6 +145,22 @@ def section(kind: type[SectionT], **values: Any) -> SectionT:
 def to_yaml(recipe: Recipe) -> str:
     """Every field, resolved; `read` takes it back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def difference(old: Recipe, new: Recipe, ignore: tuple[str, ...] = ()) -> str | None:
+    """The first field whose values differ, as `section.field (old, now new)`; None if there is none."""
+
+    def flat(recipe: Recipe) -> dict[str, Any]:
+        values = {}
+        for name, value in recipe.model_dump().items():
+            values |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        return values
+
+    before, after = flat(old), flat(new)
+    for name, value in after.items():
+        if before[name] != value and name not in ignore and name.split(".")[0] not in ignore:
+            return f"{name} ({_yaml(before[name])}, now {_yaml(value)})"
+    return None
 
 
 def field_help() -> str:

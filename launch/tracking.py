@@ -5,12 +5,16 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from launch import watch
+from launch.distributed import on_rank0
+from launch.files import write_text
 from launch.loop import Metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,40 +24,45 @@ PACKAGES = ["torch", "transformers", "deepspeed", "peft", "datasets", "tokenizer
 
 def progress(items: Iterable, total: int, description: str, rank: int) -> Iterator:
     """`items` with a progress bar on rank 0; ten plain lines where the output is not a terminal."""
-    if rank != 0:
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=description)
-        return
     every = max(1, total // 10)
-    for done, item in enumerate(items, start=1):
+    terminal = sys.stderr.isatty()
+    bar = tqdm(items, total=total, desc=description, disable=rank != 0 or not terminal)
+    for done, item in enumerate(bar, start=1):
+        watch.mark(f"{description} {done}/{total}")
         yield item
-        if done % every == 0 or done == total:
+        if rank == 0 and not terminal and (done % every == 0 or done == total):
             print(f"{description}: {done}/{total}", flush=True)
 
 
-def track(metrics: Iterable[Metrics], total: int, folder: Path, rank: int) -> list[Metrics]:
-    """Run a training to its end; rank 0 writes each step to metrics.jsonl as it comes and shows progress."""
-    steps: list[Metrics] = []
-    if rank != 0:
-        return list(metrics)
+def track(metrics: Iterable[Metrics], done: list[Metrics], total: int, folder: Path, rank: int) -> Iterator[Metrics]:
+    """The steps of a training as they come; rank 0 writes each to metrics.jsonl and shows progress. Collective.
+
+    Args:
+        done: the steps of earlier starts, which come first in the file.
+        total: steps of the whole run.
+    """
     terminal = sys.stderr.isatty()
     every = max(1, total // 10)
-    with (folder / "metrics.jsonl").open("w") as file, tqdm(total=total, desc="train", disable=not terminal) as bar:
-        for step in metrics:
-            steps.append(step)
+    path = folder / "metrics.jsonl"
+    on_rank0(lambda: write_text(path, "".join(json.dumps(step) + "\n" for step in done)))
+    bar = tqdm(total=total, initial=len(done), desc="train", disable=rank != 0 or not terminal)
+
+    def write(step: Metrics) -> None:
+        with path.open("a") as file:
             file.write(json.dumps(step) + "\n")
-            file.flush()
-            bar.update()
-            bar.set_postfix_str(f"loss {step['loss']:.4f}")
-            if not terminal and (step["step"] % every == 0 or step["step"] in (1, total)):
-                print(
-                    f"train: {step['step']}/{total} loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} "
-                    f"lr {step['lr']:.2e} {step['tokens_per_second']:.0f} answer tokens/s",
-                    flush=True,
-                )
-    return steps
+        bar.update()
+        bar.set_postfix_str(f"loss {step['loss']:.4f}")
+        if not terminal and (step["step"] % every == 0 or step["step"] in (1, total)):
+            print(
+                f"train: {step['step']}/{total} loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} "
+                f"lr {step['lr']:.2e} {step['tokens_per_second']:.0f} answer tokens/s",
+                flush=True,
+            )
+
+    with bar:
+        for step in metrics:
+            on_rank0(partial(write, step))
+            yield step
 
 
 def plot(runs: dict[str, list[Metrics]], folder: Path) -> list[Path]:
@@ -103,10 +112,3 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Indented JSON, written beside and renamed, so that the file is whole or absent."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(path)

@@ -1,4 +1,4 @@
-"""From a recipe to a trained, exported and evaluated adapter."""
+"""From a recipe to a trained, exported and evaluated adapter. Started again, it goes on from its last checkpoint."""
 
 import sys
 from pathlib import Path
@@ -25,6 +25,13 @@ def main() -> None:
     )
     parser.add_argument("--engine", help="short for --set engine=ENGINE")
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="end the run when no rank makes progress for so long, or ranks do not come (default %(default)s)",
+    )
     arguments = parser.parse_args()
     engine = [f"engine={arguments.engine}"] if arguments.engine else []
     recipe = read(arguments.recipe, arguments.set + engine)
@@ -32,7 +39,7 @@ def main() -> None:
 
     from launch.pipeline import fine_tune  # takes seconds, so only when the recipe is known to be good
 
-    fine_tune(recipe, name, arguments.output or Path("runs") / name)
+    fine_tune(recipe, name, arguments.output or Path("runs") / name, arguments.stall)
 
 
 if __name__ == "__main__":

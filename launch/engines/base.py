@@ -1,5 +1,6 @@
 """The small interface behind which DeepSpeed, and whatever else shards a model, stands."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -22,6 +23,17 @@ class Stepper(Protocol):
 
     def step(self, lr: float) -> float:
         """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping."""
+        ...
+
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """AdamW's whole exp_avg and exp_avg_sq of a parameter, fp32, on every rank. Collective; after a step."""
+        ...
+
+    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        """Set AdamW's state to that after `step` steps: (parameter, whole exp_avg, whole exp_avg_sq) of each.
+
+        Collective; before the first step, with the same values on every rank.
+        """
         ...
 
 

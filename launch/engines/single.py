@@ -1,6 +1,6 @@
 """Plain PyTorch: every rank holds the whole model. Trains in one process; more ranks may only evaluate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
+
+WEIGHTS = TorchWeights()
 
 
 class TorchStepper:
@@ -30,6 +32,18 @@ class TorchStepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        state = self.optimizer.state[parameter]
+        return WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
+
+    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        for parameter, *values in moments:
+            state = {"step": torch.tensor(float(step))}
+            for kind, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+                state[kind] = torch.zeros_like(parameter, requires_grad=False)
+                WEIGHTS.write(state[kind], value)
+            self.optimizer.state[parameter] = state
 
 
 class SingleEngine(TorchWeights):

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO, from ds_configs/: stage 3 shards the base as it is loaded; stage 2 shards gradients and optimiser."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,13 +9,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as compatible_ops
-from deepspeed.utils import nvtx
+from deepspeed.utils import nvtx, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
 
+KINDS = ("exp_avg", "exp_avg_sq")
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
@@ -37,6 +38,22 @@ class ZeroStepper:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        return tuple(safe_get_full_optimizer_state(parameter, kind) for kind in KINDS)
+
+    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        zero, adam = self.optimizer, self.optimizer.optimizer
+        # AdamW makes its state in its first step; DeepSpeed's own functions below only fill it.
+        sharded = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
+        for shard in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
+            adam.state[shard] = {kind: torch.zeros_like(shard, requires_grad=False) for kind in KINDS}
+            adam.state[shard]["step"] = torch.tensor(float(step))
+        if not sharded:
+            zero._lazy_init_hp_params_optimizer_state()
+        for parameter, *values in moments:
+            for kind, value in zip(KINDS, values, strict=True):
+                safe_set_full_optimizer_state(parameter, value, kind)
 
 
 class ZeroEngine:
