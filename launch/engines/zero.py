@@ -62,9 +62,10 @@ class ZeroEngine:
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.config = json.loads((CONFIGS / f"{name}.json").read_text())
-        self.config["bf16"] = {"enabled": dtype == torch.bfloat16}
         self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
         self.sharded = self.config["zero_optimization"]["stage"] == 3
+        # Stage 3 takes the base's dtype from here. Elsewhere it would cast the adapters, which are to stay in fp32.
+        self.config["bf16"] = {"enabled": self.sharded and dtype == torch.bfloat16}
         # The other form compares the shapes of saved weights, which stage 3 has let go of by then.
         self.reentrant = self.sharded
         # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
