@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -164,10 +165,36 @@ def load(folder: Path) -> tuple[dict[str, Factors], float]:
     return factors, config["lora_alpha"] / config["r"]
 
 
+def attach_saved(model: nn.Module, folder: Path) -> PeftModel:
+    """`model` with the layers of the PEFT LoRA in `folder`, whose values `write_saved` sets once they have storage."""
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != PeftType.LORA:
+        raise AstraError(f"--adapter: {folder} is a {config.peft_type.value} adapter, not a LoRA; it cannot be loaded")
+    config.init_lora_weights = True  # PEFT would change the base for a data-driven initialisation
+    return get_peft_model(model, config)
+
+
+def write_saved(model: PeftModel, folder: Path, weights: Weights) -> None:
+    """Set the LoRA factors of `model` to those in `folder`. Collective.
+
+    Raises AstraError unless `folder` holds just the factors that its own config names.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AstraError(f"--adapter: {folder} has no {path.name}")
+    wanted = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    found = {re.sub(r"\.weight$", f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()}
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise AstraError(f"--adapter: {path} does not fit the model and adapter_config.json: {odd[0]}")
+    for name, parameter in wanted.items():
+        weights.write(parameter, found[name])
+
+
 def subtract(model: nn.Module, initial: Mapping[str, Factors], scaling: float, weights: Weights) -> None:
     """Turn the original base into `W_res`, rebuilt from the stored A0, B0 as `initialise` made it. Collective."""
     for name, (a0, b0) in initial.items():
-        parameter = model.get_submodule(name).weight
+        module = model.get_submodule(name)
+        parameter = getattr(module, "base_layer", module).weight
         weight = weights.read(parameter)
         product = scaling * (b0.double() @ a0.double()).to(weight.device)
         weights.write(parameter, (weight.double() - product).to(weight.dtype))

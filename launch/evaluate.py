@@ -34,18 +34,17 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         default="single",
-        choices=["single", "zero3"],
-        help="single: every rank holds the whole model; zero3: ranks hold shards (default %(default)s)",
+        choices=["single", "zero3", "fsdp"],
+        help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards (default %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and generations.jsonl")
     arguments = parser.parse_args()
     suites = arguments.suite or ["gsm8k"]
 
     import torch.distributed as dist
-    from peft import PeftModel
 
     from astra import adapter
-    from launch import export, quickstart, tracking
+    from launch import export, quickstart, tracking, watch
     from launch.distributed import on_rank0, start, stop
     from launch.engines import make_engine
     from launch.files import write_json
@@ -77,10 +76,15 @@ def main() -> None:
     tokenizer = load_tokenizer(path)
     engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
     model = engine.load(str(path))
-    if made_for and made_for["on"] == "residual":
-        adapter.subtract(model, *adapter.load(arguments.adapter.parent / "astra_init"), engine)
     if arguments.adapter:
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+        model = adapter.attach_saved(model, arguments.adapter)
+        with engine.inference(model):  # FSDP2 shards and loads the base here
+            pass
+        adapter.write_saved(model, arguments.adapter, engine)
+    if made_for and made_for["on"] == "residual":
+        base_model = model.get_base_model()
+        adapter.subtract(base_model, *adapter.load(arguments.adapter.parent / "astra_init"), engine)
+    watch.stage("scoring", timed=True)
     with engine.inference(model):
         scores = score(engine, model, tokenizer, problems, settings, arguments.output)
     if dist.get_rank() == 0:

@@ -13,12 +13,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.faults import ENGINES, Run, command
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "python": [sys.executable],
     "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"],
     "torchrun": [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node"],
 }
+FAULT_SETTINGS = [
+    "train.max_steps=12",
+    "train.checkpoint_every=3",
+    "train.keep=9",
+    "adapter.dropout=0.1",
+    "eval.suites=[]",
+    "train.micro_batch=3",
+]
 Launch = Callable[..., subprocess.CompletedProcess]
 
 
@@ -141,5 +151,29 @@ def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFacto
             launch("launch/train.py", "--recipe", recipe, *options, "--output", folder, ranks=ranks, launcher=launcher)
             made[key] = folder
         return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def arguments(recipe: Path) -> list[object]:
+    return ["--recipe", recipe, *(word for setting in FAULT_SETTINGS for word in ("--set", setting))]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that nothing disturbed, by engine."""
+    made: dict[str, Path] = {}
+
+    def run(engine: str) -> Path:
+        if engine not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            launcher, ranks = ENGINES[engine]
+            line = command(launcher, ranks, *arguments, "--engine", engine, "--output", folder / "run")
+            started = Run(line, folder / "log")
+            started.wait()
+            assert started.launcher.returncode == 0, started.output()[-3000:]
+            made[engine] = folder / "run"
+        return made[engine]
 
     return run

@@ -238,13 +238,13 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     run = run_of(trained, LAUNCHES[1])
     common = ["--data-dir", data, "--max-new-tokens", "12"]
     outputs = []
-    for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3")):
-        options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / name]
+    for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3"), ("adapter", 3, "fsdp")):
+        options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / engine]
         launch("launch/evaluate.py", *options, *common, ranks=ranks)
-        lines = (tmp_path / name / "generations.jsonl").read_text().splitlines()
+        lines = (tmp_path / engine / "generations.jsonl").read_text().splitlines()
         outputs.append([json.loads(line)["output"] for line in lines])
     trained_outputs = [json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()]
-    assert outputs == [trained_outputs, trained_outputs]
+    assert outputs == [trained_outputs] * 3
 
     other = tmp_path / "other"
     model = load_base(base)

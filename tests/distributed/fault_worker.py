@@ -1,0 +1,55 @@
+"""launch/train.py with one fault planted: `fault_worker.py POINT <arguments of train.py>`.
+
+Real faults of real processes: the rank kills itself with SIGKILL, or hangs, at a point that a killer outside could
+only hit by luck.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch import calibration, checkpoint, export, loop, pipeline, train, watch
+from launch.errors import run
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def plant(module: object, name: str, rank: int, call: int, fault: Callable[[], None]) -> None:
+    """On `rank`, call number `call` (from 1) of `module.name` meets the fault instead."""
+    original, calls = getattr(module, name), [0]
+
+    def planted(*arguments: object, **keywords: object) -> object:
+        calls[0] += 1
+        if calls[0] == call and int(os.environ["RANK"]) == rank:
+            fault()
+        return original(*arguments, **keywords)
+
+    setattr(module, name, planted)
+
+
+POINTS = {
+    "none": lambda: None,  # the fault comes from outside; the wait for it is short all the same
+    "calibration": lambda: plant(calibration, "collate", 1, 2, die),
+    "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
+    "export": lambda: plant(export, "write_json", 0, 3, die),  # calibration's manifest, the first adapter, then this
+    "stall": lambda: plant(loop, "collate", 1, 9, hang),
+    "freeze": lambda: plant(loop, "collate", 1, 9, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+}
+
+if __name__ == "__main__":
+    assert pipeline  # imported before the fault is planted
+    POINTS[next(argument for argument in sys.argv if argument in POINTS)]()
+    sys.argv = [argument for argument in sys.argv if argument not in POINTS]
+    watch.SILENCE = 8.0
+    run(train.main)
