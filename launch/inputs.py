@@ -47,11 +47,10 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         UserError: on every rank, what any node finds wrong; or the nodes' data or weights differ.
     """
     recipe = quickstart.resolve(recipe, device)
-    name = on_rank0(lambda: f"astra-{secrets.token_hex(8)}")
-    scratch = Path(tempfile.gettempdir()) / name
+    launch, owner = on_rank0(lambda: secrets.token_hex(8)), _node_owner()
+    scratch = Path(tempfile.gettempdir()) / f"astra-{launch}-{owner}"
     outcome_path = scratch / "outcome.json"
-    local_rank0 = int(os.environ["LOCAL_RANK"]) == 0
-    if local_rank0:
+    if owner == dist.get_rank():
         scratch.mkdir(mode=0o700)
         try:
             outcome = _prepare_node(recipe, scratch) | {"error": None}
@@ -71,7 +70,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
                 raise UserError(f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it")
     tensors = load_file(scratch / "tokens.safetensors")
     dist.barrier()
-    if local_rank0:
+    if owner == dist.get_rank():
         shutil.rmtree(scratch)  # the tensors stay: their file is open
     return Inputs(
         recipe,
@@ -81,6 +80,15 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         outcomes[0]["base"],
         outcomes[0]["data"],
     )
+
+
+def _node_owner() -> int:
+    """The rank that prepares for this rank's node: its local rank 0. Collective."""
+    rank, places = dist.get_rank(), [None] * dist.get_world_size()
+    dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
+    # Hosts may share a name (containers); then the nearest below is the one of the same host.
+    owners = [other for other in range(rank + 1) if places[other] == (places[rank][0], 0)]
+    return owners[-1] if owners else rank
 
 
 def _prepare_node(recipe: Recipe, scratch: Path) -> dict:

@@ -32,6 +32,7 @@ BEAT = 1.0  # seconds between two reports
 SILENCE = 60.0  # seconds without a report, after which a rank is given up: its machine or network is gone
 SHORT_SILENCE = 6.0  # the same once a collective has failed, or a launcher stops the ranks because one is gone
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/")  # code that waits for other ranks
 WAITS = ", waits for other ranks"
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
 
@@ -180,9 +181,11 @@ class _Seen:
         quiet = time.monotonic() - self.progress
         if quiet < limit or not all(report["timed"] for report in self.reports.values()):
             return None
-        # Ranks that wait for another are inside a collective; the one they wait for is not.
+        # The one that the others wait for does not report at all, or is not inside a collective.
+        frozen = [rank for rank, heard in self.heard.items() if time.monotonic() - heard > 4 * BEAT]
         busy = [rank for rank, report in self.reports.items() if not report["at"].endswith(f"{WAITS})")]
-        return {"code": 1, "line": f"{self.list(busy or list(self.reports))}: stalled; no progress for {quiet:.0f} s"}
+        ranks = frozen or busy or list(self.reports)
+        return {"code": 1, "line": f"{self.list(ranks)}: stalled; no progress for {quiet:.0f} s"}
 
     def asked_to_stop(self) -> dict | None:
         reasons = [report["stop"] for report in self.reports.values() if report["stop"]]
@@ -253,7 +256,7 @@ def _frame() -> str:
         if file.startswith(ROOT) and "site-packages" not in file
     )
     where = ":".join(map(str, next(ours, ("python",))))
-    waits = any(part in file for file, _ in places for part in ("torch/distributed/", "deepspeed/comm/"))
+    waits = any(part in file for file, _ in places for part in COLLECTIVES)
     return f"({where}{WAITS if waits else ''})"
 
 

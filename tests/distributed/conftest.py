@@ -132,7 +132,7 @@ model: {{name: {base}}}
 data: {{path: {data}/train.jsonl, max_length: 300}}
 adapter: {{rank: 4, alpha: 6}}
 calibration: {{samples: 11, batch_size: 2}}
-train: {{global_batch: 10, micro_batch: 2, max_steps: 7, lr: 0.02}}
+train: {{global_batch: 10, micro_batch: 2, max_steps: 7, lr: 0.02, checkpoint_every: 4, keep: 9}}
 eval: {{suites: [gsm8k], data_dir: {data}, max_new_tokens: 12, batch_size: 2}}
 """)
     return path

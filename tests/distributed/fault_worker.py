@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch import calibration, checkpoint, export, loop, pipeline, train, watch
+from launch import calibration, checkpoint, export, loop, pipeline, run_folder, train, watch
 from launch.errors import run
 
 
@@ -44,12 +44,11 @@ POINTS = {
     "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
     "export": lambda: plant(export, "write_json", 0, 3, die),  # calibration's manifest, the first adapter, then this
     "stall": lambda: plant(loop, "collate", 1, 9, hang),
-    "freeze": lambda: plant(loop, "collate", 1, 9, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 
 if __name__ == "__main__":
     assert pipeline  # imported before the fault is planted
     POINTS[next(argument for argument in sys.argv if argument in POINTS)]()
     sys.argv = [argument for argument in sys.argv if argument not in POINTS]
-    watch.SILENCE = 8.0
+    watch.SILENCE, run_folder.WAIT = 8.0, 3.0
     run(train.main)

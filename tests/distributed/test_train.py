@@ -5,6 +5,7 @@ The oracle is an independent loop: plain transformers and PEFT, one process, one
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,15 +23,33 @@ from launch import data as launch_data
 from launch.recipe import read
 from launch.report import table
 
-# (ranks, settings): world sizes, micro batches with and without accumulation, engines, checkpointing.
+# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, and
+# gradient checkpointing. The global batch is 10.
 LAUNCHES = [
-    (1, ("train.micro_batch=3",), "deepspeed"),
-    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true"), "deepspeed"),
-    (4, ("train.micro_batch=1",), "torchrun"),
+    (1, ("train.micro_batch=3", "engine=zero3"), "deepspeed"),
+    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
+    (4, ("train.micro_batch=1", "engine=zero3"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero2"), "deepspeed"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
     (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
     (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
+    (2, ("train.micro_batch=5", "engine=zero3"), "torchrun"),
+    (1, ("train.micro_batch=10", "engine=fsdp"), "python"),
+    (2, ("train.micro_batch=5", "engine=fsdp"), "deepspeed"),
+    (4, ("train.micro_batch=3", "engine=fsdp"), "torchrun"),
+    (1, ("train.micro_batch=10", "engine=zero2"), "python"),
+    (4, ("train.micro_batch=1", "engine=zero2"), "torchrun"),
+    (1, ("train.micro_batch=3", "engine=zero3_offload"), "deepspeed"),
+    (2, ("train.micro_batch=5", "engine=zero3_offload"), "deepspeed"),
+    (4, ("train.micro_batch=1", "engine=zero3_offload"), "torchrun"),
+]
+# Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
+MOVES = [
+    (LAUNCHES[1], LAUNCHES[10]),
+    (LAUNCHES[1], LAUNCHES[6]),
+    (LAUNCHES[4], LAUNCHES[0]),
+    (LAUNCHES[4], LAUNCHES[14]),
+    (LAUNCHES[6], LAUNCHES[3]),
 ]
 BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "deepspeed")
 FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"), "torchrun")
@@ -102,7 +121,7 @@ def oracle(run: Path, base: Path, rows: list[dict]) -> tuple[list[float], list[f
     return losses, norms, model
 
 
-@pytest.mark.parametrize("case", LAUNCHES, ids=lambda case: f"{case[0]}-{case[1][-1]}")
+@pytest.mark.parametrize("case", LAUNCHES, ids=str)
 def test_losses_gradients_and_weights_equal_plain_pytorch(
     case: tuple, trained: Callable[..., Path], base: Path, rows: list[dict]
 ) -> None:
@@ -135,6 +154,22 @@ def test_loss_curves_and_exports_of_all_launches_agree(
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("saved", "other"), MOVES, ids=str)
+def test_a_checkpoint_goes_on_elsewhere(
+    saved: tuple, other: tuple, trained: Callable[..., Path], launch: Callable, recipe: Path, tmp_path: Path
+) -> None:
+    whole = run_of(trained, saved)
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000007")
+    ranks, settings, launcher = other
+    options = [option for setting in (*settings, "eval.suites=[]") for option in ("--set", setting)]
+    line = ["--recipe", recipe, *options, "--output", tmp_path / "run"]
+    assert "going on after step 4 of 7" in launch("launch/train.py", *line, ranks=ranks, launcher=launcher).stdout
+    wanted = [step["loss"] for step in metrics(whole)]
+    assert [step["loss"] for step in metrics(tmp_path / "run")] == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize("case", [*LAUNCHES[:3], LAUNCHES[5], BF16, FSDP_BF16], ids=str)
 def test_the_three_exports_are_one_model_in_plain_peft(
     case: tuple, trained: Callable[..., Path], base: Path, rows: list[dict]
@@ -152,7 +187,7 @@ def test_the_three_exports_are_one_model_in_plain_peft(
     assert (plain - logits(merged, base, rows)).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("case", [*LAUNCHES, BF16, FSDP_BF16], ids=lambda case: f"{case[0]}-{case[1][-1]}")
+@pytest.mark.parametrize("case", [*LAUNCHES, BF16, FSDP_BF16], ids=str)
 def test_nothing_moves_at_step_0(case: tuple, trained: Callable[..., Path]) -> None:
     results = json.loads((run_of(trained, case) / "results.json").read_text())
     if case in (BF16, FSDP_BF16):
