@@ -1,8 +1,10 @@
 """The main path of a fine-tuning run, stage by stage."""
 
+import contextlib
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -13,7 +15,7 @@ from launch import calibration, checkpoint, export, tracking, watch
 from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
-from launch.errors import UserError
+from launch.errors import USER_ERRORS, UserError
 from launch.files import write_json
 from launch.hub import load_tokenizer
 from launch.inputs import Inputs, prepare
@@ -30,14 +32,25 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     Started again on the same folder it goes on from the newest whole checkpoint.
     """
     device = start(stall)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = dist.get_world_size()
     if recipe.engine == "single" and world_size > 1:
         raise UserError(f"engine: single trains in one process, not {world_size}; set engine=zero3 or start one rank")
     if on_rank0(lambda: open_run(folder, recipe)):
         say(f"{folder} holds this run, finished; see {folder / 'results.json'}")
-        stop()
-        return
-    watch.on_preempted(lambda: write_state(folder, "preempted"))
+    else:
+        watch.on_preempted(lambda: write_state(folder, "preempted"))
+        try:
+            _fine_tune(recipe, name, folder, device)
+        except USER_ERRORS:
+            if dist.get_rank() == 0:
+                with contextlib.suppress(OSError):  # a full disk, say: the error itself is what the user is to see
+                    write_state(folder, "error")
+            raise
+    stop()
+
+
+def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
     # 1. A local model folder, tokens, problems. What is wrong with them shows before anything long starts.
     model_name, settings = recipe.model.name, recipe.train
@@ -97,7 +110,6 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     if done < total:
         on_rank0(lambda: write_state(folder, "preempted"))
         say(f"stopped after step {done} of {total}, saved; the same command goes on from there")
-        stop()
         return
     model.gradient_checkpointing_disable()
 
@@ -143,7 +155,6 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     if rank == 0:
         say(table([folder]))
     say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  adapter for the base: {folder / 'lora'}")
-    stop()
 
 
 def _resumable(folder: Path, inputs: Inputs) -> checkpoint.Checkpoint | None:

@@ -45,6 +45,7 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
             state = "a finished" if finished else "an unfinished"
             raise UserError(f"--output: {folder} holds {state} run with another {field}; choose another folder")
         if finished:
+            write_state(folder, "finished")
             return True
     write_text(recipe_path, to_yaml(recipe))
     write_state(folder, "running")
@@ -52,7 +53,7 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
 
 
 def write_state(folder: Path, state: str) -> None:
-    """state.json: `running`, `preempted` (asked to stop, to be started again) or `finished`."""
+    """state.json: `running`, `preempted` (asked to stop; start it again), `error` (something to mend) or `finished`."""
     write_json(folder / "state.json", {"state": state, "host": socket.gethostname(), "pid": os.getpid()})
 
 
