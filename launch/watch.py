@@ -195,7 +195,7 @@ class _Seen:
         # A launcher also sends signals when a rank has died: then it is not heard of now, and soon `silent`.
         now = time.monotonic()
         self.asked = self.asked or now
-        if now - self.asked < 3 * BEAT or any(now - heard > 3 * BEAT for heard in self.heard.values()):
+        if now - self.asked < 4 * BEAT or any(now - heard > 3 * BEAT for heard in self.heard.values()):
             return None
         return {"code": 0, "line": f"stopped in {self.reports[0]['where']}: {reasons[0]}"}
 

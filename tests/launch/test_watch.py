@@ -1,0 +1,100 @@
+"""What rank 0 concludes from the ranks' reports; the processes themselves are in tests/distributed/test_faults.py."""
+
+import threading
+
+import pytest
+
+from launch import watch
+from launch.watch import SHORT_SILENCE, SILENCE, WAITS, _Seen, _State
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def report(tick: int, **changes: object) -> dict:
+    usual = {"where": "training step 5", "timed": True, "in_steps": True, "marks": 1, "stop": None, "failed": False}
+    return usual | {"tick": tick, "at": "(launch/loop.py:1)", "host": "h", "pid": 7} | changes
+
+
+def test_a_rank_is_silent_after_its_last_tick_only(clock: Clock) -> None:
+    seen, state = _Seen(), _State()
+    seen.update({0: report(1), 1: report(1)})
+    clock.now += SILENCE
+    seen.update({0: report(2), 1: report(1)})
+    assert seen.silent(state) is None
+    clock.now += 1
+    found = seen.silent(state)
+    assert found["code"] == 1
+    assert found["line"].startswith(
+        "rank 1 (h, pid 7) at training step 5, (launch/loop.py:1): gone; not heard of for 60"
+    )
+
+
+@pytest.mark.parametrize("trouble", [{"failed": True}, {"stop": "SIGTERM"}])
+def test_a_failed_collective_or_a_signal_shortens_the_wait(clock: Clock, trouble: dict) -> None:
+    seen = _Seen()
+    seen.update({0: report(1), 1: report(1)})
+    clock.now += SHORT_SILENCE + 1
+    seen.update({0: report(2, **trouble), 1: report(1)})
+    assert "rank 1" in seen.silent(_State())["line"]
+
+
+def test_the_rank_that_does_not_wait_is_the_stalled_one(clock: Clock) -> None:
+    seen = _Seen()
+    for tick in range(12):
+        at = f"(launch/loop.py:1{WAITS})"
+        seen.update({0: report(tick, at=at), 1: report(tick), 2: report(tick, at=at)})
+        clock.now += 1
+    assert seen.stalled(20) is None
+    found = seen.stalled(10)
+    assert found["line"].startswith("rank 1 (") and "rank 0" not in found["line"] and "rank 2" not in found["line"]
+
+
+def test_progress_of_any_rank_and_stages_that_promise_none_are_no_stall(clock: Clock) -> None:
+    seen = _Seen()
+    for tick in range(20):
+        seen.update({0: report(tick), 1: report(tick, marks=tick)})
+        clock.now += 1
+    assert seen.stalled(10) is None
+    for tick in range(20, 40):
+        seen.update({0: report(tick, timed=False), 1: report(tick, marks=19)})
+        clock.now += 1
+    assert seen.stalled(10) is None
+
+
+def test_a_request_to_stop_waits_until_no_rank_is_missing(clock: Clock) -> None:
+    seen = _Seen()
+    stage = {"in_steps": False, "where": "calibration"}
+    for tick in range(5):
+        seen.update({0: report(tick, stop="SIGTERM", **stage), 1: report(0, **stage)})
+        assert seen.asked_to_stop() is None  # rank 1 may be what the launcher stops the others for
+        clock.now += 1
+    for tick in range(5, 9):
+        seen.update({0: report(tick, stop="SIGTERM", **stage), 1: report(tick, **stage)})
+        clock.now += 1
+    assert seen.asked_to_stop() == {"code": 0, "line": "stopped in calibration: SIGTERM"}
+
+
+def test_in_training_steps_the_loop_stops_itself(clock: Clock) -> None:
+    seen = _Seen()
+    for tick in range(9):
+        seen.update({0: report(tick, stop="SIGTERM"), 1: report(tick)})
+        assert seen.asked_to_stop() is None
+        clock.now += 1
+
+
+def test_the_line_names_the_code_of_this_repository() -> None:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(watch._frame()))
+    thread.start()
+    thread.join()
+    assert found[0].startswith("(tests/launch/test_watch.py:")
+    assert WAITS not in found[0]
