@@ -27,7 +27,10 @@ class TorchWeights:
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         value = parameter.detach()
-        return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        if isinstance(value, DTensor):
+            whole = value.full_tensor()
+            return whole.clone() if value.device_mesh.size() == 1 else whole  # one rank's shard is the parameter itself
+        return value.clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         value = value.to(parameter.dtype)

@@ -104,9 +104,12 @@ def on_preempted(callback: Callable[[], None]) -> None:
 
 
 def quiet() -> None:
-    """Stop watching: from here on this rank may end in good order."""
+    """Stop watching: from here on this rank may end in good order, or be ended. The main thread calls it."""
     with _state.lock:
         _state.quiet = True
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def explain() -> None:
