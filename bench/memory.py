@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-ENGINES, RANKS = ("zero3", "fsdp", "zero2"), (1, 2, 4)
+ENGINES, RANKS = ("zero3", "fsdp"), (1, 2, 4)
 STAGES = ("load", "calibration", "training")
 MIB = 2**20
 # Freed blocks go back to the system at once, so that a peak is of what is in use.

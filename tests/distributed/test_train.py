@@ -26,7 +26,7 @@ from launch.report import table
 # (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, and
 # gradient checkpointing. The global batch is 10.
 LAUNCHES = [
-    (1, ("train.micro_batch=3", "engine=zero3"), "deepspeed"),
+    (1, ("train.micro_batch=3", "engine=zero3"), "python"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
     (4, ("train.micro_batch=1", "engine=zero3"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero2"), "deepspeed"),
@@ -35,12 +35,12 @@ LAUNCHES = [
     (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
     (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "python"),
-    (2, ("train.micro_batch=5", "engine=fsdp", "eval.suites=[]"), "deepspeed"),
+    (2, ("train.micro_batch=5", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "python"),
     (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]"), "torchrun"),
-    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "deepspeed"),
-    (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "deepspeed"),
+    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "python"),
+    (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
 ]
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
@@ -275,7 +275,7 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     outputs = []
     for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3"), ("adapter", 3, "fsdp")):
         options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / engine]
-        launch("launch/evaluate.py", *options, *common, ranks=ranks)
+        launch("launch/evaluate.py", *options, *common, ranks=ranks, launcher="torchrun")
         lines = (tmp_path / engine / "generations.jsonl").read_text().splitlines()
         outputs.append([json.loads(line)["output"] for line in lines])
     trained_outputs = [json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()]
