@@ -54,11 +54,12 @@ def start(stall: float = STALL) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    watch.start(rank, world_size)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=stall)))
     except dist.DistError as error:
         raise RankError(f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}") from None
-    watch.start(store, rank, world_size, stall)
+    watch.connect(store, stall)
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER)

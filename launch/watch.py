@@ -52,28 +52,33 @@ class _State:
     stop: str | None = None  # why this rank was asked to stop
     failed: bool = False  # a collective of this rank failed
     quiet: bool = False  # an orderly end: watch no more
-    reached: float = 0.0  # when the store was last reached
+    reached: float | None = None  # when the store was last reached
     on_preempted: Callable[[], None] | None = None
+    waker: socket.socket | None = None  # the kernel's end of the guard's socket; open as long as signals may come
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _state = _State()
 
 
-def start(store: "dist.Store", rank: int, world_size: int, stall: float) -> None:
-    """Begin: every rank calls it once, after the store is there. `stall`: seconds without progress that end the job."""
+def start(rank: int, world_size: int) -> None:
+    """Begin with what needs no other rank, signals and the launcher, before the ranks look for each other."""
     global _state
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     _state = _State(rank, world_size, local_rank == 0, local_rank == 1 and rank == 1 < local_world)
-    _state.reached = time.monotonic()
-    signals, waker = socket.socketpair()
-    waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno())  # written at once, even while the main thread hangs
+    signals, _state.waker = socket.socketpair()
+    _state.waker.setblocking(False)
+    signal.set_wakeup_fd(_state.waker.fileno())  # written at once, even while the main thread hangs
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
+    threading.Thread(target=_guard, args=(_state, signals, _launchers()), daemon=True).start()
+
+
+def connect(store: "dist.Store", stall: float) -> None:
+    """Go on with the other ranks, through the store. `stall`: seconds without progress that end the job."""
+    _state.reached = time.monotonic()
     threading.Thread(target=_report, args=(_state, store.clone(), stall), daemon=True).start()
-    threading.Thread(target=_guard, args=(_state, signals, waker, _launchers()), daemon=True).start()
 
 
 def stage(where: str, timed: bool = False, in_steps: bool = False) -> None:
@@ -211,9 +216,9 @@ class _Seen:
         return "; ".join(describe(rank) for rank in ranks[:4]) + more
 
 
-def _guard(state: _State, signals: socket.socket, waker: socket.socket, launchers: list[psutil.Process]) -> None:
+def _guard(state: _State, signals: socket.socket, launchers: list[psutil.Process]) -> None:
     """Thread: signals, the launcher, and the link to the store, none of which may depend on the main thread."""
-    del waker  # held open here
+    orphaned = _orphaned(launchers)
     while not state.quiet:
         ready, _, _ = select.select([signals], [], [], BEAT)
         if ready:
@@ -222,10 +227,12 @@ def _guard(state: _State, signals: socket.socket, waker: socket.socket, launcher
                 _end(state, 1, "interrupted twice: ended at once")
             if number in SIGNALS:
                 state.stop = state.stop or signal.Signals(number).name
-        if state.stop is None and not all(launcher.is_running() for launcher in launchers):
+        if state.stop is None and (orphaned or not all(launcher.is_running() for launcher in launchers)):
             state.stop = "its launcher is gone"
             _close_pipes()
-        if time.monotonic() - state.reached > SILENCE and not state.quiet:
+        if state.stop and state.reached is None:
+            _end(state, 1, f"stopped while the ranks look for each other: {state.stop}")
+        if state.reached and time.monotonic() - state.reached > SILENCE and not state.quiet:
             address = os.environ.get("MASTER_ADDR")
             _end(state, 1, f"no contact with rank 0 at {address} for {SILENCE:.0f} s, at {state.where}", True)
 
@@ -239,6 +246,16 @@ def _launchers() -> list[psutil.Process]:
                 break
             found.append(process)
     return found
+
+
+def _orphaned(launchers: list[psutil.Process]) -> bool:
+    """Whether the launcher was gone already before this rank began to watch it."""
+    with contextlib.suppress(psutil.Error):
+        if launchers:  # `deepspeed` starts its launch module, which starts the ranks
+            return "deepspeed.launcher.launch" in launchers[-1].cmdline() and launchers[-1].ppid() == 1
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or any(word.startswith("--local_rank") for word in sys.argv)
+        return launched and os.getppid() == 1
+    return False
 
 
 def _close_pipes() -> None:
