@@ -11,6 +11,8 @@ from astra.errors import AstraError
 from astra.moments import Batch, Statistic, accumulate, all_reduce, distributed, factor, find_groups, plan
 from astra.weights import Weights
 
+Progress = Callable[[Sequence, str], Iterable]
+
 
 def calibrate(
     model: nn.Module,
@@ -21,7 +23,7 @@ def calibrate(
     rank: int,
     select: EigenSelect,
     seed: int,
-    progress: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+    progress: Progress = lambda items, _: items,
 ) -> dict[str, Subspace]:
     """The chosen r output eigenvectors of every module, identical on all ranks.
 
@@ -34,22 +36,22 @@ def calibrate(
         batches: this rank's share of the calibration batches, on the model's device.
         weights: access to whole weights.
         rank: r, the number of eigenvectors. select, seed: see eigen.solve.
-        progress: wraps the batches, for a progress bar.
+        progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of eigenproblems).
     """
     statistics = second_moments(model, linears, batches, progress)
-    return solve_all(statistics, linears, weights, rank=rank, select=select, seed=seed)
+    return solve_all(statistics, linears, weights, rank=rank, select=select, seed=seed, progress=progress)
 
 
 def second_moments(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
-    progress: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+    progress: Progress = lambda items, _: items,
 ) -> list[Statistic]:
     """The statistics of all ranks' batches, summed; see `calibrate` for the arguments. Collective."""
     groups = find_groups(model, linears, batches[0])
     statistics = plan(groups, linears, batches[0]["input_ids"].device)
-    accumulate(model, linears, statistics, progress(batches))
+    accumulate(model, linears, statistics, progress(batches, "calibrate"))
     all_reduce(statistics)
     return statistics
 
@@ -62,6 +64,7 @@ def solve_all(
     rank: int,
     select: EigenSelect,
     seed: int,
+    progress: Progress = lambda items, _: items,
 ) -> dict[str, Subspace]:
     """Solve every module's eigenproblem once, on its owner rank, and broadcast the result.
 
@@ -79,7 +82,7 @@ def solve_all(
     by_cost = sorted(linears, key=cost, reverse=True)
     world_size, this_rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
     subspaces: dict[str, Subspace] = {}
-    for start in range(0, len(by_cost), world_size):
+    for start in progress(range(0, len(by_cost), world_size), "solve"):
         names = by_cost[start : start + world_size]
         mine = None
         for owner, name in enumerate(names):

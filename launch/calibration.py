@@ -35,7 +35,7 @@ def subspaces(
         rank=recipe.adapter.rank,
         select=recipe.adapter.eigen_select,
         seed=settings.seed,
-        progress=lambda batches: progress(batches, len(batches), "calibrate", rank),
+        progress=lambda items, name: progress(items, len(items), name, rank),
     )
 
 

@@ -123,7 +123,8 @@ def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_
 def test_each_batch_is_run_once_through_the_progress_bar(make_llama: Callable[..., nn.Module]) -> None:
     model, batches, seen = make_llama(), batches_of([5, 9, 13], 1), []
 
-    def progress(items: Sequence[Batch]) -> Iterator[Batch]:
+    def progress(items: Sequence[Batch], name: str) -> Iterator[Batch]:
+        assert name == "calibrate"
         for item in items:
             seen.append(item["input_ids"].shape[1])
             yield item
