@@ -12,6 +12,8 @@ import pytest
 
 from bench.faults import ENGINES, Fault, Run, command, same, steps
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 WORKER = Path(__file__).with_name("fault_worker.py")
 
 

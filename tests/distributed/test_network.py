@@ -15,6 +15,8 @@ import pytest
 
 from bench.faults import Run, same, steps
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 WORKER = Path(__file__).with_name("fault_worker.py")
 BIN = Path(sys.executable).parent
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")

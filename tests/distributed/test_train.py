@@ -23,6 +23,8 @@ from launch import data as launch_data
 from launch.recipe import read
 from launch.report import table
 
+pytestmark = pytest.mark.xdist_group("train")
+
 # (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, and
 # gradient checkpointing. The global batch is 10.
 LAUNCHES = [
@@ -199,7 +201,7 @@ def test_nothing_moves_at_step_0(case: tuple, trained: Callable[..., Path]) -> N
 
 def test_the_exported_initial_factors_follow_from_the_subspaces(trained: Callable[..., Path], base: Path) -> None:
     run = run_of(trained, LAUNCHES[1])
-    found = load_file(run / "calibration" / "subspaces.safetensors")
+    found = load_file(run / "calibration" / "window-0000.safetensors")
     initial, scaling = adapter.load(run / "astra_init")
     model = load_base(base)
     assert scaling == 1.5
