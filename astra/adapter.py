@@ -55,16 +55,37 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     return found
 
 
-def attach(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float) -> PeftModel:
-    """`model` with PEFT's LoRA layers at `targets`, whose values `initialise` sets. Scaling s = alpha / rank.
+def attach(
+    model: nn.Module,
+    targets: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    ranks: Mapping[str, int] | None = None,
+) -> PeftModel:
+    """`model` with PEFT's LoRA layers at `targets`, whose values `initialise` sets.
 
-    Raises AstraError where find_targets does, or if rank is above a module's smaller side.
+    Args:
+        ranks: of every module, where they are not all `rank`; the scaling is s = alpha / rank in all of them.
+
+    Raises AstraError where find_targets does, or if a rank is above its module's smaller side.
     """
-    for name, linear in find_targets(model, targets).items():
+    linears = find_targets(model, targets)
+    ranks = ranks or dict.fromkeys(linears, rank)
+    for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
-        if rank > smaller:
-            raise AstraError(f"adapter.rank: {rank} is above the smaller side, {smaller}, of {name}; lower it")
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+        if ranks[name] > smaller:
+            raise AstraError(f"adapter.rank: {ranks[name]} is above the smaller side, {smaller}, of {name}; lower it")
+    others = {name: number for name, number in ranks.items() if number != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        rank_pattern=others,
+        alpha_pattern={name: alpha * number / rank for name, number in others.items()},
+    )
     return get_peft_model(model, config)
 
 
@@ -138,13 +159,16 @@ def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]
 def save(folder: Path, config: LoraConfig, base: str, factors: Mapping[str, Factors]) -> None:
     """Write `factors` in PEFT's format (adapter_config.json, adapter_model.safetensors) for the base model `base`.
 
-    The rank is the factors' own and alpha grows with it, so that s stays. `init_lora_weights` is the plain one:
+    The ranks are the factors' own and alpha grows with them, so that s stays. `init_lora_weights` is the plain one:
     PEFT changes the base when it loads a config that names a data-driven initialisation.
     """
-    rank = len(next(iter(factors.values())).a)
     config = copy.deepcopy(config)
-    config.lora_alpha = config.lora_alpha * rank / config.r
-    config.r, config.base_model_name_or_path = rank, base
+    name, (a, _) = next(iter(factors.items()))
+    times = len(a) // config.rank_pattern.get(name, config.r)
+    config.r, config.lora_alpha = times * config.r, times * config.lora_alpha
+    config.rank_pattern = {name: times * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: times * alpha for name, alpha in config.alpha_pattern.items()}
+    config.base_model_name_or_path = base
     config.init_lora_weights, config.inference_mode = True, True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)

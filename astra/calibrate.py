@@ -1,6 +1,7 @@
-"""Distributed calibration: every rank runs its batches, moments are all-reduced, each eigenproblem is solved once."""
+"""Distributed calibration: every rank runs its batches, moments are reduced, each eigenproblem is solved once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -8,101 +9,198 @@ from torch import Tensor, nn
 
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
-from astra.moments import Batch, Statistic, accumulate, all_reduce, distributed, factor, find_groups, plan
+from astra.factor import left_basis, output_moment
+from astra.moments import Batch, Group, Moment, accumulating, distributed, forward, reduce
 from astra.weights import Weights
+from astra.windows import Plan, Window, only
 
 Progress = Callable[[Sequence, str], Iterable]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a calibration found for one module, identical on all ranks."""
+
+    subspace: Subspace
+    angles: Tensor  # (r,) radians, ascending: principal angles between the parts' subspaces; empty for a single part
 
 
 def calibrate(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    batches: Sequence[Batch],
+    parts: Sequence[Sequence[Batch]],
     weights: Weights,
+    plan: Plan,
     *,
-    rank: int,
+    ranks: Mapping[str, int],
     select: EigenSelect,
     seed: int,
+    start: int = 0,
     progress: Progress = lambda items, _: items,
-) -> dict[str, Subspace]:
-    """The chosen r output eigenvectors of every module, identical on all ranks.
+) -> Iterator[dict[str, Found]]:
+    """The chosen r output eigenvectors of every module, window after window of the plan from window `start` on.
 
     Collective. Every rank passes the same number of batches (sharded models hang otherwise); pad with batches whose
-    `counted` is False throughout. World size changes only the order of fp64 sums.
+    `counted` is False throughout. Neither world size nor windows change more than the order of fp64 sums.
 
     Args:
         model: a causal LM, called with input_ids.
         linears: name -> module, at least one; in the same order on every rank.
-        batches: this rank's share of the calibration batches, on the model's device.
+        parts: this rank's share of the calibration batches, on the model's device: of all samples, or of each of two
+            halves, which are then also solved apart (`Found.angles`).
         weights: access to whole weights.
-        rank: r, the number of eigenvectors. select, seed: see eigen.solve.
+        plan: see windows.make_plan; alike on every rank.
+        ranks: r, the number of eigenvectors, of every module. select, seed: see eigen.solve.
         progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of eigenproblems).
     """
-    statistics = second_moments(model, linears, batches, progress)
-    return solve_all(statistics, linears, weights, rank=rank, select=select, seed=seed, progress=progress)
+    states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
+    for window in plan.windows[start:]:
+        moments = [
+            second_moments(model, linears, batches, window, plan, states[i], progress)
+            for i, batches in enumerate(parts)
+        ]
+        owners = share_out(window.groups, linears)
+        for of_part in moments:
+            reduce(of_part, owners)
+        yield solve_window(
+            window.groups, moments, owners, linears, weights, ranks=ranks, select=select, seed=seed, progress=progress
+        )
 
 
+@torch.no_grad()
 def second_moments(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
+    window: Window,
+    plan: Plan,
+    states: list[Tensor | None],
     progress: Progress = lambda items, _: items,
-) -> list[Statistic]:
-    """The statistics of all ranks' batches, summed; see `calibrate` for the arguments. Collective."""
-    groups = find_groups(model, linears, batches[0])
-    statistics = plan(groups, linears, batches[0]["input_ids"].device)
-    accumulate(model, linears, statistics, progress(batches, "calibrate"))
-    all_reduce(statistics)
-    return statistics
+) -> list[Moment]:
+    """This rank's sums over `batches` for each of the window's groups. Collective; see `calibrate`.
+
+    Args:
+        states: of each batch the hidden state before the window, None to run all layers before it too; replaced by
+            the states after it.
+    """
+    moments = [Moment.zeros(group.size, batches[0]["input_ids"].device) for group in window.groups]
+    with accumulating(linears, window.groups, moments) as count:
+        for i, batch in enumerate(progress(batches, "calibrate")):
+            count(batch["counted"])
+            layers = window.layers if states[i] is not None else range(window.layers.stop)
+            with only(plan.layers, layers, states[i]) as after:
+                forward(model, batch)
+            states[i] = after[0] if after else None
+    return moments
 
 
-def solve_all(
-    statistics: list[Statistic],
+def _cost(name: str, linears: Mapping[str, nn.Linear]) -> int:
+    """Of forming and solving a module's eigenproblem, in arithmetic, roughly."""
+    d_in, d_out = linears[name].in_features, linears[name].out_features
+    return min(d_in, d_out) ** 3 + d_in * d_out * min(d_in, d_out)
+
+
+def share_out(groups: Sequence[Group], linears: Mapping[str, nn.Linear]) -> list[int]:
+    """The rank that solves each group: the costliest first, each to the rank with least to do so far."""
+    costs = [sum(_cost(name, linears) for name in group.modules) for group in groups]
+    load = [0] * (dist.get_world_size() if distributed() else 1)
+    owners = [0] * len(groups)
+    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def solve_window(
+    groups: Sequence[Group],
+    moments: list[list[Moment]],
+    owners: Sequence[int],
     linears: Mapping[str, nn.Linear],
     weights: Weights,
+    *,
+    ranks: Mapping[str, int],
+    select: EigenSelect,
+    seed: int,
+    progress: Progress = lambda items, _: items,
+) -> dict[str, Found]:
+    """Solve every module of `groups` once, on its group's owner rank, and broadcast the result. Collective.
+
+    Eigenvectors differ in sign, and in degenerate spaces altogether, from machine to machine: hence one owner. The
+    modules are taken in rounds of one a rank, so that a rank holds one problem at a time.
+
+    Args:
+        moments: by part and group, whole on the owner; emptied as they are done with.
+    """
+    this_rank = dist.get_rank() if distributed() else 0
+    queues: dict[int, list[tuple[int, str]]] = {}
+    for i, (group, owner) in enumerate(zip(groups, owners, strict=True)):
+        queues.setdefault(owner, []).extend((i, name) for name in group.modules)
+        if owner != this_rank:
+            for of_part in moments:
+                of_part[i] = None
+    found: dict[str, Found] = {}
+    for number in progress(range(max(map(len, queues.values()))), "solve"):
+        here = [(owner, *queue[number]) for owner, queue in sorted(queues.items()) if number < len(queue)]
+        mine = None
+        for owner, i, name in here:
+            weight = weights.read(linears[name].weight)
+            bias = None if linears[name].bias is None else weights.read(linears[name].bias)
+            if owner == this_rank:
+                mine = i, name, weight, bias
+            device = weight.device
+            del weight, bias
+        solved, error = None, None
+        if mine is not None:
+            i, name, weight, bias = mine
+            try:
+                parts = [of_part[i] for of_part in moments]
+                solved = _solve_module(
+                    groups[i].of, parts, weight, bias, rank=ranks[name], select=select, seed=seed, name=name
+                )
+            except (AstraError, torch.linalg.LinAlgError) as exc:
+                error = str(exc) if name in str(exc) else f"{name}: {exc}"
+            if name == groups[i].modules[-1]:
+                for of_part in moments:
+                    of_part[i] = None
+        _raise_on_all_ranks(error)
+        for owner, _, name in here:
+            like = torch.empty(0, dtype=torch.float64, device=device)
+            shapes = _shapes(linears[name].out_features, ranks[name], len(moments))
+            found[name] = _share(solved if owner == this_rank else None, owner, shapes, like)
+    return found
+
+
+def _solve_module(
+    of: str,
+    parts: list[Moment],
+    weight: Tensor,
+    bias: Tensor | None,
     *,
     rank: int,
     select: EigenSelect,
     seed: int,
-    progress: Progress = lambda items, _: items,
-) -> dict[str, Subspace]:
-    """Solve every module's eigenproblem once, on its owner rank, and broadcast the result.
+    name: str,
+) -> Found:
+    basis = left_basis(weight, bias) if of == "input" else None
+    whole = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    subspace = solve(*output_moment(of, whole, weight, bias, basis), rank, select, seed, name)
+    del whole
+    if len(parts) == 1:
+        return Found(subspace, subspace.values.new_empty(0))
+    if basis is not None and select == "smallest" and rank <= basis.codimension:
+        return Found(subspace, torch.zeros_like(subspace.values))  # vectors that W alone decides
+    halves = [solve(*output_moment(of, part, weight, bias, basis), rank, select, seed, name) for part in parts]
+    return Found(subspace, principal_angles(*(half.vectors for half in halves)))
 
-    Eigenvectors differ in sign, and in degenerate spaces altogether, from machine to machine: hence one owner.
-    The modules are taken in rounds of one a rank, in descending order of cost, so that the owners of a round have
-    like work and a rank holds one problem at a time.
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Between the spans of two matrices of r orthonormal columns, (r,), radians, ascending.
+
+    From sines where they are small, since cosines lose half of the digits there (Bjorck and Golub, 1973).
     """
-    statistic_of = {name: statistic for statistic in statistics for name in statistic.modules}
-
-    def cost(name: str) -> tuple[int, int]:
-        """The eigenproblem's size, then the size of the product that forms it."""
-        linear = linears[name]
-        return min(linear.in_features, linear.out_features), linear.out_features
-
-    by_cost = sorted(linears, key=cost, reverse=True)
-    world_size, this_rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
-    subspaces: dict[str, Subspace] = {}
-    for start in progress(range(0, len(by_cost), world_size), "solve"):
-        names = by_cost[start : start + world_size]
-        mine = None
-        for owner, name in enumerate(names):
-            weight = weights.read(linears[name].weight)
-            bias = None if linears[name].bias is None else weights.read(linears[name].bias)
-            if owner == this_rank:
-                mine = factor(statistic_of[name], weight, bias)
-        solved, error = None, None
-        if mine is not None:
-            try:
-                solved = solve(*mine, rank, select, seed, names[this_rank])
-            except AstraError as exc:
-                error = str(exc)
-            except torch.linalg.LinAlgError as exc:
-                error = f"{names[this_rank]}: {exc}"
-        _raise_on_all_ranks(error)
-        for owner, name in enumerate(names):
-            like = statistic_of[name].moment.outer
-            subspaces[name] = _share(solved if owner == this_rank else None, owner, linears[name], rank, like)
-    return {name: subspaces[name] for name in linears}
+    cosines = torch.linalg.svdvals(a.T @ b).clamp(max=1)  # descending
+    sines = torch.linalg.svdvals(b - a @ (a.T @ b)).clamp(max=1).flip(0)  # ascending
+    return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
 
 
 def _raise_on_all_ranks(error: str | None) -> None:
@@ -116,12 +214,19 @@ def _raise_on_all_ranks(error: str | None) -> None:
             raise AstraError(message)
 
 
-def _share(solved: Subspace | None, owner: int, linear: nn.Linear, rank: int, like: Tensor) -> Subspace:
+def _shapes(size: int, rank: int, parts: int) -> list[tuple[int, ...]]:
+    return [(size, rank), (rank,), (size,), (3,), (rank if parts > 1 else 0,)]
+
+
+def _share(solved: Found | None, owner: int, shapes: list[tuple[int, ...]], like: Tensor) -> Found:
     """`solved` of the owner rank, on every rank; `like` gives dtype and device."""
+    if not distributed():
+        return solved
     if solved is None:
-        solved = Subspace(like.new_empty(linear.out_features, rank), like.new_empty(rank))
-    if distributed():
-        solved = Subspace(solved.vectors.contiguous(), solved.values.contiguous())
-        dist.broadcast(solved.vectors, owner)
-        dist.broadcast(solved.values, owner)
-    return solved
+        tensors = [like.new_empty(shape) for shape in shapes]
+    else:
+        of = solved.subspace
+        tensors = [t.contiguous() for t in (of.vectors, of.values, of.spectrum, of.checks, solved.angles)]
+    for tensor in tensors:
+        dist.broadcast(tensor, owner)
+    return Found(Subspace(*tensors[:4]), tensors[4])

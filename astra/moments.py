@@ -1,4 +1,4 @@
-"""Second moments of layer outputs, summed in fp64 over the real tokens of a calibration set.
+"""Second moments of layer inputs and outputs, summed in fp64 over the real tokens of a calibration set.
 
 For a linear layer `y = W x + b` the uncentred second moment is `C = 1/n sum_t y_t y_t^T` (arXiv 2602.19111). It is
 defined from the layer's actual input in the model's dtype and the stored `W`, with the product in fp64, not from the
@@ -8,16 +8,18 @@ rounded output. Two statistics give it, and each group of modules keeps the one 
 * output: `sum y y^T`, one for each module.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from astra.errors import AstraError
+
+WIDTH = 256  # columns that are summed at once; a whole multiple keeps the triangle's overhead at WIDTH / 2d
 
 
 class Batch(TypedDict):
@@ -32,9 +34,12 @@ class Batch(TypedDict):
 
 @dataclass
 class Moment:
-    """fp64 sums over the counted tokens of one vector `z` of size d."""
+    """fp64 sums over the counted tokens of one vector `z` of size d.
 
-    outer: Tensor  # (d, d), sum z z^T
+    `sum z z^T` is symmetric: only its lower triangle is summed, kept and sent, in columns of blocks.
+    """
+
+    columns: list[Tensor]  # of the rows from i down: (d - i, min(WIDTH, d - i)) for i = 0, WIDTH, 2 WIDTH, ...
     total: Tensor  # (d,), sum z
     count: Tensor  # (), number of tokens
 
@@ -43,22 +48,42 @@ class Moment:
         def new(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(new(size, size), new(size), new())
+        columns = [new(size - i, min(WIDTH, size - i)) for i in range(0, size, WIDTH)]
+        return cls(columns, new(size), new())
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.columns, self.total, self.count]
 
     def add(self, vectors: Tensor) -> None:
         """Add the rows of `vectors`, (tokens, d) in fp64."""
-        self.outer.addmm_(vectors.T, vectors)
+        for i, column in zip(range(0, len(self.total), WIDTH), self.columns, strict=True):
+            column.addmm_(vectors[:, i:].T, vectors[:, i : i + WIDTH])
         self.total += vectors.sum(0)
         self.count += len(vectors)
 
+    def __add__(self, other: "Moment") -> "Moment":
+        columns = [a + b for a, b in zip(self.columns, other.columns, strict=True)]
+        return Moment(columns, self.total + other.total, self.count + other.count)
 
-@dataclass
-class Statistic:
-    """What is summed for a group of modules: their shared input, or the output of the group's one module."""
+    def outer(self) -> Tensor:
+        """`sum z z^T`, whole: (d, d), symmetric to the bit."""
+        size = len(self.total)
+        whole = self.total.new_empty(size, size)
+        for i, column in zip(range(0, size, WIDTH), self.columns, strict=True):
+            end = min(i + WIDTH, size)
+            whole[i:, i:end] = column
+            whole[i:end, end:] = column[end - i :].T
+            diagonal = whole[i:end, i:end]
+            diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        return whole
 
-    modules: list[str]
+
+class Group(NamedTuple):
+    """Modules that read the same tensor, or one module, and what is summed for them."""
+
+    modules: tuple[str, ...]
     of: str  # "input" or "output"
-    moment: Moment
+    size: int  # d of the moment
 
 
 @contextmanager
@@ -74,78 +99,83 @@ def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: A
             handle.remove()
 
 
+def forward(model: nn.Module, batch: Batch) -> None:
+    """One forward pass, of which only the hooks' work is wanted: the head computes a single token's logits."""
+    model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
+
+
 @torch.no_grad()
-def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> list[list[str]]:
-    """Names of the modules, in the order they run, grouped by the input tensor they share in a real forward pass.
+def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> list[Group]:
+    """The statistics to keep of the modules `linears`, in the order they run, seen in a real forward pass.
 
     A module joins the group of the module that ran just before it when it is given the same memory (engines may wrap
-    one tensor in several objects). Raises AstraError if a module does not run, or runs more than once.
+    one tensor in several objects). A group keeps the statistic with fewer numbers; a tie goes to the input.
+
+    Raises AstraError if a module does not run, or runs more than once.
     """
-    groups: list[list[str]] = []
+    shared: list[list[str]] = []
     last: list[Tensor] = []
 
     def look(name: str, module: nn.Linear, x: Tensor) -> None:
-        if any(name in group for group in groups):
+        if any(name in names for names in shared):
             raise AstraError(f"{name} runs more than once in a forward pass; take it out of adapter.targets")
-        if last and (x.data_ptr(), x.shape, x.stride()) == (last[0].data_ptr(), last[0].shape, last[0].stride()):
-            groups[-1].append(name)
+        if last and _same_memory(x, last[0]):
+            shared[-1].append(name)
         else:
-            groups.append([name])
+            shared.append([name])
         last[:] = [x]  # kept, so that its memory is not given to another tensor
 
     with _hooks(linears, look):
-        model(input_ids=batch["input_ids"], use_cache=False)
-    idle = set(linears) - {name for group in groups for name in group}
+        forward(model, batch)
+    idle = set(linears) - {name for names in shared for name in names}
     if idle:
         raise AstraError(f"{min(idle)} does not run in a forward pass; take it out of adapter.targets")
-    return groups
-
-
-def plan(groups: list[list[str]], linears: Mapping[str, nn.Linear], device: torch.device) -> list[Statistic]:
-    """The statistics to keep: for each group the one that holds fewer numbers (a tie goes to the input)."""
-    statistics = []
-    for names in groups:
+    groups = []
+    for names in shared:
         # The layers' attributes: a sharded weight's own shape may be (0,).
         d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
         if d_in**2 <= sum(d_out**2 for d_out in sizes):
-            statistics.append(Statistic(names, "input", Moment.zeros(d_in, device)))
+            groups.append(Group(tuple(names), "input", d_in))
         else:
-            statistics += [
-                Statistic([name], "output", Moment.zeros(d_out, device))
-                for name, d_out in zip(names, sizes, strict=True)
-            ]
-    return statistics
+            groups += [Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)]
+    return groups
 
 
-@torch.no_grad()
-def accumulate(
-    model: nn.Module, linears: Mapping[str, nn.Linear], statistics: list[Statistic], batches: Iterable[Batch]
-) -> None:
-    """Run `batches` through `model` and add this rank's part of every statistic.
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if a is b:  # the only sign there is on the meta device
+        return True
+    return a.data_ptr() != 0 and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
-    The hooks run when an engine has gathered the module's weight, so `module.weight` is whole in them.
+
+@contextmanager
+def accumulating(linears: Mapping[str, nn.Linear], groups: Sequence[Group], moments: Sequence[Moment]) -> Iterator:
+    """Within it every forward pass adds its tokens to `moments`, one for each of `groups`.
+
+    It yields a function that is to be told each batch's `counted` before the batch runs. The hooks run when an engine
+    has gathered the module's weight, so `module.weight` is whole in them.
     """
-    by_leader = {statistic.modules[0]: statistic for statistic in statistics}
-    counted: Tensor = torch.empty(0)
+    by_leader = {group.modules[0]: (group, moment) for group, moment in zip(groups, moments, strict=True)}
+    counted: list[Tensor] = []
 
     def add(name: str, module: nn.Linear, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) != counted.numel():
+        if len(rows) != counted[0].numel():
             raise AstraError(
-                f"{name} is given {len(rows)} vectors for {counted.numel()} tokens; it cannot be calibrated"
+                f"{name} is given {len(rows)} vectors for {counted[0].numel()} tokens; it cannot be calibrated"
             )
-        rows = rows[counted].double()
-        statistic = by_leader[name]
-        if statistic.of == "output":
+        rows = rows[counted[0]].double()
+        group, moment = by_leader[name]
+        if group.of == "output":
             rows = rows @ module.weight.double().T
             if module.bias is not None:
                 rows += module.bias.double()
-        statistic.moment.add(rows)
+        moment.add(rows)
+
+    def count(of_batch: Tensor) -> None:
+        counted[:] = [of_batch.flatten()]
 
     with _hooks({name: linears[name] for name in by_leader}, add):
-        for batch in batches:
-            counted = batch["counted"].flatten()
-            model(input_ids=batch["input_ids"], use_cache=False)
+        yield count
 
 
 def distributed() -> bool:
@@ -153,42 +183,14 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def all_reduce(statistics: list[Statistic]) -> None:
-    """Sum every statistic over the ranks, in place, in fp64 and in the same order on every rank.
+def reduce(moments: Iterable[Moment], owners: Iterable[int]) -> None:
+    """Sum every moment over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
 
     The sum over ranks of partial sums over tokens is the sum over all tokens, so the result is that of one process up
-    to the order of fp64 additions.
+    to the order of fp64 additions. Only the owner solves with it: half of what an all-reduce would send.
     """
     if not distributed():
         return
-    for statistic in statistics:
-        for tensor in (statistic.moment.outer, statistic.moment.total, statistic.moment.count):
-            dist.all_reduce(tensor)
-
-
-def factor(statistic: Statistic, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """The output second moment `C` of one module as `(Q, small)` with `C = Q small Q^T`, in fp64.
-
-    `Q` has orthonormal columns, (d_out, k), or is None for the identity. With `W' = [W b]` and the second moment `S'`
-    of `[x 1]`, `C = W' S' W'^T` (method: shared inputs). Where W' is taller than wide, `C` has rank at most
-    k = d_in (+ 1): then `W' = Q R` and `small = R S' R^T`, (k, k), so that the d_out - k zero eigenvalues are zero by
-    construction and not by rounding.
-
-    Args:
-        statistic: the summed statistic of the module's group.
-        weight: (d_out, d_in), any dtype. bias: (d_out,) or None.
-    """
-    moment = statistic.moment
-    second = moment.outer / moment.count
-    if statistic.of == "output":
-        return None, (second + second.T) / 2
-    wide = weight.double()
-    if bias is not None:
-        mean = (moment.total / moment.count)[:, None]
-        second = torch.cat([torch.cat([second, mean], 1), torch.cat([mean.T, torch.ones_like(mean[:1])], 1)])
-        wide = torch.cat([wide, bias.double()[:, None]], 1)
-    basis = None
-    if wide.shape[0] > wide.shape[1]:
-        basis, wide = torch.linalg.qr(wide)
-    small = wide @ second @ wide.T
-    return basis, (small + small.T) / 2
+    for moment, owner in zip(moments, owners, strict=True):
+        for tensor in moment.tensors():
+            dist.reduce(tensor, owner)

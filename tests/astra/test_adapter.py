@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from astra import adapter, inits
-from astra.calibrate import calibrate
 from astra.eigen import Subspace
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
+from tests.whole import subspaces_of
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 PLAIN = TorchWeights()
@@ -48,7 +48,7 @@ def start(base: nn.Module, rank: int, alpha: float, select: str) -> tuple[PeftMo
     layers = adapter.lora_layers(model)
     batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
     with model.disable_adapter():
-        found = calibrate(model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1)
+        found = subspaces_of(model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1)
     rounding = adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
     return model, layers, found, rounding
 
@@ -192,7 +192,7 @@ def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(ar
     batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
     with model.disable_adapter():
         linears = adapter.base_layers(layers)
-        found = calibrate(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
+        found = subspaces_of(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
     adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
     assert len(layers) == 2 * len(LINEARS[architecture])
     assert all(factors.a.any() for factors in adapter.read_factors(layers, PLAIN).values())

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from astra.calibrate import calibrate, second_moments
+from astra.calibrate import second_moments
 from astra.eigen import EPS, Subspace, named_generator, select_indices
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
+from tests.whole import plan_of, subspaces_of
 
 SELECTS = ("smallest", "largest", "middle", "random")
 SEED = 3
@@ -35,7 +36,7 @@ def batches_of(lengths: Sequence[int], size: int) -> list[Batch]:
 
 
 def run(model: nn.Module, batches: list[Batch], select: str, rank: int = RANK) -> dict[str, Subspace]:
-    return calibrate(model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED)
+    return subspaces_of(model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED)
 
 
 def outputs_of(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
@@ -129,9 +130,10 @@ def test_each_batch_is_run_once_through_the_progress_bar(make_llama: Callable[..
             seen.append(item["input_ids"].shape[1])
             yield item
 
-    statistics = second_moments(model, linears_of(model), batches, progress)
+    plan = plan_of(model, linears_of(model), batches)
+    moments = second_moments(model, linears_of(model), batches, plan.windows[0], plan, [None] * 3, progress)
     assert seen == [5, 9, 13]
-    assert {int(statistic.moment.count) for statistic in statistics} == {27}
+    assert {int(moment.count) for moment in moments} == {27}
 
 
 def test_a_module_that_cannot_be_solved_is_named(make_llama: Callable[..., nn.Module]) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from astra import inits
 from astra.eigen import Subspace, solve
-from astra.moments import Moment, Statistic, factor
+from astra.factor import output_moment
+from astra.moments import Moment
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -16,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def subspace_of(weight: Tensor, tokens: int, rank: int, select: str) -> Subspace:
     moment = Moment.zeros(weight.shape[1], torch.device("cpu"))
     moment.add(random(tokens, weight.shape[1], seed=1))
-    return solve(*factor(Statistic(["m"], "input", moment), weight, None), rank, select, 0, "m")
+    return solve(*output_moment("input", moment, weight, None), rank, select, 0, "m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,8 +5,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from astra.calibrate import second_moments
 from astra.errors import AstraError
-from astra.moments import Batch, Moment, Statistic, accumulate, factor, find_groups, plan
+from astra.factor import Basis, output_moment
+from astra.moments import WIDTH, Batch, Group, Moment, find_groups
+from astra.windows import make_plan, moment_bytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -54,22 +57,25 @@ def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Ba
     return made
 
 
-def measure(model: nn.Module, batches: list[Batch]) -> list[Statistic]:
+def measure(model: nn.Module, batches: list[Batch]) -> list[tuple[Group, Moment]]:
     linears = linears_of(model)
-    statistics = plan(find_groups(model, linears, batches[0]), linears, torch.device("cpu"))
-    accumulate(model, linears, statistics, batches)
-    return statistics
+    groups = find_groups(model, linears, batches[0])
+    plan = make_plan(model, linears, groups, tokens=100)
+    moments = second_moments(model, linears, batches, plan.windows[0], plan, [None] * len(batches))
+    return list(zip(groups, moments, strict=True))
 
 
-def output_moments(model: nn.Module, statistics: list[Statistic]) -> dict[str, Tensor]:
+def whole(basis: Basis | None, small: Tensor) -> Tensor:
+    return small if basis is None else basis.times(basis.times(small).T)
+
+
+def output_moments(model: nn.Module, statistics: list[tuple[Group, Moment]]) -> dict[str, Tensor]:
     found = {}
-    for statistic in statistics:
-        for name in statistic.modules:
+    for group, moment in statistics:
+        for name in group.modules:
             linear = model.get_submodule(name)
-            basis, small = factor(
-                statistic, linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-            )
-            found[name] = small if basis is None else basis @ small @ basis.T
+            bias = None if linear.bias is None else linear.bias.detach()
+            found[name] = whole(*output_moment(group.of, moment, linear.weight.detach(), bias))
     return found
 
 
@@ -111,7 +117,7 @@ def test_moments_equal_the_oracle_for_any_batch_size_and_padding(
 def test_modules_that_read_one_tensor_share_one_statistic_and_the_smaller_one_is_kept() -> None:
     model = make_model(False, torch.float32)
     statistics = measure(model, batches_of(make_rows(), 3))
-    kinds = [(s.of, [name.rsplit(".", 1)[-1] for name in s.modules], len(s.moment.outer)) for s in statistics]
+    kinds = [(g.of, [name.rsplit(".", 1)[-1] for name in g.modules], g.size) for g, _ in statistics]
     layer = [
         ("input", ["q_proj", "k_proj", "v_proj"], 16),
         ("input", ["o_proj"], 16),
@@ -126,9 +132,9 @@ def test_rows_that_do_not_count_add_nothing_and_hooks_are_gone() -> None:
     dummy = batches_of(rows[:2], 2)[0]
     dummy["counted"] = torch.zeros_like(dummy["counted"])
     with_dummy = measure(model, [*batches_of(rows, 3), dummy])
-    for a, b in zip(with_dummy, measure(model, batches_of(rows, 3)), strict=True):
-        assert torch.equal(a.moment.outer, b.moment.outer)
-        assert a.moment.count == b.moment.count == sum(map(len, rows))
+    for (_, a), (_, b) in zip(with_dummy, measure(model, batches_of(rows, 3)), strict=True):
+        assert torch.equal(a.outer(), b.outer())
+        assert a.count == b.count == sum(map(len, rows))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -138,7 +144,7 @@ def test_a_module_that_runs_twice_or_never_is_refused() -> None:
             super().__init__()
             self.twice, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
 
-        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        def forward(self, input_ids: Tensor, **_: object) -> Tensor:
             return self.twice(self.twice(torch.nn.functional.one_hot(input_ids, 4).float()))
 
     model, batch = Odd(), batches_of([torch.tensor([1, 2])], 1)[0]
@@ -155,11 +161,15 @@ def test_a_tall_weight_gives_a_small_problem_with_orthonormal_basis() -> None:
     weight, bias = torch.randn(9, 5, generator=generator), torch.randn(9, generator=generator)
     moment = Moment.zeros(5, torch.device("cpu"))
     moment.add(x)
-    basis, small = factor(Statistic(["m"], "input", moment), weight, bias)
-    assert (basis.shape, small.shape) == ((9, 6), (6, 6))
-    torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
+    basis, small = output_moment("input", moment, weight, bias)
+    assert (basis.reflectors.shape, basis.codimension, small.shape) == ((9, 6), 3, (6, 6))
+    q = basis.times(torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(q.T @ q, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(basis.transposed_times(q), torch.eye(6, dtype=torch.float64))
+    outside = basis.outside(torch.eye(9, dtype=torch.float64))
+    torch.testing.assert_close(outside, torch.eye(9, dtype=torch.float64) - q @ q.T)
     y = x @ weight.double().T + bias.double()
-    torch.testing.assert_close(basis @ small @ basis.T, y.T @ y / 30, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole(basis, small), y.T @ y / 30, rtol=1e-12, atol=1e-12)
 
 
 def test_the_moment_is_of_the_exact_output_and_not_of_the_models_rounded_one() -> None:
@@ -194,7 +204,7 @@ def test_any_tokens_may_be_left_out_and_only_those_are() -> None:
         y = torch.cat(kept[name])
         assert 0 < len(y) < sum(map(len, rows))
         torch.testing.assert_close(second, y.T @ y / len(y), rtol=1e-12, atol=1e-12, msg=name)
-    assert {int(s.moment.count) for s in statistics} == {len(torch.cat(kept[name])) for name in kept}
+    assert {int(moment.count) for _, moment in statistics} == {len(torch.cat(kept[name])) for name in kept}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -211,7 +221,25 @@ def test_both_statistics_give_the_moment_of_the_outputs(d_out: int, d_in: int, t
         moment = Moment.zeros(vectors.shape[1], torch.device("cpu"))
         for part in vectors.split(7):
             moment.add(part)
-        basis, small = factor(Statistic(["m"], of, moment), weight, offset)
+        basis, small = output_moment(of, moment, weight, offset)
         assert small.dtype == torch.float64
-        second = small if basis is None else basis @ small @ basis.T
+        second = whole(basis, small)
         torch.testing.assert_close(second, y.T @ y / tokens, rtol=1e-12, atol=1e-12, msg=of)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_the_lower_triangle_in_columns_is_the_whole_outer_product(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    a, b = (torch.randn(20, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    moments = [Moment.zeros(size, torch.device("cpu")) for _ in range(3)]
+    for moment, parts in zip(moments, ([a], [b], [a, b]), strict=True):
+        for part in parts:
+            moment.add(part)
+    for moment, z in zip([moments[2], moments[0] + moments[1]], 2 * [torch.cat([a, b])], strict=True):
+        outer = moment.outer()
+        assert torch.equal(outer, outer.T)
+        torch.testing.assert_close(outer, z.T @ z, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(moment.total, z.sum(0), rtol=1e-13, atol=1e-13)
+        assert moment.count == 40
+    assert moment_bytes(size) == sum(tensor.nbytes for tensor in moments[0].tensors())
+    assert sum(column.numel() for column in moments[0].columns) <= size * (size + WIDTH) / 2 + WIDTH**2

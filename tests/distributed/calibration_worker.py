@@ -1,5 +1,6 @@
 """One rank of a calibration under ZeRO-3: saves the summed moments, the subspaces and how much of the base it holds."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from astra import adapter
-from astra.calibrate import second_moments, solve_all
+from astra.calibrate import second_moments, share_out, solve_window
+from astra.moments import reduce
 from launch import data as launch_data
 from launch.distributed import start, stop
 from launch.engines import make_engine
 from launch.errors import run
 from launch.recipe import read
+from tests.whole import plan_of, subspaces_by_layer
 
 
 def main(recipe_path: str, output: Path) -> None:
@@ -35,18 +38,37 @@ def main(recipe_path: str, output: Path) -> None:
     share = launch_data.deal(ids, rank, world_size, recipe.calibration.batch_size)
     batches = [launch_data.collate(tokens, rows, device)[0] for rows in share]
     with engine.inference(model), model.disable_adapter():
-        statistics = second_moments(model, linears, batches)
+        plan = plan_of(model, linears, batches)
+        (window,) = plan.windows
+        moments = second_moments(model, linears, batches, window, plan, [None] * len(batches))
+        everywhere = [copy.deepcopy(moments) for _ in range(world_size)]
+        for owner, of_owner in enumerate(everywhere):
+            reduce(of_owner, [owner] * len(moments))
+        moments = everywhere[rank]
         found = {
-            select: solve_all(statistics, linears, engine, rank=recipe.adapter.rank, select=select, seed=5)
+            select: solve_window(
+                window.groups,
+                [list(moments)],
+                share_out(window.groups, linears),
+                linears,
+                engine,
+                ranks=dict.fromkeys(linears, recipe.adapter.rank),
+                select=select,
+                seed=5,
+            )
             for select in ("smallest", "largest", "middle", "random")
         }
+        found["by_layer"] = subspaces_by_layer(
+            model, linears, batches, engine, rank=recipe.adapter.rank, select="middle", seed=5
+        )
         after = {name: p.numel() for name, p in parameters.items()}
     tensors = {}
-    for statistic in statistics:
-        for part in ("outer", "total", "count"):
-            tensors[f"moment.{statistic.of}.{'+'.join(statistic.modules)}.{part}"] = getattr(statistic.moment, part)
-    for select, subspaces in found.items():
-        for name, subspace in subspaces.items():
+    for group, moment in zip(window.groups, moments, strict=True):
+        parts = {"outer": moment.outer(), "total": moment.total, "count": moment.count}
+        tensors |= {f"moment.{group.of}.{'+'.join(group.modules)}.{part}": value for part, value in parts.items()}
+    for select, modules in found.items():
+        for name, module in modules.items():
+            subspace = module if select == "by_layer" else module.subspace
             tensors[f"{select}.{name}.vectors"] = subspace.vectors.contiguous()
             tensors[f"{select}.{name}.values"] = subspace.values.contiguous()
     for name, (mine, whole, live) in held.items():

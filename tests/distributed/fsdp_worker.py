@@ -12,12 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from astra import adapter, inits
-from astra.calibrate import calibrate
 from astra.weights import TorchWeights
 from launch import data as launch_data
 from launch.distributed import start, stop
 from launch.errors import run
 from launch.recipe import read
+from tests.whole import subspaces_by_layer, subspaces_of
 
 
 @torch.no_grad()
@@ -40,14 +40,18 @@ def main(recipe_path: str, output: Path) -> None:
     share = launch_data.deal(ids, rank, world_size, recipe.calibration.batch_size)
     batches = [launch_data.collate(tokens, rows, device)[0] for rows in share]
     with model.disable_adapter():
-        found = calibrate(model, linears, batches, weights, rank=recipe.adapter.rank, select="largest", seed=5)
+        found = subspaces_of(model, linears, batches, weights, rank=recipe.adapter.rank, select="largest", seed=5)
         before = model(input_ids=batches[0]["input_ids"]).logits
+        by_layer = subspaces_by_layer(
+            model, linears, batches, weights, rank=recipe.adapter.rank, select="largest", seed=5
+        )
     adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), weights)
     moved = (model(input_ids=batches[0]["input_ids"]).logits - before).abs().max() / before.abs().max()
 
     tensors = {"moved": moved, "sharded": torch.tensor(sharded)}
     for name, subspace in found.items():
         tensors[f"largest.{name}.vectors"] = subspace.vectors.contiguous()
+        tensors[f"by_layer.{name}.vectors"] = by_layer[name].vectors.contiguous()
         tensors[f"residual.{name}"] = weights.read(linears[name].weight).contiguous()
     save_file(tensors, output / f"rank{rank}.safetensors")
     stop()

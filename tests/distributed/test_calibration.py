@@ -13,6 +13,8 @@ from astra.eigen import select_indices
 from launch import data as launch_data
 from launch.recipe import read
 
+pytestmark = pytest.mark.xdist_group("calibration")
+
 SELECTS = ("smallest", "largest", "middle", "random")
 WORLDS = (1, 2, 4)
 
@@ -87,6 +89,15 @@ def test_subspaces_are_the_same_on_every_rank_and_between_world_sizes(calibrated
                 assert singular.min() > 1 - 1e-8, (ranks, key, singular.min())
 
 
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_windows_of_one_layer_under_zero3_give_the_same_bits(ranks: int, calibrated: dict) -> None:
+    for saved in calibrated[ranks]:
+        by_layer = {key: value for key, value in saved.items() if key.startswith("by_layer.")}
+        assert len(by_layer) == 2 * 2 * 7
+        for key, value in by_layer.items():
+            assert torch.equal(value, saved[key.replace("by_layer.", "middle.")]), key
+
+
 @pytest.mark.parametrize("select", SELECTS)
 def test_subspace_is_the_one_named_against_an_oracle_with_all_activations(
     select: str, calibrated: dict, outputs: dict
@@ -137,8 +148,9 @@ def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
         assert saved["sharded"]
         assert 0 < saved["moved"] < 1e-5
         for key, vectors in saved.items():
-            if not key.endswith(".vectors"):
+            if not key.startswith("largest."):
                 continue
+            assert torch.equal(saved[key.replace("largest.", "by_layer.")], vectors)  # in windows of one layer
             # The same sums and solver as under ZeRO-3, on the same rows: only the order of additions differs.
             torch.testing.assert_close(vectors, calibrated[2][0][key], rtol=0, atol=1e-7)
             name = key.removeprefix("largest.").removesuffix(".vectors")
