@@ -1,52 +1,182 @@
-"""A recipe's calibration: its batches, its manifest, and the initial factors that follow from it."""
+"""A recipe's calibration: made window by window, or taken from `calibration.path`, and the factors that follow."""
 
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra import inits
+from astra import adapter, inits
 from astra.calibrate import calibrate
-from astra.eigen import Subspace
-from astra.moments import Batch
+from astra.errors import AstraError
+from astra.moments import Batch, find_groups
+from astra.spectrum import allocate
+from astra.windows import make_plan
+from launch import artifact, spectrum, tracking, watch
 from launch.data import PROMPT, TokenSet, choose, collate, deal
-from launch.engines.base import Engine
+from launch.distributed import on_rank0, say, start, stop
+from launch.engines import Engine, make_engine
+from launch.errors import UserError
 from launch.export import dtype_name
-from launch.inputs import Inputs
+from launch.inputs import Inputs, prepare
 from launch.recipe import Recipe
-from launch.tracking import progress
+from launch.run_folder import lock, make_folder
+
+GIB = 2**30
 
 
-def subspaces(
-    recipe: Recipe, engine: Engine, model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenSet
-) -> dict[str, Subspace]:
-    """The chosen eigenvectors of every target; none for a method that needs no calibration. Collective."""
+def calibrate_alone(recipe: Recipe, folder: Path, stall: float) -> None:
+    """Make the calibration of `recipe` in `folder`, for runs whose `calibration.path` it is to be.
+
+    Every rank of a launcher calls it. Started again it goes on after the last window, and leaves a finished one alone.
+    """
+    device = start(stall)
     if recipe.adapter.method != "astra":
-        return {}
-    settings = recipe.calibration
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = deal(choose(len(tokens), settings.samples, settings.seed), rank, world_size, settings.batch_size)
-    return calibrate(
+        raise UserError(f"adapter.method: {recipe.adapter.method} needs no calibration")
+
+    def open_folder() -> None:
+        make_folder(folder)
+        lock(folder / "lock")
+
+    on_rank0(open_folder)
+    watch.stage("reading the inputs")
+    inputs = prepare(recipe, device)
+    made = make_from_base(inputs.recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), folder)
+    say(f"the calibration is in {folder}: set calibration.path={folder}" if made else f"{folder} holds it, finished")
+    stop()
+
+
+def make_from_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path) -> bool:
+    """Load the base, make the calibration in `folder`, let go of the base; False if it was there. Collective."""
+    if recipe.calibration.path or on_rank0(lambda: (folder / artifact.MANIFEST).is_file()):
+        on_rank0(lambda: artifact.check(folder, manifest(recipe, inputs, {})))
+        return False
+    watch.stage("loading the base")
+    base = engine.load(str(inputs.model_path))
+    base.register_forward_pre_hook(lambda *_: watch.mark())
+    linears = adapter.find_targets(base, recipe.adapter.targets)
+    with engine.inference(base):
+        make(recipe, inputs, engine, base, linears, folder)
+    return True
+
+
+def obtain(
+    recipe: Recipe, inputs: Inputs, engine: Engine, model: nn.Module, linears: Mapping[str, nn.Linear], folder: Path
+) -> Path | None:
+    """The folder of the recipe's calibration: `calibration.path`'s, checked, or `folder`, where it is made. Collective.
+
+    None for a method that needs none. Raises UserError if that at `calibration.path` is not this recipe's.
+    """
+    if recipe.adapter.method != "astra":
+        return None
+    described = manifest(recipe, inputs, {})
+    if recipe.calibration.path is not None:
+        source = Path(recipe.calibration.path).expanduser()
+        on_rank0(lambda: artifact.check(source, described))
+        on_rank0(lambda: artifact.copy_summary(source, folder))
+        say(f"calibration: taken from {source}")
+        return source
+    if on_rank0(lambda: (folder / artifact.MANIFEST).is_file()):  # of a start that was killed after it
+        on_rank0(lambda: artifact.check(folder, described))
+    else:
+        make(recipe, inputs, engine, model, linears, folder)
+    return folder
+
+
+def make(
+    recipe: Recipe, inputs: Inputs, engine: Engine, model: nn.Module, linears: Mapping[str, nn.Linear], folder: Path
+) -> None:
+    """Calibrate `model`, as its engine's inference has it, into `folder`, from the first window not there. Collective.
+
+    The plan is printed before it runs; the checks of the solutions, and what is doubtful, afterwards.
+    """
+    watch.stage("calibration", timed=True)
+    started = time.perf_counter()
+    settings, rank = recipe.calibration, dist.get_rank()
+    samples = choose(len(inputs.tokens), settings.samples, settings.seed)
+    halves = [samples[: len(samples) // 2], samples[len(samples) // 2 :]] if settings.split_half else [samples]
+    if not all(halves):
+        raise UserError(f"calibration.samples: {settings.samples} cannot be split in halves; raise it")
+    parts = [_batches(inputs.tokens, ids, recipe, engine.device) for ids in halves]
+    groups = find_groups(model, linears, parts[0][0])
+    longest = int(inputs.tokens.lengths()[samples].max())
+    plan = make_plan(
         model,
         linears,
-        [collate(tokens, rows, engine.device)[0] for rows in share],
+        groups,
+        tokens=longest * settings.batch_size,
+        parts=len(parts),
+        memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
+    )
+    say(plan.describe())
+    described = manifest(recipe, inputs, tracking.conditions(dist.get_world_size(), engine.device))
+    described["windows"] = [list(window.groups) for window in plan.windows]
+    done = on_rank0(lambda: artifact.begin(folder, described))
+    if done:
+        say(f"going on after window {done} of {len(plan.windows)}, from {folder}")
+    kept = artifact.eigen_rank(recipe)
+    windows = calibrate(
+        model,
+        linears,
+        parts,
         engine,
-        rank=recipe.adapter.rank,
+        plan,
+        ranks={name: _rank_of(name, linear, kept, recipe) for name, linear in linears.items()},
         select=recipe.adapter.eigen_select,
         seed=settings.seed,
-        progress=lambda items, name: progress(items, len(items), name, rank),
+        start=done,
+        progress=lambda items, name: tracking.progress(items, len(items), name, rank),
+    )
+    for number, found in enumerate(windows, start=done):
+        on_rank0(lambda number=number, found=found: artifact.save_window(folder, number, found))
+    tokens = int(inputs.tokens.lengths()[samples].sum())
+    reach = {name: min(x.out_features, x.in_features + (x.bias is not None)) for name, x in linears.items()}
+    for line in on_rank0(lambda: spectrum.write(folder, recipe, reach, tokens, time.perf_counter() - started)):
+        say(line)
+    on_rank0(lambda: artifact.finish(folder))
+
+
+def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
+    smaller = min(linear.in_features, linear.out_features)
+    if recipe.adapter.rank > smaller:
+        raise AstraError(f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}")
+    return min(kept, smaller)
+
+
+def _batches(tokens: TokenSet, ids: list[int], recipe: Recipe, device: torch.device) -> list[Batch]:
+    share = deal(ids, dist.get_rank(), dist.get_world_size(), recipe.calibration.batch_size)
+    return [collate(tokens, rows, device)[0] for rows in share]
+
+
+def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
+    """Each module's rank from its effective rank in the calibration in `folder`; None for uniform ranks. Collective."""
+    if recipe.adapter.rank_allocation == "uniform":
+        return None
+    figures = on_rank0(lambda: artifact.summary(folder)["modules"])
+    return allocate(
+        {name: module["effective_rank"] for name, module in figures.items()},
+        {name: module["rank"] for name, module in figures.items()},
+        recipe.adapter.rank,
     )
 
 
-def factors(recipe: Recipe, found: Mapping[str, Subspace]) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
-    """The initialiser of the recipe's method: (module name, whole W) -> fp64 (A0, B0)."""
+def factors(
+    recipe: Recipe, source: Path | None, ranks: Mapping[str, int], device: torch.device
+) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+    """The initialiser of the recipe's method: (module name, whole W) -> fp64 (A0, B0). Collective, in order of calls.
+
+    Args:
+        source: the folder of the calibration, for methods that need one. ranks: r of every module.
+    """
     settings = recipe.adapter
     match settings.method:
         case "astra":
-            return lambda name, weight: inits.astra(weight, found[name])
+            select = settings.eigen_select
+            return lambda name, weight: inits.astra(weight, artifact.read(source, name, ranks[name], select, device))
         case "lora":
-            return lambda name, weight: inits.lora(weight, settings.rank, recipe.train.seed, name)
+            return lambda name, weight: inits.lora(weight, ranks[name], recipe.train.seed, name)
 
 
 def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
@@ -61,10 +191,12 @@ def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
         "sample_ids": choose(len(inputs.tokens), settings.samples, settings.seed),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
+        "split_half": settings.split_half,
         "eigen_select": recipe.adapter.eigen_select,
-        "rank": recipe.adapter.rank,
+        "rank": artifact.eigen_rank(recipe),
         "targets": recipe.adapter.targets,
-        "tie_break": "fixed Gaussian directions from (seed, module name), projected onto the null space",
+        "tie_break": "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
+        "onto what the weight cannot reach, then onto the null space of the moment",
         "conditions": conditions,
     }
 

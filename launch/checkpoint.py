@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from astra.adapter import ADAPTER, Factors
-from launch.distributed import on_rank0
+from launch.distributed import broadcast_tensor, on_rank0
 from launch.engines.base import Engine, Stepper
 from launch.errors import UserError
 from launch.files import sync, sync_folder, write_json
@@ -129,16 +129,11 @@ def _parameters(layer: LoraLayer) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
-    value, like = None, [None]
+    value = None
     if dist.get_rank() == 0:
         with safe_open(checkpoint.folder / TENSORS, framework="pt") as file:
-            value = file.get_tensor(name).to(device)
-        like = [(value.shape, value.dtype)]
-    dist.broadcast_object_list(like)
-    if value is None:
-        value = torch.empty(like[0][0], dtype=like[0][1], device=device)
-    dist.broadcast(value, 0)
-    return value
+            value = file.get_tensor(name)
+    return broadcast_tensor(value, device)
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]) -> None:

@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from pathlib import Path
 
-from launch.recipe import field_help
+from launch.recipe import Recipe, field_help, read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,3 +28,25 @@ def parser(description: str, examples: str, fields: bool = False) -> argparse.Ar
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # deepspeed passes it; LOCAL_RANK says the same
     return result
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that runs a recipe."""
+    parser.add_argument("--recipe", required=True, help="name of a file in recipes/, or a path to one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
+    )
+    parser.add_argument("--engine", help="short for --set engine=ENGINE")
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="end the run when no rank makes progress for so long, or ranks do not come (default %(default)s)",
+    )
+
+
+def read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe that the options of add_recipe name, and its name. Raises UserError."""
+    engine = [f"engine={arguments.engine}"] if arguments.engine else []
+    return read(arguments.recipe, arguments.set + engine), Path(arguments.recipe).stem

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import threadpoolctl
 import torch
 import torch.distributed as dist
 import transformers
@@ -53,6 +54,7 @@ def start(stall: float = STALL) -> torch.device:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")  # LAPACK, in eigenproblems
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     watch.start(rank, world_size)
     try:
@@ -122,6 +124,15 @@ def on_rank0(function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def broadcast_tensor(value: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Rank 0's `value`, on every rank's `device`; the others pass None. Collective."""
+    like = [None if value is None else (value.shape, value.dtype)]
+    dist.broadcast_object_list(like)
+    value = torch.empty(like[0][0], dtype=like[0][1], device=device) if value is None else value.to(device).contiguous()
+    dist.broadcast(value, 0)
+    return value
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 
 from astra import adapter
 from astra.adapter import Factors
-from astra.eigen import Subspace
 from launch.files import write_json
 from launch.recipe import Recipe
 
@@ -17,17 +15,6 @@ WARNING = (
     "This adapter is valid only on the residual base W_res, which is rebuilt from the original base and ../astra_init. "
     "On the original base use ../lora instead."
 )
-
-
-def save_subspaces(folder: Path, subspaces: dict[str, Subspace], manifest: dict) -> None:
-    """subspaces.safetensors (`<module>.vectors` (d_out, r), `<module>.values` (r,), fp64), then manifest.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, subspace in subspaces.items():
-        tensors[f"{name}.vectors"] = subspace.vectors.cpu().contiguous()
-        tensors[f"{name}.values"] = subspace.values.cpu().contiguous()
-    save_file(tensors, folder / "subspaces.safetensors")
-    write_json(folder / "manifest.json", manifest)
 
 
 def save_adapters(
@@ -110,5 +97,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def plain_rank(folder: Path) -> int:
-    """The rank of the run's lora/."""
-    return json.loads((folder / "lora" / "adapter_config.json").read_text())["r"]
+    """The rank of the run's lora/, the largest of its modules'."""
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    return max([config["r"], *config["rank_pattern"].values()])

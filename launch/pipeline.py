@@ -1,7 +1,6 @@
 """The main path of a fine-tuning run, stage by stage."""
 
 import contextlib
-import time
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import calibration, checkpoint, export, tracking, watch
+from launch import artifact, calibration, checkpoint, export, tracking, watch
 from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
@@ -69,11 +68,12 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
 
     # 2. The base model, already sharded, with PEFT's layers at the targets.
     watch.stage("loading the base")
-    engine = make_engine(recipe.engine, device, inputs.dtype)
     wanted = recipe.adapter
+    ranks = saved.facts["ranks"] if saved else _allocated_ranks(recipe, inputs, device, folder)
+    engine = make_engine(recipe.engine, device, inputs.dtype)
     base = engine.load(str(inputs.model_path))
     base.register_forward_pre_hook(lambda *_: watch.mark())
-    model = adapter.attach(base, wanted.targets, wanted.rank, wanted.alpha, wanted.dropout)
+    model = adapter.attach(base, wanted.targets, wanted.rank, wanted.alpha, wanted.dropout, ranks)
     layers = adapter.lora_layers(model)
 
     # 3. A0, B0 and W_res into the sharded model: from a calibration, or as a checkpoint has them.
@@ -157,6 +157,19 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
     say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  adapter for the base: {folder / 'lora'}")
 
 
+def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> dict[str, int] | None:
+    """Ranks that follow from a calibration, which is then to be there before the adapters are; None if all are alike.
+
+    It is made on a base of its own: FSDP2 cannot take in adapters once the base is sharded.
+    """
+    if recipe.adapter.rank_allocation == "uniform":
+        return None
+    path = recipe.calibration.path
+    source = Path(path).expanduser() if path else folder / "calibration"
+    calibration.make_from_base(recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), source)
+    return calibration.allocated_ranks(recipe, source)
+
+
 def _resumable(folder: Path, inputs: Inputs) -> checkpoint.Checkpoint | None:
     """The run's newest whole checkpoint. Raises UserError if it was made from another base or other rows."""
     saved = checkpoint.newest(folder)
@@ -184,32 +197,27 @@ def _initialise(
 ) -> dict:
     """Calibrate on the untouched base, score it if asked, and set A0, B0 and W_res; what is to be known of it later."""
     tokens, device = inputs.tokens, engine.device
-    conditions = tracking.conditions(dist.get_world_size(), device)
-    started = time.perf_counter()
     baseline: dict = {}
     with engine.inference(model), model.disable_adapter():
-        watch.stage("calibration", timed=True)
-        subspaces = calibration.subspaces(recipe, engine, model, adapter.base_layers(layers), tokens)
-        seconds = time.perf_counter() - started
+        source = calibration.obtain(recipe, inputs, engine, model, adapter.base_layers(layers), folder / "calibration")
         probe = calibration.probe(tokens, engine)
         logits = calibration.logits(model, probe)
         if recipe.eval.baseline:
             watch.stage("scoring the base", timed=True)
             baseline = score(engine, model, tokenizer, problems, recipe.eval, folder / "baseline")
-    if subspaces:
-        manifest = calibration.manifest(recipe, inputs, conditions)
-        on_rank0(lambda: export.save_subspaces(folder / "calibration", subspaces, manifest))
 
     # The logits may move by rounding only.
     watch.stage("initialisation")
-    rounding = adapter.initialise(layers, calibration.factors(recipe, subspaces), engine)
+    ranks = {name: layer.r[adapter.ADAPTER] for name, layer in layers.items()}
+    rounding = adapter.initialise(layers, calibration.factors(recipe, source, ranks, device), engine)
     with engine.inference(model):
         moved = (calibration.logits(model, probe) - logits).abs().max() / logits.abs().max()
     drift = all_reduce_max(moved.item(), device)
     say(f"step 0: logits moved by at most {drift:.1e} of their largest, weights by {rounding:.1e} of their norm")
     return {
+        "ranks": ranks if recipe.adapter.rank_allocation != "uniform" else None,
         "inputs": {"model.name": inputs.base["weights_sha256"], "data.path": inputs.data["tokens_sha256"]},
-        "calibration_seconds": seconds,
+        "calibration_seconds": on_rank0(lambda: artifact.summary(source)["seconds"]) if source else 0.0,
         "logit_drift": drift,
         "residual_rounding": rounding,
         "baseline": baseline,

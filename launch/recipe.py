@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from eval.tasks import TASKS
 from launch.errors import UserError
@@ -62,17 +62,33 @@ class Adapter(Section):
     rank: int = Field(128, ge=1, description="r, columns of B")
     alpha: Number = Field(128, gt=0, description="the adapter's product is scaled by s = alpha / rank")
     dropout: Number = Field(0.0, ge=0, lt=1, description="probability, on the adapter's input")
+    rank_allocation: Literal["uniform", "effective_rank"] = Field(
+        "uniform", description="astra: rank for every module, or the same sum shared by log(1 + effective rank)"
+    )
     targets: list[Name] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
         description="names, or last parts of names, of the linear modules that get an adapter",
     )
 
+    @model_validator(mode="after")
+    def _ranks_need_spectra(self) -> "Adapter":
+        if self.rank_allocation == "effective_rank" and (self.method != "astra" or self.eigen_select == "random"):
+            raise ValueError("rank_allocation: effective_rank needs method astra and eigenvectors in order, not random")
+        return self
+
 
 class Calibration(Section):
     samples: int = Field(256, ge=1, description="training rows that calibration runs, a seeded choice")
     batch_size: int = Field(1, ge=1, description="rows of a calibration batch; batches are dealt whole to ranks")
     seed: int = Field(0, ge=0, description="of the choice of rows and of eigen_select: random")
+    memory_gib: Number | None = Field(
+        None, gt=0, description="GiB that calibration may add on each rank: layers are taken in windows; all when null"
+    )
+    split_half: bool = Field(
+        False, description="also measure how far the subspaces of the samples' two halves are apart; twice the memory"
+    )
+    path: Name | None = Field(None, description="folder of a calibration by launch/calibrate.py; made here when null")
 
 
 class Train(Section):

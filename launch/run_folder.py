@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "train.gradient_checkpointing",
     "train.checkpoint_every",
     "train.keep",
+    "calibration.memory_gib",
 )
 
 
@@ -37,7 +38,7 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
     recipe_path = folder / "recipe.yaml"
     if not recipe_path.is_file() and any(path.name != "lock" for path in folder.iterdir()):
         raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
-    _lock(folder / "lock")
+    lock(folder / "lock")
     if recipe_path.is_file():
         finished = (folder / "results.json").is_file()
         field = difference(read(str(recipe_path), []), recipe, () if finished else FREE_TO_CHANGE)
@@ -70,7 +71,8 @@ def make_folder(folder: Path) -> None:
 _held: list[IO] = []  # an open file holds its lock; the kernel, or the file server, frees it when the process is gone
 
 
-def _lock(path: Path) -> None:
+def lock(path: Path) -> None:
+    """Hold the lock file `path` until this process ends. Raises UserError if another one keeps it."""
     file = path.open("a+")
     deadline = time.monotonic() + WAIT
     while True:

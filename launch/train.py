@@ -8,7 +8,6 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
 
 from launch import cli
 from launch.errors import run
-from launch.recipe import read
 
 EXAMPLES = """\
   deepspeed --num_gpus 2 launch/train.py --recipe quickstart
@@ -19,23 +18,10 @@ EXAMPLES = """\
 
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
-    parser.add_argument("--recipe", required=True, help="name of a file in recipes/, or a path to one")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
-    )
-    parser.add_argument("--engine", help="short for --set engine=ENGINE")
+    cli.add_recipe(parser)
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
-    parser.add_argument(
-        "--stall",
-        type=float,
-        default=600,
-        metavar="SECONDS",
-        help="end the run when no rank makes progress for so long, or ranks do not come (default %(default)s)",
-    )
     arguments = parser.parse_args()
-    engine = [f"engine={arguments.engine}"] if arguments.engine else []
-    recipe = read(arguments.recipe, arguments.set + engine)
-    name = Path(arguments.recipe).stem
+    recipe, name = cli.read_recipe(arguments)
 
     from launch.pipeline import fine_tune  # takes seconds, so only when the recipe is known to be good
 
