@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from astra.cost import solve_flops
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
 from astra.factor import left_basis, output_moment
@@ -59,7 +60,7 @@ def calibrate(
             second_moments(model, linears, batches, window, plan, states[i], progress)
             for i, batches in enumerate(parts)
         ]
-        owners = share_out(window.groups, linears)
+        owners = share_out(window.groups, linears, ranks)
         for of_part in moments:
             reduce(of_part, owners)
         yield solve_window(
@@ -94,15 +95,9 @@ def second_moments(
     return moments
 
 
-def _cost(name: str, linears: Mapping[str, nn.Linear]) -> int:
-    """Of forming and solving a module's eigenproblem, in arithmetic, roughly."""
-    d_in, d_out = linears[name].in_features, linears[name].out_features
-    return min(d_in, d_out) ** 3 + d_in * d_out * min(d_in, d_out)
-
-
-def share_out(groups: Sequence[Group], linears: Mapping[str, nn.Linear]) -> list[int]:
-    """The rank that solves each group: the costliest first, each to the rank with least to do so far."""
-    costs = [sum(_cost(name, linears) for name in group.modules) for group in groups]
+def share_out(groups: Sequence[Group], linears: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> list[int]:
+    """The process that solves each group: the costliest first, each to that with least to do so far."""
+    costs = [solve_flops(group, linears, ranks) for group in groups]
     load = [0] * (dist.get_world_size() if distributed() else 1)
     owners = [0] * len(groups)
     for i in sorted(range(len(groups)), key=lambda i: -costs[i]):

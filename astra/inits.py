@@ -14,12 +14,15 @@ from astra.eigen import Subspace, named_generator
 def astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
     """B0 = V, A0 = V^T W (arXiv 2602.19111, PEFT pull request 3725).
 
-    Where an eigenvalue is zero the row of A0 is exactly 0: rounding noise there, at 1e-9, would be turned by Adam into
-    full-size updates of B.
+    A vector that the weight cannot reach has a zero row of A0, exactly: rounding noise there would be turned by Adam
+    into full-size updates of B. It has a zero eigenvalue too, but so have vectors that only the calibration's tokens
+    did not reach, whose rows stay.
     """
-    vectors = subspace.vectors
-    rows = vectors.T @ weight.double()
-    return rows * (subspace.values != 0)[:, None], vectors
+    vectors, weight = subspace.vectors, weight.double()
+    rows = vectors.T @ weight
+    typical = weight.norm() / math.sqrt(len(weight))
+    unreached = (subspace.values == 0) & (rows.norm(dim=1) < 1e-6 * typical)
+    return rows * ~unreached[:, None], vectors
 
 
 def lora(weight: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:

@@ -142,9 +142,9 @@ def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a is b:  # the only sign there is on the meta device
-        return True
-    return a.data_ptr() != 0 and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+    """Whether two living tensors are the same numbers in the same place; on PyTorch's fake tensors too."""
+    same_storage = a.untyped_storage() is b.untyped_storage()
+    return same_storage and (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""Peak memory of every rank at load, calibration and training, by engine and number of ranks.
+"""Peak memory of every rank at load, calibration and training, by engine and number of ranks, beside what plan.py says.
 
     python bench/memory.py
 
 A random Llama of 122 M parameters in fp32 on CPUs: real launches, the functions of the main path. Of each stage the
 table gives, for the rank that has most, the bytes of the base that it holds (what sharding divides) and the peak of
-its anonymous memory above what it had before the base was loaded. File pages mapped by safetensors are the page
-cache's and not counted.
+its anonymous memory above what it had before the base was loaded, less the same for a model of 0.1 M parameters: what
+the libraries load and keep. File pages mapped by safetensors are the page cache's and not counted.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-ENGINES, RANKS = ("zero3", "fsdp"), (1, 2, 4)
-STAGES = ("load", "calibration", "training")
+ENGINES, RANKS = ("single", "fsdp", "zero3", "zero2"), (1, 2, 4)
+STAGES = ("load", "calibration", "initialisation", "training")
+LENGTH = 256  # tokens of a row
 MIB = 2**20
 # Freed blocks go back to the system at once, so that a peak is of what is in use.
 ENVIRONMENT = os.environ | {
@@ -52,11 +53,17 @@ class Peak:
 
     def take(self) -> int:
         """The peak since the last call."""
-        highest, self.highest = self.highest, 0
+        highest, self.highest = max(self.highest, anonymous()), 0
         return highest
 
 
-def make_inputs(folder: Path) -> int:
+SIZES = {  # of the model measured, and of the one that shows what the libraries take
+    "model": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 6000},
+    "tiny": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300},
+}
+
+
+def make_inputs(folder: Path, size: dict) -> int:
     """A base with its tokenizer, and rows to train on, in `folder`; the base's parameters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -69,10 +76,7 @@ def make_inputs(folder: Path) -> int:
     fast.save_pretrained(folder / "base")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=6000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=16,
+        **size,
         num_attention_heads=12,
         max_position_embeddings=512,
         bos_token_id=0,
@@ -80,9 +84,25 @@ def make_inputs(folder: Path) -> int:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base", max_shard_size="100MB")
-    rows = [{"query": f"What is {i} plus {i}?", "response": f"The answer is: {2 * i}"} for i in range(8)]
+    rows = [{"query": f"What is {i} plus {i}?", "response": "We add the numbers. " * 20} for i in range(8)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
+    """The recipe whose stages are measured."""
+    from launch.recipe import validate
+
+    return validate(
+        {
+            "model": {"name": str(folder / "base")},
+            "data": {"path": str(folder / "train.jsonl"), "max_length": LENGTH},
+            "adapter": {"rank": 8, "alpha": 8},
+            "calibration": {"samples": 8},
+            "train": {"global_batch": 8, "micro_batch": 2, "max_steps": 2},
+            "engine": engine,
+        }
+    )
 
 
 def worker(folder: Path, engine_name: str) -> None:
@@ -90,25 +110,17 @@ def worker(folder: Path, engine_name: str) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from astra import adapter
-    from astra.calibrate import second_moments, solve_all
-    from launch import calibration
+    from astra import adapter, inits
+    from astra.calibrate import calibrate
+    from astra.moments import find_groups
+    from astra.windows import make_plan
     from launch.data import collate, step_rows
     from launch.distributed import start, stop
     from launch.engines import make_engine
     from launch.inputs import prepare
     from launch.loop import make_stepper, train
-    from launch.recipe import validate
 
-    recipe = validate(
-        {
-            "model": {"name": str(folder / "base")},
-            "data": {"path": str(folder / "train.jsonl"), "max_length": 256},
-            "adapter": {"rank": 8, "alpha": 8},
-            "train": {"global_batch": 4, "max_steps": 2},
-            "engine": engine_name,
-        }
-    )
+    recipe = recipe_of(folder, engine_name)
     device = start()
     inputs = prepare(recipe, device)
     engine = make_engine(recipe.engine, device, inputs.dtype)
@@ -129,14 +141,16 @@ def worker(folder: Path, engine_name: str) -> None:
     linears = adapter.base_layers(layers)
     with engine.inference(model), model.disable_adapter():
         end_of("load")  # FSDP2 loads here
-        batches = [collate(inputs.tokens, [dist.get_rank() % 8], device)[0]]
-        statistics = second_moments(model, linears, batches)
-        found["statistics"] = sum(statistic.moment.outer.nbytes for statistic in statistics)
-        subspaces = solve_all(statistics, linears, engine, rank=recipe.adapter.rank, select="smallest", seed=0)
-    del statistics
-    adapter.initialise(layers, calibration.factors(recipe, subspaces), engine)
-    end_of("calibration")
-    steps = list(step_rows(len(inputs.tokens), 4, 1, 2, 0))
+        batches = [collate(inputs.tokens, [(dist.get_rank() + i) % 8], device)[0] for i in range(4)]
+        groups = find_groups(model, linears, batches[0])
+        plan = make_plan(model, linears, groups, tokens=LENGTH)
+        ranks = dict.fromkeys(linears, recipe.adapter.rank)
+        (modules,) = calibrate(model, linears, [batches], engine, plan, ranks=ranks, select="largest", seed=0)
+        end_of("calibration")
+    adapter.initialise(layers, lambda name, weight: inits.astra(weight, modules[name].subspace), engine)
+    modules.clear()
+    end_of("initialisation")
+    steps = list(step_rows(len(inputs.tokens), 8, 2, 2, 0))
     list(train(make_stepper(engine, model, recipe.train), inputs.tokens, steps, recipe.train, device))
     end_of("training")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -144,7 +158,7 @@ def worker(folder: Path, engine_name: str) -> None:
 
 
 def measure(folder: Path, engine: str, ranks: int) -> dict:
-    """The largest figure of any rank, in bytes, by stage; and rank 0's at load, which differs under ZeRO-3."""
+    """The largest figure of any rank, in bytes, by stage."""
     for old in folder.glob("rank*.json"):
         old.unlink()
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
@@ -153,34 +167,46 @@ def measure(folder: Path, engine: str, ranks: int) -> dict:
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    result = {"engine": engine, "ranks": ranks, "statistics": found[0]["statistics"]}
-    for stage in STAGES:
-        result[stage] = {kind: max(rank[stage][kind] for rank in found) for kind in ("base", "peak")}
-    result["load"]["peak_of_others"] = max((rank["load"]["peak"] for rank in found[1:]), default=None)
-    return result
+    return {stage: {kind: max(rank[stage][kind] for rank in found) for kind in ("base", "peak")} for stage in STAGES}
+
+
+def planned(folder: Path, engine: str, ranks: int) -> dict:
+    """What launch/plan.py says of the same run, in bytes, by stage."""
+    import torch
+    from transformers import AutoConfig
+
+    from launch.estimate import estimate
+
+    config = AutoConfig.from_pretrained(folder / "base")
+    found = estimate(config, recipe_of(folder, engine), ranks=ranks, dtype=torch.float32, checkpointing=False, steps=2)
+    return {stage: getattr(found, stage).memory for stage in STAGES[1:]}
 
 
 def table(records: list[dict]) -> str:
     """Markdown, in MiB."""
-    head = ["engine", "ranks", "base held", "peak: load (rank 0 / others)", "peak: calibration", "peak: training"]
+    head = ["engine", "ranks", "base held", "libraries", "load"]
+    head += [f"{stage}: measured, planned" for stage in STAGES[1:]]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for record in records:
-        others = record["load"]["peak_of_others"]
-        cells = [
-            record["engine"],
-            str(record["ranks"]),
-            f"{record['training']['base'] / MIB:.0f}",
-            f"{record['load']['peak'] / MIB:.0f}" + ("" if others is None else f" / {others / MIB:.0f}"),
-            f"{record['calibration']['peak'] / MIB:.0f}",
-            f"{record['training']['peak'] / MIB:.0f}",
-        ]
+        cells = [record["engine"], str(record["ranks"])]
+        numbers = [record["training"]["base"], record["tiny"]["training"]["peak"], net(record, "load")]
+        cells += [f"{number / MIB:.0f}" for number in numbers]
+        for stage in STAGES[1:]:
+            measured, plan = net(record, stage), sum(record["planned"][stage].values())
+            cells.append(f"{measured / MIB:.0f}, {plan / MIB:.0f} ({plan / measured - 1:+.0%})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def net(record: dict, stage: str) -> int:
+    """Peak bytes of a stage, less what the libraries take."""
+    return record[stage]["peak"] - record["tiny"][stage]["peak"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "memory.json", help="default bench/memory.json")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES, help="default all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -189,16 +215,22 @@ def main() -> None:
 
         run(lambda: worker(arguments.folder, arguments.worker))
     with tempfile.TemporaryDirectory() as scratch:
-        parameters = make_inputs(Path(scratch))
+        folders = {name: Path(scratch) / name for name in SIZES}
+        for name, folder in folders.items():
+            folder.mkdir()
+            parameters = make_inputs(folder, SIZES[name])
+            if name == "model":
+                total = parameters
         records = []
-        for engine in ENGINES:
-            for ranks in RANKS:
-                records.append(measure(Path(scratch), engine, ranks))
-                print(json.dumps(records[-1]), flush=True)
-    print(f"\n{parameters / 1e6:.0f} M parameters, {4 * parameters / MIB:.0f} MiB in fp32; MiB a rank:\n")
+        for engine in arguments.engines:
+            for ranks in (1,) if engine == "single" else RANKS:
+                measured = {name: measure(folder, engine, ranks) for name, folder in folders.items()}
+                records.append({"engine": engine, "ranks": ranks, "tiny": measured["tiny"], **measured["model"]})
+                records[-1]["planned"] = planned(folders["model"], engine, ranks)
+                print(table(records[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{total / 1e6:.0f} M parameters, {4 * total / MIB:.0f} MiB in fp32; MiB a rank:\n")
     print(table(records))
-    print(f"\nOf the calibration's peak, the fp64 statistics on every rank: {records[0]['statistics'] / MIB:.0f} MiB")
-    arguments.output.write_text(json.dumps({"parameters": parameters, "records": records}, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({"parameters": total, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

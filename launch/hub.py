@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from launch.data import is_hub_id
 from launch.errors import UserError
@@ -34,6 +34,17 @@ def fetch_model(name: str, revision: str) -> Path:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
     return folder
+
+
+def fetch_config(name: str, revision: str) -> PretrainedConfig:
+    """The config of model `name`, a local folder or hub id, and nothing else of it. Raises UserError."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not is_hub_id(name):
+        raise UserError(f"model.name: no folder {name}")
+    try:
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: cannot get the config of {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -87,13 +87,9 @@ def cache_folder() -> Path:
     return root / f"quickstart-{key}"
 
 
-def make(folder: Path, device: torch.device) -> None:
-    """Pretrain the base and write it with the task's data to `folder`, whole or not at all. Collective."""
-    if dist.get_rank() == 0:
-        print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
-    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents())))
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
+def make_config() -> LlamaConfig:
+    """Of the quickstart's base."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=512,
@@ -105,7 +101,15 @@ def make(folder: Path, device: torch.device) -> None:
         eos_token_id=2,
         pad_token_id=2,
     )
-    model = LlamaForCausalLM(config).to(device)
+
+
+def make(folder: Path, device: torch.device) -> None:
+    """Pretrain the base and write it with the task's data to `folder`, whole or not at all. Collective."""
+    if dist.get_rank() == 0:
+        print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
+    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents())))
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(make_config()).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
     steps = list(step_rows(len(tokens), PRETRAINING.global_batch, 1, STEPS, SEED))
     watch.stage("pretraining", timed=True)

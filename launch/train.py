@@ -6,7 +6,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch import cli
+from launch import cli, plan
 from launch.errors import run
 
 EXAMPLES = """\
@@ -20,8 +20,13 @@ def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
     cli.add_recipe(parser)
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
+    parser.add_argument("--plan", action="store_true", help="only say what the run would take (see launch/plan.py)")
+    plan.add_machine(parser)
     arguments = parser.parse_args()
     recipe, name = cli.read_recipe(arguments)
+    if arguments.plan:
+        plan.show(recipe, arguments)
+        return
 
     from launch.pipeline import fine_tune  # takes seconds, so only when the recipe is known to be good
 

@@ -1,7 +1,9 @@
 """The small interface behind which DeepSpeed, and whatever else shards a model, stands."""
 
+import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -9,6 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from astra.weights import Weights
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def read_config(engine: str) -> dict:
+    """DeepSpeed's config of one of its engines: ds_configs/<engine>.json."""
+    return json.loads((CONFIGS / f"{engine}.json").read_text())
 
 
 class Stepper(Protocol):

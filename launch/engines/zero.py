@@ -1,9 +1,7 @@
 """DeepSpeed ZeRO, from ds_configs/: stage 3 shards the base as it is loaded; stage 2 shards gradients and optimiser."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -15,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
+from launch.engines.base import read_config
 
 KINDS = ("exp_avg", "exp_avg_sq")
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 class ZeroStepper:
@@ -61,7 +59,7 @@ class ZeroEngine:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.config = json.loads((CONFIGS / f"{name}.json").read_text())
+        self.config = read_config(name)
         self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
         self.sharded = self.config["zero_optimization"]["stage"] == 3
         # Stage 3 takes the base's dtype from here. Elsewhere it would cast the adapters, which are to stay in fp32.

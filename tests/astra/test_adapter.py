@@ -88,14 +88,14 @@ def test_bf16_residual_is_within_its_rounding() -> None:
     assert layers["model.layers.0.self_attn.q_proj"].base_layer.weight.dtype == torch.bfloat16
 
 
-def test_rows_of_a0_are_zero_where_the_eigenvalue_is() -> None:
+def test_rows_of_a0_are_zero_where_the_weight_does_not_reach_and_not_where_tokens_were_few() -> None:
     _, layers, found, _ = start(make_base(), 8, 8, "smallest")
     gate = "model.layers.1.mlp.gate_proj"  # 56 outputs of 24 inputs: at least 32 zero eigenvalues
     assert (found[gate].values == 0).all()
     assert not adapter.read_factors(layers, PLAIN)[gate].a.any()
     down = "model.layers.1.mlp.down_proj"  # 22 tokens span 22 of 24 dimensions: two zero, then the smallest positive
     assert (found[down].values == 0).tolist() == [True] * 2 + [False] * 6
-    assert adapter.read_factors(layers, PLAIN)[down].a.any(1).tolist() == [False] * 2 + [True] * 6
+    assert adapter.read_factors(layers, PLAIN)[down].a.any(1).all()
 
 
 @pytest.mark.parametrize("alpha", [8, 20])

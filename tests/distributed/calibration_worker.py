@@ -49,7 +49,7 @@ def main(recipe_path: str, output: Path) -> None:
             select: solve_window(
                 window.groups,
                 [list(moments)],
-                share_out(window.groups, linears),
+                share_out(window.groups, linears, dict.fromkeys(linears, recipe.adapter.rank)),
                 linears,
                 engine,
                 ranks=dict.fromkeys(linears, recipe.adapter.rank),

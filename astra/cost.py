@@ -1,0 +1,42 @@
+"""What the calibration's arithmetic costs, counted from shapes, in floating-point operations."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from astra.moments import WIDTH, Group
+
+
+def sum_flops(group: Group, linears: Mapping[str, nn.Linear]) -> int:
+    """Of adding one token to a group's moment: see moments.Moment.add, moments.accumulating."""
+    triangle = sum(2 * (group.size - i) * min(WIDTH, group.size - i) for i in range(0, group.size, WIDTH))
+    if group.of == "input":
+        return triangle
+    linear = linears[group.modules[0]]
+    return triangle + 2 * linear.in_features * linear.out_features  # y = W x
+
+
+def forming_flops(of: str, linear: nn.Linear) -> int:
+    """Of one module's `C` from its group's moment, at its smallest size: see factor.output_moment."""
+    if of == "output":
+        return 0
+    d_in, d_out = linear.in_features, linear.out_features
+    if d_out > d_in:  # geqrf of W, then R S R^T
+        return 2 * d_in**2 * d_out - 2 * d_in**3 // 3 + 4 * d_in**3
+    return 2 * d_out * d_in**2 + 2 * d_out**2 * d_in
+
+
+def solving_flops(of: str, linear: nn.Linear, rank: int) -> int:
+    """Of the eigenproblem of one module's `C`: sytrd for all eigenvalues, ormqr for `rank` vectors, their checks."""
+    d_out = linear.out_features
+    size = min(linear.in_features, d_out) if of == "input" else d_out
+    turned = 2 * rank * (2 * d_out * size - size**2) if d_out > size else 0
+    return 4 * size**3 // 3 + 2 * size**2 * rank + 3 * turned + 2 * size**2 * rank + 4 * d_out * rank**2
+
+
+def solve_flops(group: Group, linears: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> int:
+    """Of forming and solving every module of a group."""
+    return sum(
+        forming_flops(group.of, linears[name]) + solving_flops(group.of, linears[name], ranks[name])
+        for name in group.modules
+    )

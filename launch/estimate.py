@@ -1,0 +1,242 @@
+"""What a run would take, from the model's config alone: no weights, no GPU, nothing allocated.
+
+One calibration batch and one micro batch really run, on PyTorch's fake tensors, which have shapes and no memory: the
+bytes alive at the peak and the matrix products are counted while the run's own code makes them.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from astra import adapter
+from astra.cost import solve_flops, sum_flops
+from astra.moments import find_groups, forward
+from astra.windows import FP64, Plan, find_layers, make_plan
+from launch.engines.base import read_config
+from launch.loop import answer_loss
+from launch.recipe import Recipe
+
+FP32 = 4  # bytes
+ATEN = torch.ops.aten
+FLOPS = flop_registry | {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's cost on each rank."""
+
+    memory: dict[str, int]  # bytes by what they hold; all are held at once at the stage's peak
+    flops: float  # in the model's dtype, over all ranks
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take."""
+
+    parameters: int  # of the base
+    trainable: int
+    calibration: Stage
+    initialisation: Stage
+    training: Stage
+    windows: Plan | None  # None: the method needs no calibration
+    hidden_states: int  # bytes on the CPU, on each rank: carried from window to window
+    sum_flops: float  # fp64, of the calibration's sums, over all ranks
+    solve_flops: float  # fp64, of its eigenproblems, over all ranks
+    files: dict[str, int]  # bytes by what they hold
+
+
+def estimate(
+    config: PretrainedConfig, recipe: Recipe, *, ranks: int, dtype: torch.dtype, checkpointing: bool, steps: int
+) -> Estimate:
+    """The cost of `recipe` with a model of `config` on `ranks` ranks, every row being data.max_length tokens long.
+
+    Args:
+        dtype: of the base. checkpointing: gradients with activations computed anew. steps: of the optimiser.
+
+    Raises:
+        AstraError: targets, ranks or calibration.memory_gib do not fit the model.
+    """
+    wanted, settings = recipe.adapter, recipe.train
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    model = adapter.attach(base, wanted.targets, wanted.rank, wanted.alpha, wanted.dropout)
+    linears = adapter.base_layers(adapter.lora_layers(model))
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in frozen)
+    held = _held(recipe.engine, base, parameters * dtype.itemsize, trainable, ranks)
+
+    length, rows = recipe.data.max_length, recipe.calibration.batch_size
+    windows, statistics_flops, solving_flops, carried = None, 0.0, 0.0, 0
+    with FakeTensorMode():
+        _fake(model)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        if wanted.method == "astra":
+            with model.disable_adapter():
+                groups = find_groups(model, linears, {"input_ids": ids})
+            memory = recipe.calibration.memory_gib
+            windows = make_plan(
+                base,
+                linears,
+                groups,
+                tokens=length * rows,
+                parts=1 + recipe.calibration.split_half,
+                memory=None if memory is None else memory * 2**30,
+            )
+            samples = recipe.calibration.samples
+            of_rank = math.ceil(samples / (rows * ranks)) * rows
+            hidden = config.get_text_config().hidden_size
+            carried = of_rank * length * hidden * dtype.itemsize if windows.layers else 0
+            statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
+            kept = dict.fromkeys(linears, wanted.rank)
+            solving_flops = sum(solve_flops(group, linears, kept) for group in groups)
+        with _Counting() as calibrating, torch.no_grad(), model.disable_adapter():
+            forward(model.eval(), {"input_ids": ids})
+        calibration_flops = calibrating.flops / rows * recipe.calibration.samples if windows else 0.0
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / ranks))
+        ids = torch.zeros(micro_batch, length, dtype=torch.long)
+        _without_gradients(model)
+        with _Counting() as training:
+            answer_loss(model.train(), ids, ids).backward()
+    step_flops = training.flops / micro_batch * settings.global_batch
+
+    largest = max(linear.in_features * linear.out_features for linear in linears.values())
+    lora = {key: held[key] for key in ("base", "gathered", "adapters")}
+    of_windows = {
+        "statistics": max(window.statistics for window in windows.windows) if windows else 0,
+        "forward pass or solving": max(calibrating.peak, windows.working) if windows else 0,
+    }
+    return Estimate(
+        parameters,
+        trainable,
+        calibration=Stage(lora | of_windows, calibration_flops),
+        # W in its own dtype, then in fp64, with B0 A0 and W_res.
+        initialisation=Stage(lora | {"one weight": largest * (dtype.itemsize + 3 * FP64)}, 0.0),
+        training=Stage(held | {"activations": training.peak}, steps * step_flops),
+        windows=windows,
+        hidden_states=carried,
+        sum_flops=statistics_flops,
+        solve_flops=solving_flops,
+        files={
+            "a checkpoint (A0, B0, A, B and both moments of AdamW, fp32)": 4 * FP32 * trainable,
+            "export: astra, astra_init and lora of twice the rank": 4 * FP32 * trainable,
+            "calibration: eigenvectors, fp64": FP64 * wanted.rank * sum(x.out_features for x in linears.values())
+            if windows
+            else 0,
+        },
+    )
+
+
+def _held(engine: str, base: nn.Module, base_bytes: int, trainable: int, ranks: int) -> dict[str, int]:
+    """Bytes on each rank's device of the model and its optimiser, by engine."""
+    adapters, optimiser = FP32 * trainable, 3 * FP32 * trainable  # gradient and AdamW's two moments
+    if engine in ("single", "zero2"):
+        of_zero = FP32 * trainable // ranks if engine == "zero2" else 0  # its own copy of what it steps
+        buckets = _bucket(engine, trainable) if engine == "zero2" else 0
+        return {
+            "base": base_bytes,
+            "gathered": 0,
+            "adapters": adapters,
+            "gradients and optimiser": optimiser // ranks + of_zero + buckets,
+        }
+    layers = find_layers(base, {})
+    units = sorted(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
+    outside = base_bytes - sum(units)
+    if engine == "fsdp":
+        shards = {
+            "base": base_bytes // ranks,
+            "adapters": adapters // ranks,
+            "gradients and optimiser": optimiser // ranks,
+        }
+        return shards | {"gathered": max(outside + units[-1], sum(units[-2:]))}
+    live = read_config(engine)["zero_optimization"]["stage3_max_live_parameters"]
+    gathered = min(base_bytes, live * base_bytes // sum(p.numel() for p in base.parameters()))
+    if engine == "zero3_offload":
+        return {"base": 0, "adapters": 0, "gradients and optimiser": _bucket(engine, trainable), "gathered": gathered}
+    return {
+        "base": base_bytes // ranks,
+        "adapters": adapters // ranks,
+        "gradients and optimiser": (optimiser + FP32 * trainable) // ranks + _bucket(engine, trainable),
+        "gathered": gathered,
+    }
+
+
+def _bucket(engine: str, trainable: int) -> int:
+    """Bytes of DeepSpeed's buffer for gradients that wait to be reduced."""
+    return FP32 * min(trainable, read_config(engine)["zero_optimization"]["reduce_bucket_size"])
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the bytes of tensors made within it, at their most, and the arithmetic of matrix products.
+
+    Not by FlopCounterMode, whose hooks keep inputs of modules alive, and which does not know attention on CPUs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.flops = 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (PyTorch's signature)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage not in self.known:
+                    self.known.add(storage)
+                    self.alive += storage.nbytes()
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.alive -= size
+
+
+def _fake(model: nn.Module) -> None:
+    """Under a FakeTensorMode, CPU tensors in the places of meta ones, for which attention takes a costlier path."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+                module._parameters[name] = made[id(old)]
+        for name, old in module._buffers.items():
+            if old is not None:
+                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+
+
+def _without_gradients(model: nn.Module) -> None:
+    """Let go of every gradient as soon as it is there: they are counted by `_held`, sharded."""
+
+    def let_go(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(let_go)
