@@ -81,7 +81,7 @@ def estimate(
     frozen = {p for p in model.parameters() if not p.requires_grad}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in frozen)
-    held = _held(recipe.engine, base, parameters * dtype.itemsize, trainable, ranks)
+    held = _held(recipe.engine, base, trainable, ranks)
 
     length, rows = recipe.data.max_length, recipe.calibration.batch_size
     windows, statistics_flops, solving_flops, carried = None, 0.0, 0.0, 0
@@ -121,7 +121,8 @@ def estimate(
     step_flops = training.flops / micro_batch * settings.global_batch
 
     largest = max(linear.in_features * linear.out_features for linear in linears.values())
-    lora = {key: held[key] for key in ("base", "gathered", "adapters")}
+    # W in its own dtype, gathered and copied; W, B0 A0, W_res and what is between them in fp64.
+    one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
     of_windows = {
         "statistics": max(window.statistics for window in windows.windows) if windows else 0,
         "forward pass or solving": max(calibrating.peak, windows.working) if windows else 0,
@@ -129,10 +130,10 @@ def estimate(
     return Estimate(
         parameters,
         trainable,
-        calibration=Stage(lora | of_windows, calibration_flops),
-        # W in its own dtype, then in fp64, with B0 A0 and W_res.
-        initialisation=Stage(lora | {"one weight": largest * (dtype.itemsize + 3 * FP64)}, 0.0),
-        training=Stage(held | {"activations": training.peak}, steps * step_flops),
+        calibration=Stage(_but(held, "gradients and optimiser") | of_windows, calibration_flops),
+        initialisation=Stage({key: held[key] for key in ("base", "adapters")} | {"one weight": one_weight}, 0.0),
+        # Activations are at their most when the backward pass begins, with nothing under way.
+        training=Stage(_but(held, "prefetched") | {"activations": training.peak}, steps * step_flops),
         windows=windows,
         hidden_states=carried,
         sum_flops=statistics_flops,
@@ -147,43 +148,39 @@ def estimate(
     )
 
 
-def _held(engine: str, base: nn.Module, base_bytes: int, trainable: int, ranks: int) -> dict[str, int]:
-    """Bytes on each rank's device of the model and its optimiser, by engine."""
-    adapters, optimiser = FP32 * trainable, 3 * FP32 * trainable  # gradient and AdamW's two moments
-    if engine in ("single", "zero2"):
-        of_zero = FP32 * trainable // ranks if engine == "zero2" else 0  # its own copy of what it steps
-        buckets = _bucket(engine, trainable) if engine == "zero2" else 0
-        return {
-            "base": base_bytes,
-            "gathered": 0,
-            "adapters": adapters,
-            "gradients and optimiser": optimiser // ranks + of_zero + buckets,
-        }
-    layers = find_layers(base, {})
-    units = sorted(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
-    outside = base_bytes - sum(units)
-    if engine == "fsdp":
-        shards = {
-            "base": base_bytes // ranks,
-            "adapters": adapters // ranks,
-            "gradients and optimiser": optimiser // ranks,
-        }
-        return shards | {"gathered": max(outside + units[-1], sum(units[-2:]))}
-    live = read_config(engine)["zero_optimization"]["stage3_max_live_parameters"]
-    gathered = min(base_bytes, live * base_bytes // sum(p.numel() for p in base.parameters()))
-    if engine == "zero3_offload":
-        return {"base": 0, "adapters": 0, "gradients and optimiser": _bucket(engine, trainable), "gathered": gathered}
-    return {
-        "base": base_bytes // ranks,
-        "adapters": adapters // ranks,
-        "gradients and optimiser": (optimiser + FP32 * trainable) // ranks + _bucket(engine, trainable),
-        "gathered": gathered,
+def _held(engine: str, base: nn.Module, trainable: int, ranks: int) -> dict[str, int]:
+    """Bytes on each rank's device of the model and its optimiser, by engine; `gathered` while they are used."""
+    of_zero = {} if engine in ("single", "fsdp") else read_config(engine)["zero_optimization"]
+    sharded, offload = engine == "fsdp" or of_zero.get("stage") == 3, "offload_param" in of_zero
+    whole, adapters = _frozen_bytes(base), FP32 * trainable
+    held = {
+        "base": whole // (ranks if sharded else 1),
+        "adapters": adapters // (ranks if sharded else 1),
+        "gradients and optimiser": 3 * adapters // ranks,  # AdamW has two moments
+        "gathered": 0,
+        "prefetched": 0,
     }
+    if of_zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
+        buffer = FP32 * min(trainable, of_zero["reduce_bucket_size"])
+        held["gradients and optimiser"] = buffer + (0 if offload else 4 * adapters // ranks)
+    if offload:
+        held |= {"base": 0, "adapters": 0}
+    if engine == "fsdp":  # a layer while the next one comes, or what is outside of layers
+        layers = sorted(map(_frozen_bytes, find_layers(base, {})))
+        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:]))
+    elif sharded and (ranks > 1 or offload):
+        itemsize = next(base.parameters()).element_size()
+        held["gathered"] = min(whole, of_zero["stage3_max_live_parameters"] * itemsize)
+        held["prefetched"] = 2 * min(whole, of_zero["stage3_prefetch_bucket_size"] * itemsize)  # and its copy
+    return held
 
 
-def _bucket(engine: str, trainable: int) -> int:
-    """Bytes of DeepSpeed's buffer for gradients that wait to be reduced."""
-    return FP32 * min(trainable, read_config(engine)["zero_optimization"]["reduce_bucket_size"])
+def _but(parts: dict[str, int], left_out: str) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if name != left_out}
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
 class _Counting(TorchDispatchMode):

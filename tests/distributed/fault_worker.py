@@ -1,4 +1,4 @@
-"""launch/train.py with one fault planted: `fault_worker.py POINT <arguments of train.py>`.
+"""launch/train.py, or calibrate.py, with one fault planted: `fault_worker.py POINT <arguments of the command>`.
 
 Real faults of real processes: the rank kills itself with SIGKILL, or hangs, at a point that a killer outside could
 only hit by luck.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch import calibration, checkpoint, export, loop, pipeline, run_folder, train, watch
+from launch import artifact, calibrate, calibration, checkpoint, export, loop, pipeline, run_folder, train, watch
 from launch.errors import run
 
 
@@ -43,12 +43,14 @@ POINTS = {
     "calibration": lambda: plant(calibration, "collate", 1, 2, die),
     "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
     "export": lambda: plant(export, "write_json", 0, 2, die),  # after the first adapter
+    "window": lambda: plant(artifact, "save_window", 0, 2, die),  # of calibrate.py: one window is there
     "stall": lambda: plant(loop, "collate", 1, 9, hang),
 }
 
 if __name__ == "__main__":
     assert pipeline  # imported before the fault is planted
-    POINTS[next(argument for argument in sys.argv if argument in POINTS)]()
-    sys.argv = [argument for argument in sys.argv if argument not in POINTS]
+    point = next(argument for argument in sys.argv if argument in POINTS)
+    sys.argv.remove(point)
+    POINTS[point]()
     watch.SILENCE, run_folder.WAIT = 8.0, 3.0
-    run(train.main)
+    run((calibrate if point == "window" else train).main)
