@@ -29,6 +29,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 128
 TOKENS = 256 * 512  # of a calibration in the published settings
 PAIRS = 5
+VOCABULARY = 32000
 
 
 def make_layer(shape: str, device, dtype):  # noqa: ANN001, ANN201 (torch is imported late)
@@ -40,7 +41,7 @@ def make_layer(shape: str, device, dtype):  # noqa: ANN001, ANN201 (torch is imp
     hidden, intermediate, heads, kv_heads = SHAPES[shape]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=1,
@@ -107,7 +108,7 @@ def layer(shape: str, rows: int) -> dict:
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(rows):
-        ids = torch.randint(4096, (1, 512), generator=generator).to(device)
+        ids = torch.randint(VOCABULARY, (1, 512), generator=generator).to(device)
         batches.append({"input_ids": ids, "counted": torch.ones_like(ids, dtype=torch.bool)})
 
     def timed(work: Callable) -> tuple[float, object]:

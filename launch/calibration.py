@@ -14,8 +14,9 @@ from astra.errors import AstraError
 from astra.moments import Batch, find_groups
 from astra.spectrum import allocate
 from astra.windows import make_plan
+from eval.tasks.suite import ALPACA
 from launch import artifact, spectrum, tracking, watch
-from launch.data import PROMPT, TokenSet, choose, collate, deal
+from launch.data import TokenSet, choose, collate, deal
 from launch.distributed import on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
 from launch.errors import UserError
@@ -186,7 +187,7 @@ def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
         "base": inputs.base,
         "dtype": dtype_name(inputs.dtype),
         "data": inputs.data,
-        "prompt": PROMPT,
+        "prompt": ALPACA,
         "max_length": recipe.data.max_length,
         "sample_ids": choose(len(inputs.tokens), settings.samples, settings.seed),
         "batch_size": settings.batch_size,

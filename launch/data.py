@@ -14,15 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from astra.moments import Batch
+from eval.tasks.suite import ALPACA
 from launch import watch
 from launch.errors import UserError
 from launch.recipe import Data
 
-# The literature's prompt (Alpaca, no input), spelled here alone: calibration, training and evaluation import it.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
 CHUNK = 1000  # rows tokenised between two ticks of the progress bar
 
 
@@ -51,7 +47,7 @@ class TokenSet:
 
 def prompt(instruction: str) -> str:
     """The prompt of one instruction, for calibration, training and evaluation alike."""
-    return PROMPT.format(instruction=instruction)
+    return ALPACA.format(instruction=instruction)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -1,58 +1,88 @@
-"""Score a model, with or without an adapter, on benchmarks: greedy generation on all ranks, then grades."""
+"""Score a model, with or without an adapter, on benchmarks: generation on all ranks or by a server, then grades.
 
+Started again on the same --output it goes on with the responses that are not there yet. --grade grades stored responses
+again, --compare holds two results against each other; neither needs a model."""
+
+import argparse
+import json
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.tasks import TASKS
+from eval.tasks import GROUPS, TASKS
 from launch import cli
 from launch.errors import UserError, run
-from launch.recipe import Eval
+from launch.recipe import Eval, section
 
 EXAMPLES = """\
   python launch/evaluate.py --model meta-llama/Llama-2-7b-hf --adapter runs/metamath/lora --suite gsm8k --output scores
-  deepspeed launch/evaluate.py --model /models/llama --suite gsm8k --data-dir data --limit 100 --output scores
-  python launch/evaluate.py --model quickstart --data-dir quickstart --adapter runs/quickstart/lora --output s"""
+  deepspeed launch/evaluate.py --model /models/llama --suite math --suite commonsense --data-dir data --output scores
+  python launch/evaluate.py --model quickstart --data-dir quickstart --adapter runs/quickstart/lora --output s
+  python launch/evaluate.py --backend openai --url http://localhost:8000/v1 --model llama --suite humaneval --output s
+  python launch/evaluate.py --compare scores/base scores/astra
+  python launch/evaluate.py --grade scores/generations.jsonl --data-dir data"""
 
 
 def main() -> None:
     defaults = Eval()
     parser = cli.parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", required=True, help="base model: hub id, local folder, or quickstart")
-    parser.add_argument("--revision", default="main", help="hub revision of the model (default main)")
-    parser.add_argument(
-        "--adapter", type=Path, help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base"
-    )
-    parser.add_argument("--suite", action="append", choices=list(TASKS), help="benchmark; repeatable (default gsm8k)")
-    parser.add_argument("--data-dir", help="folder with the benchmarks' files (default: the hub), or quickstart")
-    parser.add_argument("--limit", type=int, help="problems of each suite, the first so many (default all)")
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default %(default)s")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default %(default)s")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", help="base model: hub id, local folder, or quickstart; with a server, its name there")
+    add("--revision", default="main", help="hub revision of the model (default main)")
+    add("--adapter", type=Path, help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base")
+    add("--suite", action="append", choices=[*TASKS, *GROUPS], help="benchmark; repeatable (default gsm8k)")
+    add("--data-dir", help="folder with the benchmarks' files (default: the hub), or quickstart")
+    add("--limit", type=int, help="problems of each suite, the first so many (default all)")
+    add("--prompt", default=defaults.prompt, choices=["recipe", "literature"], help="default %(default)s")
+    add("--max-new-tokens", type=int, help="default: each benchmark's published number")
+    add("--batch-size", type=int, default=defaults.batch_size, help="on each rank, default %(default)s")
+    add("--samples", type=int, default=1, help="responses to each problem, for pass@k (default %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--seed", type=int, default=0, help="of samples (default %(default)s)")
+    add("--timeout", type=float, default=defaults.timeout, help="seconds of a generated program (default %(default)s)")
+    add("--allow-unsandboxed", action="store_true", help="run programs even where nothing can box them in")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default %(default)s")
+    add(
         "--engine",
         default="single",
         choices=["single", "zero3", "fsdp"],
         help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards (default %(default)s)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json and generations.jsonl")
+    add("--backend", default="transformers", choices=["transformers", "openai"], help="default %(default)s")
+    add("--url", help="of an OpenAI-compatible server, up to and with /v1")
+    add("--concurrency", type=int, default=16, help="requests to the server at once (default %(default)s)")
+    add("--grade", type=Path, metavar="FILE", help="grade the rows of FILE again: suite, output, and reference or id")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations: the paired difference")
+    add("--output", type=Path, help="folder for results.json and generations.jsonl")
     arguments = parser.parse_args()
-    suites = arguments.suite or ["gsm8k"]
+    if arguments.compare:
+        _compare(*arguments.compare)
+    elif arguments.grade:
+        _grade_again(arguments)
+    else:
+        for name in ("model", "output", *(["url"] if arguments.backend == "openai" else [])):
+            if getattr(arguments, name) is None:
+                raise UserError(f"--{name}: is required")
+        _evaluate(arguments)
 
+
+def _settings(arguments: argparse.Namespace) -> Eval:
+    fields = ("data_dir", "limit", "prompt", "max_new_tokens", "batch_size", "samples", "temperature", "seed")
+    fields += ("timeout", "allow_unsandboxed")
+    values = {name: getattr(arguments, name) for name in fields}
+    return section(Eval, suites=arguments.suite or ["gsm8k"], **values)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from astra import adapter
-    from launch import export, quickstart, tracking, watch
+    from launch import quickstart, tracking, watch
     from launch.distributed import on_rank0, start, stop
-    from launch.engines import make_engine
     from launch.files import write_json
-    from launch.hub import fetch_model, load_tokenizer, weights_hash
-    from launch.inputs import resolve_dtype
-    from launch.recipe import section
     from launch.run_folder import make_folder
-    from launch.scoring import describe, read_problems, score
+    from launch.scoring import describe, read_problems
 
     device = start()
     on_rank0(lambda: make_folder(arguments.output))
@@ -60,19 +90,40 @@ def main() -> None:
         folder = str(quickstart.ensure(device))
         arguments.model = folder if arguments.model == quickstart.NAME else arguments.model
         arguments.data_dir = folder if arguments.data_dir == quickstart.NAME else arguments.data_dir
-    settings = section(
-        Eval,
-        suites=suites,
-        data_dir=arguments.data_dir,
-        limit=arguments.limit,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-    )
+    settings = _settings(arguments)
     problems = read_problems(settings)
+    watch.stage("scoring", timed=True)
+    backend = _with_server if arguments.backend == "openai" else _with_model
+    identity, scores = backend(arguments, settings, problems, device)
+    if dist.get_rank() == 0:
+        results = identity | {
+            "adapter": arguments.adapter and str(arguments.adapter),
+            "settings": settings.model_dump(),
+            "scores": scores,
+            "conditions": tracking.conditions(dist.get_world_size(), device),
+        }
+        write_json(arguments.output / "results.json", results)
+        table = describe(scores)
+        (arguments.output / "results.md").write_text(table + "\n")
+        print(table)
+        print(f"responses and their grades: {arguments.output / 'generations.jsonl'}")
+    stop()
+
+
+def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
+    """What the responses depend on, and the scores; by the model itself, on all ranks. Collective."""
+    from astra import adapter
+    from launch.distributed import on_rank0
+    from launch.engines import make_engine
+    from launch.export import dtype_name
+    from launch.hub import fetch_model, load_tokenizer, weights_hash
+    from launch.inputs import resolve_dtype
+    from launch.scoring import score
+
     path = on_rank0(lambda: fetch_model(arguments.model, arguments.revision))
     base = on_rank0(lambda: {"name": arguments.model, "weights_sha256": weights_hash(path)})
     made_for = on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
-
+    adapter_hash = on_rank0(lambda: weights_hash(arguments.adapter)) if arguments.adapter else None
     tokenizer = load_tokenizer(path)
     engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
     model = engine.load(str(path))
@@ -84,22 +135,73 @@ def main() -> None:
     if made_for and made_for["on"] == "residual":
         base_model = model.get_base_model()
         adapter.subtract(base_model, *adapter.load(arguments.adapter.parent / "astra_init"), engine)
-    watch.stage("scoring", timed=True)
+    identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
     with engine.inference(model):
-        scores = score(engine, model, tokenizer, problems, settings, arguments.output)
-    if dist.get_rank() == 0:
-        results = {
-            "base": base,
-            "adapter": arguments.adapter and str(arguments.adapter),
-            "max_new_tokens": settings.max_new_tokens,
-            "dtype": export.dtype_name(engine.dtype),
-            "scores": scores,
-            "conditions": tracking.conditions(dist.get_world_size(), device),
-        }
-        write_json(arguments.output / "results.json", results)
-        print(describe(scores))
-        print(f"generations: {arguments.output / 'generations.jsonl'}")
-    stop()
+        return identity, score(engine, model, tokenizer, problems, settings, arguments.output, identity)
+
+
+def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
+    """What the responses depend on, and the scores; by the server at --url."""
+    from eval.server import complete
+    from launch.scoring import score_responses
+
+    identity = {"base": {"name": arguments.model, "weights_sha256": None}, "url": arguments.url}
+
+    def responses(suite, requests: list):  # noqa: ANN001, ANN202
+        return complete(
+            arguments.url,
+            arguments.model,
+            [request.prompt for request in requests],
+            max_new_tokens=settings.max_new_tokens or suite.max_new_tokens,
+            stops=suite.stops if settings.prompt == "literature" else (),
+            temperature=settings.temperature,
+            seeds=[request.seed for request in requests],
+            concurrency=arguments.concurrency,
+        )
+
+    return identity, score_responses(responses, problems, settings, arguments.output, identity)
+
+
+def _grade_again(arguments: argparse.Namespace) -> None:
+    """Grade the rows of a file, with no model: by both graders, to --output or beside the file."""
+    from eval import grading
+    from launch.scoring import describe, read_generations
+
+    path = arguments.grade
+    if not path.is_file():
+        raise UserError(f"--grade: no file {path}")
+    rows = read_generations(path)
+    options = {"timeout": arguments.timeout, "allow_unsandboxed": arguments.allow_unsandboxed}
+    for number, row in enumerate(rows, start=1):
+        if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):
+            raise UserError(f"--grade: row {number} of {path} needs a suite ({', '.join(TASKS)}) and the text output")
+    scores, graded = {}, []
+    for name in dict.fromkeys(row["suite"] for row in rows):
+        suite, of = TASKS[name], [row for row in rows if row["suite"] == name]
+        problems = grading.problems_of(suite, of, Path(arguments.data_dir) if arguments.data_dir else None)
+        grades = list(grading.grade(suite, problems, [row["output"] for row in of], **options))
+        for row, given in zip(of, grades, strict=True):
+            reason = {"reason": given["strict"].reason} if suite.kind == "code" else {}
+            graded.append(row | {grader: grade.passed for grader, grade in given.items()} | reason)
+        found = {grader: grading.summary([[g[grader].passed] for g in grades]) for grader in grades[0]}
+        scores[name] = found["strict"] | {"literature": found["literature"], "prompt": ""}
+    output = arguments.output or path.parent
+    output.mkdir(parents=True, exist_ok=True)
+    where = output / "graded.jsonl"
+    where.write_text("".join(json.dumps(row) + "\n" for row in graded))
+    print(describe(scores))
+    print(f"grades: {where}")
+
+
+def _compare(first: Path, second: Path) -> None:
+    from eval.compare import compare, describe
+    from launch.scoring import GENERATIONS, read_generations
+
+    for folder in (first, second):
+        if not (folder / GENERATIONS).is_file():
+            raise UserError(f"--compare: {folder} has no {GENERATIONS}; give folders of launch/evaluate.py or of runs")
+    rows = [read_generations(folder / GENERATIONS) for folder in (first, second)]
+    print(describe(compare(*rows), (str(first), str(second))))
 
 
 def _check_adapter(folder: Path, base: dict) -> dict | None:

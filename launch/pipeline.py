@@ -120,7 +120,8 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
     on_rank0(lambda: export.save_adapters(folder, config, inputs.base, initial, trained))
     on_rank0(lambda: tracking.plot({folder.name: history}, folder))
     watch.stage("scoring", timed=True)
-    scores = score(engine, model, tokenizer, problems, recipe.eval, folder)
+    made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
+    scores = score(engine, model, tokenizer, problems, recipe.eval, folder, made_by)
 
     # 6. One results row, with the conditions its numbers hold for; written last, it marks the run as finished.
     def finish() -> None:
@@ -204,7 +205,8 @@ def _initialise(
         logits = calibration.logits(model, probe)
         if recipe.eval.baseline:
             watch.stage("scoring the base", timed=True)
-            baseline = score(engine, model, tokenizer, problems, recipe.eval, folder / "baseline")
+            made_by = {"base": inputs.base, "adapter": None, "dtype": export.dtype_name(inputs.dtype)}
+            baseline = score(engine, model, tokenizer, problems, recipe.eval, folder / "baseline", made_by)
 
     # The logits may move by rounding only.
     watch.stage("initialisation")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from eval.tasks import TASKS
+from eval.tasks import GROUPS, TASKS
 from launch.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -109,12 +109,28 @@ class Train(Section):
 
 
 class Eval(Section):
-    suites: list[Literal[*TASKS]] = Field([], description="benchmarks to score after training")
+    suites: list[Literal[*TASKS, *GROUPS]] = Field([], description="benchmarks to score after training")
     data_dir: str | None = Field(None, description="folder with the benchmarks' files; the hub when null")
     limit: int | None = Field(None, ge=1, description="problems of each suite, the first so many; all when null")
-    max_new_tokens: int = Field(1024, ge=1, description="tokens generated at most for one problem")
+    prompt: Literal["recipe", "literature"] = Field(
+        "recipe", description="the training prompt, or each benchmark's published one with its stop strings"
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="tokens generated at most for one problem; each benchmark's published number when null"
+    )
     batch_size: int = Field(16, ge=1, description="problems generated at once on a rank")
+    samples: int = Field(1, ge=1, description="responses to each problem; above 1 with a temperature, for pass@k")
+    temperature: Number = Field(0.0, ge=0, description="0 is greedy")
+    seed: int = Field(0, ge=0, description="of samples, with the problem's name and the sample's number")
+    timeout: Number = Field(10.0, gt=0, description="seconds that a generated program may take with its tests")
+    allow_unsandboxed: bool = Field(False, description="run generated programs even where nothing can box them in")
     baseline: bool = Field(False, description="also score the base model before training")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "Eval":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples: above 1 they need a temperature above 0, or all are the same")
+        return self
 
 
 class Recipe(Section):

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,23 @@ def progress(items: Iterable, total: int, description: str, rank: int) -> Iterat
         yield item
         if rank == 0 and not terminal and (done % every == 0 or done == total):
             print(f"{description}: {done}/{total}", flush=True)
+
+
+def progress_of(
+    parts: Iterable[dict], done: int, total: int, description: str, rank: int, note: Callable[[], str]
+) -> Iterator[dict]:
+    """`parts`, whose lengths add up to `total` with the `done` of earlier starts; `note` is shown beside the bar."""
+    terminal, shown = sys.stderr.isatty(), 10 * done // max(1, total)
+    with tqdm(total=total, initial=done, desc=description, disable=rank != 0 or not terminal) as bar:
+        for part in parts:
+            yield part
+            done += len(part)
+            watch.mark(f"{description} {done}/{total}")
+            bar.update(len(part))
+            bar.set_postfix_str(note())
+            if rank == 0 and not terminal and 10 * done // total > shown:
+                shown = 10 * done // total
+                print(f"{description}: {done}/{total} {note()}".rstrip(), flush=True)
 
 
 def track(metrics: Iterable[Metrics], done: list[Metrics], total: int, folder: Path, rank: int) -> Iterator[Metrics]:

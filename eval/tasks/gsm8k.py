@@ -1,20 +1,19 @@
 r"""GSM8K: grade-school word problems with a numeric answer (1,319 test problems, openai/gsm8k).
 
 A row: {"question": "Janet's ducks lay 16 eggs ...", "answer": "She sells 16 - 3 - 4 = ... \n#### 18"}.
-Zero-shot, greedy, in the training prompt; the model writes "The answer is: 18" as MetaMathQA taught it.
+Zero-shot, greedy; the model writes "The answer is: 18" as MetaMathQA taught it.
 """
 
-import json
 import re
-from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from eval.errors import EvalError
+from eval.rows import Source, read, text
+from eval.tasks.suite import ALPACA, Grader, Problem, Suite
 
-HUB_ID, HUB_CONFIG, HUB_REVISION = "openai/gsm8k", "main", "main"
-FILES = ("gsm8k_test.jsonl", "gsm8k/test.jsonl")  # where a data folder may hold the problems
+SOURCE = Source("gsm8k", ("gsm8k_test.jsonl", "gsm8k/test.jsonl"), "openai/gsm8k", "main", "test")
 
 # Where a response states its final answer; the last of them counts.
 _MARKER = re.compile(r"answer\W{0,4}(?:is\b|[:=])\W{0,4}?[:=]?|####", re.IGNORECASE)
@@ -28,13 +27,6 @@ _NOISE = re.compile(r"\\[$!,;%()\[\]]|\\(?:text|mathrm|mathbf)\b|[$€£¥¢%*_{
 MAX_DIGITS = 400  # longer answers are no answers, and Python refuses to read them
 
 
-class Problem(NamedTuple):
-    """One problem and its bare final answer."""
-
-    question: str
-    reference: str
-
-
 def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems, of the files in `data_dir`, or of the hub.
 
@@ -42,52 +34,47 @@ def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
         EvalError: no file, or a row that is not a problem; the message names it.
     """
     problems = []
-    for number, row in enumerate(_read(data_dir), start=1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-            raise EvalError(f"gsm8k: row {number} of {data_dir or HUB_ID} needs the text fields question and answer")
-        _, marker, reference = row["answer"].rpartition("####")
+    for number, row in enumerate(islice(read(SOURCE, data_dir), limit), start=1):
+        question, answer = text(row, "question", SOURCE, number), text(row, "answer", SOURCE, number)
+        _, marker, reference = answer.rpartition("####")
         if not marker or _value(reference) is None:
-            raise EvalError(f"gsm8k: the answer of row {number} of {data_dir or HUB_ID} has no number after ####")
-        problems.append(Problem(row["question"], reference.strip()))
-        if len(problems) == limit:
-            break
-    if not problems:
-        raise EvalError(f"gsm8k: no problems in {data_dir or HUB_ID}")
+            raise EvalError(
+                f"gsm8k: the answer of row {number} of {data_dir or SOURCE.hub_id} has no number after ####"
+            )
+        problems.append(Problem(f"gsm8k/{number - 1}", question, reference.strip()))
     return problems
 
 
-def _read(data_dir: Path | None) -> Iterator[dict]:
-    if data_dir is None:
-        import datasets
+def grade(output: str, reference: str, protocol: Grader = "strict") -> bool:
+    """Whether `output` gives the number `reference` as its final answer. Never raises.
 
-        try:
-            yield from datasets.load_dataset(HUB_ID, HUB_CONFIG, split="test", revision=HUB_REVISION)
-        except OSError as error:
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            raise EvalError(f"gsm8k: cannot get {HUB_ID} from the hub ({reason}); give a folder as data_dir") from None
-        return
-    path = next((data_dir / name for name in FILES if (data_dir / name).is_file()), None)
-    if path is None:
-        raise EvalError(f"gsm8k: {data_dir} has none of {', '.join(FILES)}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:  # also what is not UTF-8, or too deep or long to read
-                raise EvalError(f"gsm8k: line {number} of {path} is not JSON: {error}") from None
+    strict: exact rational arithmetic, no rounding. The answer is what follows the last "answer is", "answer:" or
+    "####" that anything follows, else the last \\boxed{}, else an output that is nothing but a number. Currency and
+    percent signs, units, thousands separators and markup are dropped; of an equation the side that is one number
+    counts; two different numbers ("18 or 20") are no answer.
 
-
-def grade(output: str, reference: str) -> bool:
-    """Whether `output` gives the number `reference` as its one final answer. Exact rational arithmetic, no rounding.
-
-    The answer is what follows the last "answer is", "answer:" or "####" that anything follows, else the last \\boxed{},
-    else an output that is nothing but a number. Currency and percent signs, units, thousands separators and markup are
-    dropped; of an equation the side that is one number counts; two different numbers ("18 or 20") are no answer.
-    Never raises.
+    literature: MetaMath's rule (and PiSSA's), with its quirks: only "The answer is: ", to the letter, is a marker; of
+    the number after it one separator is read (1,450,000 is 1450); it is rounded to an integer, halves to even; a
+    division by 0 gives the numerator.
     """
+    if protocol == "literature":
+        return _literature(output, reference)
     wanted = _value(reference)
     answer = extract(output)
     return answer is not None and wanted is not None and answer == wanted
+
+
+def _literature(output: str, reference: str) -> bool:
+    _, marker, after = output.rpartition("The answer is: ")
+    match = re.search(r"[\-+]?\d*[.,/]?\d+", after) if marker else None
+    if match is None or len(match.group()) > MAX_DIGITS:
+        return False
+    try:
+        top, slash, bottom = match.group().replace(",", "").partition("/")
+        value = round(float(Fraction(int(top), int(bottom)) if slash and bottom != "0" else float(top)))
+        return float(value) == float(reference.replace(",", ""))
+    except (ValueError, ZeroDivisionError, OverflowError):  # "3/00" ended MetaMath's whole evaluation
+        return False
 
 
 def extract(output: str) -> Fraction | None:
@@ -136,3 +123,20 @@ def _number(match: re.Match, text: str) -> Fraction | None:
         return sign * (Fraction(match["whole"] or 0) + part) * scale
     except ZeroDivisionError:
         return None
+
+
+def literature_prompt(question: str) -> str:
+    """MetaMath's and CorDA's, for GSM8K and MATH alike."""
+    return ALPACA.format(instruction=question) + " Let's think step by step."
+
+
+SUITE = Suite(
+    name="gsm8k",
+    kind="answer",
+    rows=rows,
+    literature_prompt=literature_prompt,
+    # CorDA's and Astra's; they also cut prose such as "Response time", and 1 of the 1,319 gold solutions.
+    stops=("Instruction:", "Instruction", "Response:", "Response"),
+    max_new_tokens=1024,
+    grade=lambda output, problem, protocol: grade(output, problem.reference, protocol),
+)

@@ -1,17 +1,30 @@
 """Batched generation is greedy, in the order of the prompts, and stops where it should."""
 
 import copy
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval.errors import EvalError
-from eval.generate import generate
+from eval.generate import generate as generate_parts
+from eval.generate import too_long
+from eval.tasks import gsm8k
 
 CPU = torch.device("cpu")
+
+
+def generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
+) -> list[str]:
+    """All responses, in the order of the prompts; each comes once."""
+    found: dict[int, str] = {}
+    for part in generate_parts(model, tokenizer, prompts, **{"device": CPU, "sharded": False} | options):
+        assert part
+        assert not found.keys() & part.keys()
+        found |= part
+    return [found[i] for i in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +79,9 @@ def test_stops_at_the_end_of_the_context(model: LlamaForCausalLM, tokenizer: Pre
     prompt = [5] * 30
     options = {"max_new_tokens": 100, "batch_size": 2, "device": CPU, "sharded": False}
     assert len(generate(model, tokenizer, [prompt], **options)[0].split()) <= 2
-    with pytest.raises(EvalError, match="a prompt of 32 tokens fills the model's context of 32"):
-        generate(model, tokenizer, [[5] * 32], **options)
+    assert too_long(model, [[5] * 31, [5] * 32]) == [1]
+    full = generate(model, tokenizer, [[5] * 32, [5] * 31, [5] * 40], **options)
+    assert [full[0], full[2]] == ["", ""]
     assert generate(model, tokenizer, [], **options) == []
 
 
@@ -118,17 +132,73 @@ def test_end_of_sequence_tokens_inside_a_prompt_are_read_and_not_taken_for_paddi
     assert any(texts)
 
 
-def test_equal_prompts_get_equal_texts_and_each_batch_is_reported_once(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    seen = []
-
-    def progress(batches: range) -> Iterator[int]:
-        for batch in batches:
-            seen.append(batch)
-            yield batch
-
-    options = {"max_new_tokens": 5, "batch_size": 2, "device": CPU, "sharded": False, "progress": progress}
-    texts = generate(model, tokenizer, [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]], **options)
+def test_equal_prompts_get_equal_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = generate(model, tokenizer, [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]], max_new_tokens=5, batch_size=2)
     assert texts[0] == texts[2] == texts[4]
-    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("first_round", [1, 2, 3])
+def test_rounds_change_nothing_but_who_runs_together(
+    first_round: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.generate.FIRST_ROUND", first_round)
+    draw = torch.Generator().manual_seed(6)
+    prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
+    assert texts == [tokenizer.decode(greedy(model, ids, 11)) for ids in prompts]
+
+
+def test_a_stop_ends_a_response_and_is_cut_off(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    whole = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2)
+    stop = whole[0].split()[2]
+    found = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2, stops=[stop, "never"])
+    assert found == [text.partition(stop)[0] for text in whole]
+    assert found[0] != whole[0]
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, seeds = [[5, 6]] * 3 + [[8, 9, 10], [7]], [1, 2, 1, 3, 4]
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seeds": seeds}
+    texts = generate(model, tokenizer, prompts, batch_size=5, **options)
+    assert texts[0] == texts[2] != texts[1]
+    monkeypatch.setattr("eval.generate.FIRST_ROUND", 3)
+    assert generate(model, tokenizer, prompts, batch_size=2, **options) == texts
+
+
+def test_draws_follow_the_models_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    n = 2000
+    texts = generate(
+        model, tokenizer, [[5, 6]] * n, max_new_tokens=1, batch_size=500, temperature=2.0, seeds=list(range(n))
+    )
+    with torch.no_grad():
+        wanted = (model(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2).softmax(0)
+    counts = torch.bincount(torch.tensor([int(text[1:]) if text else 0 for text in texts]), minlength=40)
+    # Five standard errors of a binomial proportion.
+    assert ((counts / n - wanted).abs() <= 5 * (wanted * (1 - wanted) / n).sqrt() + 1e-3).all()
+
+
+def test_batches_change_nothing_on_real_weights_but_ties(shared: Path) -> None:
+    """stories260K on GSM8K: a response may differ only where the two best logits are within 1e-4, and is counted."""
+    folder = shared / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = [problem.question for problem in gsm8k.rows(shared / "data", 40)]
+    prompts = [ids for ids in tokenizer(questions).input_ids if len(ids) < 400]
+    alone = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=1)
+    ties = 0
+    for batch_size in (7, 32):
+        together = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=batch_size)
+        for ids, a, b in zip(prompts, alone, together, strict=True):
+            if a == b:
+                continue
+            ties += 1
+            ids_a, ids_b = (tokenizer(text, add_special_tokens=False).input_ids for text in (a, b))
+            same = next(i for i, pair in enumerate(zip(ids_a, ids_b, strict=False)) if pair[0] != pair[1])
+            with torch.no_grad():
+                best = model(torch.tensor([ids + ids_a[:same]])).logits[0, -1].topk(2).values
+            assert best[0] - best[1] < 1e-4
+    print(f"{ties} of {2 * len(prompts)} responses differ, at ties")
+    assert ties <= 2

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.errors import EvalError
-from eval.tasks.gsm8k import Problem, grade, rows
+from eval.tasks.gsm8k import grade, rows
 
-CASES = [json.loads(line) for line in Path(__file__).with_name("gsm8k_cases.jsonl").read_text().splitlines()]
+CASES = [json.loads(line) for line in Path(__file__).with_name("grader_cases.jsonl").read_text().splitlines()]
+CASES = [case for case in CASES if case["bench"] == "gsm8k"]
 MORE = [
     ("The answer is:\n18", "18", True),
     ("#### 18", "18", True),
@@ -102,7 +103,8 @@ def test_rows_keep_the_bare_answer_and_the_limit(tmp_path: Path) -> None:
     lines = [{"question": f"q{i}", "answer": f"so {i}\n#### 1,00{i}"} for i in range(3)]
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert rows(tmp_path, limit=2) == [Problem("q0", "1,000"), Problem("q1", "1,001")]
+    found = [(problem.id, problem.question, problem.reference) for problem in rows(tmp_path, limit=2)]
+    assert found == [("gsm8k/0", "q0", "1,000"), ("gsm8k/1", "q1", "1,001")]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,15 @@ def test_the_real_test_set_grades_its_own_answers(shared: Path) -> None:
     problems = rows(shared / "data")
     assert len(problems) == 1319
     assert all(grade(f"The answer is: {problem.reference}", problem.reference) for problem in problems)
+    wrong = [f"The answer is: {problem.reference}1" for problem in problems]
+    assert not any(grade(output, problem.reference) for output, problem in zip(wrong, problems, strict=True))
+    # One separator is read: of the gold answers that alone fails.
+    failing = [
+        problem.reference
+        for problem in problems
+        if not grade(f"The answer is: {problem.reference}", problem.reference, "literature")
+    ]
+    assert failing == ["1,450,000"]
 
 
 # What the number's own syntax is made of: most draws reach the parser of numbers, fractions and mixed numbers.
