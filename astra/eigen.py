@@ -167,19 +167,24 @@ def _solve(
     parts = []
     if num_outside := int((indices < outside).sum()):
         parts.append(null_vectors(basis, num_outside, seed, name))
+    num_null = int(((indices >= outside) & (indices < outside + zeros)).sum())
+    wanted = indices[num_outside + num_null :] - outside
+    few_zeros = zeros <= k - zeros
+    needed = [(int(wanted[0]), int(wanted[-1]) + 1)] if len(wanted) else []
+    needed += [(0, zeros) if few_zeros else (zeros, k)] if num_null else []
+    # One call for all: vectors of close eigenvalues from separate calls need not be orthogonal.
+    start = min((first for first, _ in needed), default=0)
+    found = vectors_of(start, max(end for _, end in needed)) if needed else None
     within = []
-    if num_null := int(((indices >= outside) & (indices < outside + zeros)).sum()):
+    if num_null:
         directions = _directions(k, num_null, named_generator(seed, f"{name} within"), small.device)
-        if zeros <= k - zeros:
-            null = vectors_of(0, zeros)
+        if few_zeros:
+            null = found[:, :zeros]
             within.append(_project(directions, lambda x: null @ (null.T @ x)))
         else:
-            others = vectors_of(zeros, k)
-            within.append(_project(directions, lambda x: x - others @ (others.T @ x)))
-    wanted = indices[num_outside + num_null :] - outside
+            within.append(_project(directions, lambda x: x - found @ (found.T @ x)))
     if len(wanted):
-        first, last = int(wanted[0]), int(wanted[-1])
-        within.append(vectors_of(first, last + 1)[:, (wanted - first).to(small.device)])
+        within.append(found[:, (wanted - start).to(small.device)])
     if within:
         vectors = torch.cat(within, 1)
         parts.append(vectors if basis is None else basis.times(vectors))

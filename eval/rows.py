@@ -15,7 +15,7 @@ class Source(NamedTuple):
     suite: str
     files: tuple[str, ...]  # below a data folder; the first that is there is read
     hub_id: str
-    config: str | None
+    config: str | tuple[str, ...] | None  # several are read one after another
     split: str
     revision: str = "main"  # no commit could be looked up where this was written
 
@@ -79,7 +79,8 @@ def _hub(source: Source) -> Iterator[dict]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(source.hub_id, source.config, split=source.split, revision=source.revision)
+        for config in source.config if isinstance(source.config, tuple) else (source.config,):
+            yield from datasets.load_dataset(source.hub_id, config, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise EvalError(

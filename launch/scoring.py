@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from eval import sandbox
 from eval.generate import generate, too_long
 from eval.grading import grade, summary
 from eval.tasks import TASKS, expand
@@ -42,9 +43,19 @@ Responses = Callable[[Suite, list[Request]], Iterable[dict[int, str]]]
 
 
 def read_problems(settings: Eval) -> dict[str, list[Problem]]:
-    """Suite name -> its problems, read on rank 0 and handed to all. Raises UserError. Collective."""
+    """Suite name -> its problems, read on rank 0 and handed to all. Collective.
+
+    Raises UserError, also where programs could not be boxed in: before anything long has run.
+    """
     data_dir = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
-    return on_rank0(lambda: {suite: TASKS[suite].rows(data_dir, settings.limit) for suite in expand(settings.suites)})
+    suites = expand(settings.suites)
+
+    def rows() -> dict[str, list[Problem]]:
+        if not settings.allow_unsandboxed and any(TASKS[suite].kind == "code" for suite in suites):
+            sandbox.isolation()
+        return {suite: TASKS[suite].rows(data_dir, settings.limit) for suite in suites}
+
+    return on_rank0(rows)
 
 
 def score(

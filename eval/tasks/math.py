@@ -16,14 +16,13 @@ from eval.rows import Source, read, text
 from eval.tasks import gsm8k
 from eval.tasks.suite import Grader, Problem, Suite
 
+SUBJECTS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
+)
+FILES = ("math_test.jsonl", "math/test.jsonl", "math_test_1000.jsonl")
 SOURCES = {
-    "math": Source(
-        "math",
-        ("math_test.jsonl", "math/test.jsonl", "math_test_1000.jsonl"),
-        "nlile/hendrycks-MATH-benchmark",
-        None,
-        "test",
-    ),
+    "math": Source("math", FILES, "EleutherAI/hendrycks_math", SUBJECTS, "test"),
     "math500": Source("math500", ("math500_test.jsonl", "math500/test.jsonl"), "HuggingFaceH4/MATH-500", None, "test"),
 }
 MAX_LENGTH = 2000  # characters; longer answers are no answers

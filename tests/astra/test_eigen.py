@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from astra import eigen
 from astra.eigen import EPS, Subspace, canonical_signs, named_generator, select_indices, solve
 from astra.errors import AstraError
 from astra.factor import left_basis
@@ -190,3 +191,22 @@ def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy() -> None
     subspace = solve(None, torch.zeros(6, 6, dtype=torch.float64), 3, "smallest", 0, "layer")
     assert not subspace.values.any()
     torch.testing.assert_close(subspace.vectors.T @ subspace.vectors, torch.eye(3, dtype=torch.float64))
+
+
+def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues that run into the rounding of the trace: separate calls of stemr gave vectors 1e-6 from orthogonal,
+    and every such module fell back to the dense solver."""
+
+    def never(_: torch.Tensor) -> None:
+        pytest.fail("the dense solver was needed")
+
+    monkeypatch.setattr(eigen, "dense_eigenpairs", never)
+    generator = torch.Generator().manual_seed(0)
+    size = 300
+    weight = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(0, -7, size, dtype=torch.float64)
+    inputs = torch.randn(4 * size, size, generator=generator, dtype=torch.float64) * scales
+    outputs = inputs @ weight.T
+    found = solve(None, outputs.T @ outputs / len(outputs), 64, "smallest", 0, "m")
+    assert 0 < (found.values == 0).sum() < 64
+    assert found.checks.max() < 0.1

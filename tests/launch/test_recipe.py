@@ -59,7 +59,7 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
         ("train.lr=true", "train.lr: True is not valid"),
         ("train.max_steps='7'", "train.max_steps: '7' is not valid"),
         ("adapter.eigen_select=tail", "adapter.eigen_select: 'tail' is not valid: Input should be 'smallest'"),
-        ("eval.suites=[humaneval]", "eval.suites.0: 'humaneval' is not valid"),
+        ("eval.suites=[glue]", "eval.suites.0: 'glue' is not valid"),
         ("model=7", "model: 7 is not valid"),
         ("engine.x=1", "--set: engine.x: engine has no fields of its own"),
         ("train.lr", "--set: 'train.lr' is not of the form a.b=value"),
