@@ -120,7 +120,7 @@ def _project(directions: Tensor, onto: Callable[[Tensor], Tensor]) -> Tensor:
 def null_vectors(basis: Basis, count: int, seed: int, name: str) -> Tensor:
     """`count` orthonormal vectors outside of the range of `basis`, (size, count): whatever the moment, C v = 0."""
     directions = _directions(len(basis.reflectors), count, named_generator(seed, f"{name} outside"), basis.tau.device)
-    return _project(directions, basis.outside)
+    return basis.complement(directions)
 
 
 def solve(basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, seed: int, name: str) -> Subspace:

@@ -32,11 +32,12 @@ class Basis(NamedTuple):
         """`Q^T large`, (size, n) -> (k, n)."""
         return torch.ormqr(self.reflectors, self.tau, large, transpose=True)[: len(self.tau)]
 
-    def outside(self, large: Tensor) -> Tensor:
-        """`(I - Q Q^T) large`: orthogonal to Q's range to rounding, whatever `large` is."""
-        turned = torch.ormqr(self.reflectors, self.tau, large, transpose=True)
-        turned[: len(self.tau)] = 0
-        return torch.ormqr(self.reflectors, self.tau, turned)
+    def complement(self, directions: Tensor) -> Tensor:
+        """Orthonormal columns outside of Q's range, (size, n): a basis of what `directions` are there."""
+        k = len(self.tau)
+        beyond = torch.ormqr(self.reflectors, self.tau, directions, transpose=True)[k:]
+        columns = torch.linalg.qr(beyond).Q
+        return torch.ormqr(self.reflectors, self.tau, torch.cat([columns.new_zeros(k, columns.shape[1]), columns]))
 
 
 def extended(weight: Tensor, bias: Tensor | None) -> Tensor:

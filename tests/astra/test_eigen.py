@@ -209,4 +209,4 @@ def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(monkeypa
     outputs = inputs @ weight.T
     found = solve(None, outputs.T @ outputs / len(outputs), 64, "smallest", 0, "m")
     assert 0 < (found.values == 0).sum() < 64
-    assert found.checks.max() < 0.1
+    assert found.checks[0] < 0.01  # orthonormality
