@@ -265,6 +265,8 @@ def _explain(error: ValidationError) -> str:
             text = f"{where}: unknown key; {_nearest(problem['loc'])}"
         case "missing":
             text = f"{where}: is required; set it in the recipe or with --set {where}=VALUE"
+        case "value_error" if isinstance(problem["input"], dict):  # of a section: its message names the field
+            text = f"{where}{'.' if where else ''}{problem['ctx']['error']}"
         case _:
             text = f"{where}: {problem['input']!r} is not valid: {problem['msg']}"
     return text + (f" (and {more} more)" if more else "")

@@ -166,8 +166,8 @@ def test_a_tall_weight_gives_a_small_problem_with_orthonormal_basis() -> None:
     q = basis.times(torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(q.T @ q, torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(basis.transposed_times(q), torch.eye(6, dtype=torch.float64))
-    outside = basis.outside(torch.eye(9, dtype=torch.float64))
-    torch.testing.assert_close(outside, torch.eye(9, dtype=torch.float64) - q @ q.T)
+    beyond = basis.complement(torch.randn(9, 3, generator=generator, dtype=torch.float64))
+    torch.testing.assert_close(beyond @ beyond.T, torch.eye(9, dtype=torch.float64) - q @ q.T)
     y = x @ weight.double().T + bias.double()
     torch.testing.assert_close(whole(basis, small), y.T @ y / 30, rtol=1e-12, atol=1e-12)
 

@@ -59,6 +59,11 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
         ("train.lr=true", "train.lr: True is not valid"),
         ("train.max_steps='7'", "train.max_steps: '7' is not valid"),
         ("adapter.eigen_select=tail", "adapter.eigen_select: 'tail' is not valid: Input should be 'smallest'"),
+        (
+            "adapter={method: lora, rank_allocation: effective_rank}",
+            "adapter.rank_allocation: effective_rank needs method astra",
+        ),
+        ("eval.samples=3", "eval.samples: above 1 they need a temperature above 0"),
         ("eval.suites=[glue]", "eval.suites.0: 'glue' is not valid"),
         ("model=7", "model: 7 is not valid"),
         ("engine.x=1", "--set: engine.x: engine has no fields of its own"),
