@@ -198,19 +198,16 @@ def _grade(suite: Suite, requests: list[Request], outputs: list[str], settings: 
     problems = [request.problem for request in requests]
     options = {"timeout": settings.timeout, "allow_unsandboxed": settings.allow_unsandboxed}
     grades = list(progress(grade(suite, problems, outputs, **options), len(outputs), f"grade {suite.name}", 0))
-    noted = {}
+    noted = []
     for request, output, of in zip(requests, outputs, grades, strict=True):
         row = {"suite": suite.name, "id": request.problem.id, "sample": request.sample}
         row |= {"question": request.problem.question, "reference": request.problem.reference, "output": output}
         row |= {grader: given.passed for grader, given in of.items()}
         if suite.kind == "code":
             row |= {"reason": of["strict"].reason, "isolation": of["strict"].isolation}
-        noted[suite.name, request.problem.id, request.sample] = row
-    rows = read_generations(folder / GENERATIONS)
-    write_text(
-        folder / GENERATIONS,
-        "".join(_line(noted.pop((row["suite"], row["id"], row["sample"]), row)) for row in rows),
-    )
+        noted.append(row)
+    others = [row for row in read_generations(folder / GENERATIONS) if row["suite"] != suite.name]
+    write_text(folder / GENERATIONS, "".join(map(_line, [*others, *noted])))
     found = {grader: _summary([of[grader].passed for of in grades], settings.samples) for grader in GRADERS}
     boxes = {"isolation": dict(Counter(of["strict"].isolation for of in grades))} if suite.kind == "code" else {}
     return found["strict"] | {"grader": "strict", "literature": found["literature"]} | boxes

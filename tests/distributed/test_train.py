@@ -230,7 +230,7 @@ def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path]
     results = json.loads((run / "results.json").read_text())
     score = results["scores"]["gsm8k"]
     assert score["n"] == 7
-    assert score["correct"] == sum(row["correct"] for row in generations)
+    assert score["correct"] == sum(row["strict"] for row in generations)
     assert results["conditions"]["world_size"] == 2
     assert "smallest" in (run / "README.md").read_text()
     assert "| astra smallest | 4 |" in table([run])

@@ -21,7 +21,7 @@ class Code(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[dict], timeout: float = 10.0) -> dict:
         jobs = [
-            Job(program, of["tests"], of["entry_point"], timeout)
+            Job(program, of["tests"], of["entry_point"], timeout=timeout)
             for program, of in zip(predictions, references, strict=True)
         ]
         passed = [verdict.passed for verdict in check_many(jobs)]
