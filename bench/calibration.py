@@ -281,16 +281,75 @@ def ranks() -> dict:
     }
 
 
+def window_worker(budget: float, output: Path) -> None:
+    """Calibrate 16 layers within `budget` MiB (0: all at once); the peak of memory that it added, and what it found."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from astra import moments
+    from astra.calibrate import calibrate
+    from astra.weights import TorchWeights
+    from astra.windows import make_plan
+    from bench.memory import MIB, Peak, anonymous
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **size)).eval().requires_grad_(False)
+    linears = linears_of(model)
+    ids = torch.randint(1000, (8, 256), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": row[None], "counted": torch.ones(1, 256, dtype=torch.bool)} for row in ids]
+    groups = moments.find_groups(model, linears, batches[0])
+    ranks = dict.fromkeys(linears, 32)
+    torch.linalg.eigh(torch.eye(300, dtype=torch.float64))  # loads what it needs
+    plan = make_plan(model, linears, groups, tokens=256, memory=budget * MIB or None)
+    before, peak = anonymous(), Peak()
+    parts = calibrate(model, linears, [batches], TorchWeights(), plan, ranks=ranks, select="largest", seed=0)
+    for number, part in enumerate(parts):  # kept on disk, as a run keeps them
+        vectors = {name: of.subspace.vectors.contiguous() for name, of in part.items()}
+        save_file(vectors, output.with_suffix(f".{number}.safetensors"))
+    # Hidden states between windows are on the CPU, outside of the budget: here they are in the peak too.
+    hidden = ids.numel() * size["hidden_size"] * 4 / MIB if plan.layers is not None else 0
+    found = {"peak_mib": (peak.take() - before) / MIB, "hidden_mib": hidden}
+    found |= {"windows": len(plan.windows), "planned_mib": plan.peak / MIB}
+    output.write_text(json.dumps(found))
+
+
+def windows() -> dict:
+    """Peak memory of a calibration in one window and within budgets, and how far what it finds is from the first."""
+    from safetensors.torch import load_file
+
+    from bench.memory import ENVIRONMENT
+
+    found, first = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        for budget in (0, 80, 50):
+            output = Path(scratch) / f"{budget}.json"
+            line = [sys.executable, __file__, "--worker", str(output), "--budget", str(budget)]
+            subprocess.run(line, env=ENVIRONMENT, check=True)
+            files = Path(scratch).glob(f"{budget}.*.safetensors")
+            vectors = {name: value for file in files for name, value in load_file(file).items()}
+            first = first or vectors
+            furthest = max((vectors[name] - first[name]).abs().max().item() for name in first)
+            found.append({"budget_mib": budget or None} | json.loads(output.read_text()) | {"furthest": furthest})
+            print(f"  {found[-1]}", flush=True)
+    return {"runs": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = ["counted", "layer", "ranks"]
+    everything = ["counted", "layer", "ranks", "windows"]
     parser.add_argument("--parts", nargs="+", choices=everything, default=everything, help="default all")
     parser.add_argument("--rows", type=int, default=16, help="of 512 tokens, for the layer (default %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "calibration.json", help="default %(default)s")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker)
+        if arguments.budget is None:
+            worker(arguments.worker)
+        else:
+            window_worker(arguments.budget, arguments.worker)
         return
     found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     for part in arguments.parts:
@@ -298,7 +357,8 @@ def main() -> None:
         if part == "counted":
             found[part] = {shape: counted(shape) for shape in SHAPES}
         else:
-            found[part] = layer("LLaMA2-7B", arguments.rows) if part == "layer" else ranks()
+            parts = {"layer": lambda: layer("LLaMA2-7B", arguments.rows), "ranks": ranks, "windows": windows}
+            found[part] = parts[part]()
         print(json.dumps(found[part], indent=1), flush=True)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
