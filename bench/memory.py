@@ -43,17 +43,19 @@ class Peak:
     """Samples `anonymous` every few milliseconds."""
 
     def __init__(self) -> None:
-        self.highest = 0
+        self.highest, self.lock = 0, threading.Lock()
         threading.Thread(target=self._sample, daemon=True).start()
 
     def _sample(self) -> None:
         while True:
-            self.highest = max(self.highest, anonymous())
+            with self.lock:
+                self.highest = max(self.highest, anonymous())
             time.sleep(0.003)
 
     def take(self) -> int:
         """The peak since the last call."""
-        highest, self.highest = max(self.highest, anonymous()), 0
+        with self.lock:
+            highest, self.highest = max(self.highest, anonymous()), 0
         return highest
 
 
