@@ -170,7 +170,11 @@ def _grade_again(arguments: argparse.Namespace) -> None:
     path = arguments.grade
     if not path.is_file():
         raise UserError(f"--grade: no file {path}")
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"--grade: the last line of {path} has no end; it may be cut short: complete or remove it")
     rows = read_generations(path)
+    if not rows:
+        raise UserError(f"--grade: {path} has no rows")
     options = {"timeout": arguments.timeout, "allow_unsandboxed": arguments.allow_unsandboxed}
     for number, row in enumerate(rows, start=1):
         if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):

@@ -22,6 +22,7 @@ from eval.tasks.suite import GRADERS, Problem, Suite
 from launch.data import encode, prompt
 from launch.distributed import on_rank0, say
 from launch.engines.base import Engine
+from launch.errors import UserError
 from launch.files import write_json, write_text
 from launch.recipe import Eval
 from launch.tracking import progress, progress_of
@@ -171,13 +172,20 @@ def _open(folder: Path, made_with: dict) -> dict[tuple[str, str, int], str]:
 
 
 def read_generations(path: Path) -> list[dict]:
-    """The rows of a generations.jsonl; what a kill cut short is left out."""
+    """The rows of a file of responses; a last line without its end, which a kill cut short, is left out.
+
+    Raises UserError, naming the line, for any other that is not a JSON object.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from None
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} of {path} is not an object with fields; mend or remove it")
+        rows.append(row)
     return rows
 
 

@@ -17,6 +17,7 @@ from eval.rows import Source, read, text
 from eval.tasks.suite import Grader, Problem, Suite
 
 Raw = Callable[[dict], tuple[str, str]]  # a row of the hub -> instruction, answer
+KINDS = ("jsonl", "json", "parquet")
 CHOOSE = "Please choose the correct answer to the question: "
 
 
@@ -103,9 +104,6 @@ def source(task: str) -> Source:
     names = dict.fromkeys((folder, task))
     files = [f"{place}{name}/test.{kind}" for place in ("commonsense_test/", "") for name in names for kind in KINDS]
     return Source(task, tuple(files), hub_id, config, split)
-
-
-KINDS = ("jsonl", "json", "parquet")
 
 
 def rows(task: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:

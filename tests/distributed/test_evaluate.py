@@ -115,6 +115,9 @@ def test_grading_again_and_comparing_need_no_model(launch: Callable, whole: Path
     graded = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
     assert [row["strict"] for row in graded] == [True, False, True, True]
     assert [row["literature"] for row in graded] == [True, True, True, True]
+    path.write_text(json.dumps(rows[0]) + "\n{not json\n")  # a row is never silently left out
+    refused = launch("launch/evaluate.py", "--grade", path, launcher="python", check=False)
+    assert (refused.returncode, f"line 2 of {path} is not JSON" in refused.stderr) == (2, True)
     done = launch("launch/evaluate.py", "--compare", whole, whole, launcher="python")
     assert "| mbpp | 0.0 | 0.0 | +0.0 |" in done.stdout
     refused = launch("launch/evaluate.py", "--compare", whole, tmp_path, launcher="python", check=False)

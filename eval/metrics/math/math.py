@@ -1,8 +1,10 @@
-"""MATH as a metric of Hugging Face's evaluate: `evaluate.load("eval/metrics/math")`, in the repository's folder."""
+"""MATH as a metric of evaluate: `evaluate.load("eval/metrics/math")`, in the repository's folder."""
 
-import datasets
+from functools import partial
+
 import evaluate
 
+from eval.answer_metric import info, share
 from eval.tasks.math import grade
 
 
@@ -10,11 +12,7 @@ class Math(evaluate.Metric):
     """Share of outputs that give the reference as their final answer; see eval.tasks.math.grade."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=datasets.Features(features)
-        )
+        return info(self.__doc__)
 
     def _compute(self, predictions: list[str], references: list[str], protocol: str = "strict") -> dict:
-        passed = [grade(output, reference, protocol) for output, reference in zip(predictions, references, strict=True)]
-        return {"accuracy": sum(passed) / len(passed) if passed else None, "n": len(passed)}
+        return share(partial(grade, protocol=protocol), predictions, references)
