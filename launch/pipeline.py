@@ -39,7 +39,7 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     else:
         watch.on_preempted(lambda: write_state(folder, "preempted"))
         try:
-            _fine_tune(recipe, name, folder, device)
+            run_stages(recipe, name, folder, device)
         except USER_ERRORS:
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError):  # a full disk, say: the error itself is what the user is to see
@@ -48,7 +48,8 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     stop()
 
 
-def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) -> None:
+def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) -> None:
+    """The stages of a run, in a started process group and an opened run folder. Collective; see `fine_tune`."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     # 1. A local model folder, tokens, problems. What is wrong with them shows before anything long starts.

@@ -31,8 +31,8 @@ from launch.tracking import progress
 NAME = "quickstart"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
 ROW = 128  # tokens of a pretraining row
-STEPS = 650
-PRETRAINING = Train(global_batch=20, micro_batch=10, lr=3e-3, max_steps=STEPS)
+STEPS = 500
+PRETRAINING = Train(global_batch=16, micro_batch=8, lr=6e-3, max_steps=STEPS)
 DOCUMENTS = 30_000
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3600, 200
 SEED = 0

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -140,16 +140,28 @@ eval: {{suites: [gsm8k], data_dir: {data}, max_new_tokens: 12, batch_size: 2}}
 
 @pytest.fixture(scope="session")
 def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run folder of a launch of train.py; launched once for each set of arguments."""
+    """The run folder of a launch of train.py; launched once for each set of arguments.
+
+    With `along`, lists of settings of which this is one: all of them are run in one launch (train_worker.py).
+    """
     made: dict[tuple, Path] = {}
 
-    def run(ranks: int, *settings: str, launcher: str = "deepspeed") -> Path:
+    def run(
+        ranks: int, *settings: str, launcher: str = "deepspeed", along: Sequence[Sequence[str]] | None = None
+    ) -> Path:
         key = (ranks, settings, launcher)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("run")
+        if key not in made and along is None:
+            made[key] = tmp_path_factory.mktemp("run")
             options = [option for setting in settings for option in ("--set", setting)]
-            launch("launch/train.py", "--recipe", recipe, *options, "--output", folder, ranks=ranks, launcher=launcher)
-            made[key] = folder
+            launch(
+                "launch/train.py", "--recipe", recipe, *options, "--output", made[key], ranks=ranks, launcher=launcher
+            )
+        elif key not in made:
+            cases = [(list(other), str(tmp_path_factory.mktemp("run"))) for other in along]
+            made.update({(ranks, tuple(other), launcher): Path(folder) for other, folder in cases})
+            path = tmp_path_factory.mktemp("cases") / "cases.json"
+            path.write_text(json.dumps(cases))
+            launch("tests/distributed/train_worker.py", recipe, path, ranks=ranks, launcher=launcher)
         return made[key]
 
     return run

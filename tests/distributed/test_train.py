@@ -31,20 +31,25 @@ LAUNCHES = [
     (1, ("train.micro_batch=3", "engine=zero3"), "python"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
     (4, ("train.micro_batch=1", "engine=zero3"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=zero2"), "deepspeed"),
+    (2, ("train.micro_batch=5", "engine=zero2"), "torchrun"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
     (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
-    (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
+    (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]"), "torchrun"),
-    (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "python"),
+    (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]"), "torchrun"),
-    (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "python"),
+    (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]"), "torchrun"),
-    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "python"),
+    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
 ]
+BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "torchrun")
+FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"), "torchrun")
+LORA = (2, ("adapter.method=lora", "eval.suites=[]"), "torchrun")
+# Launched as a user would, a command for each; the others share a launch for each number of ranks.
+ALONE = [LAUNCHES[i] for i in (0, 1, 4, 5)]
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
 MOVES = [
     (LAUNCHES[1], LAUNCHES[10]),
@@ -53,13 +58,14 @@ MOVES = [
     (LAUNCHES[4], LAUNCHES[14]),
     (LAUNCHES[6], LAUNCHES[3]),
 ]
-BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "deepspeed")
-FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"), "torchrun")
 
 
 def run_of(trained: Callable[..., Path], case: tuple) -> Path:
     ranks, settings, launcher = case
-    return trained(ranks, *settings, launcher=launcher)
+    if case in ALONE:
+        return trained(ranks, *settings, launcher=launcher)
+    shared = [other for other in (*LAUNCHES, BF16, FSDP_BF16, LORA) if other not in ALONE and other[0] == ranks]
+    return trained(ranks, *settings, launcher="torchrun", along=[other[1] for other in shared])
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -262,7 +268,7 @@ def test_the_resolved_recipe_gives_the_same_run_and_a_finished_run_is_left_alone
 
 
 def test_plain_lora_starts_with_b_zero_and_exports_rank_r(trained: Callable[..., Path]) -> None:
-    run = trained(2, "adapter.method=lora", "eval.suites=[]")
+    run = run_of(trained, LORA)
     results = json.loads((run / "results.json").read_text())
     assert (results["lora_rank"], results["eigen_select"], results["logit_drift"]) == (4, None, 0)
     assert not (run / "astra_init").exists()

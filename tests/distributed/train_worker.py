@@ -1,0 +1,32 @@
+"""One rank of several runs of train.py's main path, one after another: `train_worker.py RECIPE CASES`, a JSON file.
+
+A start of a process costs more than a run of the tests' model; cases: [[settings, run folder], ...].
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch import pipeline
+from launch.distributed import on_rank0, start, stop
+from launch.errors import run
+from launch.recipe import read
+from launch.run_folder import open_run
+
+
+def main(recipe_path: str, cases: str) -> None:
+    device = start()
+    for settings, folder in json.loads(Path(cases).read_text()):
+        recipe = read(recipe_path, settings)
+        on_rank0(lambda folder=folder, recipe=recipe: open_run(Path(folder), recipe))
+        pipeline.run_stages(recipe, Path(recipe_path).stem, Path(folder), device)
+        gc.collect()  # transformers keeps to ZeRO-3 as long as the run's engine is alive
+    stop()
+
+
+if __name__ == "__main__":
+    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    run(lambda: main(*paths))
