@@ -94,6 +94,15 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
 
 
+def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
+    """`{module}.A` and `{module}.B` -> trained parameter, in the model's order."""
+    named = {}
+    for name, layer in layers.items():
+        named[f"{name}.A"] = layer.lora_A[ADAPTER].weight
+        named[f"{name}.B"] = layer.lora_B[ADAPTER].weight
+    return named
+
+
 def initialise(
     layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
 ) -> float:
@@ -133,16 +142,6 @@ def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str,
         )
         for name, layer in layers.items()
     }
-
-
-def write_factors(
-    layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
-) -> None:
-    """Set A and B of every layer, and nothing else, to `factors` (see initialise). Collective."""
-    for name, layer in layers.items():
-        parameters = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        for parameter, value in zip(parameters, factors(name, layer.base_layer.weight), strict=True):
-            weights.write(parameter, value)
 
 
 def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -33,14 +33,15 @@ class TorchStepper:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]
-        return WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
+        return WEIGHTS.read(parameter), WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
 
-    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
-        for parameter, *values in moments:
+    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+        for parameter, trained, *moments in states:
+            WEIGHTS.write(parameter, trained)
             state = {"step": torch.tensor(float(step))}
-            for kind, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+            for kind, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 state[kind] = torch.zeros_like(parameter, requires_grad=False)
                 WEIGHTS.write(state[kind], value)
             self.optimizer.state[parameter] = state
