@@ -66,15 +66,15 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
         f"{total} steps of {settings.global_batch} rows on {world_size} ranks, micro batch {settings.micro_batch}"
     )
 
-    # 2. The base model, already sharded, with PEFT's layers at the targets.
+    # 2. The base model, already sharded, with PEFT's layers at the targets (none for full fine-tuning).
     watch.stage("loading the base")
     wanted = recipe.adapter
     ranks = saved.facts["ranks"] if saved else _allocated_ranks(recipe, inputs, device, folder)
     engine = make_engine(recipe.engine, device, inputs.dtype)
-    base = engine.load(str(inputs.model_path))
+    base = engine.load(str(inputs.model_path), full=wanted.method == "full")
     base.register_forward_pre_hook(lambda *_: watch.mark())
     model = trainable.attach(base, wanted, ranks)
-    layers = adapter.lora_layers(model)
+    layers = trainable.layers(model)
 
     # 3. A0, B0 and W_res into the sharded model: from a calibration, or as a checkpoint has them.
     if saved is None:
@@ -115,9 +115,7 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
 
     # 5. Export, then score.
     watch.stage("exporting")
-    trained = adapter.read_factors(layers, engine)
-    config = model.peft_config[adapter.ADAPTER]
-    on_rank0(lambda: export.save_adapters(folder, config, inputs.base, initial, trained))
+    exported = trainable.export(folder, model, engine, inputs, initial)
     on_rank0(lambda: tracking.plot({folder.name: history}, folder))
     watch.stage("scoring", timed=True)
     made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
@@ -132,9 +130,9 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "data": inputs.data,
             "method": wanted.method,
             "eigen_select": wanted.eigen_select if wanted.method == "astra" else None,
-            "rank": wanted.rank,
+            "rank": wanted.rank if layers else None,
             "lora_rank": export.plain_rank(folder),
-            "alpha": wanted.alpha,
+            "alpha": wanted.alpha if layers else None,
             "lr": settings.lr,
             "seed": settings.seed,
             "steps": total,
@@ -148,14 +146,14 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "scores": scores,
             "conditions": tracking.conditions(world_size, device),
         }
-        (folder / "README.md").write_text(export.model_card(recipe, results))
+        (folder / "README.md").write_text(export.model_card(folder, recipe, results))
         write_json(folder / "results.json", results)
         write_state(folder, "finished")
 
     on_rank0(finish)
     if rank == 0:
         say(table([folder]))
-    say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  adapter for the base: {folder / 'lora'}")
+    say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  to load: {exported}")
 
 
 def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> dict[str, int] | None:

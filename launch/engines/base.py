@@ -56,8 +56,13 @@ class Engine(Weights, Protocol):
     reentrant: bool
     """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
-    def load(self, path: str) -> PreTrainedModel:
-        """The causal LM at the local folder `path`, frozen, on the device; sharded while it is read."""
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        """The causal LM at the local folder `path`, on the device; sharded while it is read.
+
+        Args:
+            full: all of it is to be trained, not frozen. Forward and backward passes are in the engine's dtype, but
+                AdamW steps fp32 weights: bfloat16 has 8 bits, so that updates below 2^-9 of a weight would be lost.
+        """
         ...
 
     def inference(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -55,9 +55,12 @@ class SingleEngine(TorchWeights):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def load(self, path: str) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return model.to(self.device).requires_grad_(False)
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        dtype = torch.float32 if full else self.dtype
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(self.device)
+        if dtype != self.dtype:
+            model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)
+        return model.requires_grad_(full)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:

@@ -101,12 +101,14 @@ class ZeroEngine(ZeroWeights):
         nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
 
-    def load(self, path: str) -> PreTrainedModel:
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        if full and self.dtype == torch.bfloat16:  # DeepSpeed's optimiser then holds fp32 weights
+            self.config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return (model if self.sharded else model.to(self.device)).requires_grad_(False)
+        return (model if self.sharded else model.to(self.device)).requires_grad_(full)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:
