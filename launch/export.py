@@ -69,7 +69,7 @@ def save_model(folder: Path, model: PreTrainedModel, engine: Engine, inputs: Inp
     for name, parameter in model.named_parameters():  # a tied one once
         value = engine.read(parameter)
         if dist.get_rank() == 0:
-            tensors[name] = value.to("cpu", inputs.dtype).contiguous()
+            tensors[name] = torch.empty(value.shape, dtype=inputs.dtype).copy_(value)  # without FSDP2's padding
     kept = model.state_dict().keys()
     tensors |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
 

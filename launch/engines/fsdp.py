@@ -35,6 +35,7 @@ class FsdpEngine(TorchWeights):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
             self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.base.tie_weights()  # without storage each module was given a weight of its own
         self.path = Path(path)
         # By module, since adapters will wrap the modules and so change their names.
         self.owners = {
@@ -71,7 +72,7 @@ class FsdpEngine(TorchWeights):
         model.to_empty(device=self.device)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        self.base.tie_weights()  # a tied head was given a storage of its own
+        self.base.tie_weights()  # each module was given a storage of its own
         self._fill()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.utils import (
     nvtx,
@@ -13,6 +14,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -79,9 +82,22 @@ class ZeroStepper:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, trained, *moments in states:
             WEIGHTS.write(parameter, trained)
-            safe_set_full_fp32_param(parameter, trained)
-            for kind, value in zip(MOMENTS, moments, strict=True):
-                safe_set_full_optimizer_state(parameter, value, kind)
+            if sharded:
+                # Not by DeepSpeed's functions for whole values, which fail where shards are padded.
+                safe_set_local_fp32_param(parameter, _shard(parameter, trained))
+                for kind, value in zip(MOMENTS, moments, strict=True):
+                    safe_set_local_optimizer_state(parameter, _shard(parameter, value), kind)
+            else:
+                safe_set_full_fp32_param(parameter, trained)
+                for kind, value in zip(MOMENTS, moments, strict=True):
+                    safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def _shard(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a parameter's whole `value`, as stage 3 lays it out: of equal size, padded at the end."""
+    size = parameter.ds_tensor.ds_numel
+    padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    return padded[size * dist.get_rank() :][:size]
 
 
 class ZeroEngine(ZeroWeights):
