@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,11 +63,15 @@ def attach(
     alpha: float,
     dropout: float,
     ranks: Mapping[str, int] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> PeftModel:
     """`model` with PEFT's LoRA layers at `targets`, whose values `initialise` sets.
 
     Args:
         ranks: of every module, where they are not all `rank`; the scaling is s = alpha / rank in all of them.
+        rslora: s = alpha / sqrt(rank) (arXiv 2312.03732).
+        dora: rows of W + dW have the direction only, and a trained magnitude (arXiv 2402.09353).
 
     Raises AstraError where find_targets does, or if a rank is above its module's smaller side.
     """
@@ -85,6 +90,8 @@ def attach(
         task_type="CAUSAL_LM",
         rank_pattern=others,
         alpha_pattern={name: alpha * number / rank for name, number in others.items()},
+        use_rslora=rslora,
+        use_dora=dora,
     )
     return get_peft_model(model, config)
 
@@ -94,13 +101,24 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
 
 
+def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
+    """`{module}.A`, `{module}.B` and, of DoRA, `{module}.magnitude` -> trained parameter, in the model's order."""
+    named = {}
+    for name, layer in layers.items():
+        named[f"{name}.A"] = layer.lora_A[ADAPTER].weight
+        named[f"{name}.B"] = layer.lora_B[ADAPTER].weight
+        for vector in layer.lora_magnitude_vector.values():
+            named[f"{name}.magnitude"] = vector.weight
+    return named
+
+
 def initialise(
     layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
 ) -> float:
-    """Set A0, B0 and `W_res = W - s B0 A0` in every layer, in place. Collective.
+    """Set A0, B0 and `W_res = W - s B0 A0` in every layer, in place; of DoRA also its magnitudes, W's row norms.
 
-    The product is formed in fp64 from the factors exactly as stored (their parameter's dtype), and W_res rounded to
-    the base's dtype once.
+    Collective. The product is formed in fp64 from the factors exactly as stored (their parameter's dtype), and W_res
+    rounded to the base's dtype once.
 
     Args:
         factors: (module name, whole W) -> fp64 (A0, B0), alike on every rank.
@@ -122,6 +140,9 @@ def initialise(
             weights.write(layer.base_layer.weight, residual)
             error = (product + residual.double() - weight.double()).norm() / weight.double().norm()
             worst = max(worst, error.item())
+        for vector in layer.lora_magnitude_vector.values():
+            # PEFT's own function and dtype, so that its forward pass finds the very same norm: a ratio of exactly 1.
+            weights.write(vector.weight, vector.get_weight_norm(weight, torch.zeros_like(weight), 1))
     return worst
 
 
@@ -135,16 +156,6 @@ def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str,
     }
 
 
-def write_factors(
-    layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
-) -> None:
-    """Set A and B of every layer, and nothing else, to `factors` (see initialise). Collective."""
-    for name, layer in layers.items():
-        parameters = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        for parameter, value in zip(parameters, factors(name, layer.base_layer.weight), strict=True):
-            weights.write(parameter, value)
-
-
 def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, Factors]:
     """`s (B A - B0 A0)` as a rank-2r LoRA of the ORIGINAL base: A' = [A; A0], B' = [B, -B0].
 
@@ -156,7 +167,22 @@ def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]
     }
 
 
-def save(folder: Path, config: LoraConfig, base: str, factors: Mapping[str, Factors]) -> None:
+def read_magnitudes(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str, Tensor]:
+    """DoRA's whole magnitude vector (d_out,) of every layer, on the CPU; empty for other adapters. Collective."""
+    return {
+        name: weights.read(vector.weight).cpu()
+        for name, layer in layers.items()
+        for vector in layer.lora_magnitude_vector.values()
+    }
+
+
+def save(
+    folder: Path,
+    config: LoraConfig,
+    base: str,
+    factors: Mapping[str, Factors],
+    magnitudes: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `factors` in PEFT's format (adapter_config.json, adapter_model.safetensors) for the base model `base`.
 
     The ranks are the factors' own and alpha grows with them, so that s stays. `init_lora_weights` is the plain one:
@@ -165,9 +191,10 @@ def save(folder: Path, config: LoraConfig, base: str, factors: Mapping[str, Fact
     config = copy.deepcopy(config)
     name, (a, _) = next(iter(factors.items()))
     times = len(a) // config.rank_pattern.get(name, config.r)
-    config.r, config.lora_alpha = times * config.r, times * config.lora_alpha
+    grown = math.sqrt(times) if config.use_rslora else times
+    config.r, config.lora_alpha = times * config.r, grown * config.lora_alpha
     config.rank_pattern = {name: times * rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: times * alpha for name, alpha in config.alpha_pattern.items()}
+    config.alpha_pattern = {name: grown * alpha for name, alpha in config.alpha_pattern.items()}
     config.base_model_name_or_path = base
     config.init_lora_weights, config.inference_mode = True, True
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +203,8 @@ def save(folder: Path, config: LoraConfig, base: str, factors: Mapping[str, Fact
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    for name, magnitude in (magnitudes or {}).items():
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -186,7 +215,7 @@ def load(folder: Path) -> tuple[dict[str, Factors], float]:
     ends = (".lora_A.weight", ".lora_B.weight")
     names = [key.removeprefix("base_model.model.").removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
     factors = {name: Factors(*(tensors[f"base_model.model.{name}{end}"] for end in ends)) for name in names}
-    return factors, config["lora_alpha"] / config["r"]
+    return factors, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
 
 
 def attach_saved(model: nn.Module, folder: Path) -> PeftModel:
@@ -207,7 +236,8 @@ def write_saved(model: PeftModel, folder: Path, weights: Weights) -> None:
     if not path.is_file():
         raise AstraError(f"--adapter: {folder} has no {path.name}")
     wanted = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    found = {re.sub(r"\.weight$", f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()}
+    ends = r"(?:\.weight|(?<=lora_magnitude_vector))$"  # PEFT leaves .weight out after the latter
+    found = {re.sub(ends, f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()}
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise AstraError(f"--adapter: {path} does not fit the model and adapter_config.json: {odd[0]}")
     for name, parameter in wanted.items():

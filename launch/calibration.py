@@ -176,7 +176,7 @@ def factors(
         case "astra":
             select = settings.eigen_select
             return lambda name, weight: inits.astra(weight, artifact.read(source, name, ranks[name], select, device))
-        case "lora":
+        case "lora" | "rslora" | "dora":
             return lambda name, weight: inits.lora(weight, ranks[name], recipe.train.seed, name)
 
 

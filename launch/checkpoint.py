@@ -2,11 +2,12 @@
 
 A checkpoint is a folder `checkpoints/step-<n>` with `tensors.safetensors`, `metrics.jsonl` and, written last,
 `manifest.json` with the SHA-256 of the other two and its own. It is made beside and renamed, so it is whole or absent;
-what the disk does to it later is found by the checksums. The tensors, by module name, side (A or B) and kind:
+what the disk does to it later is found by the checksums. The tensors are called by a trained parameter's name
+(launch.trainable) and kind:
 
-    initial               the factors at step 0, from which W_res is rebuilt
-    trained               the factors now
-    exp_avg, exp_avg_sq   AdamW's moments; absent at step 0
+    initial               an adapter's factors A and B at step 0, from which W_res is rebuilt; nothing else is at step 0
+    trained               the parameter now, fp32: the optimiser's own copy where the model holds a rounded one
+    exp_avg, exp_avg_sq   AdamW's moments
 
 The rows of every step follow from (recipe, step), and dropout's seed from (recipe, step, rank), so a step is all there
 is to know of the data position and of the random numbers.
@@ -21,14 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from astra.adapter import ADAPTER, Factors
+from astra.adapter import Factors
 from launch.distributed import broadcast_tensor, on_rank0
-from launch.engines.base import Engine, Stepper
+from launch.engines.base import KINDS, Stepper
 from launch.errors import UserError
 from launch.files import sync, sync_folder, write_json
 from launch.loop import Metrics
@@ -51,9 +51,8 @@ class Checkpoint:
 def save(
     run: Path,
     step: int,
-    layers: Mapping[str, LoraLayer],
+    parameters: Mapping[str, nn.Parameter],
     initial: Mapping[str, Factors],
-    engine: Engine,
     stepper: Stepper | None,
     facts: dict,
     history: list[Metrics],
@@ -61,27 +60,24 @@ def save(
 ) -> None:
     """Write the checkpoint of `step` into the run folder `run`, then remove all but the `keep` newest. Collective.
 
+    The tensors are gathered one after the other; only rank 0 keeps them, in the CPU's memory, until they are written.
+
     Args:
-        stepper: None at step 0, when AdamW has no moments yet.
+        parameters: name -> trained parameter. initial: module name -> A0, B0 of adapters.
+        stepper: None at step 0, when what is trained follows from `initial` and the base.
         facts: JSON that `newest` gives back.
 
     Raises:
         UserError: on every rank, if it cannot be written; the older ones are as they were.
     """
     tensors = {}
-
-    def put(name: str, value: Tensor) -> None:
-        if dist.get_rank() == 0:
-            tensors[name] = value.cpu().contiguous()
-
-    for name, layer in layers.items():
-        for side, parameter in _parameters(layer):
-            put(f"{name}.{side}.trained", engine.read(parameter))
-            if stepper is not None:
-                for kind, value in zip(("exp_avg", "exp_avg_sq"), stepper.moments(parameter), strict=True):
-                    put(f"{name}.{side}.{kind}", value)
-        for side, value in zip("AB", initial[name], strict=True):
-            put(f"{name}.{side}.initial", value)
+    for name, parameter in parameters.items() if stepper is not None else ():
+        for kind, value in zip(KINDS, stepper.state(parameter), strict=True):
+            if dist.get_rank() == 0:
+                tensors[f"{name}.{kind}"] = value.cpu().contiguous()
+    for name, factors in initial.items():
+        for side, value in zip("AB", factors, strict=True):
+            tensors[f"{name}.{side}.initial"] = value.contiguous()
 
     def write() -> None:
         _write(run / FOLDER, step, tensors, facts, history)
@@ -103,29 +99,24 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
-def factors(checkpoint: Checkpoint, kind: str, device: torch.device) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
-    """(module name, W) -> (A, B) of `kind`: rank 0 reads them, every rank gets them. Collective, in order of calls."""
-    return lambda name, _: tuple(_read(checkpoint, f"{name}.{side}.{kind}", device) for side in "AB")
+def initial(checkpoint: Checkpoint, device: torch.device) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+    """(module name, W) -> (A0, B0): rank 0 reads them, every rank gets them. Collective, in order of calls."""
+    return lambda name, _: tuple(_read(checkpoint, f"{name}.{side}.initial", device) for side in "AB")
 
 
-def restore_moments(
-    checkpoint: Checkpoint, layers: Mapping[str, LoraLayer], stepper: Stepper, device: torch.device
+def restore(
+    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], stepper: Stepper, device: torch.device
 ) -> None:
-    """AdamW's moments into the optimiser of `stepper`, as they were after the checkpoint's step. Collective."""
+    """The trained parameters, and AdamW's moments of them, as they were after the checkpoint's step. Collective."""
     if checkpoint.step == 0:
         return
-    parameters = [(f"{name}.{side}", p) for name, layer in layers.items() for side, p in _parameters(layer)]
     stepper.restore(
         checkpoint.step,
         (
-            (parameter, *(_read(checkpoint, f"{name}.{kind}", device) for kind in ("exp_avg", "exp_avg_sq")))
-            for name, parameter in parameters
+            (parameter, *(_read(checkpoint, f"{name}.{kind}", device) for kind in KINDS))
+            for name, parameter in parameters.items()
         ),
     )
-
-
-def _parameters(layer: LoraLayer) -> list[tuple[str, torch.nn.Parameter]]:
-    return [("A", layer.lora_A[ADAPTER].weight), ("B", layer.lora_B[ADAPTER].weight)]
 
 
 def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:

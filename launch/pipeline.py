@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import artifact, calibration, checkpoint, export, tracking, watch
+from launch import artifact, calibration, checkpoint, export, tracking, trainable, watch
 from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
@@ -67,30 +67,30 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
         f"{total} steps of {settings.global_batch} rows on {world_size} ranks, micro batch {settings.micro_batch}"
     )
 
-    # 2. The base model, already sharded, with PEFT's layers at the targets.
+    # 2. The base model, already sharded, with PEFT's layers at the targets (none for full fine-tuning).
     watch.stage("loading the base")
     wanted = recipe.adapter
     ranks = saved.facts["ranks"] if saved else _allocated_ranks(recipe, inputs, device, folder)
     engine = make_engine(recipe.engine, device, inputs.dtype)
-    base = engine.load(str(inputs.model_path))
+    base = engine.load(str(inputs.model_path), full=wanted.method == "full")
     base.register_forward_pre_hook(lambda *_: watch.mark())
-    model = adapter.attach(base, wanted.targets, wanted.rank, wanted.alpha, wanted.dropout, ranks)
-    layers = adapter.lora_layers(model)
+    model = trainable.attach(base, wanted, ranks)
+    layers = trainable.layers(model)
 
     # 3. A0, B0 and W_res into the sharded model: from a calibration, or as a checkpoint has them.
     if saved is None:
         facts = _initialise(recipe, inputs, engine, model, layers, tokenizer, problems, folder)
-        initial = adapter.read_factors(layers, engine)
         history = []
-        checkpoint.save(folder, 0, layers, initial, engine, None, facts, history, settings.keep)
     else:
         say(f"going on after step {saved.step} of {total}, from {saved.folder}")
         with engine.inference(model):  # FSDP2 shards and loads the base here
             pass
-        adapter.initialise(layers, checkpoint.factors(saved, "initial", device), engine)
-        initial = adapter.read_factors(layers, engine)
-        adapter.write_factors(layers, checkpoint.factors(saved, "trained", device), engine)
+        adapter.initialise(layers, checkpoint.initial(saved, device), engine)
         facts, history = saved.facts, saved.history
+    initial = adapter.read_factors(layers, engine)
+    parameters = trainable.parameters(model)
+    if saved is None:
+        checkpoint.save(folder, 0, parameters, initial, None, facts, history, settings.keep)
 
     # 4. Train.
     if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and device.type == "cuda"):
@@ -98,16 +98,16 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     stepper = make_stepper(engine, model, settings)
     if saved is not None:
-        checkpoint.restore_moments(saved, layers, stepper, device)
+        checkpoint.restore(saved, parameters, stepper, device)
     watch.stage("training", timed=True, in_steps=True)
     training = train(stepper, tokens, steps, settings, device, history)
     for metrics in tracking.track(training, list(history), total, folder, rank):
         history.append(metrics)
         if metrics["step"] % settings.checkpoint_every == 0 and metrics["step"] < total:
-            checkpoint.save(folder, metrics["step"], layers, initial, engine, stepper, facts, history, settings.keep)
+            checkpoint.save(folder, metrics["step"], parameters, initial, stepper, facts, history, settings.keep)
     done = len(history)
     if saved is None or done > saved.step:
-        checkpoint.save(folder, done, layers, initial, engine, stepper, facts, history, settings.keep)
+        checkpoint.save(folder, done, parameters, initial, stepper, facts, history, settings.keep)
     if done < total:
         on_rank0(lambda: write_state(folder, "preempted"))
         say(f"stopped after step {done} of {total}, saved; the same command goes on from there")
@@ -116,9 +116,7 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
 
     # 5. Export, then score.
     watch.stage("exporting")
-    trained = adapter.read_factors(layers, engine)
-    config = model.peft_config[adapter.ADAPTER]
-    on_rank0(lambda: export.save_adapters(folder, config, inputs.base, initial, trained))
+    exported = trainable.export(folder, model, engine, inputs, initial)
     on_rank0(lambda: tracking.plot({folder.name: history}, folder))
     watch.stage("scoring", timed=True)
     made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
@@ -133,9 +131,9 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "data": inputs.data,
             "method": wanted.method,
             "eigen_select": wanted.eigen_select if wanted.method == "astra" else None,
-            "rank": wanted.rank,
+            "rank": wanted.rank if layers else None,
             "lora_rank": export.plain_rank(folder),
-            "alpha": wanted.alpha,
+            "alpha": wanted.alpha if layers else None,
             "lr": settings.lr,
             "seed": settings.seed,
             "steps": total,
@@ -149,14 +147,14 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "scores": scores,
             "conditions": tracking.conditions(world_size, device),
         }
-        (folder / "README.md").write_text(export.model_card(recipe, results))
+        (folder / "README.md").write_text(export.model_card(folder, recipe, results))
         write_json(folder / "results.json", results)
         write_state(folder, "finished")
 
     on_rank0(finish)
     if rank == 0:
         say(table([folder]))
-    say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  adapter for the base: {folder / 'lora'}")
+    say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  to load: {exported}")
 
 
 def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> dict[str, int] | None:
@@ -200,7 +198,7 @@ def _initialise(
     """Calibrate on the untouched base, score it if asked, and set A0, B0 and W_res; what is to be known of it later."""
     tokens, device = inputs.tokens, engine.device
     baseline: dict = {}
-    with engine.inference(model), model.disable_adapter():
+    with engine.inference(model), trainable.untrained(model):
         source = calibration.obtain(recipe, inputs, engine, model, adapter.base_layers(layers), folder / "calibration")
         probe = calibration.probe(tokens, engine)
         logits = calibration.logits(model, probe)

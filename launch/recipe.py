@@ -55,7 +55,11 @@ class Data(Section):
 
 
 class Adapter(Section):
-    method: Literal["astra", "lora"] = Field("astra", description="how the factors start: astra, or plain lora")
+    method: Literal["astra", "lora", "rslora", "dora", "full"] = Field(
+        "astra",
+        description="astra; plain lora; rslora: lora with s = alpha / sqrt(rank); dora: lora with trained magnitudes; "
+        "full: no adapter, all parameters are trained",
+    )
     eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
         "smallest", description="astra: which eigenvectors of the output second moment (the paper: smallest)"
     )
@@ -72,9 +76,11 @@ class Adapter(Section):
     )
 
     @model_validator(mode="after")
-    def _ranks_need_spectra(self) -> "Adapter":
+    def _fields_fit_the_method(self) -> "Adapter":
         if self.rank_allocation == "effective_rank" and (self.method != "astra" or self.eigen_select == "random"):
             raise ValueError("rank_allocation: effective_rank needs method astra and eigenvectors in order, not random")
+        if self.method == "full" and self.dropout:
+            raise ValueError("dropout: is on an adapter's input, and method full has no adapters; set it to 0")
         return self
 
 

@@ -36,7 +36,7 @@ def table(folders: list[Path]) -> str:
     head += [f"{suite} {when}" for suite in suites for when in ("before", "after")] + ["training (s)"]
     lines = [head, ["---"] * len(head)]
     for folder, row in zip(folders, rows, strict=True):
-        cells = [folder.resolve().name, method(row), row["rank"], f"{row['lr']:g}", row["seed"], row["steps"]]
+        cells = [folder.resolve().name, method(row), row["rank"] or "", f"{row['lr']:g}", row["seed"], row["steps"]]
         cells.append(f"{row['final_loss']:.4f}")
         cells += [_score(row[key].get(suite)) for suite in suites for key in ("baseline", "scores")]
         cells.append(f"{row['seconds']['training']:.0f}")

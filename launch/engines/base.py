@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from astra.weights import Weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+KINDS = ("trained", "exp_avg", "exp_avg_sq")  # of a parameter in training: its value, and AdamW's moments of it
 
 
 def read_config(engine: str) -> dict:
@@ -34,12 +35,12 @@ class Stepper(Protocol):
         """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping."""
         ...
 
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """AdamW's whole exp_avg and exp_avg_sq of a parameter, fp32, on every rank. Collective; after a step."""
+    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """KINDS of a parameter, whole and fp32, on every rank. Collective; after a step."""
         ...
 
-    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
-        """Set AdamW's state to that after `step` steps: (parameter, whole exp_avg, whole exp_avg_sq) of each.
+    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+        """Set parameters and optimiser to what they were after `step` steps: (parameter, *KINDS) of each.
 
         Collective; before the first step, with the same values on every rank.
         """
@@ -55,8 +56,13 @@ class Engine(Weights, Protocol):
     reentrant: bool
     """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
-    def load(self, path: str) -> PreTrainedModel:
-        """The causal LM at the local folder `path`, frozen, on the device; sharded while it is read."""
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        """The causal LM at the local folder `path`, on the device; sharded while it is read.
+
+        Args:
+            full: all of it is to be trained, not frozen. Forward and backward passes are in the engine's dtype, but
+                AdamW steps fp32 weights: bfloat16 has 8 bits, so that updates below 2^-9 of a weight would be lost.
+        """
         ...
 
     def inference(self, model: nn.Module) -> AbstractContextManager[None]:

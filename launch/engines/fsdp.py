@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -28,10 +28,14 @@ class FsdpEngine(TorchWeights):
         self.device, self.dtype = device, dtype
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
-    def load(self, path: str) -> PreTrainedModel:
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        dtype = torch.float32 if full else self.dtype
+        # Of adapters in a bfloat16 base each parameter keeps its own dtype.
+        self.policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32) if full else MixedPrecisionPolicy()
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
-            self.base = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.base.tie_weights()  # without storage each module was given a weight of its own
         self.path = Path(path)
         # By module, since adapters will wrap the modules and so change their names.
         self.owners = {
@@ -39,7 +43,7 @@ class FsdpEngine(TorchWeights):
             for prefix, module in self.base.named_modules()
             for name, _ in module.named_parameters(recurse=False)
         }
-        return self.base.requires_grad_(False)
+        return self.base.requires_grad_(full)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:
@@ -61,14 +65,14 @@ class FsdpEngine(TorchWeights):
         """
         for module in self.base.modules():
             if type(module).__name__ in self.base._no_split_modules:
-                fully_shard(module, mesh=self.mesh)
+                fully_shard(module, mesh=self.mesh, mp_policy=self.policy)
         # FSDP would keep the root's own weights whole after a forward pass, where writes to them were lost.
-        fully_shard(self.base, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(self.base, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=True)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device=self.device)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        self.base.tie_weights()  # a tied head was given a storage of its own
+        self.base.tie_weights()  # each module was given a storage of its own
         self._fill()
 
     @torch.no_grad()

@@ -33,14 +33,15 @@ class TorchStepper:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]
-        return WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
+        return WEIGHTS.read(parameter), WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
 
-    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
-        for parameter, *values in moments:
+    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+        for parameter, trained, *moments in states:
+            WEIGHTS.write(parameter, trained)
             state = {"step": torch.tensor(float(step))}
-            for kind, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+            for kind, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 state[kind] = torch.zeros_like(parameter, requires_grad=False)
                 WEIGHTS.write(state[kind], value)
             self.optimizer.state[parameter] = state
@@ -54,9 +55,12 @@ class SingleEngine(TorchWeights):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def load(self, path: str) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return model.to(self.device).requires_grad_(False)
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        dtype = torch.float32 if full else self.dtype
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(self.device)
+        if dtype != self.dtype:
+            model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)
+        return model.requires_grad_(full)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:

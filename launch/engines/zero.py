@@ -6,8 +6,17 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__ as compatible_ops
-from deepspeed.utils import nvtx, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    nvtx,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -15,7 +24,28 @@ from transformers.integrations import HfDeepSpeedConfig
 from astra.weights import TorchWeights
 from launch.engines.base import read_config
 
-KINDS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroWeights:
+    """`Weights` of a model that stage 3 has sharded, or that every rank holds whole."""
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if not hasattr(parameter, "ds_id"):
+            value = value.to(parameter).contiguous()
+            dist.broadcast(value, 0)
+            TorchWeights().write(parameter, value)
+            return
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.copy_(value)
+
+
+WEIGHTS = ZeroWeights()
 
 
 class ZeroStepper:
@@ -37,24 +67,40 @@ class ZeroStepper:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        return tuple(safe_get_full_optimizer_state(parameter, kind) for kind in KINDS)
+    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        moments = (safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS)
+        return safe_get_full_fp32_param(parameter), *moments
 
-    def restore(self, step: int, moments: Iterable[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
         zero, adam = self.optimizer, self.optimizer.optimizer
         # AdamW makes its state in its first step; DeepSpeed's own functions below only fill it.
         sharded = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
         for shard in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
-            adam.state[shard] = {kind: torch.zeros_like(shard, requires_grad=False) for kind in KINDS}
+            adam.state[shard] = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
             adam.state[shard]["step"] = torch.tensor(float(step))
         if not sharded:
             zero._lazy_init_hp_params_optimizer_state()
-        for parameter, *values in moments:
-            for kind, value in zip(KINDS, values, strict=True):
-                safe_set_full_optimizer_state(parameter, value, kind)
+        for parameter, trained, *moments in states:
+            WEIGHTS.write(parameter, trained)
+            if sharded:
+                # Not by DeepSpeed's functions for whole values, which fail where shards are padded.
+                safe_set_local_fp32_param(parameter, _shard(parameter, trained))
+                for kind, value in zip(MOMENTS, moments, strict=True):
+                    safe_set_local_optimizer_state(parameter, _shard(parameter, value), kind)
+            else:
+                safe_set_full_fp32_param(parameter, trained)
+                for kind, value in zip(MOMENTS, moments, strict=True):
+                    safe_set_full_optimizer_state(parameter, value, kind)
 
 
-class ZeroEngine:
+def _shard(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a parameter's whole `value`, as stage 3 lays it out: of equal size, padded at the end."""
+    size = parameter.ds_tensor.ds_numel
+    padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    return padded[size * dist.get_rank() :][:size]
+
+
+class ZeroEngine(ZeroWeights):
     """See engines.base.Engine. `name` is that of a file in ds_configs/."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -71,26 +117,14 @@ class ZeroEngine:
         nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
 
-    def load(self, path: str) -> PreTrainedModel:
+    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+        if full and self.dtype == torch.bfloat16:  # DeepSpeed's optimiser then holds fp32 weights
+            self.config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return (model if self.sharded else model.to(self.device)).requires_grad_(False)
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if not hasattr(parameter, "ds_id"):
-            value = value.to(parameter).contiguous()
-            dist.broadcast(value, 0)
-            TorchWeights().write(parameter, value)
-            return
-        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if dist.get_rank() == 0:
-                parameter.copy_(value)
+        return (model if self.sharded else model.to(self.device)).requires_grad_(full)
 
     @contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:

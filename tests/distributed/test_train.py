@@ -4,24 +4,21 @@ The oracle is an independent loop: plain transformers and PEFT, one process, one
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from astra import adapter
 from astra.weights import TorchWeights
-from launch import data as launch_data
 from launch.recipe import read
 from launch.report import table
+from tests.plain import load_base, logits, plain_training
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -72,10 +69,6 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-
-
 def with_factors(path: Path, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
     """Plain PEFT: the residual base, rebuilt from the run's astra_init, with the factors in `folder`."""
     model = load_base(base, dtype)
@@ -83,50 +76,10 @@ def with_factors(path: Path, base: Path, folder: Path, dtype: torch.dtype = torc
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def logits(model: torch.nn.Module, base: Path, rows: list[dict]) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = torch.tensor([tokenizer(launch_data.prompt(rows[0]["query"]) + rows[0]["response"]).input_ids])
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.double()
-
-
 def oracle(run: Path, base: Path, rows: list[dict]) -> tuple[list[float], list[float], PeftModel]:
-    """Losses, gradient norms and model of a plain loop from the run's astra_init: the recipe's settings, by hand."""
-    settings = read(str(run / "recipe.yaml"), [])
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    """Losses, gradient norms and model of a plain loop from the run's astra_init."""
     model = with_factors(run, base, run / "astra_init")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.train.lr, weight_decay=0.0)
-    steps = settings.train.max_steps
-    warmup = math.ceil(steps * settings.train.warmup_ratio)
-    order = []
-    generator = torch.Generator().manual_seed(settings.train.seed)
-    while len(order) < steps * settings.train.global_batch:
-        order += torch.randperm(len(rows), generator=generator).tolist()
-    losses, norms = [], []
-    for step in range(steps):
-        batch = order[step * settings.train.global_batch : (step + 1) * settings.train.global_batch]
-        total, count = torch.zeros(()), 0
-        for i in batch:
-            begin = tokenizer(launch_data.prompt(rows[i]["query"])).input_ids
-            ids = tokenizer(launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n").input_ids
-            assert ids[: len(begin)] == begin
-            ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
-            output = model(input_ids=ids).logits[0]
-            total = total + F.cross_entropy(output[len(begin) - 1 : -1], ids[0, len(begin) :], reduction="sum")
-            count += ids.shape[1] - len(begin)
-        loss = total / count
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.train.max_grad_norm)
-        share = (step - warmup) / (steps - warmup)
-        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.train.lr * rate
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return losses, norms, model
+    return *plain_training(model, read(str(run / "recipe.yaml"), []), rows), model
 
 
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
