@@ -1,6 +1,6 @@
 """Hold our numbers against lm-eval's and evalplus': their graders on the same responses, the same model run by lm-eval.
 
-Needs requirements-crosscheck.txt and no network. Of a folder of launch/evaluate.py: lm-eval's graders of gsm8k and math,
+Needs requirements-crosscheck.txt, no network. Of a folder of launch/evaluate.py: lm-eval's graders of gsm8k and math,
 evalplus' base check of programs, and, of the model, lm-eval's own responses and its likelihoods of the commonsense
 choices, which are another metric. Of a file of responses, or the benchmarks' own answers: the graders alone."""
 
@@ -142,11 +142,13 @@ def _document(row: dict, prompt: str = "") -> dict[str, str]:
     return {"id": row["id"], "prompt": prompt or "-", "reference": row["reference"], "output": row["output"]}
 
 
-def _by_rule(judged: list[harness.Judged], tasks: dict[str, str], note: str = "") -> list[Comparison]:
+def _by_rule(judged: list[harness.Judged], tasks: dict[str, str], name: str = "{}") -> list[Comparison]:
     """lm-eval's verdicts, one comparison for each task and rule. `tasks`: task -> suite."""
     rules = dict.fromkeys((row.task, row.rule) for row in judged)
     return [
-        Comparison(tasks[task], f"lm-eval {rule}{note}", {j.id: j.passed for j in judged if j[:2] == (task, rule)})
+        Comparison(
+            tasks[task], "lm-eval " + name.format(rule), {j.id: j.passed for j in judged if j[:2] == (task, rule)}
+        )
         for task, rule in rules
     ]
 
@@ -174,7 +176,7 @@ def _same_model(ours: dict[str, dict[str, dict]], results: dict, revision: str, 
         same = {problem: text == ours[suite][problem]["output"] for problem, text in texts.items()}
         found.append(Comparison(suite, "lm-eval's own responses", same, texts=True, outputs=texts))
     likelihoods = [row for row in judged if row.task in tasks]
-    return found + _by_rule(likelihoods, tasks, " of likelihoods: another metric")
+    return found + _by_rule(likelihoods, tasks, "likelihood, {} (another metric)")
 
 
 def _model(results: dict, revision: str) -> dict:

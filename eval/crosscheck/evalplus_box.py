@@ -61,4 +61,5 @@ def main() -> None:
     os.write(answers, json.dumps(answer).encode())
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -126,12 +126,14 @@ def run(folder: Path, tasks: Sequence[str], model: dict | None, batch_size: int)
         model: {pretrained (folder), dtype, and peft (folder of an adapter) where there is one}; None to grade the
             documents' own outputs with no model.
     """
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     results = simple_evaluate(
-        model=_stored() if model is None else HFLM(**model, batch_size=batch_size),
+        model=_stored() if model is None else HFLM(**model, batch_size=batch_size, device=device),
         tasks=list(tasks),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
