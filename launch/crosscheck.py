@@ -73,15 +73,15 @@ def _read(path: Path) -> tuple[list[dict], dict | None]:
     from launch.scoring import GENERATIONS, read_generations
 
     file = path / GENERATIONS if path.is_dir() else path
-    results = path / "results.json"
-    if not file.is_file() or (path.is_dir() and not results.is_file()):
+    results = json.loads(where.read_text()) if (where := path / "results.json").is_file() else None
+    if not file.is_file() or (path.is_dir() and not (results and "settings" in results)):
         raise UserError(f"--scores: {path} is neither a finished folder of launch/evaluate.py nor a file of responses")
     rows = read_generations(file)
     for number, row in enumerate(rows, start=1):
         if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):
             raise UserError(f"--scores: row {number} of {file} needs a suite ({', '.join(TASKS)}) and the text output")
     first = [row for row in rows if row.get("sample", 0) == 0]
-    return first, json.loads(results.read_text()) if path.is_dir() else None
+    return first, results
 
 
 def _references(arguments: argparse.Namespace) -> list[dict]:
