@@ -43,9 +43,9 @@ def main() -> None:
     add("--revision", default="main", help="hub revision of the model (default main)")
     add("--output", type=Path, help="folder for differences.jsonl and lm-eval's task files (default: in --scores)")
     arguments = parser.parse_args()
-    folder = arguments.output or (arguments.scores and arguments.scores / "crosscheck")
-    if folder is None or (folder != arguments.output and not arguments.scores.is_dir()):
+    if arguments.output is None and (arguments.references or arguments.scores.is_file()):
         raise UserError("--output: is required unless --scores is a folder")
+    folder = arguments.output or arguments.scores / "crosscheck"
     rows, results = (_references(arguments), None) if arguments.references else _read(arguments.scores)
     data_dir = arguments.data_dir or (results and results["settings"]["data_dir"])
     chosen = expand(arguments.suite or list(TASKS))
