@@ -7,6 +7,7 @@ with nothing but a read-only /usr, the interpreter, a private /tmp and a /proc o
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import NamedTuple
 
 SCRATCH = 64 << 20  # bytes of the private /tmp
@@ -63,9 +64,9 @@ class Box(NamedTuple):
     """What to put `-c`, a program and its arguments after."""
 
 
-def find(level: str) -> Box | None:
-    """The first form of a level that runs a program, or None."""
-    build = _bubblewrap if level == "bubblewrap" else _namespaces
+def find(level: str, folders: tuple[str, ...] = ()) -> Box | None:
+    """The first form of a level that runs a program, or None; with bubblewrap it can show more `folders`, read-only."""
+    build = partial(_bubblewrap, folders=folders) if level == "bubblewrap" else _namespaces
     own, prefix = python(), os.path.realpath(sys.base_prefix)
     # A 0700 home hides our interpreter from nobody, and a container's root may not mount: then the system's.
     ways = [([], prefix, prefix, own), ([], "/usr", "/usr", "/usr/bin/python3")]
@@ -84,7 +85,7 @@ def find(level: str) -> Box | None:
     return None
 
 
-def _bubblewrap(source: str, prefix: str) -> list[str]:
+def _bubblewrap(source: str, prefix: str, folders: tuple[str, ...]) -> list[str]:
     show = []
     for path in _SYSTEM:
         if os.path.islink(path):
@@ -94,6 +95,10 @@ def _bubblewrap(source: str, prefix: str) -> list[str]:
     show += ["--proc", "/proc", "--dev", "/dev", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
     if not prefix.startswith("/usr"):
         show += ["--ro-bind", source, prefix]  # after /tmp, where it may be
+    for folder in folders:
+        show += ["--ro-bind", folder, folder]
+    if folders:  # of libraries, which may want shared memory
+        show += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm"]
     for name, value in BOX_ENVIRONMENT.items():
         show += ["--setenv", name, value]
     options = "--unshare-user --unshare-all --disable-userns --die-with-parent --new-session --as-pid-1 --cap-drop ALL"
