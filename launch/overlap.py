@@ -1,10 +1,10 @@
 """Contamination: training rows that share a question, or 13 words in a row, with an evaluation suite.
 
 Words are compared in lower case without punctuation. Of a suite, 13-grams of the questions and of the programs that are
-their references are looked for, but not its template: no 13-gram has a word of a 5-gram that a tenth of the problems
-share ("answer format answer1 answer2 answer3"), and none is a phrase that more than 3 problems share. Of a training row,
-its instruction with its input is compared with the questions, and that and its answer with the 13-grams. A rewording is
-not found.
+their references are looked for, but not its template: none has a word of a 5-gram that a tenth of the problems share
+("answer format answer1 answer2 answer3"), and none is a phrase that more than 3 problems share. Of a training row, its
+instruction with its input is compared with the questions, and that and its answer with the 13-grams. A rewording is not
+found.
 """
 
 import re
