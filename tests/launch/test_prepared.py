@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launch import prepare, prepared, rows
-from launch.data import ALPACA_INPUT, TokenSet, collate, deal, prompt, step_rows
+from launch.data import ALPACA_INPUT, TokenSet, collate, deal, prompt, step_rows, tokenise
 from launch.errors import UserError
 from launch.recipe import Data, read
 
@@ -39,6 +39,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model)
 
 
 def write(path: Path, values: list[dict]) -> Path:
@@ -74,25 +79,15 @@ def plainly(data: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: in
 
 def as_lists(tokens: TokenSet) -> list[tuple[list[int], int]]:
     bounds, starts = tokens.offsets.tolist(), tokens.answer_starts.tolist()
-    return [(tokens.tokens[a:b].tolist(), start) for a, b, start in zip(bounds, bounds[1:], starts, strict=True)]
+    return [(tokens.tokens[a:b].tolist(), start) for a, b, start in zip(bounds[:-1], bounds[1:], starts, strict=True)]
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    values=st.lists(
-        st.fixed_dictionaries({"query": st.text("ab \n.é7", min_size=1), "response": st.text("ab \n.é7", min_size=1)}),
-        min_size=1,
-        max_size=6,
-    ),
-    max_length=st.integers(160, 240),
-)
-def test_tokens_are_those_of_a_plain_loop(values: list[dict], max_length: int, model: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    values = [row for row in values if row["query"].strip() and row["response"].strip()]
-    wanted = plainly(values, tokenizer, max_length)
-    data = Data(path=str(write(tmp_path / "rows.jsonl", values or GOOD)), max_length=max_length, on_bad_row="drop")
-    if wanted:
-        assert as_lists(prepared.obtain(data, model).open()) == wanted
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text("ab \n.é7", min_size=1), st.text("ab \n.é7", min_size=1)), min_size=1, max_size=6))
+def test_tokens_are_those_of_a_plain_loop(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> None:
+    values = [{"query": query, "response": response} for query, response in pairs]
+    good = [rows.Row(i, query, "", response) for i, (query, response) in enumerate(pairs, start=1)]
+    assert list(tokenise(good, tokenizer)) == plainly(values, tokenizer, 10**6)
 
 
 def test_real_rows_with_a_real_tokenizer_are_those_of_a_plain_loop(shared: Path, tmp_path: Path) -> None:
@@ -258,7 +253,7 @@ def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(model: Pa
 def command(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """launch/prepare.py on many rows, two of them copied from GSM8K and one with 13 of its words in a row."""
     folder = tmp_path_factory.mktemp("command")
-    made = [{"query": f"question {i} " + "word " * 60, "response": f"answer {i}"} for i in range(60_000)]
+    made = [{"query": f"question {i} " + "word " * 5, "response": f"answer {i}"} for i in range(12_000)]
     question = "Ann has three red apples and gives two of them to her old friend Ben. How many are left?"
     made[5] = {"query": question.upper().replace(",", ""), "response": "1"}
     made[7] = {"query": "Another one", "response": "so " + " ".join(question.split()[2:16]) + " then"}
@@ -296,18 +291,18 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_repor
         command("--output", folder, "--check-overlap", "gsm8k"), capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr[-2000:]
-    assert 0 < done < 60_000
+    assert 0 < done < 12_000
     recipe = read(command()[3], [])
     path = Path(recipe.data.path)
     whole = prepared.make(tmp_path / "whole", recipe.data, Path(recipe.model.name), path).manifest
     resumed = json.loads((folder / "manifest.json").read_text())
     assert resumed["files"] == whole["files"]
-    assert resumed["kept"] == 60_000
+    assert resumed["kept"] == 12_000
     assert (folder / "tokens.bin").read_bytes().startswith(before)
 
     overlap = json.loads((folder / "overlap.json").read_text())["gsm8k"]
     assert {key: overlap[key] for key in ("rows", "question", "13-gram", "problems", "of")} == {
-        "rows": 60_000,
+        "rows": 12_000,
         "question": 1,
         "13-gram": 1,
         "problems": 1,
@@ -318,8 +313,8 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_repor
         (8, "gsm8k/20", "13-gram"),
     ]
     report = (folder / "report.md").read_text()
-    assert "| kept | 60000 |" in report
-    assert "| gsm8k | 60000 | 1 | 1 | 1 of 21 |" in report
+    assert "| kept | 12000 |" in report
+    assert "| gsm8k | 12000 | 1 | 1 | 1 of 21 |" in report
     assert report.strip() in again.stdout
 
 
