@@ -1,36 +1,38 @@
-"""Rows to prompts to token batches: hub or local files, in one global order that no world size changes."""
+"""Rows to prompts to token batches, in one global order that no world size changes."""
 
-import difflib
-import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from astra.moments import Batch
 from eval.tasks.suite import ALPACA
-from launch import watch
 from launch.errors import UserError
-from launch.recipe import Data
+from launch.rows import Row
 
-CHUNK = 1000  # rows tokenised between two ticks of the progress bar
+# Alpaca's prompt of a row with an input that is not empty (tatsu-lab/stanford_alpaca, train.py).
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokenised rows, end to end on the CPU. Row i is `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Tokenised rows, end to end on the CPU: in training, memory-mapped files that no rank copies whole.
+
+    Row i is `tokens[offsets[i]:offsets[i + 1]]`.
+    """
 
     tokens: Tensor  # (total tokens,), int32
     offsets: Tensor  # (rows + 1,), int64
     answer_starts: Tensor  # (rows,), int64: index in its row of the first token that holds part of the answer
     num_cut: int  # rows whose answer was shortened to fit max_length
-    num_left_out: int  # rows left out because no answer token fitted
+    num_left_out: int  # rows left out, because they are bad or no answer token fitted
 
     def __len__(self) -> int:
         return len(self.answer_starts)
@@ -45,117 +47,33 @@ class TokenSet:
         return int((self.lengths()[index] - self.answer_starts[index]).sum())
 
 
-def prompt(instruction: str) -> str:
-    """The prompt of one instruction, for calibration, training and evaluation alike."""
-    return ALPACA.format(instruction=instruction)
+def prompt(instruction: str, more: str = "") -> str:
+    """The prompt of one instruction, for calibration, training and evaluation alike; `more` is a row's input."""
+    return ALPACA_INPUT.format(instruction=instruction, input=more) if more else ALPACA.format(instruction=instruction)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids with the tokenizer's own beginning-of-sequence token and no end-of-sequence token."""
-    rows = tokenizer(texts).input_ids
+    rows = tokenizer(texts, return_attention_mask=False, verbose=False).input_ids if texts else []
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
-def read_rows(data: Data) -> list[tuple[str, str]]:
-    """The (instruction, answer) pairs that `data` asks for, in file order.
-
-    Raises:
-        UserError: a path that is not there or cannot be read, a missing field, a row whose field is empty or not text,
-            no row left.
-    """
-    dataset = _load(data)
-    for key, field in (("data.instruction", data.instruction), ("data.answer", data.answer)):
-        _require_column(dataset.column_names, field, key, data.path)
-    for field in data.keep:
-        _require_column(dataset.column_names, field, "data.keep", data.path)
-    rows: list[tuple[str, str]] = []
-    for number, row in enumerate(dataset, start=1):
-        if any(row[field] != value for field, value in data.keep.items()):
-            continue
-        for field in (data.instruction, data.answer):
-            if not isinstance(row[field], str) or not row[field].strip():
-                raise UserError(
-                    f"data.path: row {number} of {data.path}: field {field!r} is {row[field]!r}, not text; mend the row"
-                )
-        rows.append((row[data.instruction], row[data.answer]))
-        if len(rows) == data.limit:
-            break
-    if not rows:
-        why = f"no row has {data.keep}" if data.keep else "it has no rows"
-        raise UserError(f"data.path: nothing to train on in {data.path}: {why}")
-    return rows
-
-
-def _require_column(columns: list[str], field: str, key: str, path: str) -> None:
-    if field not in columns:
-        near = difflib.get_close_matches(field, columns, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{key}: no field {field!r} in the rows of {path}; {hint}fields: {', '.join(columns)}")
-
-
-def _load(data: Data):  # noqa: ANN202 (datasets is imported late: it takes seconds)
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # the error itself says what is wrong
-    path = Path(data.path).expanduser()
-    try:
-        if path.is_file():
-            kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-            if path.suffix not in kinds:
-                raise UserError(f"data.path: {path} is none of {', '.join(kinds)}")
-            if path.stat().st_size == 0:
-                raise UserError(f"data.path: {path} is empty")
-            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=data.split)
-        if not is_hub_id(data.path):
-            raise UserError(f"data.path: no file or folder {data.path}")
-        return datasets.load_dataset(data.path, split=data.split, revision=data.revision)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise UserError(
-            f"data.path: cannot load {data.path} (split {data.split}): {type(cause).__name__}: {str(cause)[:300]}; "
-            "give a hub id that can be reached, or a local file or folder"
-        ) from None
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a hub id, `name` or `owner/name`, and not of a path."""
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith((".json", ".jsonl"))
-
-
-def tokenise(rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenSet:
-    """prompt + answer + newline + EOS of every row, cut at `max_length` tokens. CPU-bound; shows a progress bar.
+def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+    """Of each row, its tokens, prompt + answer + newline + EOS, and where in them the answer starts.
 
     The loss counts every token that holds part of the answer: those after the longest common beginning of the prompt's
-    own tokens and the whole text's. Rows of which no such token is left are left out and counted.
+    own tokens and the whole text's. A fast tokenizer uses all cores.
     """
-    pieces: list[Tensor] = []
-    starts: list[int] = []
-    num_cut = num_left_out = 0
-    for first in tqdm(range(0, len(rows), CHUNK), desc="tokenise", unit="k rows", disable=not sys.stderr.isatty()):
-        watch.mark()
-        chunk = rows[first : first + CHUNK]
-        prompts = encode(tokenizer, [prompt(instruction) for instruction, _ in chunk])
-        wholes = encode(tokenizer, [prompt(instruction) + answer + "\n" for instruction, answer in chunk])
-        for begin, whole in zip(prompts, wholes, strict=True):
-            whole = [*whole, tokenizer.eos_token_id]
+    prompts = [prompt(row.instruction, row.input) for row in rows]
+    begins = encode(tokenizer, prompts)
+    wholes = encode(tokenizer, [text + row.answer + "\n" for text, row in zip(prompts, rows, strict=True)])
+    for begin, whole in zip(begins, wholes, strict=True):
+        whole = [*whole, tokenizer.eos_token_id]
+        if whole[: len(begin)] == begin:
+            yield whole, len(begin)
+        else:
             pairs = zip(begin, whole, strict=False)
-            start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(begin), len(whole)))
-            num_cut += len(whole) > max_length
-            whole = whole[:max_length]
-            if start >= len(whole):
-                num_left_out += 1
-                continue
-            pieces.append(torch.tensor(whole, dtype=torch.int32))
-            starts.append(start)
-    if not pieces:
-        raise UserError("data.max_length: no row has an answer token within it; raise it")
-    offsets = torch.tensor([0, *(len(piece) for piece in pieces)], dtype=torch.int64).cumsum(0)
-    return TokenSet(torch.cat(pieces), offsets, torch.tensor(starts), num_cut, num_left_out)
+            yield whole, next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
 
 
 def collate(tokens: TokenSet, rows: Sequence[int | None], device: torch.device) -> tuple[Batch, Tensor]:

@@ -1,8 +1,29 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Where what any run can use again is kept: $ASTRA_CACHE, or ~/.cache/astra-recipes."""
+    return Path(os.environ.get("ASTRA_CACHE", "~/.cache/astra-recipes")).expanduser()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, once whoever holds it is done or gone; a file system may have no locks."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,6 +1,5 @@
 """What a run starts from: a local model folder and tokens, checked and prepared once on every node."""
 
-import hashlib
 import json
 import os
 import secrets
@@ -13,15 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from launch import quickstart
-from launch.data import TokenSet, read_rows, tokenise
+from launch.data import TokenSet
 from launch.distributed import on_rank0
 from launch.errors import USER_ERRORS, UserError
 from launch.files import write_json
-from launch.hub import commit_of, fetch_model, load_tokenizer, weights_hash
+from launch.hub import commit_of, fetch_model, weights_hash
+from launch.prepared import Prepared, obtain
 from launch.recipe import Recipe
 
 
@@ -34,14 +33,15 @@ class Inputs:
     dtype: torch.dtype
     tokens: TokenSet
     base: dict  # name, revision and hash of the base model
-    data: dict  # path, rows and hash of the tokens
+    data: dict  # path, rows and hash of the tokens, and which rows were cut and dropped
 
 
 def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     """Resolve, check and tokenise the inputs of `recipe`. Collective.
 
     Local rank 0 of every node does it, and the node's other ranks wait for its file: not in a collective, which could
-    time out, and with no shared disk needed.
+    time out, and with no shared disk needed. Tokens that a node has already are not made again; every rank maps them
+    into its memory.
 
     Raises:
         UserError: on every rank, what any node finds wrong; or the nodes' data or weights differ.
@@ -53,9 +53,11 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     if owner == dist.get_rank():
         scratch.mkdir(mode=0o700)
         try:
-            outcome = _prepare_node(recipe, scratch) | {"error": None}
+            outcome = _prepare_node(recipe) | {"error": None}
         except USER_ERRORS as error:
             outcome = {"error": str(error)}
+        except OSError as error:  # a disk that is full, a folder that cannot be written
+            outcome = {"error": f"{error.filename or 'file'}: {error.strerror or error}"}
         write_json(outcome_path, outcome)
     while not outcome_path.is_file():
         time.sleep(0.1)
@@ -68,15 +70,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         for field, part, key in (("data.path", "data", "tokens_sha256"), ("model.name", "base", "weights_sha256")):
             if other[part][key] != outcomes[0][part][key]:
                 raise UserError(f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it")
-    tensors = load_file(scratch / "tokens.safetensors")
     dist.barrier()
     if owner == dist.get_rank():
-        shutil.rmtree(scratch)  # the tensors stay: their file is open
+        shutil.rmtree(scratch)
     return Inputs(
         recipe,
         Path(outcome["model_path"]),
         resolve_dtype(recipe.model.dtype, device),
-        TokenSet(**tensors, num_cut=outcome["num_cut"], num_left_out=outcome["num_left_out"]),
+        Prepared(Path(outcome["prepared"]), outcome["manifest"]).open(),
         outcomes[0]["base"],
         outcomes[0]["data"],
     )
@@ -91,28 +92,18 @@ def _node_owner() -> int:
     return owners[-1] if owners else rank
 
 
-def _prepare_node(recipe: Recipe, scratch: Path) -> dict:
-    """What `prepare` hands on; the tokens go to `scratch`/tokens.safetensors."""
+def _prepare_node(recipe: Recipe) -> dict:
+    """What `prepare` hands on."""
     model_path = fetch_model(recipe.model.name, recipe.model.revision)
-    tokenizer = load_tokenizer(model_path)
-    context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
-    if context and recipe.data.max_length > context:
-        raise UserError(
-            f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
-            "lower it"
-        )
-    tokens = tokenise(read_rows(recipe.data), tokenizer, recipe.data.max_length)
-    tensors = {"tokens": tokens.tokens, "offsets": tokens.offsets, "answer_starts": tokens.answer_starts}
-    save_file(tensors, scratch / "tokens.safetensors")
-    content = hashlib.sha256()
-    for tensor in tensors.values():
-        content.update(tensor.numpy())
+    check_length(recipe, model_path)
+    folder, manifest = obtain(recipe.data, model_path)
     commit = commit_of(model_path)
+    rows_commit = manifest["made_from"]["source"].get("commit")
     return {
         "host": socket.gethostname(),
         "model_path": str(model_path),
-        "num_cut": tokens.num_cut,
-        "num_left_out": tokens.num_left_out,
+        "prepared": str(folder.absolute()),
+        "manifest": manifest,
         "base": {
             "name": recipe.model.name,
             "revision": commit or recipe.model.revision,
@@ -121,11 +112,24 @@ def _prepare_node(recipe: Recipe, scratch: Path) -> dict:
         },
         "data": {
             "path": recipe.data.path,
-            "revision": recipe.data.revision,
-            "rows": len(tokens),
-            "tokens_sha256": content.hexdigest(),
+            "revision": rows_commit or recipe.data.revision,
+            "revision_verified": rows_commit is not None,
+            "rows": manifest["kept"],
+            "cut": manifest["cut"],
+            "dropped": manifest["dropped"],
+            "tokens_sha256": manifest["tokens_sha256"],
         },
     }
+
+
+def check_length(recipe: Recipe, model_path: Path) -> None:
+    """Raises UserError if rows may be longer than the model's context."""
+    context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+    if context and recipe.data.max_length > context:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
+            "lower it"
+        )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -62,8 +62,10 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
     saved = on_rank0(lambda: _resumable(folder, inputs))
     total = num_steps(len(tokens), settings.global_batch, settings.epochs, settings.max_steps)
     steps = list(step_rows(len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed))
+    dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
     say(
-        f"{len(tokens)} rows ({tokens.num_cut} cut at {recipe.data.max_length} tokens, {tokens.num_left_out} dropped), "
+        f"{len(tokens)} rows ({tokens.num_cut} cut at {recipe.data.max_length} tokens, "
+        f"{tokens.num_left_out} dropped{dropped}), "
         f"{total} steps of {settings.global_batch} rows on {world_size} ranks, micro batch {settings.micro_batch}"
     )
 

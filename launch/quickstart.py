@@ -23,7 +23,7 @@ from launch import watch
 from launch.data import TokenSet, prompt, step_rows
 from launch.distributed import on_rank0
 from launch.engines import make_engine
-from launch.files import write_json
+from launch.files import cache_root, write_json
 from launch.loop import make_stepper, train
 from launch.recipe import Recipe, Train, validate
 from launch.tracking import progress
@@ -82,9 +82,8 @@ def ensure(device: torch.device) -> Path:
 
 def cache_folder() -> Path:
     """Where base and data are kept: keyed by this file and torch's version, which decide their bytes."""
-    root = Path(os.environ.get("ASTRA_CACHE", "~/.cache/astra-recipes")).expanduser()
     key = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    return root / f"quickstart-{key}"
+    return cache_root() / f"quickstart-{key}"
 
 
 def make_config() -> LlamaConfig:

@@ -44,14 +44,27 @@ class Model(Section):
 
 
 class Data(Section):
-    path: Name = Field(description="hub id, or a local JSON, JSONL or Parquet file or a folder of them")
+    path: Name = Field(description="hub id, a folder in the hub's layout, or a JSON, JSONL (.gz too) or Parquet file")
     revision: Name = Field("main", description="hub branch, tag or commit of the data")
+    config: Name | None = Field(None, description="configuration of a data set that has several")
     split: Name = Field("train", description="split of the data set")
     instruction: Name = Field("query", description="field of a row that holds the instruction")
     answer: Name = Field("response", description="field of a row that holds the answer")
-    keep: dict[Name, Name] = Field({}, description="field: value that a row must have to be kept, e.g. {lang: python}")
-    limit: int | None = Field(None, ge=1, description="rows; the first so many that are kept; all when null")
+    input: Name | None = Field(
+        None, description="field with an instruction's input; where it is not empty Alpaca's prompt with input is used"
+    )
+    keep: dict[Name, Name | list[Name]] = Field(
+        {}, description="field: text or pattern, or a list of them, that a row must match, e.g. {type: [GSM_*, MATH_*]}"
+    )
+    limit: int | None = Field(None, ge=1, description="rows; the first so many that `keep` lets through; all when null")
     max_length: int = Field(512, ge=2, description="tokens of prompt and answer together; the rest is cut")
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        "refuse", description="rows that are empty or not text, or whose prompt fills max_length; drop counts them"
+    )
+    on_cut: Literal["keep", "drop", "refuse"] = Field(
+        "keep", description="rows whose answer max_length cuts short: kept without their end and counted, or bad rows"
+    )
+    prepared: Name | None = Field(None, description="folder by launch/prepare.py: no data is read; made here when null")
 
 
 class Adapter(Section):

@@ -18,6 +18,8 @@ WAIT = 30.0  # seconds for which a start waits for the run before it to end
 FREE_TO_CHANGE = (
     "engine",
     "eval",
+    "data.prepared",  # the tokens themselves are compared
+    "data.on_bad_row",
     "train.micro_batch",
     "train.gradient_checkpointing",
     "train.checkpoint_every",

@@ -18,6 +18,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokens that tests prepare do not fill the user's cache."""
+    os.environ["ASTRA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """A factory of tiny seeded Llamas: grouped-query attention, biases drawn rather than zero, head tied or not."""

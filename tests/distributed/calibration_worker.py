@@ -9,12 +9,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from astra import adapter
 from astra.calibrate import second_moments, share_out, solve_window
 from astra.moments import reduce
 from launch import data as launch_data
+from launch import prepared
 from launch.distributed import start, stop
 from launch.engines import make_engine
 from launch.errors import run
@@ -26,8 +26,7 @@ def main(recipe_path: str, output: Path) -> None:
     recipe = read(recipe_path, [])
     device = start()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
-    tokens = launch_data.tokenise(launch_data.read_rows(recipe.data), tokenizer, recipe.data.max_length)
+    tokens = prepared.obtain(recipe.data, Path(recipe.model.name)).open()
     engine = make_engine("zero3", device, torch.float32)
     base = engine.load(recipe.model.name)
     parameters = dict(base.named_parameters())

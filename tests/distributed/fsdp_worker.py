@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from astra import adapter, inits
 from astra.weights import TorchWeights
 from launch import data as launch_data
+from launch import prepared
 from launch.distributed import start, stop
 from launch.errors import run
 from launch.recipe import read
@@ -25,8 +26,7 @@ def main(recipe_path: str, output: Path) -> None:
     recipe = read(recipe_path, [])
     device = start()
     rank, world_size, weights = dist.get_rank(), dist.get_world_size(), TorchWeights()
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
-    tokens = launch_data.tokenise(launch_data.read_rows(recipe.data), tokenizer, recipe.data.max_length)
+    tokens = prepared.obtain(recipe.data, Path(recipe.model.name)).open()
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
     model = adapter.attach(base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0).eval()
     for layer in base.model.layers:

@@ -1,5 +1,6 @@
 """Calibration under ZeRO-3 in 1, 2 and 4 real processes: world size changes nothing (contracts 1, 3 and 9)."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def outputs(recipe: Path) -> dict[str, Tensor]:
     settings = read(str(recipe), [])
     model = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings.model.name)
-    rows = launch_data.read_rows(settings.data)
+    rows = [json.loads(line) for line in Path(settings.data.path).read_text().splitlines()]
     generator = torch.Generator().manual_seed(settings.calibration.seed)
     ids = torch.randperm(len(rows), generator=generator)[: settings.calibration.samples]
     kept: dict[str, list[Tensor]] = {}
@@ -52,8 +53,8 @@ def outputs(recipe: Path) -> dict[str, Tensor]:
         if name.rsplit(".", 1)[-1] in settings.adapter.targets:
             module.register_forward_hook(keep(name))
     for i in ids.tolist():
-        question, answer = rows[i]
-        ids_of_row = [*tokenizer(launch_data.prompt(question) + answer + "\n").input_ids, tokenizer.eos_token_id]
+        text = launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n"
+        ids_of_row = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             model(input_ids=torch.tensor([ids_of_row]))
     return {name: torch.cat(parts) for name, parts in kept.items()}
