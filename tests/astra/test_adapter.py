@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -283,3 +284,36 @@ def test_only_the_factors_can_be_trained() -> None:
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * len(TARGETS)
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_the_same_values_in_pefts_own_layers_give_the_same_logits(method: str, tmp_path: Path) -> None:
+    variant = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[method]
+    model = adapter.attach(make_base(), TARGETS, 4, 10, 0.0, rslora=method == "rslora", dora=method == "dora").eval()
+    layers = adapter.lora_layers(model)
+    adapter.initialise(layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN)
+    original = logits(make_base())
+    assert torch.equal(logits(model), original)  # DoRA's magnitudes are the norms that its forward pass finds
+    train_a_bit(layers)
+    for layer in layers.values():
+        for vector in layer.lora_magnitude_vector.values():
+            vector.weight.data *= torch.linspace(0.8, 1.3, len(vector.weight))
+    reached = logits(model)
+    tolerance = 1e-5 * original.abs().max()
+    assert (reached - original).abs().max() > 100 * tolerance
+    factors, magnitudes = adapter.read_factors(layers, PLAIN), adapter.read_magnitudes(layers, PLAIN)
+    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors, magnitudes)
+
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, **variant)
+    fresh = get_peft_model(make_base(), config)
+    loaded = set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))
+    assert not loaded.unexpected_keys
+    assert (logits(fresh.eval()) - reached).abs().max() < tolerance
+    plain = PeftModel.from_pretrained(make_base(), tmp_path)
+    assert (logits(plain) - reached).abs().max() < tolerance
+    assert (logits(plain.merge_and_unload()) - reached).abs().max() < tolerance
+    ours = adapter.attach_saved(make_base(), tmp_path)
+    adapter.write_saved(ours, tmp_path, PLAIN)
+    assert (logits(ours.eval()) - reached).abs().max() < tolerance
+    scaling = {"lora": 2.5, "rslora": 5.0, "dora": 2.5}[method]
+    assert adapter.load(tmp_path)[1] == scaling == next(iter(layers.values())).scaling[adapter.ADAPTER]

@@ -19,10 +19,13 @@ from launch.engines import Engine
 from launch.errors import run
 from launch.recipe import Recipe, read
 
-METHODS = {  # and their settings
-    "rslora": ["train.weight_decay=0.1"],
-    "dora": ["train.gradient_checkpointing=true"],
-    "full": ["train.gradient_checkpointing=true", "train.weight_decay=0.1", "train.lr=0.003"],
+STEPS = ["train.max_steps=4", "train.checkpoint_every=2"]
+FULL = ["adapter.method=full", "train.gradient_checkpointing=true", "train.weight_decay=0.1", "train.lr=0.003"]
+CASES = {  # and their settings
+    "rslora": ["adapter.method=rslora", "train.weight_decay=0.1"],
+    "dora": ["adapter.method=dora", "train.gradient_checkpointing=true"],
+    "full": FULL,
+    "full_bf16": [*FULL, "model.dtype=bfloat16", "train.lr=0.0003"],
 }
 
 
@@ -42,16 +45,16 @@ def fine_tune(recipe: Recipe, folder: Path, device: torch.device, ids: list[list
 def main(recipe_path: str, output: Path, engine: str, sources: list[Path]) -> None:
     device = start()
     ids = json.loads((output / "ids.json").read_text())
-    for method, settings in METHODS.items():
-        recipe = read(recipe_path, [f"adapter.method={method}", f"engine={engine}", "eval.suites=[]", *settings])
-        folders = [source / method for source in sources]
+    for case, settings in CASES.items():
+        recipe = read(recipe_path, [f"engine={engine}", "eval.suites=[]", *STEPS, *settings])
+        folders = [source / case for source in sources]
         if not sources:
-            whole = output / method
+            whole = output / case
             on_rank0(whole.mkdir)
             fine_tune(recipe, whole, device, ids)
             folders = [whole]
         for number, folder in enumerate(folders):
-            again = output / f"{method}-again-{number}"
+            again = output / f"{case}-again-{number}"
             on_rank0(lambda folder=folder, again=again: before_the_end(folder, again))
             fine_tune(recipe, again, device, ids)
     stop()
