@@ -18,8 +18,13 @@ WAIT = 30.0  # seconds for which a start waits for the run before it to end
 FREE_TO_CHANGE = (
     "engine",
     "eval",
+    "tracking",
+    "model.attention",
+    "data.packing",
     "train.micro_batch",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.liger",
     "train.checkpoint_every",
     "train.keep",
     "calibration.memory_gib",
