@@ -1,4 +1,4 @@
-"""Training speed and memory, as ratios from one run: HF Trainer, plain DDP, plain LoRA, and each technique switched off.
+"""Training speed and memory, as ratios from one run: against HF Trainer, DDP, LoRA, and with techniques off.
 
     python bench/training.py                      # all parts, into bench/training.json
     python bench/training.py --part hf --pairs 3
@@ -47,13 +47,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from astra import adapter
+from astra import adapter, inits
+from astra.eigen import named_generator
 from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
 from launch import kernels, loop, objective
 from launch.batches import Packing
 from launch.data import TokenSet
 from launch.distributed import start, stop
-from launch.engines import Engine, make_engine
+from launch.engines import make_engine
 from launch.engines.single import TorchStepper
 from launch.recipe import Adapter, Train
 
@@ -99,6 +100,20 @@ def make_rows(count: int) -> TokenSet:
     return TokenSet(ids, offsets, starts, 0, 0)
 
 
+def lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return inits.lora(weight, RANK, SEED, name)
+
+
+def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of random orthonormal vectors: which ones does not change a step's cost."""
+    draw = named_generator(SEED, name)
+    vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[0].to(weight.device)
+    return vectors.T @ weight.double(), vectors
+
+
+INITIALISERS = {"lora": lora_factors, "astra": astra_factors}
+
+
 class Bench:
     """The rows, and turns of several trainings on the same ones, timed."""
 
@@ -117,22 +132,11 @@ class Bench:
         model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
         with engine.inference(model):  # FSDP2 loads here
             pass
-        if method == "astra":
-            self.astra(engine, model)
+        adapter.initialise(adapter.lora_layers(model), INITIALISERS[method], engine)
         stepper = loop.make_stepper(engine, model, self.settings)
         if held is not None:
             held[name] = held_bytes(model)
         return lambda rows: self.step(stepper, rows), model
-
-    def astra(self, engine: Engine, model: PeftModel) -> None:
-        """Astra's factors and residual of random orthonormal vectors: which ones does not change a step's cost."""
-        draw = torch.Generator().manual_seed(SEED)
-
-        def factors(_: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-            vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[0]
-            return vectors.T.to(weight.device) @ weight.double(), vectors.to(weight.device)
-
-        adapter.initialise(adapter.lora_layers(model), factors, engine)
 
     def step(self, stepper: loop.Stepper, rows: list[int], packing: Packing | None = None) -> None:
         next(loop.train(stepper, self.tokens, [rows], self.settings, self.device, packing=packing))
@@ -202,7 +206,7 @@ def hf(bench: Bench) -> dict:
 
 @contextmanager
 def trainer_turn(bench: Bench) -> Iterator[Turn]:
-    """HF Trainer with PEFT's LoRA on the same rows, in their order: its own loop in a thread that waits between steps."""
+    """HF Trainer with PEFT's LoRA on the same rows, in their order: its loop, in a thread that waits between steps."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
     class Rows(Dataset):
@@ -226,14 +230,15 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
     base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
     tokenizer = AutoTokenizer.from_pretrained(bench.folder)
-    steps = bench.arguments.pairs + 1
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # else it would wrap its model in DistributedDataParallel
+        os.environ.pop(name)
     trainer = InOrder(
         model,
         TrainingArguments(
             output_dir=bench.folder / "trainer",
             per_device_train_batch_size=bench.arguments.micro_batch,
             gradient_accumulation_steps=bench.arguments.rows // bench.arguments.micro_batch,
-            max_steps=steps,
+            max_steps=bench.arguments.pairs + 1,
             bf16=GPU,
             use_cpu=not GPU,
             save_strategy="no",
@@ -245,6 +250,8 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
         train_dataset=Rows(),
         callbacks=[InTurns()],
     )
+
+    assert trainer.accelerator.distributed_type == "NO"
 
     def run() -> None:
         go.acquire()
