@@ -26,8 +26,8 @@ from launch.report import table
 
 pytestmark = pytest.mark.xdist_group("train")
 
-# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, and
-# gradient checkpointing. The global batch is 10.
+# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, gradient
+# checkpointing, packing. The global batch is 10.
 LAUNCHES = [
     (1, ("train.micro_batch=3", "engine=zero3"), "python"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
@@ -36,12 +36,12 @@ LAUNCHES = [
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
     (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
     (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "python"),
-    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]"), "torchrun"),
+    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "python"),
-    (2, ("train.micro_batch=5", "engine=fsdp", "eval.suites=[]"), "torchrun"),
+    (2, ("train.micro_batch=1", "engine=fsdp", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "python"),
-    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]"), "torchrun"),
+    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "python"),
     (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),

@@ -143,7 +143,7 @@ def test_a_batch_without_answers_weighs_nothing_but_runs_every_module(
 
 
 def test_no_full_logits_are_held(make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.objective.CHUNK", 100)
+    monkeypatch.setattr("launch.objective.CHUNK_CPU", 100)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
