@@ -8,7 +8,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available
 
+from launch.distributed import all_reduce_max
+from launch.engines.base import Engine
 from launch.errors import UserError
+from launch.objective import leak
 from launch.recipe import Recipe
 
 
@@ -25,6 +28,17 @@ def require(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
             raise UserError("train.liger: its kernels need a GPU; set train.liger=false")
         if importlib.util.find_spec("liger_kernel") is None:
             raise UserError("train.liger: not installed; pip install liger-kernel, or set train.liger=false")
+
+
+def require_packing(engine: Engine, model: nn.Module) -> None:
+    """Raises UserError, on every rank, if `model` lets packed examples see one another. Collective."""
+    with engine.inference(model):
+        moved = all_reduce_max(leak(model, engine.device), engine.device)
+    if not moved <= 1e-6:  # it is 0, but for rounding where experts batch tokens
+        raise UserError(
+            f"data.packing: an example's loss moves by {moved:.1e} with the one packed before it: this model's "
+            "attention does not keep them apart; set data.packing=false"
+        )
 
 
 def put_in(base: PreTrainedModel, recipe: Recipe) -> None:

@@ -44,7 +44,9 @@ class AnswerLoss(nn.Module):
             targets: (n,), int64: those next tokens.
             position_ids: (rows, tokens), int64: in packed rows, each example's from 0.
         """
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        inputs = {"input_ids": input_ids, "use_cache": False}
+        if position_ids is not None:  # some models take none
+            inputs["position_ids"] = position_ids
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         head = base.get_output_embeddings()
         if head is None:
@@ -79,6 +81,22 @@ class AnswerLoss(nn.Module):
             finally:
                 hook.remove()
         return output.logits if untouched[-1] else None
+
+
+@torch.no_grad()
+def leak(model: nn.Module, device: torch.device) -> float:
+    """How far an example's loss moves, relatively, when the one packed before it is another: 0 if attention is kept
+    within each. Collective where the model is sharded.
+    """
+    losses, example = [], torch.arange(3, 11)
+    for other in (1, 2):
+        ids = torch.cat([torch.full((8,), other), example]).to(device)
+        losses.append(
+            AnswerLoss(model)(
+                ids[None], torch.arange(8, 15, device=device), ids[9:], torch.arange(8, device=device).repeat(2)[None]
+            )
+        )
+    return float((losses[0] - losses[1]).abs() / losses[0])
 
 
 @contextmanager

@@ -105,6 +105,8 @@ def _fine_tune(
         facts, history = saved.facts, saved.history
 
     # 4. Train.
+    if recipe.data.packing:
+        kernels.require_packing(engine, model)
     if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and device.type == "cuda"):
         model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})

@@ -30,8 +30,9 @@ def profiled(metrics: Iterator[Metrics], left: int, folder: Path, rank: int) -> 
     def write(profiler: torch.profiler.profile) -> None:
         (folder / TRACE).parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / TRACE))
+        # One more: the step as a whole has a row too.
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
-        write_text(folder / TABLE, profiler.key_averages().table(sort_by=order, row_limit=OPERATIONS) + "\n")
+        write_text(folder / TABLE, profiler.key_averages().table(sort_by=order, row_limit=OPERATIONS + 1) + "\n")
         print(f"profile of {recorded} steps: {folder / TRACE}, and by operation: {folder / TABLE}", flush=True)
 
     recorded = min(STEPS, left - skipped - 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from astra import adapter
 from launch import kernels, loop, trackers, tracking
@@ -174,6 +174,17 @@ def test_what_is_not_installed_is_named_before_anything_starts() -> None:
         trackers.require(["no_such_package"])
     with pytest.raises(UserError, match=r"train\.compile: zero3 gathers"):
         recipe(train={"compile": True}, engine="zero3")
+
+
+def test_packing_is_refused_where_attention_does_not_keep_examples_apart(make_llama: Callable) -> None:
+    engine = SingleEngine(CPU, torch.float32)
+    kernels.require_packing(engine, make_llama())
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=20, word_embed_proj_dim=16
+    )
+    with pytest.raises(UserError, match=r"data\.packing: an example's loss moves by .*set data\.packing=false"):
+        kernels.require_packing(engine, OPTForCausalLM(config))
 
 
 def test_attention_is_the_recipes(make_llama: Callable[..., LlamaForCausalLM]) -> None:
