@@ -21,7 +21,7 @@ from astra.cost import solve_flops, sum_flops
 from astra.moments import find_groups, forward
 from astra.windows import FP64, Plan, find_layers, make_plan
 from launch.engines.base import read_config
-from launch.loop import answer_loss
+from launch.objective import AnswerLoss
 from launch.recipe import Recipe
 
 FP32 = 4  # bytes
@@ -116,8 +116,9 @@ def estimate(
         micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / ranks))
         ids = torch.zeros(micro_batch, length, dtype=torch.long)
         _without_gradients(model)
+        counted = torch.arange(ids.numel() - 1)  # every token, as rows are taken to be as long as may be
         with _Counting() as training:
-            answer_loss(model.train(), ids, ids).backward()
+            AnswerLoss(model.train())(ids, counted, ids.flatten()[1:]).backward()
     step_flops = training.flops / micro_batch * settings.global_batch
 
     largest = max(linear.in_features * linear.out_features for linear in linears.values())

@@ -10,25 +10,33 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import artifact, calibration, checkpoint, export, tracking, trainable, watch
+from launch import artifact, calibration, checkpoint, export, kernels, trackers, tracking, trainable, watch
+from launch.batches import packing_of
 from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
 from launch.errors import USER_ERRORS, UserError
 from launch.files import write_json
 from launch.hub import load_tokenizer
-from launch.inputs import Inputs, prepare
+from launch.inputs import Inputs, prepare, resolve_dtype
 from launch.loop import make_stepper, train
+from launch.profiling import profiled
 from launch.recipe import Recipe
 from launch.report import table
 from launch.run_folder import open_run, write_state
 from launch.scoring import read_problems, score
+from launch.throughput import device_peak, work_of
 
 
-def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
+def fine_tune(
+    recipe: Recipe, name: str, folder: Path, stall: float, profile: bool = False, peak_tflops: float | None = None
+) -> None:
     """Run `recipe`, called `name` in the results, into the run folder. Every rank of a launcher calls it.
 
     Started again on the same folder it goes on from the newest whole checkpoint.
+
+    Args:
+        profile: record a few steps (launch.profiling). peak_tflops: of a device, where launch.throughput does not know.
     """
     device = start(stall)
     world_size = dist.get_world_size()
@@ -39,7 +47,7 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     else:
         watch.on_preempted(lambda: write_state(folder, "preempted"))
         try:
-            run_stages(recipe, name, folder, device)
+            run_stages(recipe, name, folder, device, profile, peak_tflops)
         except USER_ERRORS:
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError):  # a full disk, say: the error itself is what the user is to see
@@ -48,13 +56,22 @@ def fine_tune(recipe: Recipe, name: str, folder: Path, stall: float) -> None:
     stop()
 
 
-def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) -> None:
+def run_stages(
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    device: torch.device,
+    profile: bool = False,
+    peak_tflops: float | None = None,
+) -> None:
     """The stages of a run, in a started process group and an opened run folder. Collective; see `fine_tune`."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     # 1. A local model folder, tokens, problems. What is wrong with them shows before anything long starts.
     model_name, settings = recipe.model.name, recipe.train
     watch.stage("reading the inputs")
+    trackers.require(recipe.tracking)
+    kernels.require(recipe, device, resolve_dtype(recipe.model.dtype, device))
     inputs = prepare(recipe, device)
     recipe, tokens = inputs.recipe, inputs.tokens  # the quickstart's paths in the place of its name
     tokenizer = load_tokenizer(inputs.model_path)
@@ -75,6 +92,7 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
     ranks = saved.facts["ranks"] if saved else _allocated_ranks(recipe, inputs, device, folder)
     engine = make_engine(recipe.engine, device, inputs.dtype)
     base = engine.load(str(inputs.model_path), full=wanted.method == "full")
+    kernels.put_in(base, recipe)
     base.register_forward_pre_hook(lambda *_: watch.mark())
     model = trainable.attach(base, wanted, ranks)
     layers = trainable.layers(model)
@@ -95,18 +113,26 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
         checkpoint.save(folder, 0, parameters, initial, None, facts, history, settings.keep)
 
     # 4. Train.
+    if recipe.data.packing:
+        kernels.require_packing(engine, model)
     if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and device.type == "cuda"):
         model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
+    compiled = kernels.compile_layers(base) if settings.compile else []
     stepper = make_stepper(engine, model, settings)
     if saved is not None:
         checkpoint.restore(saved, parameters, stepper, device)
     watch.stage("training", timed=True, in_steps=True)
-    training = train(stepper, tokens, steps, settings, device, history)
-    for metrics in tracking.track(training, list(history), total, folder, rank):
-        history.append(metrics)
-        if metrics["step"] % settings.checkpoint_every == 0 and metrics["step"] < total:
-            checkpoint.save(folder, metrics["step"], parameters, initial, stepper, facts, history, settings.keep)
+    peak = peak_tflops * 1e12 if peak_tflops else device_peak(device, inputs.dtype)
+    training = train(stepper, tokens, steps, settings, device, history, packing_of(recipe, base), work_of(base), peak)
+    if profile:
+        training = profiled(training, total - len(history), folder, rank)
+    with trackers.opened(recipe, folder, len(history)) as log:
+        for metrics in tracking.track(training, list(history), total, folder, rank, log):
+            history.append(metrics)
+            step = metrics["step"]
+            if step % settings.checkpoint_every == 0 and step < total:
+                checkpoint.save(folder, step, parameters, initial, stepper, facts, history, settings.keep)
     done = len(history)
     if saved is None or done > saved.step:
         checkpoint.save(folder, done, parameters, initial, stepper, facts, history, settings.keep)
@@ -115,6 +141,7 @@ def run_stages(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
         say(f"stopped after step {done} of {total}, saved; the same command goes on from there")
         return
     model.gradient_checkpointing_disable()
+    kernels.uncompile(compiled)
 
     # 5. Export, then score.
     watch.stage("exporting")

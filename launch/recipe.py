@@ -41,6 +41,9 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto is bfloat16 on GPUs and float32 on CPUs"
     )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+        "auto", description="kernels of attention; auto is what transformers prefers for the model, mostly sdpa"
+    )
 
 
 class Data(Section):
@@ -65,6 +68,9 @@ class Data(Section):
         "keep", description="rows whose answer max_length cuts short: kept without their end and counted, or bad rows"
     )
     prepared: Name | None = Field(None, description="folder by launch/prepare.py: no data is read; made here when null")
+    packing: bool = Field(
+        False, description="several rows of a step to one sequence of up to max_length, attention within each row"
+    )
 
 
 class Adapter(Section):
@@ -123,6 +129,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations: less memory, a third more time; auto is true on GPUs, false on CPUs"
     )
+    compile: bool = Field(False, description="compile the model's layers (torch.compile); not with zero3")
+    liger: bool = Field(False, description="Liger's kernels for norms, rotary embeddings and MLPs; a GPU, liger-kernel")
     checkpoint_every: int = Field(100, ge=1, description="optimiser steps between checkpoints; start and end have one")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay in the run folder")
 
@@ -166,6 +174,15 @@ class Recipe(Section):
         description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the CPUs' memory; "
         "zero2 keeps the base whole on each rank; single is one process",
     )
+    tracking: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="where metrics also go; each a package to install (wandb offline without network)"
+    )
+
+    @model_validator(mode="after")
+    def _compiled_layers_are_not_gathered(self) -> "Recipe":
+        if self.train.compile and self.engine.startswith("zero3"):
+            raise ValueError("train.compile: zero3 gathers weights inside the layers; set engine=fsdp, zero2 or single")
+        return self
 
 
 def read(source: str, overrides: list[str]) -> Recipe:

@@ -20,8 +20,13 @@ FREE_TO_CHANGE = (
     "eval",
     "data.prepared",  # the tokens themselves are compared
     "data.on_bad_row",
+    "tracking",
+    "model.attention",
+    "data.packing",
     "train.micro_batch",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.liger",
     "train.checkpoint_every",
     "train.keep",
     "calibration.memory_gib",

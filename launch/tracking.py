@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,35 +51,67 @@ def progress_of(
                 print(f"{description}: {done}/{total} {note()}".rstrip(), flush=True)
 
 
-def track(metrics: Iterable[Metrics], done: list[Metrics], total: int, folder: Path, rank: int) -> Iterator[Metrics]:
+def track(
+    metrics: Iterable[Metrics],
+    done: list[Metrics],
+    total: int,
+    folder: Path,
+    rank: int,
+    log: Callable[[Metrics], None] = lambda _: None,
+) -> Iterator[Metrics]:
     """The steps of a training as they come; rank 0 writes each to metrics.jsonl and shows progress. Collective.
+
+    Ranks meet only ten times a run: what rank 0 could not write is an error on every rank then.
 
     Args:
         done: the steps of earlier starts, which come first in the file.
         total: steps of the whole run.
+        log: where rank 0 also puts each step.
     """
     terminal = sys.stderr.isatty()
     every = max(1, total // 10)
     path = folder / "metrics.jsonl"
     on_rank0(lambda: write_text(path, "".join(json.dumps(step) + "\n" for step in done)))
     bar = tqdm(total=total, initial=len(done), desc="train", disable=rank != 0 or not terminal)
+    failures: list[OSError] = []
 
     def write(step: Metrics) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(step) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(step) + "\n")
+            log(step)
+        except OSError as error:
+            failures.append(error)
         bar.update()
-        bar.set_postfix_str(f"loss {step['loss']:.4f}")
+        bar.set_postfix_str(f"loss {step['loss']:.4f}, {speed(step)}")
         if not terminal and (step["step"] % every == 0 or step["step"] in (1, total)):
             print(
                 f"train: {step['step']}/{total} loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} "
-                f"lr {step['lr']:.2e} {step['tokens_per_second']:.0f} answer tokens/s",
+                f"lr {step['lr']:.2e}, {speed(step)}, {timedelta(seconds=round(step['seconds_left']))} left",
                 flush=True,
             )
 
+    def check() -> None:
+        if failures:
+            raise failures[0]
+
     with bar:
         for step in metrics:
-            on_rank0(partial(write, step))
+            if rank == 0:
+                write(step)
+            if step["step"] % every == 0 or step["step"] == total:
+                on_rank0(check)
             yield step
+
+
+def speed(step: Metrics) -> str:
+    """What a step made of each device, in a few words."""
+    share = f" ({step['utilisation']:.0%} of the peak)" if step["utilisation"] is not None else ""
+    flops = f"{step['tflops']:.3g} TFLOP/s{share}, " if step["tflops"] is not None else ""
+    return (
+        f"{step['tokens_per_second']:.0f} answer tokens/s and {step['all_tokens_per_second']:.0f} in all a device, "
+        f"{flops}{step['peak_memory_gib']:.3g} GiB, data wait {step['data_wait']:.2f} s"
+    )
 
 
 def plot(runs: dict[str, list[Metrics]], folder: Path) -> list[Path]:

@@ -27,12 +27,12 @@ class Stepper(Protocol):
     model: nn.Module
     """What the training's forward passes must call: the model itself, or the engine's wrapper around it."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro batch's scalar loss."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one micro batch's scalar loss; `last`: of those before the step."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping."""
+    def step(self, lr: float) -> Tensor:
+        """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping, ()."""
         ...
 
     def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,8 +69,6 @@ class Engine(Weights, Protocol):
         """Within it `model` can run forward passes, before it is trained."""
         ...
 
-    def training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
-    ) -> Stepper:
-        """Make `model` trainable: `accumulation` calls of backward before each step. It can run in eval mode too."""
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Stepper:
+        """Make `model` trainable. It can run in eval mode too."""
         ...

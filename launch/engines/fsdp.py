@@ -52,9 +52,7 @@ class FsdpEngine(TorchWeights):
         model.eval()
         yield
 
-    def training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
-    ) -> TorchStepper:
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> TorchStepper:
         # FSDP averages gradients over ranks in each backward pass, so micro batches simply add up.
         return TorchStepper(model, optimizer, max_grad_norm)
 

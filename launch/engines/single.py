@@ -20,10 +20,10 @@ class TorchStepper:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -31,7 +31,7 @@ class TorchStepper:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]
@@ -67,8 +67,6 @@ class SingleEngine(TorchWeights):
         model.eval()
         yield
 
-    def training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
-    ) -> TorchStepper:
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> TorchStepper:
         assert dist.get_world_size() == 1, "gradients are not averaged over ranks"
         return TorchStepper(model, optimizer, max_grad_norm)

@@ -56,16 +56,17 @@ class ZeroStepper:
         self.model = self.engine = engine
         self.optimizer = optimizer
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)  # packed steps differ in their number of micro batches
         self.engine.backward(loss, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
+        if not last:
             self.engine.step()  # advances DeepSpeed's count of micro batches; updates nothing
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         moments = (safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS)
@@ -140,9 +141,7 @@ class ZeroEngine(ZeroWeights):
         finally:
             engine.destroy()
 
-    def training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation: int
-    ) -> ZeroStepper:
-        config = self.config | {"gradient_clipping": max_grad_norm, "gradient_accumulation_steps": accumulation}
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> ZeroStepper:
+        config = self.config | {"gradient_clipping": max_grad_norm}
         engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         return ZeroStepper(engine, optimizer)

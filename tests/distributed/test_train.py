@@ -16,14 +16,15 @@ from transformers import AutoTokenizer
 
 from astra import adapter
 from astra.weights import TorchWeights
+from launch.loop import Metrics
 from launch.recipe import read
 from launch.report import table
 from tests.plain import load_base, logits, plain_training
 
 pytestmark = pytest.mark.xdist_group("train")
 
-# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, and
-# gradient checkpointing. The global batch is 10.
+# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, gradient
+# checkpointing, packing. The global batch is 10.
 LAUNCHES = [
     (1, ("train.micro_batch=3", "engine=zero3"), "python"),
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
@@ -32,12 +33,12 @@ LAUNCHES = [
     (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
     (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
     (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]"), "torchrun"),
+    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=fsdp", "eval.suites=[]"), "torchrun"),
+    (2, ("train.micro_batch=1", "engine=fsdp", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]"), "torchrun"),
     (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "torchrun"),
-    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]"), "torchrun"),
+    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]", "data.packing=true"), "torchrun"),
     (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
     (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
@@ -179,7 +180,7 @@ def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path]
     for name in ("loss.png", "grad_norm.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     step = metrics(run)[0]
-    assert step.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds"}
+    assert step.keys() == Metrics.__annotations__.keys()
     manifest = json.loads((run / "calibration" / "manifest.json").read_text())
     assert len(manifest["sample_ids"]) == len(set(manifest["sample_ids"])) == 11
     assert (manifest["eigen_select"], manifest["rank"], manifest["dtype"]) == ("smallest", 4, "float32")

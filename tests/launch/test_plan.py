@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from astra import adapter
 from launch.estimate import Estimate, estimate
-from launch.loop import answer_loss
+from launch.objective import AnswerLoss
 from launch.recipe import Recipe, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,8 @@ def test_activations_are_what_backward_keeps(model: nn.Module) -> None:
 
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = answer_loss(model.train(), ids, ids)
+        counted = torch.arange(ids.numel() - 1)
+        loss = AnswerLoss(model.train())(ids, counted, ids.flatten()[1:])
     of_weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = sum(size for address, size in kept.items() if address not in of_weights)
     found = plan(recipe()).training.memory["activations"]

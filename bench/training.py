@@ -1,0 +1,420 @@
+"""Training speed and memory, as ratios from one run: against HF Trainer, DDP, LoRA, and with techniques off.
+
+    python bench/training.py                      # all parts, into bench/training.json
+    python bench/training.py --part hf --pairs 3
+
+A random Llama of 100 M parameters in fp32 on CPUs (bf16 and 1.6 B on a GPU), rows as ragged as MetaMathQA's, the same
+adapters, micro batch and rows for all. What is compared runs in turns within one process, step by step, so that other
+load on the machine meets all alike; a ratio is the median over the turns, with the smallest and largest beside it.
+
+    hf        one process: HF Trainer with PEFT's LoRA, its own loss and collator
+    sharded   two processes: ZeRO-3 and FSDP2 against DistributedDataParallel with the same loss and batches
+    astra     one process: Astra's adapters on the residual base against plain LoRA's
+    ablation  one process: each technique the other way round
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from astra import adapter, inits
+from astra.eigen import named_generator
+from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
+from launch import kernels, loop, objective
+from launch.batches import Packing
+from launch.data import TokenSet
+from launch.distributed import start, stop
+from launch.engines import make_engine
+from launch.engines.single import TorchStepper
+from launch.recipe import Adapter, Train
+
+PARTS = {"hf": 1, "sharded": 2, "astra": 1, "ablation": 1}  # and their processes
+VOCABULARY, LENGTH, RANK, SEED = 32000, 512, 16, 0
+GPU = torch.cuda.is_available()
+SHAPES = {  # layers, width, inner width, heads, key-value heads
+    "100M": (12, 640, 1728, 10, 5),
+    "1.6B": (24, 2048, 8192, 16, 8),
+    "tiny": (2, 64, 172, 4, 2),
+}
+TARGETS = Adapter().targets
+Turn = Callable[[list[int]], None]  # one optimiser step on these rows
+
+
+def make_base(folder: Path, size: str) -> None:
+    """A random Llama, as files that the engines load."""
+    layers, width, inner, heads, kv_heads = SHAPES[size]
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+        dtype="bfloat16" if GPU else "float32",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16 if GPU else torch.float32).save_pretrained(folder)
+
+
+def make_rows(count: int) -> TokenSet:
+    """Random tokens with lengths like MetaMathQA's rows in the Alpaca prompt: log-normal, by a fit to 3000 rows."""
+    draw = torch.Generator().manual_seed(SEED)
+    questions = (torch.randn(count, generator=draw) * 0.58).exp() * 50
+    answers = (torch.randn(count, generator=draw) * 0.65).exp() * 70
+    starts = (35 + questions).round().long().clamp(max=LENGTH - 100)
+    lengths = (starts + answers.round().long().clamp(min=8)).clamp(max=LENGTH)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(3, VOCABULARY, (int(offsets[-1]),), generator=draw, dtype=torch.int32)
+    return TokenSet(ids, offsets, starts, 0, 0)
+
+
+def lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return inits.lora(weight, RANK, SEED, name)
+
+
+def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of random orthonormal vectors: which ones does not change a step's cost."""
+    draw = named_generator(SEED, name)
+    vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[0].to(weight.device)
+    return vectors.T @ weight.double(), vectors
+
+
+INITIALISERS = {"lora": lora_factors, "astra": astra_factors}
+
+
+class Bench:
+    """The rows, and turns of several trainings on the same ones, timed."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.device = start()
+        self.dtype = torch.bfloat16 if GPU else torch.float32
+        self.settings = Train(global_batch=arguments.rows, micro_batch=arguments.micro_batch, checkpoint_every=1)
+        self.tokens = make_rows(arguments.rows * (arguments.pairs + 1))
+        self.peak = None if GPU else Peak()
+
+    def engine_turn(self, name: str, method: str = "lora", held: dict | None = None) -> tuple[Turn, PeftModel]:
+        """A training by the functions of the main path."""
+        engine = make_engine(name, self.device, self.dtype)
+        base = engine.load(str(self.folder))
+        model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
+        with engine.inference(model):  # FSDP2 loads here
+            pass
+        adapter.initialise(adapter.lora_layers(model), INITIALISERS[method], engine)
+        stepper = loop.make_stepper(engine, model, self.settings)
+        if held is not None:
+            held[name] = held_bytes(model)
+        return lambda rows: self.step(stepper, rows), model
+
+    def step(self, stepper: loop.Stepper, rows: list[int], packing: Packing | None = None) -> None:
+        next(loop.train(stepper, self.tokens, [rows], self.settings, self.device, packing=packing))
+
+    def compare(self, turns: dict[str, Turn]) -> dict[str, dict]:
+        """Every turn on the same rows, round after round, the first of which warms up."""
+        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        added = dict.fromkeys(turns, 0)
+        answers, size = [], self.arguments.rows
+        for number in range(self.arguments.pairs + 1):
+            rows = list(range(number * size, (number + 1) * size))
+            order = list(turns) if number % 2 else list(turns)[::-1]
+            for name in order:
+                began, before = time.perf_counter(), self.memory_now()
+                turns[name](rows)
+                if GPU:
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[name].append(time.perf_counter() - began)
+                    added[name] = max(added[name], self.memory_peak() - before)
+            answers.append(self.tokens.answer_tokens(rows))
+        if dist.get_rank() == 0:
+            print({name: [round(second, 2) for second in values] for name, values in seconds.items()}, flush=True)
+        return {
+            name: {
+                "answer_tokens_per_second": round(sum(answers[1:]) / sum(values), 1),
+                "median_seconds": round(statistics.median(values), 3),
+                "memory_added_mib": round(added[name] / MIB, 1),
+                "seconds": values,
+            }
+            for name, values in seconds.items()
+        }
+
+    def memory_now(self) -> int:
+        """Bytes held; starts a new peak."""
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        self.peak.take()
+        return anonymous()
+
+    def memory_peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if GPU else self.peak.take()
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of the base, on this rank."""
+    held = 0
+    for parameter in (p for p in model.parameters() if not p.requires_grad):
+        shard = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+        held += shard.numel() * shard.element_size()
+    return held
+
+
+def ratio(found: dict[str, dict], ours: str, theirs: str) -> dict:
+    """How many times faster `ours` is than `theirs`, turn by turn."""
+    ratios = [b / a for a, b in zip(found[ours]["seconds"], found[theirs]["seconds"], strict=True)]
+    return {"median": round(statistics.median(ratios), 3), "all": [round(value, 3) for value in sorted(ratios)]}
+
+
+def hf(bench: Bench) -> dict:
+    ours, _ = bench.engine_turn("single")
+    with trainer_turn(bench) as theirs:
+        found = bench.compare({"astra recipes": ours, "hf trainer": theirs})
+    return {"runs": found, "speed_of_hf_trainer": ratio(found, "astra recipes", "hf trainer")}
+
+
+@contextmanager
+def trainer_turn(bench: Bench) -> Iterator[Turn]:
+    """HF Trainer with PEFT's LoRA on the same rows, in their order: its loop, in a thread that waits between steps."""
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return len(bench.tokens)
+
+        def __getitem__(self, row: int) -> dict:
+            ids = bench.tokens.tokens[bench.tokens.offsets[row] : bench.tokens.offsets[row + 1]].tolist()
+            begin = int(bench.tokens.answer_starts[row])
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * begin + ids[begin:]}
+
+    class InTurns(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            done.release()
+            go.acquire()
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: object) -> SequentialSampler:
+            return SequentialSampler(Rows())
+
+    base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(bench.folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # else it would wrap its model in DistributedDataParallel
+        os.environ.pop(name)
+    trainer = InOrder(
+        model,
+        TrainingArguments(
+            output_dir=bench.folder / "trainer",
+            per_device_train_batch_size=bench.arguments.micro_batch,
+            gradient_accumulation_steps=bench.arguments.rows // bench.arguments.micro_batch,
+            max_steps=bench.arguments.pairs + 1,
+            bf16=GPU,
+            use_cpu=not GPU,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=GPU,
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest"),
+        train_dataset=Rows(),
+        callbacks=[InTurns()],
+    )
+
+    assert trainer.accelerator.distributed_type == "NO"
+
+    def run() -> None:
+        go.acquire()
+        trainer.train()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def turn(_: list[int]) -> None:
+        go.release()
+        while not done.acquire(timeout=1):
+            if not thread.is_alive():
+                raise RuntimeError("HF Trainer stopped")
+
+    yield turn
+    go.release()  # after the last step
+    thread.join()
+
+
+def sharded(bench: Bench) -> dict:
+    """All three in the same two processes; what they hold of the base is on one of them."""
+    held: dict[str, int] = {}
+    base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype).to(bench.device).requires_grad_(False)
+    model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
+    held["ddp"] = held_bytes(model)
+    wrapped = nn.parallel.DistributedDataParallel(objective.AnswerLoss(model))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = TorchStepper(wrapped, torch.optim.AdamW(parameters, lr=bench.settings.lr), 1.0)
+    turns = {"ddp": lambda rows: bench.step(plain, rows)}
+    for name in ("fsdp", "zero3"):
+        turns[name], _ = bench.engine_turn(name, held=held)
+    found = bench.compare(turns)
+    for name in found:
+        found[name]["base_held_mib"] = round(held[name] / MIB, 1)
+    return {"runs": found} | {f"speed_of_ddp.{name}": ratio(found, name, "ddp") for name in ("fsdp", "zero3")}
+
+
+def astra(bench: Bench) -> dict:
+    turns = {method: bench.engine_turn("single", method)[0] for method in ("astra", "lora")}
+    found = bench.compare(turns)
+    return {"runs": found, "speed_of_lora": ratio(found, "astra", "lora")}
+
+
+def ablation(bench: Bench) -> dict:
+    """One model, its step as it is by default and with one thing changed."""
+    engine = make_engine("single", bench.device, bench.dtype)
+    base = engine.load(str(bench.folder))
+    model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
+    stepper = loop.make_stepper(engine, model, bench.settings)
+
+    def with_patch(target: str, replacement: object) -> Turn:
+        def turn(rows: list[int]) -> None:
+            with mock.patch(target, replacement):
+                bench.step(stepper, rows)
+
+        return turn
+
+    def unsorted(rows: list[int], lengths: Tensor, *rest: object) -> list:
+        return make_share(rows, torch.zeros_like(lengths), *rest)
+
+    def whole_logits(
+        loss: objective.AnswerLoss, ids: Tensor, positions: Tensor, targets: Tensor, places: Tensor
+    ) -> Tensor:
+        logits = loss.model(input_ids=ids, position_ids=places, use_cache=False).logits
+        labels = torch.full_like(ids, -100).flatten().index_put((positions,), targets)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
+
+    def checkpointed(rows: list[int]) -> None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        bench.step(stepper, rows)
+        model.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+
+    def eager(rows: list[int]) -> None:
+        base.set_attn_implementation("eager")
+        bench.step(stepper, rows)
+        base.set_attn_implementation("sdpa")
+
+    def compiled(rows: list[int]) -> None:
+        layers = kernels.compile_layers(base)
+        bench.step(stepper, rows)
+        kernels.uncompile(layers)
+
+    make_share = loop.make_share
+    turns: dict[str, Turn] = {
+        "default": lambda rows: bench.step(stepper, rows),
+        "whole logits": with_patch("launch.objective.AnswerLoss.forward", whole_logits),
+        "rows not by length": with_patch("launch.loop.make_share", unsorted),
+        "batches not ahead": with_patch("launch.loop.ahead", lambda items, _device: items),
+        "packed": lambda rows: bench.step(stepper, rows, Packing(LENGTH, flat=False)),
+        "eager attention": eager,
+        "gradient checkpointing": checkpointed,
+    }
+    if bench.arguments.compile:
+        turns["compiled"] = compiled
+    found = bench.compare(turns)
+    return {"runs": found} | {f"default_against.{name}": ratio(found, "default", name) for name in turns}
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments, arguments.folder)
+    found = {"hf": hf, "sharded": sharded, "astra": astra, "ablation": ablation}[arguments.worker](bench)
+    for run in found["runs"].values():
+        del run["seconds"]
+    if dist.get_rank() == 0:
+        (arguments.folder / "found.json").write_text(json.dumps(found))
+    stop()
+
+
+def measure(part: str, arguments: argparse.Namespace, folder: Path) -> dict:
+    """One part in processes of its own."""
+    ranks = PARTS[part]
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("rows", "micro_batch", "pairs")]
+    options += ["--compile"] if arguments.compile else []
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    line = [*launcher, __file__, "--worker", part, "--folder", str(folder), *options]
+    began = time.perf_counter()
+    subprocess.run(line, env=ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}, check=True)
+    found = json.loads((folder / "found.json").read_text())
+    return found | {"processes": ranks, "threads_each": threads, "seconds": round(time.perf_counter() - began)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
+    parser.add_argument("--size", choices=SHAPES, default="1.6B" if GPU else "100M", help="default %(default)s")
+    parser.add_argument("--rows", type=int, default=16, help="of an optimiser step (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="default %(default)s")
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="turns of each, after one to warm up (default %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="ablation: also torch.compile")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "training.json", help="default %(default)s")
+    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments)
+        return
+    record = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_base(folder, arguments.size)
+        write_tokenizer(folder)
+        for part in arguments.part or PARTS:
+            settings = {name: getattr(arguments, name) for name in ("size", "rows", "micro_batch", "pairs")}
+            device = torch.cuda.get_device_name() if GPU else f"cpu, {len(os.sched_getaffinity(0))} cores"
+            found = {"device": device, "dtype": "bfloat16" if GPU else "float32", "torch": torch.__version__}
+            record[part] = found | settings | measure(part, arguments, folder)
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            print(json.dumps({part: record[part]}, indent=1), flush=True)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One that pads, for HF Trainer's collator."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<pad>": 0} | {f"t{i}": i for i in range(1, 10)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
