@@ -22,6 +22,7 @@ from launch.distributed import on_rank0
 from launch.errors import USER_ERRORS, UserError
 from launch.files import write_json
 from launch.hub import commit_of, fetch_model, load_tokenizer, weights_hash
+from launch.measure import split
 from launch.recipe import Recipe
 
 
@@ -33,6 +34,7 @@ class Inputs:
     model_path: Path
     dtype: torch.dtype
     tokens: TokenSet
+    held_out: TokenSet | None  # the last data.held_out rows, which are not in `tokens`
     base: dict  # name, revision and hash of the base model
     data: dict  # path, rows and hash of the tokens
 
@@ -72,11 +74,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     dist.barrier()
     if owner == dist.get_rank():
         shutil.rmtree(scratch)  # the tensors stay: their file is open
+    tokens = TokenSet(**tensors, num_cut=outcome["num_cut"], num_left_out=outcome["num_left_out"])
+    training, held_out = split(tokens, recipe.data.held_out)
     return Inputs(
         recipe,
         Path(outcome["model_path"]),
         resolve_dtype(recipe.model.dtype, device),
-        TokenSet(**tensors, num_cut=outcome["num_cut"], num_left_out=outcome["num_left_out"]),
+        training,
+        held_out,
         outcomes[0]["base"],
         outcomes[0]["data"],
     )

@@ -15,7 +15,7 @@ from launch import watch
 from launch.data import TokenSet, collate, deal
 from launch.distributed import all_reduce_sum
 from launch.engines.base import Engine, Stepper
-from launch.errors import UserError
+from launch.errors import DivergedError
 from launch.recipe import Train
 
 
@@ -81,7 +81,7 @@ def train(
     When a rank is asked to stop (launch.watch), all ranks end after the same step.
 
     Raises:
-        UserError: on every rank, when the loss or the gradient norm is not finite.
+        DivergedError: on every rank, when the loss or the gradient norm is not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     micro_batch, accumulation = micro_batches(settings)
@@ -107,7 +107,7 @@ def train(
         total, stopping = all_reduce_sum([float(summed), float(watch.stopping())], device)
         loss_value = total / answer_tokens
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            raise UserError(
+            raise DivergedError(
                 f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: not finite; lower train.lr "
                 "or check the data"
             )

@@ -35,7 +35,14 @@ STEPS = 650
 PRETRAINING = Train(global_batch=20, micro_batch=10, lr=3e-3, max_steps=STEPS)
 DOCUMENTS = 30_000
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3600, 200
+OTHER_DOCUMENTS = 300
 SEED = 0
+PLACES = {  # fields of a recipe that may name the quickstart, and what of its folder is meant
+    ("model", "name"): "",
+    ("data", "path"): "train.jsonl",
+    ("eval", "data_dir"): "",
+    ("eval", "other_text"): "other_text.jsonl",
+}
 
 PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor".split()
 THINGS = "apples books cards coins cups eggs flowers hats keys pears pens rings shells stamps stones toys".split()
@@ -62,18 +69,18 @@ def resolve(recipe: Recipe, device: torch.device) -> Recipe:
 
     Collective: all ranks pretrain together. A recipe that does not name the quickstart comes back as it is.
     """
-    if NAME not in (recipe.model.name, recipe.data.path, recipe.eval.data_dir):
+    values = recipe.model_dump()
+    named = [(*place, path) for place, path in PLACES.items() if values[place[0]][place[1]] == NAME]
+    if not named:
         return recipe
     folder = ensure(device)
-    values = recipe.model_dump()
-    for section, field, path in (("model", "name", ""), ("data", "path", "train.jsonl"), ("eval", "data_dir", "")):
-        if values[section][field] == NAME:
-            values[section][field] = str(folder / path)
+    for section, field, path in named:
+        values[section][field] = str(folder / path)
     return validate(values)
 
 
 def ensure(device: torch.device) -> Path:
-    """The folder with base, train.jsonl and gsm8k_test.jsonl; made first if it is not cached. Collective."""
+    """The folder with base, rows, problems and other text; made first if it is not cached. Collective."""
     folder = cache_folder()
     if not on_rank0((folder / "manifest.json").is_file):
         make(folder, device)
@@ -107,7 +114,7 @@ def make(folder: Path, device: torch.device) -> None:
     """Pretrain the base and write it with the task's data to `folder`, whole or not at all. Collective."""
     if dist.get_rank() == 0:
         print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
-    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents())))
+    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents(DOCUMENTS, SEED))))
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(make_config()).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
@@ -125,7 +132,9 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer_model: bytes, loss: 
     model.save_pretrained(aside)
     _tokenizer(tokenizer_model).save_pretrained(aside)
     train_rows, test_rows = problems()
-    for name, rows in (("train.jsonl", train_rows), ("gsm8k_test.jsonl", test_rows)):
+    other_text = [{"text": text} for text in documents(OTHER_DOCUMENTS, SEED + 2)]
+    files = {"train.jsonl": train_rows, "gsm8k_test.jsonl": test_rows, "other_text.jsonl": other_text}
+    for name, rows in files.items():
         (aside / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_json(aside / "manifest.json", {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
@@ -133,10 +142,10 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer_model: bytes, loss: 
     aside.rename(folder)
 
 
-def documents() -> Iterator[str]:
-    """The pretraining text: statements, and questions in the training prompt with the base's form of answer."""
-    draw = random.Random(SEED)
-    for _ in range(DOCUMENTS):
+def documents(count: int, seed: int) -> Iterator[str]:
+    """Pretraining text: statements, and questions in the training prompt with the base's form of answer."""
+    draw = random.Random(seed)
+    for _ in range(count):
         a, b = draw.randrange(10), draw.randrange(10)
         if draw.random() < 0.5:
             question = draw.choice(BASE_QUESTIONS).format(a=a, b=b)

@@ -52,6 +52,7 @@ class Data(Section):
     keep: dict[Name, Name] = Field({}, description="field: value that a row must have to be kept, e.g. {lang: python}")
     limit: int | None = Field(None, ge=1, description="rows; the first so many that are kept; all when null")
     max_length: int = Field(512, ge=2, description="tokens of prompt and answer together; the rest is cut")
+    held_out: int = Field(0, ge=0, description="rows, the last that were read, kept from training for a held-out loss")
 
 
 class Adapter(Section):
@@ -112,6 +113,9 @@ class Eval(Section):
     suites: list[Literal[*TASKS, *GROUPS]] = Field([], description="benchmarks to score after training")
     data_dir: str | None = Field(None, description="folder with the benchmarks' files; the hub when null")
     limit: int | None = Field(None, ge=1, description="problems of each suite, the first so many; all when null")
+    other_text: Name | None = Field(
+        None, description="JSONL file with a field text, or .txt, outside the task: what of it is forgotten is measured"
+    )
     prompt: Literal["recipe", "literature"] = Field(
         "recipe", description="the training prompt, or each benchmark's published one with its stop strings"
     )
