@@ -53,7 +53,7 @@ def curves(
         panels: title -> line's label -> that value at every step, for each of the line's runs. label: of the y axis.
     """
     drawn = [
-        (title if len(parts) == 1 else f"{title} ({number} of {len(parts)})".strip(), part, lines)
+        (title if len(parts) == 1 else f"{title} ({number} of {len(parts)}, others grey)", part, lines)
         for title, lines in panels.items()
         for parts in [_parts(lines)]
         for number, part in enumerate(parts, start=1)
@@ -83,6 +83,8 @@ def curves(
         axis.set(xlabel="optimiser step", ylabel=label, title=title)
         if log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
         _legend(axis)
     _share_limits([axis for axis, _ in zip(axes.flat, drawn, strict=False)])
     for axis in list(axes.flat)[len(drawn) :]:
@@ -92,7 +94,7 @@ def curves(
 
 def scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> Path:
     """A row for each label, and in it a point with its interval for each kind, such as the rate it was trained at."""
-    of, axes = figure(1, 1, 6.5, 1.0 + 0.36 * len(rows))
+    of, axes = figure(1, 1, 6.5, 1.2 + 0.36 * len(rows))
     (axis,) = axes.flat
     kinds = list(dict.fromkeys(kind for points in rows.values() for kind in points))
     for i, kind in enumerate(kinds):
@@ -113,7 +115,8 @@ def scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> P
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel(label)
-    _legend(axis)
+    axis.grid(alpha=0.3)
+    of.legend(loc="outside lower center", ncol=2, fontsize="small", frameon=False)
     return save(of, path)
 
 
@@ -203,9 +206,10 @@ def by_kind(modules: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float
 
 
 def _parts(lines: Mapping[str, Any]) -> list[list[str]]:
-    """Labels, as many at a time as a panel can tell apart."""
+    """Labels in equal parts, none larger than a panel can tell apart."""
     labels = list(lines)
-    return [labels[start : start + MOST] for start in range(0, len(labels), MOST)]
+    size = -(-len(labels) // -(-len(labels) // MOST))
+    return [labels[start : start + size] for start in range(0, len(labels), size)]
 
 
 def _smooth(runs: Sequence[Sequence[float]]) -> tuple[np.ndarray, ...]:

@@ -140,10 +140,19 @@ def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
         suites.append(Column("mean (%)", lambda results: _mean_score(results, columns(sweep.table)), ".1f", "high"))
     others = [
         Column("held-out loss", lambda results: _at(results, "held_out", "after", "loss"), ".4f", "low"),
-        Column("other text: loss before", lambda results: _at(results, "other_text", "before", "loss"), ".3f"),
-        Column("after", lambda results: _at(results, "other_text", "after", "loss"), ".3f", "low"),
-        Column("accuracy before (%)", lambda results: _percent(results, "other_text", "before", "accuracy"), ".1f"),
-        Column("after (%)", lambda results: _percent(results, "other_text", "after", "accuracy"), ".1f", "high"),
+        Column("other-text loss before", lambda results: _at(results, "other_text", "before", "loss"), ".3f"),
+        Column("other-text loss after", lambda results: _at(results, "other_text", "after", "loss"), ".3f", "low"),
+        Column(
+            "other-text accuracy before (%)",
+            lambda results: _percent(results, "other_text", "before", "accuracy"),
+            ".1f",
+        ),
+        Column(
+            "other-text accuracy after (%)",
+            lambda results: _percent(results, "other_text", "after", "accuracy"),
+            ".1f",
+            "high",
+        ),
         Column("trained parameters (M)", lambda results: _scaled(results.get("trained_parameters"), 1e6), ".3f"),
         Column("calibration (s)", lambda results: results["seconds"]["calibration"], ".1f"),
         Column("training (s)", lambda results: results["seconds"]["training"], ".1f"),

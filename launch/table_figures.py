@@ -8,7 +8,7 @@ from launch import figures
 from launch.after import RESULT
 from launch.render import RATES
 from launch.summary import Column, Group, mean_interval, table_columns
-from launch.tables import Sweep
+from launch.tables import Sweep, columns
 from launch.tracking import read_metrics
 
 LABELS = {"loss": "loss (nats per answer token)", "grad_norm": "gradient norm before clipping"}
@@ -30,10 +30,10 @@ def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
         end = f"_{rate}" if len(rates) > 1 else ""
         for key, label in LABELS.items():
             made.append(figures.curves(_panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"))
-    for column in (column for column in table_columns(sweep, there) if column.title.endswith("(%)") and column.better):
-        if "accuracy" in column.title or column.title.startswith("after"):
-            continue  # of other text
-        what = column.title.removesuffix(" (%)")
+    for column in table_columns(sweep, there):
+        what = column.title.removesuffix(" (%)").replace(" ", "_")
+        if what not in (*columns(sweep.table), "mean", "held-out_loss"):
+            continue
         if sweep.table.vary:
             made.append(_against(sweep, [group for group in there if group.rate == rates[0]], column, path(what)))
         else:

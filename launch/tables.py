@@ -156,9 +156,13 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
         UserError: unknown table or key, bad value, or what `launch.recipe.read` finds wrong in a row's recipe.
     """
     path = find(source, TABLES, "--table")
-    values = load(path, "--table")
-    if extends := values.pop("extends", None):
-        values = load(find(str(extends), TABLES, "--table"), "--table") | values
+    values, seen = load(path, "--table"), {path}
+    while extends := values.pop("extends", None):
+        base = find(str(extends), TABLES, "--table")
+        if base in seen:
+            raise UserError(f"--table: {path} extends itself, through {base.stem}")
+        seen.add(base)
+        values = load(base, "--table") | values
     table = section(Table, **values)
     sweep = Sweep(path.stem, table, tuple(overrides), output or Path("runs") / "tables" / path.stem)
     for unit in sweep.units():
