@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
 
 from astra import adapter
 from launch import artifact, calibration, figures, watch
@@ -14,6 +16,7 @@ from launch.inputs import Inputs, prepare
 from launch.recipe import Recipe, read, validate
 
 RESULT = "effective_rank.json"
+EXPORTS = ("model", "lora", "adapter")  # of a run, the first that is there: `adapter` alone is on the original base
 
 
 def measure_run(run: Path, engine: str | None, stall: float) -> None:
@@ -22,27 +25,25 @@ def measure_run(run: Path, engine: str | None, stall: float) -> None:
     Every rank of a launcher calls it, with whatever engine. Writes RUN/after/effective_rank.json (module -> size,
     before, after), a figure, and the two calibrations with all eigenvalues.
 
-    Raises UserError if `run` is not the folder of a finished run with a lora/.
+    Raises UserError if `run` is not the folder of a finished run.
     """
     device = start(stall)
 
-    def check() -> str:
-        if not (run / "results.json").is_file():
+    def check() -> Path:
+        there = [run / name for name in EXPORTS if (run / name).is_dir()]
+        if not there or not (run / "results.json").is_file():
             raise UserError(f"--after: {run} is not the folder of a finished run")
-        if not (run / "lora").is_dir():
-            raise UserError(f"--after: {run} has no lora/ to merge into its base")
-        return (run / "recipe.yaml").read_text(encoding="utf-8")
+        return there[0]
 
-    on_rank0(check)
+    exported = on_rank0(check)
     recipe = _measuring(read(str(run / "recipe.yaml"), []), engine)
     watch.stage("reading the inputs")
     inputs = prepare(recipe, device)
     for when in ("before", "after"):
         folder = run / "after" / when
         if not on_rank0((folder / artifact.MANIFEST).is_file):
-            _calibrate(
-                inputs, make_engine(recipe.engine, device, inputs.dtype), run if when == "after" else None, folder
-            )
+            trained = exported if when == "after" else None
+            _calibrate(inputs, make_engine(recipe.engine, device, inputs.dtype), trained, folder)
     if dist.get_rank() == 0:
         _write(run / "after", recipe.adapter.targets)
         say(f"effective ranks before and after: {run / 'after' / RESULT} and {run / 'after' / 'effective_rank.png'}")
@@ -51,26 +52,38 @@ def measure_run(run: Path, engine: str | None, stall: float) -> None:
 
 def _measuring(recipe: Recipe, engine: str | None) -> Recipe:
     """`recipe` with a calibration that sees every eigenvalue, whatever the run's method needed of it."""
-    values = recipe.model_dump()
-    values["adapter"] |= {"method": "astra", "eigen_select": "largest", "rank_allocation": "uniform", "rank": 1}
-    values["calibration"] |= {"path": None, "split_half": False}
-    values["eval"] |= {"suites": [], "other_text": None}
-    return validate(values | ({"engine": engine} if engine else {}))
+    kept = recipe.calibration.model_dump(include={"samples", "batch_size", "seed", "memory_gib"})
+    values = recipe.model_dump(include={"model", "data", "train", "engine"})
+    values["adapter"] = {"method": "astra", "eigen_select": "largest", "rank": 1, "targets": recipe.adapter.targets}
+    return validate(values | {"calibration": kept} | ({"engine": engine} if engine else {}))
 
 
-def _calibrate(inputs: Inputs, engine: Engine, run: Path | None, folder: Path) -> None:
-    """Calibrate the base into `folder`, with the adapter of `run` merged into it if given. Collective."""
+def _calibrate(inputs: Inputs, engine: Engine, trained: Path | None, folder: Path) -> None:
+    """Calibrate the base, or the model that `trained` makes of it, into `folder`. Collective."""
     watch.stage("loading the base")
-    base = engine.load(str(inputs.model_path))
+    whole = trained is not None and trained.name == "model"
+    base = engine.load(str(trained if whole else inputs.model_path))
     base.register_forward_pre_hook(lambda *_: watch.mark())
     linears = adapter.find_targets(base, inputs.recipe.adapter.targets)
     with engine.inference(base):  # FSDP2 shards and loads the base here
         pass
-    if run is not None:
-        factors, scaling = adapter.load(run / "lora")
-        adapter.subtract(base, factors, -scaling, engine)
+    if trained is not None and not whole:
+        _merge(base, trained, engine)
     with engine.inference(base):
         calibration.make(inputs.recipe, inputs, engine, base, linears, folder)
+
+
+def _merge(base: nn.Module, folder: Path, engine: Engine) -> None:
+    """`W + s B A` of the adapter in `folder` in the place of every W; of DoRA, its rows at their trained lengths."""
+    factors, scaling = adapter.load(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, (a, b) in factors.items():
+        parameter = base.get_submodule(name).weight
+        weight = engine.read(parameter)
+        merged = weight.double() + scaling * (b.double() @ a.double()).to(weight.device)
+        if (length := tensors.get(f"base_model.model.{name}.lora_magnitude_vector")) is not None:
+            merged *= (length.to(merged) / merged.norm(dim=1))[:, None]
+        engine.write(parameter, merged.to(weight.dtype))
 
 
 def _write(folder: Path, targets: list[str]) -> None:

@@ -28,9 +28,7 @@ Rate = Literal["recipe", "own", "common"]
 class Row(Section):
     recipe: Name | None = Field(None, description="file in recipes/, or a path; the table's when null")
     set: dict[Name, Any] = Field({}, description="overrides of the recipe, field: value")
-    grid: list[Number] | None = Field(
-        None, min_length=1, description="learning rates to choose from; the table's when null"
-    )
+    rate_factor: Number = Field(1.0, gt=0, description="the row's learning rates to choose from, over the table's")
 
 
 class LearningRates(Section):
@@ -61,8 +59,6 @@ class Table(Section):
         for name, values in (("seeds", self.seeds), ("vary.values", self.vary.values if self.vary else [])):
             if len({json.dumps(value) for value in values}) < len(values):
                 raise ValueError(f"{name}: the same value twice")
-        if self.learning_rates is None and (odd := [label for label, row in self.rows.items() if row.grid]):
-            raise ValueError(f"rows.{odd[0]}.grid: needs the table's learning_rates")
         return self
 
 
@@ -98,8 +94,8 @@ class Sweep:
 
     def grid(self, unit: Unit) -> list[float]:
         """The learning rates that the unit's own is chosen from; none where rates are the recipe's."""
-        rates = self.table.learning_rates
-        return (self.table.rows[unit.label].grid or rates.grid) if rates else []
+        rates, factor = self.table.learning_rates, self.table.rows[unit.label].rate_factor
+        return [float(f"{rate * factor:.6g}") for rate in rates.grid] if rates else []  # 0.1 x 2e-3 is 2e-4
 
     def run(self, unit: Unit, lr: float | None, seed: int, suites: Sequence[str]) -> Run:
         """The run of a unit. Later settings win: seed, table, row, command line, varied value, rate, suites."""
