@@ -32,7 +32,8 @@ def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
             made.append(figures.curves(_panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"))
     for column in table_columns(sweep, there):
         what = column.title.removesuffix(" (%)").replace(" ", "_")
-        if what not in (*columns(sweep.table), "mean", "held-out_loss"):
+        wanted = what in (*columns(sweep.table), "mean", "held-out_loss")
+        if not wanted or not any(group.numbers(column) for group in there):
             continue
         if sweep.table.vary:
             made.append(_against(sweep, [group for group in there if group.rate == rates[0]], column, path(what)))
