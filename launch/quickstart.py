@@ -5,12 +5,14 @@ prompt that it answers "a + b = c."; fine-tuning then teaches word problems of a
 "a + b = c.\nThe answer is: c". The held-out problems share no pair of numbers with the training problems.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +30,7 @@ from launch.loop import make_stepper, train
 from launch.recipe import Recipe, Train, validate
 from launch.tracking import progress
 
-NAME = "quickstart"
+NAME, MANIFEST = "quickstart", "manifest.json"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
 ROW = 128  # tokens of a pretraining row
 STEPS = 650
@@ -82,9 +84,22 @@ def resolve(recipe: Recipe, device: torch.device) -> Recipe:
 def ensure(device: torch.device) -> Path:
     """The folder with base, rows, problems and other text; made first if it is not cached. Collective."""
     folder = cache_folder()
-    if not on_rank0((folder / "manifest.json").is_file):
-        make(folder, device)
+    with alone(folder):
+        if not on_rank0((folder / MANIFEST).is_file):
+            make(folder, device)
     return folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Of the runs that find `folder` not made, one at a time goes on within this; the others wait for it."""
+    if dist.get_rank() != 0 or (folder / MANIFEST).is_file():
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:
@@ -137,7 +152,7 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer_model: bytes, loss: 
     for name, rows in files.items():
         (aside / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_json(aside / "manifest.json", {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
+    write_json(aside / MANIFEST, {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
