@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint format
+.PHONY: setup quickstart miniature test lint format
 
 setup: $(VENV)/installed
 
@@ -14,6 +14,14 @@ $(VENV)/installed: requirements.txt
 
 quickstart: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart.sh
+
+# Every method in miniature: its table and figures in runs/tables/miniature-report. Stopped, the same command goes on.
+# make miniature TABLE=miniature_ranks, or another small table; OPTIONS="--set FIELD=VALUE" goes to sweep and report.
+TABLE := miniature
+miniature: setup
+	$(BIN)/python launch/sweep.py --table $(TABLE) --jobs 2 $(OPTIONS)
+	$(BIN)/python launch/report.py --table $(TABLE) $(OPTIONS) --write runs/tables/$(TABLE)-report \
+		--figures runs/tables/$(TABLE)-report
 
 test: setup
 	$(BIN)/python -m pytest

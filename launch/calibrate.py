@@ -1,5 +1,6 @@
 """Make a recipe's calibration alone, for runs to take as calibration.path. Started again, it goes on after the last
-finished window."""
+finished window. --after RUN instead measures what a finished run's training did to the outputs: their effective
+ranks on its calibration rows, before and after."""
 
 import sys
 from pathlib import Path
@@ -8,19 +9,33 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.errors import run
+from launch.errors import UserError, run
 
 EXAMPLES = """\
   deepspeed launch/calibrate.py --recipe metamath --output calibrations/metamath
   deepspeed launch/calibrate.py --recipe metamath --set calibration.memory_gib=8 --output calibrations/metamath
-  deepspeed launch/train.py --recipe metamath --set calibration.path=calibrations/metamath"""
+  deepspeed launch/train.py --recipe metamath --set calibration.path=calibrations/metamath
+  python launch/calibrate.py --after runs/quickstart --engine single"""
 
 
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
-    cli.add_recipe(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the calibration")
+    cli.add_recipe(parser, required=False)
+    parser.add_argument("--output", type=Path, help="folder of the calibration")
+    parser.add_argument(
+        "--after", type=Path, metavar="RUN", help="folder of a finished run to measure; no --recipe then"
+    )
     arguments = parser.parse_args()
+    if arguments.after:
+        if arguments.recipe or arguments.set or arguments.output:
+            raise UserError("--after: the run says what is measured and where; only --engine can be given with it")
+        from launch.after import measure_run
+
+        measure_run(arguments.after, arguments.engine, arguments.stall)
+        return
+    for name in ("recipe", "output"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name}: is required")
     recipe, _ = cli.read_recipe(arguments)
 
     from launch.calibration import calibrate_alone  # takes seconds, so only when the recipe is known to be good

@@ -30,9 +30,9 @@ def parser(description: str, examples: str, fields: bool = False) -> argparse.Ar
     return result
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of a command that runs a recipe."""
-    parser.add_argument("--recipe", required=True, help="name of a file in recipes/, or a path to one")
+    parser.add_argument("--recipe", required=required, help="name of a file in recipes/, or a path to one")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
     )
@@ -44,6 +44,15 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="end the run when no rank makes progress for so long, or ranks do not come (default %(default)s)",
     )
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """The options that name a sweep, for running it and for reporting it."""
+    parser.add_argument("--table", help="name of a file in recipes/tables/, or a path to one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field in every run; repeatable"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the runs (default runs/tables/TABLE)")
 
 
 def read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:

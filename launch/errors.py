@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user can mend; the message names the field, file or row and what to do."""
 
 
+class DivergedError(UserError):
+    """A training's loss or gradient is not finite: what its settings lead to, whenever they are tried."""
+
+
 class RankError(UserError):
     """What one rank alone finds, when it cannot reach the others."""
 

@@ -20,6 +20,7 @@ from launch.distributed import on_rank0
 from launch.errors import USER_ERRORS, UserError
 from launch.files import write_json
 from launch.hub import commit_of, fetch_model, weights_hash
+from launch.measure import split
 from launch.prepared import Prepared, obtain
 from launch.recipe import Recipe
 
@@ -32,6 +33,7 @@ class Inputs:
     model_path: Path
     dtype: torch.dtype
     tokens: TokenSet
+    held_out: TokenSet | None  # the last data.held_out rows, which are not in `tokens`
     base: dict  # name, revision and hash of the base model
     data: dict  # path, rows and hash of the tokens, and which rows were cut and dropped
 
@@ -73,11 +75,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     dist.barrier()
     if owner == dist.get_rank():
         shutil.rmtree(scratch)
+    tokens = Prepared(Path(outcome["prepared"]), outcome["manifest"]).open()
+    training, held_out = split(tokens, recipe.data.held_out)
     return Inputs(
         recipe,
         Path(outcome["model_path"]),
         resolve_dtype(recipe.model.dtype, device),
-        Prepared(Path(outcome["prepared"]), outcome["manifest"]).open(),
+        training,
+        held_out,
         outcomes[0]["base"],
         outcomes[0]["data"],
     )

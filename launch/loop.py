@@ -17,7 +17,7 @@ from launch import watch
 from launch.batches import Packing, TrainBatch, ahead, collate, make_share
 from launch.data import TokenSet
 from launch.engines.base import Engine, Stepper
-from launch.errors import UserError
+from launch.errors import DivergedError
 from launch.objective import AnswerLoss
 from launch.recipe import Train
 from launch.throughput import GIB, Work, peak_memory
@@ -96,7 +96,7 @@ def train(
         packing: None: every row is a sequence. work: of the model. peak: FLOP/s of a device.
 
     Raises:
-        UserError: on every rank, when the loss or the gradient norm is not finite.
+        DivergedError: on every rank, when the loss or the gradient norm is not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = tokens.lengths()
@@ -111,7 +111,7 @@ def train(
         summed, asked, grad_norm = this.numbers()
         loss = summed / this.answer_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
+            raise DivergedError(
                 f"step {this.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; lower train.lr "
                 "or check the data"
             )

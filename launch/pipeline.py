@@ -10,12 +10,23 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import artifact, calibration, checkpoint, export, kernels, trackers, tracking, trainable, watch
+from launch import (
+    artifact,
+    calibration,
+    checkpoint,
+    export,
+    kernels,
+    measure,
+    trackers,
+    tracking,
+    trainable,
+    watch,
+)
 from launch.batches import packing_of
-from launch.data import num_steps, step_rows
+from launch.data import TokenSet, num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
-from launch.errors import USER_ERRORS, UserError
+from launch.errors import USER_ERRORS, DivergedError, UserError
 from launch.files import write_json
 from launch.hub import load_tokenizer
 from launch.inputs import Inputs, prepare, resolve_dtype
@@ -48,10 +59,10 @@ def fine_tune(
         watch.on_preempted(lambda: write_state(folder, "preempted"))
         try:
             run_stages(recipe, name, folder, device, profile, peak_tflops)
-        except USER_ERRORS:
+        except USER_ERRORS as error:
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError):  # a full disk, say: the error itself is what the user is to see
-                    write_state(folder, "error")
+                    write_state(folder, "diverged" if isinstance(error, DivergedError) else "error")
             raise
     stop()
 
@@ -76,6 +87,7 @@ def run_stages(
     recipe, tokens = inputs.recipe, inputs.tokens  # the quickstart's paths in the place of its name
     tokenizer = load_tokenizer(inputs.model_path)
     problems = read_problems(recipe.eval)
+    measured, other_text = _measured(recipe, inputs, tokenizer)
     saved = on_rank0(lambda: _resumable(folder, inputs))
     total = num_steps(len(tokens), settings.global_batch, settings.epochs, settings.max_steps)
     steps = list(step_rows(len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed))
@@ -99,7 +111,7 @@ def run_stages(
 
     # 3. A0, B0 and W_res into the sharded model: from a calibration, or as a checkpoint has them.
     if saved is None:
-        facts = _initialise(recipe, inputs, engine, model, layers, tokenizer, problems, folder)
+        facts = _initialise(recipe, inputs, engine, model, layers, tokenizer, problems, measured, folder)
         history = []
     else:
         say(f"going on after step {saved.step} of {total}, from {saved.folder}")
@@ -150,6 +162,8 @@ def run_stages(
     watch.stage("scoring", timed=True)
     made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
     scores = score(engine, model, tokenizer, problems, recipe.eval, folder, made_by)
+    after = measure.predictions(engine, model, measured)
+    memory, trained = measure.peak_memory(device), measure.trained_parameters(model)
 
     # 6. One results row, with the conditions its numbers hold for; written last, it marks the run as finished.
     def finish() -> None:
@@ -167,6 +181,10 @@ def run_stages(
             "seed": settings.seed,
             "steps": total,
             "final_loss": history[-1]["loss"],
+            **{name: {"before": facts["before"][name], "after": after[name]} for name in measured},
+            "other_text_source": other_text,
+            "trained_parameters": trained,
+            "peak_memory": memory,
             "logit_drift": facts["logit_drift"],
             "residual_rounding": facts["residual_rounding"],
             "engine": recipe.engine,
@@ -184,6 +202,18 @@ def run_stages(
     if rank == 0:
         say(table([folder]))
     say(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  to load: {exported}")
+
+
+def _measured(
+    recipe: Recipe, inputs: Inputs, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, TokenSet], dict | None]:
+    """The tokens whose loss is measured before and after training, by name, and what the other text is. Collective."""
+    measured = {} if inputs.held_out is None else {"held_out": inputs.held_out}
+    if recipe.eval.other_text is None:
+        return measured, None
+    path = Path(recipe.eval.other_text).expanduser()
+    text, source = on_rank0(lambda: measure.read_text(path, tokenizer, recipe.data.max_length))
+    return measured | {"other_text": text}, source
 
 
 def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> dict[str, int] | None:
@@ -222,6 +252,7 @@ def _initialise(
     layers: dict[str, LoraLayer],
     tokenizer: PreTrainedTokenizerBase,
     problems: dict[str, list],
+    measured: dict[str, TokenSet],
     folder: Path,
 ) -> dict:
     """Calibrate on the untouched base, score it if asked, and set A0, B0 and W_res; what is to be known of it later."""
@@ -231,6 +262,7 @@ def _initialise(
         source = calibration.obtain(recipe, inputs, engine, model, adapter.base_layers(layers), folder / "calibration")
         probe = calibration.probe(tokens, engine)
         logits = calibration.logits(model, probe)
+        before = measure.predictions(engine, model, measured)
         if recipe.eval.baseline:
             watch.stage("scoring the base", timed=True)
             made_by = {"base": inputs.base, "adapter": None, "dtype": export.dtype_name(inputs.dtype)}
@@ -251,4 +283,5 @@ def _initialise(
         "logit_drift": drift,
         "residual_rounding": rounding,
         "baseline": baseline,
+        "before": before,
     }

@@ -85,7 +85,7 @@ def made_from(data: Data, model_path: Path, path: Path | None) -> dict:
     """
     return {
         "format": FORMAT,
-        "data": data.model_dump(exclude={"prepared", "on_bad_row", "packing"}),
+        "data": data.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"}),
         "prompts": [ALPACA, ALPACA_INPUT],
         "tokenizer": tokenizer_hash(model_path),
         "libraries": {name: version(name) for name in ("transformers", "tokenizers")},

@@ -5,12 +5,14 @@ prompt that it answers "a + b = c."; fine-tuning then teaches word problems of a
 "a + b = c.\nThe answer is: c". The held-out problems share no pair of numbers with the training problems.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,14 +30,21 @@ from launch.loop import make_stepper, train
 from launch.recipe import Recipe, Train, validate
 from launch.tracking import progress
 
-NAME = "quickstart"
+NAME, MANIFEST = "quickstart", "manifest.json"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
 ROW = 128  # tokens of a pretraining row
 STEPS = 500
 PRETRAINING = Train(global_batch=16, micro_batch=8, lr=6e-3, max_steps=STEPS)
 DOCUMENTS = 30_000
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3600, 200
+OTHER_DOCUMENTS = 300
 SEED = 0
+PLACES = {  # fields of a recipe that may name the quickstart, and what of its folder is meant
+    ("model", "name"): "",
+    ("data", "path"): "train.jsonl",
+    ("eval", "data_dir"): "",
+    ("eval", "other_text"): "other_text.jsonl",
+}
 
 PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor".split()
 THINGS = "apples books cards coins cups eggs flowers hats keys pears pens rings shells stamps stones toys".split()
@@ -62,22 +71,35 @@ def resolve(recipe: Recipe, device: torch.device) -> Recipe:
 
     Collective: all ranks pretrain together. A recipe that does not name the quickstart comes back as it is.
     """
-    if NAME not in (recipe.model.name, recipe.data.path, recipe.eval.data_dir):
+    values = recipe.model_dump()
+    named = [(*place, path) for place, path in PLACES.items() if values[place[0]][place[1]] == NAME]
+    if not named:
         return recipe
     folder = ensure(device)
-    values = recipe.model_dump()
-    for section, field, path in (("model", "name", ""), ("data", "path", "train.jsonl"), ("eval", "data_dir", "")):
-        if values[section][field] == NAME:
-            values[section][field] = str(folder / path)
+    for section, field, path in named:
+        values[section][field] = str(folder / path)
     return validate(values)
 
 
 def ensure(device: torch.device) -> Path:
-    """The folder with base, train.jsonl and gsm8k_test.jsonl; made first if it is not cached. Collective."""
+    """The folder with base, rows, problems and other text; made first if it is not cached. Collective."""
     folder = cache_folder()
-    if not on_rank0((folder / "manifest.json").is_file):
-        make(folder, device)
+    with alone(folder):
+        if not on_rank0((folder / MANIFEST).is_file):
+            make(folder, device)
     return folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Of the runs that find `folder` not made, one at a time goes on within this; the others wait for it."""
+    if dist.get_rank() != 0 or (folder / MANIFEST).is_file():
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:
@@ -106,7 +128,7 @@ def make(folder: Path, device: torch.device) -> None:
     """Pretrain the base and write it with the task's data to `folder`, whole or not at all. Collective."""
     if dist.get_rank() == 0:
         print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
-    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents())))
+    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents(DOCUMENTS, SEED))))
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(make_config()).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
@@ -124,18 +146,20 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer_model: bytes, loss: 
     model.save_pretrained(aside)
     _tokenizer(tokenizer_model).save_pretrained(aside)
     train_rows, test_rows = problems()
-    for name, rows in (("train.jsonl", train_rows), ("gsm8k_test.jsonl", test_rows)):
+    other_text = [{"text": text} for text in documents(OTHER_DOCUMENTS, SEED + 2)]
+    files = {"train.jsonl": train_rows, "gsm8k_test.jsonl": test_rows, "other_text.jsonl": other_text}
+    for name, rows in files.items():
         (aside / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_json(aside / "manifest.json", {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
+    write_json(aside / MANIFEST, {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def documents() -> Iterator[str]:
-    """The pretraining text: statements, and questions in the training prompt with the base's form of answer."""
-    draw = random.Random(SEED)
-    for _ in range(DOCUMENTS):
+def documents(count: int, seed: int) -> Iterator[str]:
+    """Pretraining text: statements, and questions in the training prompt with the base's form of answer."""
+    draw = random.Random(seed)
+    for _ in range(count):
         a, b = draw.randrange(10), draw.randrange(10)
         if draw.random() < 0.5:
             question = draw.choice(BASE_QUESTIONS).format(a=a, b=b)

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -71,6 +71,7 @@ class Data(Section):
     packing: bool = Field(
         False, description="several rows of a step to one sequence of up to max_length, attention within each row"
     )
+    held_out: int = Field(0, ge=0, description="rows, the last that were read, kept from training for a held-out loss")
 
 
 class Adapter(Section):
@@ -139,6 +140,9 @@ class Eval(Section):
     suites: list[Literal[*TASKS, *GROUPS]] = Field([], description="benchmarks to score after training")
     data_dir: str | None = Field(None, description="folder with the benchmarks' files; the hub when null")
     limit: int | None = Field(None, ge=1, description="problems of each suite, the first so many; all when null")
+    other_text: Name | None = Field(
+        None, description="JSONL file with a field text, or .txt, outside the task: what of it is forgotten is measured"
+    )
     prompt: Literal["recipe", "literature"] = Field(
         "recipe", description="the training prompt, or each benchmark's published one with its stop strings"
     )
@@ -191,7 +195,7 @@ def read(source: str, overrides: list[str]) -> Recipe:
     Raises:
         UserError: unknown recipe or key, bad value, unreadable file; one line that names it.
     """
-    values = _load(_find(source))
+    values = load(find(source, RECIPES, "--recipe"), "--recipe")
     for override in overrides:
         _override(values, override)
     return validate(values)
@@ -207,7 +211,7 @@ def section(kind: type[SectionT], **values: Any) -> SectionT:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, kind)) from None
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -251,27 +255,29 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
-def _find(source: str) -> Path:
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def find(source: str, folder: Path, option: str) -> Path:
+    """The YAML file called `source` in `folder`, or at that path. Raises UserError naming `option`."""
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
     if source in names:
-        return RECIPES / f"{source}.yaml"
+        return folder / f"{source}.yaml"
     path = Path(source).expanduser()
     if path.is_file():
         return path
     near = difflib.get_close_matches(source, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"--recipe: no recipe or file {source!r}; {hint}recipes: {', '.join(names)}")
+    raise UserError(f"{option}: no {option.strip('-')} or file {source!r}; {hint}there are: {', '.join(names)}")
 
 
-def _load(path: Path) -> dict:
+def load(path: Path, option: str) -> dict:
+    """The fields of a YAML file. Raises UserError naming `option`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe: cannot read {path}: {error}") from None
+        raise UserError(f"{option}: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--recipe: {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{option}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"--recipe: {path} holds no fields; start from a file in recipes/")
+        raise UserError(f"{option}: {path} holds no fields; start from a file in {RECIPES.name}/")
     return values
 
 
@@ -291,14 +297,14 @@ def _override(values: dict, override: str) -> None:
     values[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Section]) -> str:
     """The first problem in one line: an unknown key before anything that it may have caused."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem, more = problems[0], len(problems) - 1
     where = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            text = f"{where}: unknown key; {_nearest(problem['loc'])}"
+            text = f"{where}: unknown key; {_nearest(problem['loc'], kind)}"
         case "missing":
             text = f"{where}: is required; set it in the recipe or with --set {where}=VALUE"
         case "value_error" if isinstance(problem["input"], dict):  # of a section: its message names the field
@@ -308,10 +314,17 @@ def _explain(error: ValidationError) -> str:
     return text + (f" (and {more} more)" if more else "")
 
 
-def _nearest(location: tuple) -> str:
-    fields: Any = Recipe
-    for part in location[:-1]:
-        fields = fields.model_fields[part].annotation
-    known = list(fields.model_fields)
+def _nearest(location: tuple, kind: type[Section]) -> str:
+    for part in location[:-1]:  # names of fields, keys of mappings, indices of lists
+        if part in kind.model_fields:
+            kind = _section_in(kind.model_fields[part].annotation) or kind
+    known = list(kind.model_fields)
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: itself, or in a mapping, a list or a choice with None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

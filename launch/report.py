@@ -1,5 +1,8 @@
-"""A Markdown table of finished runs, one row each, and their loss curves in one picture."""
+"""A Markdown table of finished runs, one row each, and their loss curves; or a sweep's table and its figures.
 
+--table takes the options of the launch/sweep.py that made the runs; what is not there yet is left empty."""
+
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,10 +12,12 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
 
 from launch import cli
 from launch.errors import UserError, run
+from launch.files import write_text
 
 EXAMPLES = """\
   python launch/report.py runs/quickstart runs/quickstart-lora
-  python launch/report.py runs/*/ --figures runs"""
+  python launch/report.py runs/*/ --figures runs
+  python launch/report.py --table miniature --write docs --figures docs"""
 
 
 def read_results(folder: Path) -> dict:
@@ -51,11 +56,7 @@ def _score(score: dict | None) -> str:
     return f"{100 * score['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f}, n = {score['n']})"
 
 
-def main() -> None:
-    parser = cli.parser(__doc__, EXAMPLES)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw loss.png and grad_norm.png of all runs")
-    arguments = parser.parse_args()
+def _of_runs(arguments: argparse.Namespace) -> None:
     print(table(arguments.runs))
     if arguments.figures:
         from launch.tracking import plot, read_metrics
@@ -66,6 +67,41 @@ def main() -> None:
             for folder in arguments.runs
         }
         print("plots: " + " ".join(map(str, plot(steps, arguments.figures))))
+
+
+def _of_table(arguments: argparse.Namespace) -> None:
+    from launch import render, summary, table_figures
+    from launch.tables import read_table
+
+    sweep = read_table(arguments.table, arguments.set, arguments.output)
+    groups = summary.collect(sweep)
+    shown = render.markdown(sweep, groups)
+    print(shown)
+    if arguments.write:
+        arguments.write.mkdir(parents=True, exist_ok=True)
+        texts = {"md": shown, "tex": render.latex(sweep, groups), "csv": render.to_csv(sweep, groups)}
+        for end, text in texts.items():
+            write_text(arguments.write / f"{sweep.name}.{end}", text)
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
+        print("figures: " + " ".join(map(str, table_figures.draw(sweep, groups, arguments.figures))))
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders")
+    cli.add_table(parser)
+    parser.add_argument("--write", type=Path, metavar="DIR", help="also write TABLE.md, TABLE.tex and TABLE.csv there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw the figures there")
+    arguments = parser.parse_args()
+    if bool(arguments.runs) == bool(arguments.table):
+        raise UserError("give either run folders or --table")
+    if arguments.table:
+        _of_table(arguments)
+    elif arguments.write or arguments.set or arguments.output:
+        raise UserError("--write, --set and --output go with --table")
+    else:
+        _of_runs(arguments)
 
 
 if __name__ == "__main__":

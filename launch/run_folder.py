@@ -61,7 +61,8 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
 
 
 def write_state(folder: Path, state: str) -> None:
-    """state.json: `running`, `preempted` (asked to stop; start it again), `error` (something to mend) or `finished`."""
+    """state.json: `running`, `preempted` (asked to stop; start it again), `error` (something to mend), `diverged` or
+    `finished`."""
     write_json(folder / "state.json", {"state": state, "host": socket.gethostname(), "pid": os.getpid()})
 
 

@@ -115,11 +115,13 @@ def base(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
-    """train.jsonl, and gsm8k_test.jsonl with 7 problems (a number that no world size here divides)."""
+    """train.jsonl, gsm8k_test.jsonl with 7 problems (a number that no world size here divides), and other text."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = [{"question": row["query"], "answer": "#### " + row["response"].split()[-1]} for row in rows[:7]]
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    texts = [{"text": f"{number} " * (number + 1)} for number in range(19)]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return folder
 
 
@@ -133,7 +135,7 @@ data: {{path: {data}/train.jsonl, max_length: 300}}
 adapter: {{rank: 4, alpha: 6}}
 calibration: {{samples: 11, batch_size: 2}}
 train: {{global_batch: 10, micro_batch: 2, max_steps: 7, lr: 0.02, checkpoint_every: 4, keep: 9}}
-eval: {{suites: [gsm8k], data_dir: {data}, max_new_tokens: 12, batch_size: 2}}
+eval: {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_new_tokens: 12, batch_size: 2}}
 """)
     return path
 

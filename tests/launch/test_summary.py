@@ -1,0 +1,136 @@
+"""The report: statistics by hand and by scipy, cells that are not there, three formats, published numbers."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from launch import render, summary, table_figures
+from launch.errors import UserError
+from launch.summary import differ, mean_interval
+from launch.tables import Sweep, read_table
+
+TABLE = {
+    "recipe": "metamath",
+    "seeds": [1, 2, 3],
+    "suites": ["gsm8k", "math"],
+    "rows": {
+        "a_1": {"set": {"adapter.method": "lora"}},
+        "b": {"set": {"adapter.eigen_select": "largest"}},
+        "c": {"set": {"adapter.eigen_select": "middle"}},
+    },
+}
+
+
+def result(accuracy: float, **others: object) -> dict:
+    return {
+        "base": {"name": "m", "weights_sha256": "w"},
+        "data": {"path": "d", "tokens_sha256": "t"},
+        "scores": {"gsm8k": {"accuracy": accuracy, "n": 200}},
+        "seconds": {"calibration": 1.0, "training": 2.0},
+        "held_out": {"before": {"loss": 2.0}, "after": {"loss": 1 - accuracy}},
+        "other_text": {"before": {"loss": 1.0, "accuracy": 0.5}, "after": {"loss": 1.5, "accuracy": 0.25}},
+        "trained_parameters": 3_000_000,
+        "peak_memory": [2**30, 3 * 2**30],
+        "conditions": {"git_revision": "r", "world_size": 2, "device": "cpu"},
+    } | others
+
+
+def sweep_with(folder: Path, scores: dict[str, list], **others: object) -> Sweep:
+    """A table's sweep, with runs of these accuracies by row and seed; None has not been run."""
+    (folder / "t.yaml").write_text(yaml.safe_dump(TABLE | others))
+    sweep = read_table(str(folder / "t.yaml"), (), folder / "runs")
+    for unit in sweep.units():
+        for run, accuracy in zip(sweep.scored(unit)["recipe"], scores[unit.label], strict=True):
+            if accuracy is not None:
+                (sweep.folder / run.name).mkdir(parents=True)
+                (sweep.folder / run.name / "results.json").write_text(json.dumps(result(accuracy)))
+                steps = [{"step": i, "loss": 5 - i, "grad_norm": 0.1 + i} for i in range(1, 4)]
+                (sweep.folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    return sweep
+
+
+def test_interval_of_a_mean() -> None:
+    values = [0.51, 0.62, 0.55]
+    low, high = stats.t.interval(0.95, 2, loc=0.56, scale=stats.sem(values))
+    point = mean_interval(values)
+    assert (point.mean - point.half, point.mean + point.half) == pytest.approx((low, high))
+    # By hand: s = 0.0556776, t(0.975, 2) = 4.302653, so half of it is 4.302653 s / sqrt(3).
+    assert point.half == pytest.approx(4.302653 * 0.0556776 / 3**0.5, rel=1e-5)
+    assert mean_interval([0.5]) == (0.5, None)
+    assert mean_interval([]) is None
+
+
+def test_same_seeds_are_compared_in_pairs_and_others_by_welch() -> None:
+    first, second = {1: 50.0, 2: 60.0, 3: 70.0}, {1: 48.0, 2: 58.1, 3: 67.9}
+    assert stats.ttest_rel([*first.values()], [*second.values()]).pvalue < 0.05
+    assert stats.ttest_ind([*first.values()], [*second.values()], equal_var=False).pvalue > 0.5
+    assert differ(first, second)
+    assert not differ(first, {4: 48.0, 5: 58.1, 6: 67.9})
+    assert differ({1: 50.0, 2: 50.1}, {3: 20.0, 4: 20.1})
+
+
+def test_one_seed_or_no_difference_decides_nothing() -> None:
+    assert not differ({1: 90.0}, {1: 10.0})
+    assert not differ({1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0})
+    assert differ({1: 90.0, 2: 80.0}, {1: 80.0, 2: 70.0})  # the same gap each time
+
+
+def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]})
+    shown = render.markdown(sweep, summary.collect(sweep))
+    line = next(line for line in shown.splitlines() if line.startswith("| b |"))
+    assert "**81.3 ± 3.8**" in line  # gsm8k, best
+    assert "**0.1867 ± 0.0379**" in line  # held-out loss, least
+    assert shown.count("**") == 4
+    (tmp_path / "close").mkdir()
+    close = sweep_with(tmp_path / "close", {"a_1": [0.2, 0.5, 0.8], "b": [0.8, 0.3, 0.6], "c": [0.5, 0.2, 0.6]})
+    assert "**" not in render.markdown(close, summary.collect(close))
+
+
+def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, None, None], "b": [None] * 3, "c": [0.0, 0.0, 0.0]})
+    lines = {line.split(" |")[0]: line for line in render.markdown(sweep, summary.collect(sweep)).splitlines()}
+    cells = {label: [cell.strip() for cell in line.split("|")[1:-1]] for label, line in lines.items() if "|" in line}
+    head = cells["| row"]
+    a, b, c = (dict(zip(head, cells[f"| {label}"], strict=True)) for label in ("a_1", "b", "c"))
+    assert (a["seeds"], b["seeds"], c["seeds"]) == ("1 of 3", "0 of 3", "3")
+    assert (a["gsm8k (%)"], b["gsm8k (%)"], c["gsm8k (%)"]) == ("20.0", "", "0.0 ± 0.0")
+    assert {of[title] for of in (a, b, c) for title in ("math (%)", "mean (%)")} == {""}
+    assert (a["peak memory (GiB)"], b["peak memory (GiB)"]) == ("3.00", "")
+    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == ("42.68", "")  # lora, rank 128, Llama-2-7b
+    rows = list(csv.DictReader(io.StringIO(render.to_csv(sweep, summary.collect(sweep)))))
+    assert {row["row"] for row in rows} == {"a_1", "c"}
+    of_a = next(row for row in rows if row["row"] == "a_1" and row["column"] == "gsm8k (%)")
+    assert (of_a["mean"], of_a["low"], of_a["n"], of_a["published"]) == ("20.0", "", "1", "42.68")
+
+
+def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
+    assert render.escape("50% of a_1 & {b} ± 2\\") == r"50\% of a\_1 \& \{b\} $\pm$ 2\textbackslash{}"
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]})
+    shown = render.latex(sweep, summary.collect(sweep))
+    assert r"a\_1 & 2e-05 & 3 & 20.3 $\pm$ 1.4 &" in shown
+    assert r"\textbf{81.3 $\pm$ 3.8}" in shown
+    widths = {line.count(" & ") for line in shown.splitlines() if line.endswith(r"\\")}
+    assert len(widths) == 1
+
+
+def test_runs_of_another_base_are_not_mixed(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.2, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
+    run = sweep.scored(sweep.units()[1])["recipe"][0]
+    other = result(0.3, base={"name": "m", "weights_sha256": "other"})
+    (sweep.folder / run.name / "results.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="another content of m"):
+        summary.collect(sweep)
+
+
+def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.3, None], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
+    made = table_figures.draw(sweep, summary.collect(sweep), tmp_path)
+    assert {path.name for path in made} == {"t_loss.png", "t_grad_norm.png", "t_gsm8k.png", "t_held-out_loss.png"}
+    for path in made:
+        assert path.read_bytes().startswith(b"\x89PNG")
