@@ -20,6 +20,7 @@ from astra import adapter
 from astra.cost import solve_flops, sum_flops
 from astra.moments import find_groups, forward
 from astra.windows import FP64, Plan, find_layers, make_plan
+from launch import trainable
 from launch.engines.base import read_config
 from launch.objective import AnswerLoss
 from launch.recipe import Recipe
@@ -75,13 +76,12 @@ def estimate(
     """
     wanted, settings = recipe.adapter, recipe.train
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
-    model = adapter.attach(base, wanted.targets, wanted.rank, wanted.alpha, wanted.dropout)
-    linears = adapter.base_layers(adapter.lora_layers(model))
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in frozen)
-    held = _held(recipe.engine, base, trainable, ranks)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(wanted.method == "full")
+    parameters = sum(p.numel() for p in base.parameters())
+    model = trainable.attach(base, wanted)
+    linears = adapter.base_layers(trainable.layers(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = _held(recipe.engine, base, trained, ranks, full=wanted.method == "full")
 
     length, rows = recipe.data.max_length, recipe.calibration.batch_size
     windows, statistics_flops, solving_flops, carried = None, 0.0, 0.0, 0
@@ -89,7 +89,7 @@ def estimate(
         _fake(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
         if wanted.method == "astra":
-            with model.disable_adapter():
+            with trainable.untrained(model):
                 groups = find_groups(model, linears, {"input_ids": ids})
             memory = recipe.calibration.memory_gib
             windows = make_plan(
@@ -107,7 +107,7 @@ def estimate(
             statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
             kept = dict.fromkeys(linears, wanted.rank)
             solving_flops = sum(solve_flops(group, linears, kept) for group in groups)
-        with _Counting() as calibrating, torch.no_grad(), model.disable_adapter():
+        with _Counting() as calibrating, torch.no_grad(), trainable.untrained(model):
             forward(model.eval(), {"input_ids": ids})
         calibration_flops = calibrating.flops / rows * recipe.calibration.samples if windows else 0.0
         if checkpointing:
@@ -121,7 +121,7 @@ def estimate(
             AnswerLoss(model.train())(ids, counted, ids.flatten()[1:]).backward()
     step_flops = training.flops / micro_batch * settings.global_batch
 
-    largest = max(linear.in_features * linear.out_features for linear in linears.values())
+    largest = max((linear.in_features * linear.out_features for linear in linears.values()), default=0)
     # W in its own dtype, gathered and copied; W, B0 A0, W_res and what is between them in fp64.
     one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
     of_windows = {
@@ -130,7 +130,7 @@ def estimate(
     }
     return Estimate(
         parameters,
-        trainable,
+        trained,
         calibration=Stage(_but(held, "gradients and optimiser") | of_windows, calibration_flops),
         initialisation=Stage({key: held[key] for key in ("base", "adapters")} | {"one weight": one_weight}, 0.0),
         # Activations are at their most when the backward pass begins, with nothing under way.
@@ -140,8 +140,7 @@ def estimate(
         sum_flops=statistics_flops,
         solve_flops=solving_flops,
         files={
-            "a checkpoint (A0, B0, A, B and both moments of AdamW, fp32)": 4 * FP32 * trainable,
-            "export: astra, astra_init and lora of twice the rank": 4 * FP32 * trainable,
+            **_files(wanted.method, parameters * dtype.itemsize, FP32 * trained),
             "calibration: eigenvectors, fp64": FP64 * wanted.rank * sum(x.out_features for x in linears.values())
             if windows
             else 0,
@@ -149,26 +148,42 @@ def estimate(
     )
 
 
-def _held(engine: str, base: nn.Module, trainable: int, ranks: int) -> dict[str, int]:
+def _files(method: str, whole: int, trained: int) -> dict[str, int]:
+    """Bytes of a checkpoint and of what is exported, by what they hold; `whole` model and fp32 `trained` parameters."""
+    moments = "both moments of AdamW, fp32"
+    if method == "full":
+        return {f"a checkpoint (all parameters and {moments})": 3 * trained, "export: model": whole}
+    exported = {"astra": 4, "dora": 1}.get(method, 2)
+    names = {4: "adapter, astra_init and lora of twice the rank", 2: "adapter and lora", 1: "adapter"}[exported]
+    return {
+        f"a checkpoint (A0, B0, what is trained and {moments})": 4 * trained,
+        f"export: {names}": exported * trained,
+    }
+
+
+def _held(engine: str, base: nn.Module, trained: int, ranks: int, full: bool) -> dict[str, int]:
     """Bytes on each rank's device of the model and its optimiser, by engine; `gathered` while they are used."""
     of_zero = {} if engine in ("single", "fsdp") else read_config(engine)["zero_optimization"]
     sharded, offload = engine == "fsdp" or of_zero.get("stage") == 3, "offload_param" in of_zero
-    whole, adapters = _frozen_bytes(base), FP32 * trainable
+    whole, stepped = _weight_bytes(base, full), FP32 * trained
     held = {
-        "base": whole // (ranks if sharded else 1),
-        "adapters": adapters // (ranks if sharded else 1),
-        "gradients and optimiser": 3 * adapters // ranks,  # AdamW has two moments
+        # Of full fine-tuning FSDP2 and plain PyTorch hold what AdamW steps, DeepSpeed a copy in the model's dtype.
+        "base": (stepped if full and not of_zero else whole) // (ranks if sharded else 1),
+        "adapters": 0 if full else stepped // (ranks if sharded else 1),
+        "gradients and optimiser": 3 * stepped // ranks,  # AdamW has two moments
         "gathered": 0,
         "prefetched": 0,
     }
     if of_zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
-        buffer = FP32 * min(trainable, of_zero["reduce_bucket_size"])
-        held["gradients and optimiser"] = buffer + (0 if offload else 4 * adapters // ranks)
+        buffer = FP32 * min(trained, of_zero["reduce_bucket_size"])
+        held["gradients and optimiser"] = buffer + (0 if offload else 4 * stepped // ranks)
     if offload:
         held |= {"base": 0, "adapters": 0}
     if engine == "fsdp":  # a layer while the next one comes, or what is outside of layers
-        layers = sorted(map(_frozen_bytes, find_layers(base, {})))
-        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:]))
+        layers = sorted(_weight_bytes(layer, full) for layer in find_layers(base, {}))
+        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:])) * (2 if full else 1)  # and gradients
+    elif engine == "single" and full and whole < stepped:
+        held["gathered"] = whole  # autocast's copies
     elif sharded and (ranks > 1 or offload):
         itemsize = next(base.parameters()).element_size()
         held["gathered"] = min(whole, of_zero["stage3_max_live_parameters"] * itemsize)
@@ -180,8 +195,9 @@ def _but(parts: dict[str, int], left_out: str) -> dict[str, int]:
     return {name: size for name, size in parts.items() if name != left_out}
 
 
-def _frozen_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+def _weight_bytes(module: nn.Module, full: bool) -> int:
+    """Of the base's weights in `module`: adapters are what is trained where that is not all."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if full or not p.requires_grad)
 
 
 class _Counting(TorchDispatchMode):

@@ -108,6 +108,30 @@ def test_windows_follow_the_budget() -> None:
     assert plan(recipe(adapter={"method": "lora"})).calibration.memory["statistics"] == 0
 
 
+@pytest.mark.parametrize(("method", "exported"), [("rslora", 2), ("dora", 1)])
+def test_other_adapters_are_counted_as_they_are(method: str, exported: int) -> None:
+    found = plan(recipe(adapter={"method": method}))
+    base = LlamaForCausalLM(CONFIG).requires_grad_(False)
+    model = adapter.attach(base, recipe().adapter.targets, 4, 4, 0.0, dora=method == "dora")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.trainable == trained
+    assert list(found.files.values())[:2] == [16 * trained, exported * 4 * trained]
+    assert found.windows is None
+
+
+def test_full_holds_gradients_and_moments_of_all_parameters() -> None:
+    count = sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
+    for engine, copies in [("single", 16), ("fsdp", 16), ("zero3", 20), ("zero2", 20)]:  # bytes of a parameter, fp32
+        found = plan(recipe(engine, adapter={"method": "full"}))
+        assert found.parameters == found.trainable == count
+        buffer = 4 * count if engine.startswith("zero") else 0  # the bucket of gradients is larger than this model
+        held = found.training.memory
+        assert held["base"] + held["gradients and optimiser"] == copies * count + buffer
+    halved = plan(recipe("fsdp", adapter={"method": "full"}), 2).training.memory
+    assert halved["base"] + halved["gradients and optimiser"] == 8 * count
+    assert list(found.files.values())[:2] == [12 * count, 4 * count]
+
+
 def run(script: str, *arguments: object, code: int = 0) -> str:
     line = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
