@@ -380,7 +380,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
     parser.add_argument("--size", choices=SHAPES, default="1.6B" if GPU else "100M", help="default %(default)s")
-    parser.add_argument("--rows", type=int, default=16, help="of an optimiser step (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="of an optimiser step (default %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=4, help="default %(default)s")
     parser.add_argument(
         "--pairs", type=int, default=5, help="turns of each, after one to warm up (default %(default)s)"
@@ -401,6 +401,8 @@ def main() -> None:
         for part in arguments.part or PARTS:
             settings = {name: getattr(arguments, name) for name in ("size", "rows", "micro_batch", "pairs")}
             device = torch.cuda.get_device_name() if GPU else f"cpu, {len(os.sched_getaffinity(0))} cores"
+            if part == "ablation":  # many turns to a round
+                arguments.pairs = settings["pairs"] = min(arguments.pairs, 3)
             found = {"device": device, "dtype": "bfloat16" if GPU else "float32", "torch": torch.__version__}
             record[part] = found | settings | measure(part, arguments, folder)
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
