@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from launch.recipe import Recipe, read
-from tests.distributed.methods_worker import CASES, STEPS
+from tests.distributed.trainable_worker import CASES, STEPS
 from tests.plain import load_base, logits, plain_training
 
-pytestmark = pytest.mark.xdist_group("methods")
+pytestmark = pytest.mark.xdist_group("trainable")
 
 SHARDED = ("zero3", "fsdp")
 
@@ -34,7 +34,7 @@ def runs(
         (folder / "ids.json").write_text(json.dumps(ids))
         sources = [folders[other] for other in SHARDED] if engine == "single" else []
         launch(
-            "tests/distributed/methods_worker.py",
+            "tests/distributed/trainable_worker.py",
             *(recipe, folder, engine, *sources),
             ranks=1 if engine == "single" else 3,  # shards of unequal size
             launcher="python" if engine == "single" else "torchrun",

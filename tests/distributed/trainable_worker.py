@@ -39,7 +39,7 @@ def fine_tune(recipe: Recipe, folder: Path, device: torch.device, ids: list[list
         return {}
 
     pipeline.score = keep_logits
-    pipeline._fine_tune(recipe, recipe.adapter.method, folder, device)
+    pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
 
 
 def main(recipe_path: str, output: Path, engine: str, sources: list[Path]) -> None:
