@@ -6,12 +6,14 @@ rounded output. Two statistics give it, and each group of modules keeps the one 
 
 * input:  `sum x x^T` and `sum x`, shared by all modules that read the same tensor (q, k, v; gate, up);
 * output: `sum y y^T`, one for each module.
+
+Methods other than Astra need the input's, or something else altogether: see Statistic.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 
 from astra.errors import AstraError
 
+Statistic = Literal["input", "output", "gradient", "weight"]
+"""What is known of modules before they are solved: the second moment of what they read or of what they give, the
+gradient of the loss with respect to the weight (see gradients), or the weight alone, for which nothing is summed."""
 WIDTH = 256  # columns that are summed at once; a whole multiple keeps the triangle's overhead at WIDTH / 2d
 
 
@@ -30,6 +35,7 @@ class Batch(TypedDict):
 
     input_ids: Tensor
     counted: Tensor  # bool, False at padding and in dummy rows
+    labels: NotRequired[Tensor]  # for gradients: the token ids where the loss counts, -100 elsewhere
 
 
 @dataclass
@@ -82,8 +88,8 @@ class Group(NamedTuple):
     """Modules that read the same tensor, or one module, and what is summed for them."""
 
     modules: tuple[str, ...]
-    of: str  # "input" or "output"
-    size: int  # d of the moment
+    of: Statistic
+    size: int  # d of the moment; 0 where it is not one
 
 
 @contextmanager
@@ -105,14 +111,19 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 
 @torch.no_grad()
-def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> list[Group]:
+def find_groups(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch | None, of: Statistic = "output"
+) -> list[Group]:
     """The statistics to keep of the modules `linears`, in the order they run, seen in a real forward pass.
 
     A module joins the group of the module that ran just before it when it is given the same memory (engines may wrap
-    one tensor in several objects). A group keeps the statistic with fewer numbers; a tie goes to the input.
+    one tensor in several objects). Where the outputs' moments are wanted, a group keeps the statistic with fewer
+    numbers that gives them; a tie goes to the input. Weights alone need no pass, nor a batch.
 
     Raises AstraError if a module does not run, or runs more than once.
     """
+    if of == "weight":
+        return [Group((name,), of, 0) for name in linears]
     shared: list[list[str]] = []
     last: list[Tensor] = []
 
@@ -134,7 +145,9 @@ def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch
     for names in shared:
         # The layers' attributes: a sharded weight's own shape may be (0,).
         d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
-        if d_in**2 <= sum(d_out**2 for d_out in sizes):
+        if of == "gradient":
+            groups += [Group((name,), of, 0) for name in names]
+        elif of == "input" or d_in**2 <= sum(d_out**2 for d_out in sizes):
             groups.append(Group(tuple(names), "input", d_in))
         else:
             groups += [Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)]

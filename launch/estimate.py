@@ -22,6 +22,7 @@ from astra.moments import find_groups, forward
 from astra.windows import FP64, Plan, find_layers, make_plan
 from launch.engines.base import read_config
 from launch.loop import answer_loss
+from launch.methods import CALIBRATED
 from launch.recipe import Recipe
 
 FP32 = 4  # bytes
@@ -84,13 +85,14 @@ def estimate(
     held = _held(recipe.engine, base, trainable, ranks)
 
     length, rows = recipe.data.max_length, recipe.calibration.batch_size
-    windows, statistics_flops, solving_flops, carried = None, 0.0, 0.0, 0
+    windows, samples, statistics_flops, solving_flops, carried = None, 0, 0.0, 0.0, 0
     with FakeTensorMode():
         _fake(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        if wanted.method == "astra":
+        if wanted.method in CALIBRATED:
+            kind = CALIBRATED[wanted.method]
             with model.disable_adapter():
-                groups = find_groups(model, linears, {"input_ids": ids})
+                groups = find_groups(model, linears, {"input_ids": ids}, kind.needs)
             memory = recipe.calibration.memory_gib
             windows = make_plan(
                 base,
@@ -99,17 +101,18 @@ def estimate(
                 tokens=length * rows,
                 parts=1 + recipe.calibration.split_half,
                 memory=None if memory is None else memory * 2**30,
+                decomposed=kind.decomposes,
             )
-            samples = recipe.calibration.samples
+            samples = 0 if kind.needs == "weight" else recipe.calibration.samples
             of_rank = math.ceil(samples / (rows * ranks)) * rows
             hidden = config.get_text_config().hidden_size
-            carried = of_rank * length * hidden * dtype.itemsize if windows.layers else 0
+            carried = of_rank * length * hidden * dtype.itemsize if windows.layers and kind.needs != "gradient" else 0
             statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
             kept = dict.fromkeys(linears, wanted.rank)
-            solving_flops = sum(solve_flops(group, linears, kept) for group in groups)
+            solving_flops = sum(solve_flops(group, linears, kept, kind.decomposes) for group in groups)
         with _Counting() as calibrating, torch.no_grad(), model.disable_adapter():
             forward(model.eval(), {"input_ids": ids})
-        calibration_flops = calibrating.flops / rows * recipe.calibration.samples if windows else 0.0
+        calibration_flops = calibrating.flops / rows * samples
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,7 +128,7 @@ def estimate(
     one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
     of_windows = {
         "statistics": max(window.statistics for window in windows.windows) if windows else 0,
-        "forward pass or solving": max(calibrating.peak, windows.working) if windows else 0,
+        "forward pass or solving": max(calibrating.peak if samples else 0, windows.working) if windows else 0,
     }
     return Estimate(
         parameters,
@@ -141,7 +144,9 @@ def estimate(
         files={
             "a checkpoint (A0, B0, A, B and both moments of AdamW, fp32)": 4 * FP32 * trainable,
             "export: astra, astra_init and lora of twice the rank": 4 * FP32 * trainable,
-            "calibration: eigenvectors, fp64": FP64 * wanted.rank * sum(x.out_features for x in linears.values())
+            "calibration: eigenvectors, or factors, fp64": FP64
+            * wanted.rank
+            * sum(x.out_features + (wanted.method != "astra") * x.in_features for x in linears.values())
             if windows
             else 0,
         },

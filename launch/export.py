@@ -10,6 +10,7 @@ from astra import adapter
 from astra.adapter import Factors
 from launch.files import write_json
 from launch.recipe import Recipe
+from launch.report import method
 
 WARNING = (
     "This adapter is valid only on the residual base W_res, which is rebuilt from the original base and ../astra_init. "
@@ -46,7 +47,6 @@ def read_base(folder: Path) -> dict | None:
 
 def model_card(recipe: Recipe, results: dict) -> str:
     """README.md of a run: what it is, under which conditions, how to load it."""
-    select = f", eigen_select {recipe.adapter.eigen_select}" if recipe.adapter.method == "astra" else ""
     scores = "\n".join(
         f"| {suite} | {when} | {100 * score['accuracy']:.1f} | {100 * score['interval'][0]:.1f} to "
         f"{100 * score['interval'][1]:.1f} | {score['n']} |"
@@ -65,10 +65,10 @@ def model_card(recipe: Recipe, results: dict) -> str:
     residual = (
         "| `adapter/` | the trained factors, valid ONLY on the residual base `W_res = W - s B0 A0` |\n"
         "| `astra_init/` | the untrained factors A0, B0, from which W_res is rebuilt |\n"
-        if recipe.adapter.method == "astra"
+        if results["on_residual"]
         else "| `adapter/` | the trained factors, on the original base |\n"
     )
-    return f"""# {recipe.model.name}, fine-tuned: {recipe.adapter.method}{select}
+    return f"""# {recipe.model.name}, fine-tuned: {method(results)}
 
 Rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, seed {recipe.train.seed}, {results["steps"]} steps of
 {recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results["final_loss"]:.4f} nats per answer token.

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import artifact, calibration, checkpoint, export, tracking, watch
+from launch import artifact, calibration, checkpoint, export, methods, tracking, watch
 from launch.data import num_steps, step_rows
 from launch.distributed import all_reduce_max, on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
@@ -131,6 +131,7 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "base": inputs.base,
             "data": inputs.data,
             "method": wanted.method,
+            "variant": methods.variant(recipe),
             "eigen_select": wanted.eigen_select if wanted.method == "astra" else None,
             "rank": wanted.rank,
             "lora_rank": export.plain_rank(folder),
@@ -141,6 +142,7 @@ def _fine_tune(recipe: Recipe, name: str, folder: Path, device: torch.device) ->
             "final_loss": history[-1]["loss"],
             "logit_drift": facts["logit_drift"],
             "residual_rounding": facts["residual_rounding"],
+            "on_residual": (folder / "astra_init").is_dir(),
             "engine": recipe.engine,
             "dtype": export.dtype_name(inputs.dtype),
             "seconds": {"calibration": facts["calibration_seconds"], "training": history[-1]["seconds"]},
@@ -211,7 +213,7 @@ def _initialise(
     # The logits may move by rounding only.
     watch.stage("initialisation")
     ranks = {name: layer.r[adapter.ADAPTER] for name, layer in layers.items()}
-    rounding = adapter.initialise(layers, calibration.factors(recipe, source, ranks, device), engine)
+    rounding = adapter.initialise(layers, methods.initialiser(recipe, source, ranks, device), engine)
     with engine.inference(model):
         moved = (calibration.logits(model, probe) - logits).abs().max() / logits.abs().max()
     drift = all_reduce_max(moved.item(), device)
@@ -219,7 +221,7 @@ def _initialise(
     return {
         "ranks": ranks if recipe.adapter.rank_allocation != "uniform" else None,
         "inputs": {"model.name": inputs.base["weights_sha256"], "data.path": inputs.data["tokens_sha256"]},
-        "calibration_seconds": on_rank0(lambda: artifact.summary(source)["seconds"]) if source else 0.0,
+        "calibration_seconds": on_rank0(lambda: artifact.seconds(source)) if source else 0.0,
         "logit_drift": drift,
         "residual_rounding": rounding,
         "baseline": baseline,

@@ -55,7 +55,9 @@ class Data(Section):
 
 
 class Adapter(Section):
-    method: Literal["astra", "lora"] = Field("astra", description="how the factors start: astra, or plain lora")
+    method: Literal["astra", "lora", "pissa", "milora", "olora"] = Field(
+        "astra", description="how the factors start; astra, or a method that it is compared with"
+    )
     eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
         "smallest", description="astra: which eigenvectors of the output second moment (the paper: smallest)"
     )
@@ -75,6 +77,12 @@ class Adapter(Section):
     def _ranks_need_spectra(self) -> "Adapter":
         if self.rank_allocation == "effective_rank" and (self.method != "astra" or self.eigen_select == "random"):
             raise ValueError("rank_allocation: effective_rank needs method astra and eigenvectors in order, not random")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_are_of_the_method(self) -> "Adapter":
+        if self.method != "astra" and self.eigen_select != "smallest":
+            raise ValueError(f"eigen_select: {self.method} has none; leave it out, or set method to astra")
         return self
 
 
@@ -147,6 +155,12 @@ class Recipe(Section):
         description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the CPUs' memory; "
         "zero2 keeps the base whole on each rank; single is one process",
     )
+
+    @model_validator(mode="after")
+    def _halves_need_subspaces(self) -> "Recipe":
+        if self.adapter.method != "astra" and self.calibration.split_half:
+            raise ValueError("calibration.split_half: it compares subspaces of adapter.method astra; leave it false")
+        return self
 
 
 def read(source: str, overrides: list[str]) -> Recipe:

@@ -1,0 +1,93 @@
+"""A recipe's method: what it needs of a calibration, what is found of each module, and the factors that follow.
+
+A new one is a function in astra/inits.py, a name in `Adapter.method` of launch/recipe.py, and a line or two here.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from astra import inits
+from astra.calibrate import Find, Found, Problem, find_subspace
+from astra.cost import Decomposed
+from astra.moments import Statistic
+from launch import artifact
+from launch.recipe import Recipe
+
+
+class Kind(NamedTuple):
+    """How a method is calibrated."""
+
+    needs: Statistic
+    decomposes: Decomposed
+
+
+CALIBRATED = {  # the methods that a calibration is made for
+    "astra": Kind("output", "output"),
+    "pissa": Kind("weight", "matrix"),
+    "milora": Kind("weight", "matrix"),
+    "olora": Kind("weight", "matrix"),
+}
+SCALED = ("pissa", "milora", "corda")  # whose factors depend on s = alpha / rank
+
+
+def scaling(recipe: Recipe) -> float:
+    """s = alpha / rank, alike for every module."""
+    return recipe.adapter.alpha / recipe.adapter.rank
+
+
+def variant(recipe: Recipe) -> str | None:
+    """What a method's name alone leaves open, which is to stand beside it wherever results do; None if nothing."""
+    match recipe.adapter.method:
+        case "astra":
+            return recipe.adapter.eigen_select
+        case _:
+            return None
+
+
+def finder(recipe: Recipe) -> Find:
+    """What the recipe's calibration finds of a module: Astra's subspace, or the factors `a0` and `b0` themselves."""
+    settings, seed, s = recipe.adapter, recipe.calibration.seed, scaling(recipe)
+
+    def factors(function: Callable[[Problem], tuple[Tensor, Tensor]]) -> Find:
+        def find(problem: Problem) -> Found:
+            a0, b0 = function(problem)
+            return {"a0": a0, "b0": b0}
+
+        return find
+
+    match settings.method:
+        case "astra":
+            return lambda problem: find_subspace(problem, settings.eigen_select, seed)
+        case "pissa":
+            return factors(lambda problem: inits.pissa(problem.weight, problem.rank, s))
+        case "milora":
+            return factors(lambda problem: inits.milora(problem.weight, problem.rank, s))
+        case "olora":
+            return factors(lambda problem: inits.olora(problem.weight, problem.rank))
+        case other:
+            raise AssertionError(f"{other} finds nothing in a calibration")
+
+
+def initialiser(
+    recipe: Recipe, source: Path | None, ranks: Mapping[str, int], device: torch.device
+) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+    """(module name, whole W) -> fp64 (A0, B0). Collective, in order of calls.
+
+    Args:
+        source: the folder of the calibration, for methods that need one. ranks: r of every module.
+    """
+    settings = recipe.adapter
+    match settings.method:
+        case "astra":
+            select = settings.eigen_select
+            return lambda name, weight: inits.astra(
+                weight, artifact.read_subspace(source, name, ranks[name], select, device)
+            )
+        case "lora":
+            return lambda name, weight: inits.lora(weight, ranks[name], recipe.train.seed, name)
+        case _:
+            return lambda name, _: artifact.read_factors(source, name, ranks[name], device)
