@@ -16,11 +16,13 @@ from astra.cost import Decomposed, solve_flops
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
 from astra.factor import left_basis, output_moment
+from astra.gradients import Gradient, Loss, gradients
 from astra.moments import Batch, Group, Moment, Statistic, accumulating, distributed, forward, reduce
 from astra.weights import Weights
 from astra.windows import Plan, Window, only
 
 Progress = Callable[[Sequence, str], Iterable]
+Sums = Moment | Gradient
 Found = dict[str, Tensor]
 """What was found of one module, by name, identical on all ranks."""
 
@@ -33,7 +35,7 @@ class Problem(NamedTuple):
     bias: Tensor | None
     rank: int
     of: Statistic
-    parts: list[Moment]  # of all samples, or of each of two halves; none where the weight alone decides
+    parts: list[Sums]  # of all samples, or of each of two halves; none where the weight alone decides
 
 
 Find = Callable[[Problem], Found]
@@ -48,6 +50,7 @@ def calibrate(
     find: Find,
     *,
     ranks: Mapping[str, int],
+    loss: Loss | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
 ) -> Iterator[dict[str, Found]]:
@@ -65,18 +68,22 @@ def calibrate(
         plan: see windows.make_plan; alike on every rank.
         find: called on a module's owner rank alone, so its result need not be the same on other machines.
         ranks: r of every module.
+        loss: for gradients; then every batch has `labels`.
         progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of modules).
     """
     states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
     for window in plan.windows[start:]:
-        moments = [
-            second_moments(model, linears, batches, window, plan, states[i], progress)
-            for i, batches in enumerate(parts)
-        ]
+        if window.groups[0].of == "gradient":
+            sums = [gradients(model, linears, batches, window, loss, progress) for batches in parts]
+        else:
+            sums = [
+                second_moments(model, linears, batches, window, plan, of_part, progress)
+                for batches, of_part in zip(parts, states, strict=True)
+            ]
         owners = share_out(window.groups, linears, ranks, plan.decomposed)
-        for of_part in moments:
+        for of_part in sums:
             reduce(of_part, owners)
-        yield solve_window(window.groups, moments, owners, linears, weights, find, ranks=ranks, progress=progress)
+        yield solve_window(window.groups, sums, owners, linears, weights, find, ranks=ranks, progress=progress)
 
 
 @torch.no_grad()
@@ -124,7 +131,7 @@ def share_out(
 
 def solve_window(
     groups: Sequence[Group],
-    moments: list[list[Moment]],
+    sums: list[list[Sums]],
     owners: Sequence[int],
     linears: Mapping[str, nn.Linear],
     weights: Weights,
@@ -139,14 +146,14 @@ def solve_window(
     modules are taken in rounds of one a rank, so that a rank holds one problem at a time.
 
     Args:
-        moments: by part and group, whole on the owner; emptied as they are done with.
+        sums: by part and group, whole on the owner; emptied as they are done with.
     """
     this_rank = dist.get_rank() if distributed() else 0
     queues: dict[int, list[tuple[int, str]]] = {}
     for i, (group, owner) in enumerate(zip(groups, owners, strict=True)):
         queues.setdefault(owner, []).extend((i, name) for name in group.modules)
         if owner != this_rank:
-            for of_part in moments:
+            for of_part in sums:
                 of_part[i] = None
     found: dict[str, Found] = {}
     for number in progress(range(max(map(len, queues.values()))), "solve"):
@@ -156,7 +163,7 @@ def solve_window(
             weight = weights.read(linears[name].weight)
             bias = None if linears[name].bias is None else weights.read(linears[name].bias)
             if owner == this_rank:
-                parts = [of_part[i] for of_part in moments]
+                parts = [of_part[i] for of_part in sums]
                 problem = Problem(name, weight, bias, ranks[name], groups[i].of, parts)
             device = weight.device
             del weight, bias
@@ -168,7 +175,7 @@ def solve_window(
                 error = str(exc) if problem.name in str(exc) else f"{problem.name}: {exc}"
             i = queues[this_rank][number][0]
             if problem.name == groups[i].modules[-1]:
-                for of_part in moments:
+                for of_part in sums:
                     of_part[i] = None
             del problem
         shapes = _shapes_of_all_ranks(solved, error)

@@ -67,7 +67,7 @@ def output_moment(
         weight: (d_out, d_in), any dtype. bias: (d_out,) or None.
         basis: what left_basis(weight, bias) gave, if it is known already.
     """
-    second = moment.outer() / moment.count
+    second = moment.second()
     if of == "output":
         return None, second
     wide = extended(weight, bias)

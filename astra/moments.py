@@ -13,7 +13,7 @@ Methods other than Astra need the input's, or something else altogether: see Sta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,15 @@ class Moment:
     def __add__(self, other: "Moment") -> "Moment":
         columns = [a + b for a, b in zip(self.columns, other.columns, strict=True)]
         return Moment(columns, self.total + other.total, self.count + other.count)
+
+    def covariance(self) -> Tensor:
+        """`1/n sum (z - mean) (z - mean)^T`: (d, d)."""
+        mean = self.total / self.count
+        return self.second() - mean[:, None] * mean
+
+    def second(self) -> Tensor:
+        """`1/n sum z z^T`: (d, d)."""
+        return self.outer() / self.count
 
     def outer(self) -> Tensor:
         """`sum z z^T`, whole: (d, d), symmetric to the bit."""
@@ -196,14 +205,20 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def reduce(moments: Iterable[Moment], owners: Iterable[int]) -> None:
-    """Sum every moment over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
+class Summed(Protocol):
+    """What is summed over tokens, and so over ranks."""
+
+    def tensors(self) -> list[Tensor]: ...
+
+
+def reduce(sums: Iterable[Summed], owners: Iterable[int]) -> None:
+    """Sum each of `sums` over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
 
     The sum over ranks of partial sums over tokens is the sum over all tokens, so the result is that of one process up
     to the order of fp64 additions. Only the owner solves with it: half of what an all-reduce would send.
     """
     if not distributed():
         return
-    for moment, owner in zip(moments, owners, strict=True):
-        for tensor in moment.tensors():
+    for of_group, owner in zip(sums, owners, strict=True):
+        for tensor in of_group.tensors():
             dist.reduce(tensor, owner)

@@ -43,6 +43,7 @@ CONTENT = {  # what decides what is found, and the recipe field that is to be lo
     "sample_ids": "calibration.samples",
     "seed": "calibration.seed",
     "eigen_select": "adapter.eigen_select",
+    "corda_mode": "adapter.corda_mode",
     "scaling": "adapter.alpha",
     "targets": "adapter.targets",
 }

@@ -22,6 +22,7 @@ from launch.engines import Engine, make_engine
 from launch.errors import UserError
 from launch.export import dtype_name
 from launch.inputs import Inputs, prepare
+from launch.loop import answer_loss
 from launch.methods import CALIBRATED
 from launch.recipe import Recipe
 from launch.run_folder import lock, make_folder
@@ -125,6 +126,7 @@ def make(
         engine,
         plan,
         methods.finder(recipe),
+        loss=answer_loss,
         ranks={name: _rank_of(name, linear, kept, recipe) for name, linear in linears.items()},
         start=done,
         progress=lambda items, name: tracking.progress(items, len(items), name, rank),
@@ -163,12 +165,18 @@ def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
     smaller = min(linear.in_features, linear.out_features)
     if recipe.adapter.rank > smaller:
         raise AstraError(f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}")
+    if recipe.adapter.method == "lora_ga" and 2 * recipe.adapter.rank > smaller:
+        raise AstraError(f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}")
     return min(kept, smaller)
 
 
 def _batches(tokens: TokenSet, ids: list[int], recipe: Recipe, device: torch.device) -> list[Batch]:
     share = deal(ids, dist.get_rank(), dist.get_world_size(), recipe.calibration.batch_size)
-    return [collate(tokens, rows, device)[0] for rows in share]
+    batches = []
+    for rows in share:
+        batch, labels = collate(tokens, rows, device)
+        batches.append(batch | {"labels": labels})
+    return batches
 
 
 def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
@@ -205,6 +213,7 @@ def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
         "base": inputs.base,
         "dtype": dtype_name(inputs.dtype),
         "rank": artifact.kept_rank(recipe),
+        "corda_mode": wanted.corda_mode if wanted.method == "corda" else None,
         "scaling": methods.scaling(recipe) if wanted.method in methods.SCALED else None,
         "targets": wanted.targets,
         **(of_data if CALIBRATED[wanted.method].needs != "weight" else dict.fromkeys(of_data)),

@@ -30,6 +30,9 @@ CALIBRATED = {  # the methods that a calibration is made for
     "pissa": Kind("weight", "matrix"),
     "milora": Kind("weight", "matrix"),
     "olora": Kind("weight", "matrix"),
+    "corda": Kind("input", "matrix"),
+    "eva": Kind("input", "input"),
+    "lora_ga": Kind("gradient", "matrix"),
 }
 SCALED = ("pissa", "milora", "corda")  # whose factors depend on s = alpha / rank
 
@@ -44,6 +47,8 @@ def variant(recipe: Recipe) -> str | None:
     match recipe.adapter.method:
         case "astra":
             return recipe.adapter.eigen_select
+        case "corda":
+            return recipe.adapter.corda_mode
         case _:
             return None
 
@@ -51,25 +56,27 @@ def variant(recipe: Recipe) -> str | None:
 def finder(recipe: Recipe) -> Find:
     """What the recipe's calibration finds of a module: Astra's subspace, or the factors `a0` and `b0` themselves."""
     settings, seed, s = recipe.adapter, recipe.calibration.seed, scaling(recipe)
+    if settings.method == "astra":
+        return lambda problem: find_subspace(problem, settings.eigen_select, seed)
 
-    def factors(function: Callable[[Problem], tuple[Tensor, Tensor]]) -> Find:
-        def find(problem: Problem) -> Found:
-            a0, b0 = function(problem)
-            return {"a0": a0, "b0": b0}
+    def find(problem: Problem) -> Found:
+        name, weight, _, rank, _, sums = problem
+        match settings.method:
+            case "pissa":
+                a0, b0 = inits.pissa(weight, rank, s)
+            case "milora":
+                a0, b0 = inits.milora(weight, rank, s)
+            case "olora":
+                a0, b0 = inits.olora(weight, rank)
+            case "corda":
+                a0, b0 = inits.corda(weight, sums[0].second(), rank, s, settings.corda_mode)
+            case "eva":
+                a0, b0 = inits.eva(sums[0].covariance(), len(weight), rank, seed, name)
+            case "lora_ga":
+                a0, b0 = inits.lora_ga(sums[0].mean(), rank)
+        return {"a0": a0, "b0": b0}
 
-        return find
-
-    match settings.method:
-        case "astra":
-            return lambda problem: find_subspace(problem, settings.eigen_select, seed)
-        case "pissa":
-            return factors(lambda problem: inits.pissa(problem.weight, problem.rank, s))
-        case "milora":
-            return factors(lambda problem: inits.milora(problem.weight, problem.rank, s))
-        case "olora":
-            return factors(lambda problem: inits.olora(problem.weight, problem.rank))
-        case other:
-            raise AssertionError(f"{other} finds nothing in a calibration")
+    return find
 
 
 def initialiser(

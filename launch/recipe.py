@@ -55,11 +55,14 @@ class Data(Section):
 
 
 class Adapter(Section):
-    method: Literal["astra", "lora", "pissa", "milora", "olora"] = Field(
+    method: Literal["astra", "lora", "pissa", "milora", "olora", "corda", "eva", "lora_ga"] = Field(
         "astra", description="how the factors start; astra, or a method that it is compared with"
     )
     eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
         "smallest", description="astra: which eigenvectors of the output second moment (the paper: smallest)"
+    )
+    corda_mode: Literal["ipm", "kpm"] = Field(
+        "ipm", description="corda: the r largest singular triplets of weight times input moment (ipm), or the smallest"
     )
     rank: int = Field(128, ge=1, description="r, columns of B")
     alpha: Number = Field(128, gt=0, description="the adapter's product is scaled by s = alpha / rank")
@@ -83,6 +86,8 @@ class Adapter(Section):
     def _variants_are_of_the_method(self) -> "Adapter":
         if self.method != "astra" and self.eigen_select != "smallest":
             raise ValueError(f"eigen_select: {self.method} has none; leave it out, or set method to astra")
+        if self.method != "corda" and self.corda_mode != "ipm":
+            raise ValueError(f"corda_mode: {self.method} has none; leave it out, or set method to corda")
         return self
 
 
