@@ -22,7 +22,7 @@ def sum_flops(group: Group, linears: Mapping[str, nn.Linear]) -> int:
 
 def forming_flops(of: Statistic, linear: nn.Linear) -> int:
     """Of one module's `C` from its group's moment, at its smallest size: see factor.output_moment."""
-    if of == "output":
+    if of != "input":
         return 0
     d_in, d_out = linear.in_features, linear.out_features
     if d_out > d_in:  # geqrf of W, then R S R^T

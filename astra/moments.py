@@ -21,20 +21,22 @@ from torch import Tensor, nn
 
 from astra.errors import AstraError
 
-Statistic = Literal["input", "output", "gradient", "weight"]
-"""What is known of modules before they are solved: the second moment of what they read or of what they give, the
-gradient of the loss with respect to the weight (see gradients), or the weight alone, for which nothing is summed."""
+Statistic = Literal["input", "output", "scaled output", "gradient", "weight"]
+"""What is known of modules before they are solved: the second moment of what they read; of what they give; of what they
+give over each batch's largest number, as Astra's authors' code has it; the gradient of the loss with respect to the
+weight (see gradients); or the weight alone, for which nothing is summed."""
 WIDTH = 256  # columns that are summed at once; a whole multiple keeps the triangle's overhead at WIDTH / 2d
 
 
 class Batch(TypedDict):
-    """One right-padded calibration batch; both are (rows, tokens).
+    """One right-padded calibration batch; all are (rows, tokens).
 
-    No attention mask: in a causal model no real token sees the padding after it.
+    As a rule there is no attention mask: in a causal model no real token sees the padding after it.
     """
 
     input_ids: Tensor
     counted: Tensor  # bool, False at padding and in dummy rows
+    attention_mask: NotRequired[Tensor]  # 0 at padding, where the padding itself is counted
     labels: NotRequired[Tensor]  # for gradients: the token ids where the loss counts, -100 elsewhere
 
 
@@ -116,7 +118,12 @@ def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: A
 
 def forward(model: nn.Module, batch: Batch) -> None:
     """One forward pass, of which only the hooks' work is wanted: the head computes a single token's logits."""
-    model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
+    model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        use_cache=False,
+        logits_to_keep=1,
+    )
 
 
 @torch.no_grad()
@@ -154,8 +161,9 @@ def find_groups(
     for names in shared:
         # The layers' attributes: a sharded weight's own shape may be (0,).
         d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
-        if of == "gradient":
-            groups += [Group((name,), of, 0) for name in names]
+        if of in ("scaled output", "gradient"):
+            size = {name: linears[name].out_features if of == "scaled output" else 0 for name in names}
+            groups += [Group((name,), of, size[name]) for name in names]
         elif of == "input" or d_in**2 <= sum(d_out**2 for d_out in sizes):
             groups.append(Group(tuple(names), "input", d_in))
         else:
@@ -187,10 +195,12 @@ def accumulating(linears: Mapping[str, nn.Linear], groups: Sequence[Group], mome
             )
         rows = rows[counted[0]].double()
         group, moment = by_leader[name]
-        if group.of == "output":
+        if group.of != "input":
             rows = rows @ module.weight.double().T
             if module.bias is not None:
                 rows += module.bias.double()
+        if group.of == "scaled output" and len(rows):
+            rows /= rows.max().abs()
         moment.add(rows)
 
     def count(of_batch: Tensor) -> None:

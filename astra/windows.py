@@ -139,7 +139,7 @@ def _working(group: Group, linears: Mapping[str, nn.Linear], tokens: int, decomp
         weight = FP64 * d_in * d_out + linears[name].weight.element_size() * d_in * d_out
         match decomposed:
             case "output":  # W's factorisation, S whole, W S, C; or C, LAPACK's copy and its vectors
-                small = FP64 * (group.size if group.of == "output" else min(d_in, d_out)) ** 2
+                small = FP64 * (min(d_in, d_out) if group.of == "input" else group.size) ** 2
                 forming = weight + (2 * FP64 * d_in * d_out if of_input else 0) + of_input + small
                 solving = 4 * small
             case "input":  # S whole and centred, LAPACK's copy and its vectors

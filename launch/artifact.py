@@ -35,6 +35,7 @@ from launch.recipe import Recipe
 MANIFEST, UNFINISHED, SPECTRUM = "manifest.json", "unfinished.json", "spectrum.json"
 CONTENT = {  # what decides what is found, and the recipe field that is to be looked at where it differs
     "method": "adapter.method",
+    "statistics": "calibration.statistics",
     "base.weights_sha256": "model.name",
     "dtype": "model.dtype",
     "data.tokens_sha256": "data.path",

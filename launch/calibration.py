@@ -14,9 +14,8 @@ from astra.errors import AstraError
 from astra.moments import Batch, find_groups
 from astra.spectrum import allocate
 from astra.windows import make_plan
-from eval.tasks.suite import ALPACA
-from launch import artifact, methods, spectrum, tracking, watch
-from launch.data import TokenSet, choose, collate, deal
+from launch import artifact, methods, samples, spectrum, tracking, watch
+from launch.data import TokenSet, collate
 from launch.distributed import on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
 from launch.errors import UserError
@@ -98,16 +97,15 @@ def make(
     watch.stage("calibration", timed=True)
     started = time.perf_counter()
     settings, rank = recipe.calibration, dist.get_rank()
-    samples = sample_ids(recipe, inputs)
-    lengths = inputs.tokens.lengths()[samples]
-    parts = _parts(recipe, inputs, samples, engine.device)
-    kind = CALIBRATED[recipe.adapter.method]
+    ids, kind = samples.sample_ids(recipe, inputs), methods.kind(recipe)
+    lengths = samples.lengths(recipe, inputs, ids)
+    parts = samples.parts(recipe, inputs, ids, engine.device)
     groups = find_groups(model, linears, parts[0][0] if parts else None, kind.needs)
     plan = make_plan(
         model,
         linears,
         groups,
-        tokens=int(lengths.max()) * settings.batch_size if samples else 0,
+        tokens=int(lengths.max()) * settings.batch_size if ids else 0,
         parts=len(parts),
         memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
         decomposed=kind.decomposes,
@@ -142,25 +140,6 @@ def make(
     on_rank0(lambda: artifact.finish(folder, {"tokens": tokens, "seconds": seconds}))
 
 
-def sample_ids(recipe: Recipe, inputs: Inputs) -> list[int]:
-    """The rows that are calibrated on; none for a method that looks at weights alone."""
-    if CALIBRATED[recipe.adapter.method].needs == "weight":
-        return []
-    return choose(len(inputs.tokens), recipe.calibration.samples, recipe.calibration.seed)
-
-
-def _parts(recipe: Recipe, inputs: Inputs, samples: list[int], device: torch.device) -> list[list[Batch]]:
-    """This rank's batches of the samples, or of each of their halves."""
-    if not samples:
-        return []
-    halves = [samples]
-    if recipe.calibration.split_half:
-        halves = [samples[: len(samples) // 2], samples[len(samples) // 2 :]]
-    if not all(halves):
-        raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
-    return [_batches(inputs.tokens, ids, recipe, device) for ids in halves]
-
-
 def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
     smaller = min(linear.in_features, linear.out_features)
     if recipe.adapter.rank > smaller:
@@ -168,15 +147,6 @@ def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
     if recipe.adapter.method == "lora_ga" and 2 * recipe.adapter.rank > smaller:
         raise AstraError(f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}")
     return min(kept, smaller)
-
-
-def _batches(tokens: TokenSet, ids: list[int], recipe: Recipe, device: torch.device) -> list[Batch]:
-    share = deal(ids, dist.get_rank(), dist.get_world_size(), recipe.calibration.batch_size)
-    batches = []
-    for rows in share:
-        batch, labels = collate(tokens, rows, device)
-        batches.append(batch | {"labels": labels})
-    return batches
 
 
 def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
@@ -196,15 +166,16 @@ def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
     settings, wanted = recipe.calibration, recipe.adapter
     of_data = {
         "data": inputs.data,
-        "prompt": ALPACA,
+        "prompt": samples.prompt(recipe),
         "max_length": recipe.data.max_length,
-        "sample_ids": sample_ids(recipe, inputs),
+        "sample_ids": samples.sample_ids(recipe, inputs),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "split_half": settings.split_half,
     }
     of_astra = {
         "eigen_select": wanted.eigen_select,
+        "statistics": settings.statistics,
         "tie_break": "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
         "onto what the weight cannot reach, then onto the null space of the moment",
     }
@@ -216,7 +187,7 @@ def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
         "corda_mode": wanted.corda_mode if wanted.method == "corda" else None,
         "scaling": methods.scaling(recipe) if wanted.method in methods.SCALED else None,
         "targets": wanted.targets,
-        **(of_data if CALIBRATED[wanted.method].needs != "weight" else dict.fromkeys(of_data)),
+        **(of_data if methods.kind(recipe).needs != "weight" else dict.fromkeys(of_data)),
         **(of_astra if wanted.method == "astra" else dict.fromkeys(of_astra)),
         "conditions": conditions,
     }

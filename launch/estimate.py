@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from astra import adapter
 from astra.cost import solve_flops, sum_flops
+from astra.gradients import gradients
 from astra.moments import find_groups, forward
 from astra.windows import FP64, Plan, find_layers, make_plan
+from launch import methods
 from launch.engines.base import read_config
 from launch.loop import answer_loss
-from launch.methods import CALIBRATED
 from launch.recipe import Recipe
 
 FP32 = 4  # bytes
@@ -89,8 +90,8 @@ def estimate(
     with FakeTensorMode():
         _fake(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        if wanted.method in CALIBRATED:
-            kind = CALIBRATED[wanted.method]
+        if wanted.method in methods.CALIBRATED:
+            kind = methods.kind(recipe)
             with model.disable_adapter():
                 groups = find_groups(model, linears, {"input_ids": ids}, kind.needs)
             memory = recipe.calibration.memory_gib
@@ -110,8 +111,15 @@ def estimate(
             statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
             kept = dict.fromkeys(linears, wanted.rank)
             solving_flops = sum(solve_flops(group, linears, kept, kind.decomposes) for group in groups)
-        with _Counting() as calibrating, torch.no_grad(), model.disable_adapter():
-            forward(model.eval(), {"input_ids": ids})
+        with _Counting() as calibrating, model.disable_adapter():
+            if windows and kind.needs == "gradient":
+                window = windows.windows[0]
+                gradients(model.eval(), linears, [{"input_ids": ids, "labels": ids}], window, answer_loss)
+                calibrating.peak -= window.statistics  # whose in-place sums are not among the products counted
+                calibrating.flops *= len(windows.windows)
+            else:
+                with torch.no_grad():
+                    forward(model.eval(), {"input_ids": ids})
         calibration_flops = calibrating.flops / rows * samples
         if checkpointing:
             model.enable_input_require_grads()

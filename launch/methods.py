@@ -37,6 +37,13 @@ CALIBRATED = {  # the methods that a calibration is made for
 SCALED = ("pissa", "milora", "corda")  # whose factors depend on s = alpha / rank
 
 
+def kind(recipe: Recipe) -> Kind:
+    """How the recipe's method is calibrated; it is one of CALIBRATED."""
+    if recipe.calibration.statistics == "reference":
+        return Kind("scaled output", "output")
+    return CALIBRATED[recipe.adapter.method]
+
+
 def scaling(recipe: Recipe) -> float:
     """s = alpha / rank, alike for every module."""
     return recipe.adapter.alpha / recipe.adapter.rank
@@ -46,7 +53,8 @@ def variant(recipe: Recipe) -> str | None:
     """What a method's name alone leaves open, which is to stand beside it wherever results do; None if nothing."""
     match recipe.adapter.method:
         case "astra":
-            return recipe.adapter.eigen_select
+            reference = " reference" if recipe.calibration.statistics == "reference" else ""
+            return recipe.adapter.eigen_select + reference
         case "corda":
             return recipe.adapter.corda_mode
         case _:

@@ -85,9 +85,9 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _variants_are_of_the_method(self) -> "Adapter":
         if self.method != "astra" and self.eigen_select != "smallest":
-            raise ValueError(f"eigen_select: {self.method} has none; leave it out, or set method to astra")
+            raise ValueError(f"eigen_select: {self.method} has none; leave it out")
         if self.method != "corda" and self.corda_mode != "ipm":
-            raise ValueError(f"corda_mode: {self.method} has none; leave it out, or set method to corda")
+            raise ValueError(f"corda_mode: {self.method} has none; leave it out")
         return self
 
 
@@ -100,6 +100,11 @@ class Calibration(Section):
     )
     split_half: bool = Field(
         False, description="also measure how far the subspaces of the samples' two halves are apart; twice the memory"
+    )
+    statistics: Literal["exact", "reference"] = Field(
+        "exact",
+        description="astra: exact moments of the outputs, or as the authors' code has them (another prompt, padding "
+        "counted, each row divided by its largest output)",
     )
     path: Name | None = Field(None, description="folder of a calibration by launch/calibrate.py; made here when null")
 
@@ -162,9 +167,13 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def _halves_need_subspaces(self) -> "Recipe":
-        if self.adapter.method != "astra" and self.calibration.split_half:
-            raise ValueError("calibration.split_half: it compares subspaces of adapter.method astra; leave it false")
+    def _calibration_fits_the_method(self) -> "Recipe":
+        method, of = self.adapter.method, self.calibration
+        if method != "astra" and (of.statistics != "exact" or of.split_half):
+            field = "split_half" if of.split_half else "statistics"
+            raise ValueError(f"calibration.{field}: {method} has no use for it, only astra; leave it out")
+        if of.statistics == "reference" and of.batch_size != 1:
+            raise ValueError("calibration.batch_size: the reference statistics take one row at a time; set it to 1")
         return self
 
 
