@@ -18,7 +18,6 @@ from tests.distributed.methods_worker import AGAIN, METHODS
 pytestmark = pytest.mark.xdist_group("methods")
 
 SHARDED = {"zero3": "deepspeed", "fsdp": "torchrun"}
-OF_WEIGHTS = {"pissa", "milora", "olora"}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,8 @@ def test_a_sharded_run_is_the_unsharded_one(name: str, engine: str, runs: dict[s
     run, alone = runs[engine] / name, runs["single"] / name
     ours, wanted = found(run), found(alone)
     assert ours.keys() == wanted.keys()
-    # Of weights the same arithmetic on the same numbers; statistics follow from forward passes in fp32.
-    tolerance = 1e-12 if name in OF_WEIGHTS else 1e-4
+    # Same numbers but for the order of fp64 sums; only backward passes in fp32 differ between engines.
+    tolerance = 1e-5 if name.startswith("lora_ga") else 1e-9
     for key, value in wanted.items():
         if not key.endswith((".checks", ".angles")):
             torch.testing.assert_close(ours[key], value, rtol=0, atol=tolerance * value.abs().max().item(), msg=key)
@@ -64,27 +63,23 @@ def test_a_sharded_run_is_the_unsharded_one(name: str, engine: str, runs: dict[s
 
 
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
-@pytest.mark.parametrize("name", sorted(AGAIN))
-def test_a_run_taken_up_again_goes_on_as_it_would_have(name: str, engine: str, runs: dict[str, Path]) -> None:
-    whole, again = runs[engine] / name, runs[engine] / f"{name}-again"
+def test_a_run_taken_up_again_goes_on_as_it_would_have(engine: str, runs: dict[str, Path]) -> None:
+    whole, again = runs[engine] / AGAIN, runs[engine] / f"{AGAIN}-again"
     assert losses(again) == losses(whole)
     for part in ("adapter", "lora"):
         a, b = (load_file(run / part / "adapter_model.safetensors") for run in (whole, again))
         assert all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-@pytest.mark.parametrize("method", ["lora_ga", "corda-ipm"])
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
-def test_windows_find_what_one_window_does(engine: str, method: str, runs: dict[str, Path]) -> None:
-    whole, parts = runs[engine] / method, runs[engine] / f"{method.removesuffix('-ipm')}-windows"
+def test_windows_of_gradients_find_what_one_window_does(engine: str, runs: dict[str, Path]) -> None:
+    whole, parts = runs[engine] / "lora_ga", runs[engine] / "lora_ga-windows"
     assert len(list(parts.glob("calibration/window-*"))) == 2
     wanted, ours = found(whole), found(parts)
     assert all(torch.equal(value, ours[key]) for key, value in wanted.items())
 
 
-def test_what_is_exported_is_the_factors_that_the_formulas_give(
-    runs: dict[str, Path], recipe: Path, base: Path
-) -> None:
+def test_the_initial_factors_are_the_formulas(runs: dict[str, Path], recipe: Path, base: Path) -> None:
     settings = read(str(recipe), []).adapter
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     initial = load_file(runs["fsdp"] / "milora" / "astra_init" / "adapter_model.safetensors")
