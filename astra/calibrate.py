@@ -1,29 +1,44 @@
-"""Distributed calibration: every rank runs its batches, moments are reduced, each eigenproblem is solved once."""
+"""Distributed calibration: every rank runs its batches, statistics are reduced, each module is solved once.
+
+What a method finds of a module is a few named tensors. It is a pure function of a Problem, and the rest is alike for
+all methods. Astra's is here; others' take what is in inits.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra.cost import solve_flops
+from astra.cost import Decomposed, solve_flops
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
 from astra.factor import left_basis, output_moment
-from astra.moments import Batch, Group, Moment, accumulating, distributed, forward, reduce
+from astra.gradients import Gradient, Loss, gradients
+from astra.moments import Batch, Group, Moment, Statistic, accumulating, distributed, forward, reduce
 from astra.weights import Weights
 from astra.windows import Plan, Window, only
 
 Progress = Callable[[Sequence, str], Iterable]
+Sums = Moment | Gradient
+Found = dict[str, Tensor]
+"""What was found of one module, by name, identical on all ranks."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a calibration found for one module, identical on all ranks."""
+class Problem(NamedTuple):
+    """One module, as its owner rank has it."""
 
-    subspace: Subspace
-    angles: Tensor  # (r,) radians, ascending: principal angles between the parts' subspaces; empty for a single part
+    name: str
+    weight: Tensor  # whole, in the model's dtype
+    bias: Tensor | None
+    rank: int
+    of: Statistic
+    parts: list[Sums]  # of all samples, or of each of two halves; none where the weight alone decides
+
+
+Find = Callable[[Problem], Found]
 
 
 def calibrate(
@@ -32,14 +47,14 @@ def calibrate(
     parts: Sequence[Sequence[Batch]],
     weights: Weights,
     plan: Plan,
+    find: Find,
     *,
     ranks: Mapping[str, int],
-    select: EigenSelect,
-    seed: int,
+    loss: Loss | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
 ) -> Iterator[dict[str, Found]]:
-    """The chosen r output eigenvectors of every module, window after window of the plan from window `start` on.
+    """What `find` finds of every module, window after window of the plan from window `start` on.
 
     Collective. Every rank passes the same number of batches (sharded models hang otherwise); pad with batches whose
     `counted` is False throughout. Neither world size nor windows change more than the order of fp64 sums.
@@ -48,24 +63,27 @@ def calibrate(
         model: a causal LM, called with input_ids.
         linears: name -> module, at least one; in the same order on every rank.
         parts: this rank's share of the calibration batches, on the model's device: of all samples, or of each of two
-            halves, which are then also solved apart (`Found.angles`).
+            halves, which are then also solved apart; empty for a method that looks at weights alone.
         weights: access to whole weights.
         plan: see windows.make_plan; alike on every rank.
-        ranks: r, the number of eigenvectors, of every module. select, seed: see eigen.solve.
-        progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of eigenproblems).
+        find: called on a module's owner rank alone, so its result need not be the same on other machines.
+        ranks: r of every module.
+        loss: for gradients; then every batch has `labels`.
+        progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of modules).
     """
     states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
     for window in plan.windows[start:]:
-        moments = [
-            second_moments(model, linears, batches, window, plan, states[i], progress)
-            for i, batches in enumerate(parts)
-        ]
-        owners = share_out(window.groups, linears, ranks)
-        for of_part in moments:
+        if window.groups[0].of == "gradient":
+            sums = [gradients(model, linears, batches, window, loss, progress) for batches in parts]
+        else:
+            sums = [
+                second_moments(model, linears, batches, window, plan, of_part, progress)
+                for batches, of_part in zip(parts, states, strict=True)
+            ]
+        owners = share_out(window.groups, linears, ranks, plan.decomposed)
+        for of_part in sums:
             reduce(of_part, owners)
-        yield solve_window(
-            window.groups, moments, owners, linears, weights, ranks=ranks, select=select, seed=seed, progress=progress
-        )
+        yield solve_window(window.groups, sums, owners, linears, weights, find, ranks=ranks, progress=progress)
 
 
 @torch.no_grad()
@@ -95,9 +113,14 @@ def second_moments(
     return moments
 
 
-def share_out(groups: Sequence[Group], linears: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> list[int]:
+def share_out(
+    groups: Sequence[Group],
+    linears: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    decomposed: Decomposed = "output",
+) -> list[int]:
     """The process that solves each group: the costliest first, each to that with least to do so far."""
-    costs = [solve_flops(group, linears, ranks) for group in groups]
+    costs = [solve_flops(group, linears, ranks, decomposed) for group in groups]
     load = [0] * (dist.get_world_size() if distributed() else 1)
     owners = [0] * len(groups)
     for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
@@ -108,14 +131,13 @@ def share_out(groups: Sequence[Group], linears: Mapping[str, nn.Linear], ranks: 
 
 def solve_window(
     groups: Sequence[Group],
-    moments: list[list[Moment]],
+    sums: list[list[Sums]],
     owners: Sequence[int],
     linears: Mapping[str, nn.Linear],
     weights: Weights,
+    find: Find,
     *,
     ranks: Mapping[str, int],
-    select: EigenSelect,
-    seed: int,
     progress: Progress = lambda items, _: items,
 ) -> dict[str, Found]:
     """Solve every module of `groups` once, on its group's owner rank, and broadcast the result. Collective.
@@ -124,68 +146,70 @@ def solve_window(
     modules are taken in rounds of one a rank, so that a rank holds one problem at a time.
 
     Args:
-        moments: by part and group, whole on the owner; emptied as they are done with.
+        sums: by part and group, whole on the owner; emptied as they are done with.
     """
     this_rank = dist.get_rank() if distributed() else 0
     queues: dict[int, list[tuple[int, str]]] = {}
     for i, (group, owner) in enumerate(zip(groups, owners, strict=True)):
         queues.setdefault(owner, []).extend((i, name) for name in group.modules)
         if owner != this_rank:
-            for of_part in moments:
+            for of_part in sums:
                 of_part[i] = None
     found: dict[str, Found] = {}
     for number in progress(range(max(map(len, queues.values()))), "solve"):
         here = [(owner, *queue[number]) for owner, queue in sorted(queues.items()) if number < len(queue)]
-        mine = None
+        problem = None
         for owner, i, name in here:
             weight = weights.read(linears[name].weight)
             bias = None if linears[name].bias is None else weights.read(linears[name].bias)
             if owner == this_rank:
-                mine = i, name, weight, bias
+                parts = [of_part[i] for of_part in sums]
+                problem = Problem(name, weight, bias, ranks[name], groups[i].of, parts)
             device = weight.device
             del weight, bias
-        solved, error = None, None
-        if mine is not None:
-            i, name, weight, bias = mine
+        solved, error = {}, None
+        if problem is not None:
             try:
-                parts = [of_part[i] for of_part in moments]
-                solved = _solve_module(
-                    groups[i].of, parts, weight, bias, rank=ranks[name], select=select, seed=seed, name=name
-                )
+                solved = {key: value.contiguous() for key, value in find(problem).items()}
             except (AstraError, torch.linalg.LinAlgError) as exc:
-                error = str(exc) if name in str(exc) else f"{name}: {exc}"
-            if name == groups[i].modules[-1]:
-                for of_part in moments:
+                error = str(exc) if problem.name in str(exc) else f"{problem.name}: {exc}"
+            i = queues[this_rank][number][0]
+            if problem.name == groups[i].modules[-1]:
+                for of_part in sums:
                     of_part[i] = None
-        _raise_on_all_ranks(error)
+            del problem
+        shapes = _shapes_of_all_ranks(solved, error)
         for owner, _, name in here:
-            like = torch.empty(0, dtype=torch.float64, device=device)
-            shapes = _shapes(linears[name].out_features, ranks[name], len(moments))
-            found[name] = _share(solved if owner == this_rank else None, owner, shapes, like)
+            found[name] = _share(solved if owner == this_rank else None, owner, shapes[owner], device)
     return found
 
 
-def _solve_module(
-    of: str,
-    parts: list[Moment],
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    rank: int,
-    select: EigenSelect,
-    seed: int,
-    name: str,
-) -> Found:
+def find_subspace(problem: Problem, select: EigenSelect, seed: int) -> Found:
+    """Astra's: the chosen eigenvectors of the module's output second moment, checked; see eigen.solve.
+
+    Returns:
+        The fields of eigen.Subspace, and `angles`, (r,), radians, ascending: the principal angles between the subspaces
+        of the two halves of the samples; empty for a single part.
+    """
+    name, weight, bias, rank, of, parts = problem
     basis = left_basis(weight, bias) if of == "input" else None
-    whole = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    subspace = solve(*output_moment(of, whole, weight, bias, basis), rank, select, seed, name)
-    del whole
+
+    def subspace_of(moment: Moment) -> Subspace:
+        return solve(*output_moment(of, moment, weight, bias, basis), rank, select, seed, name)
+
+    subspace = subspace_of(parts[0] if len(parts) == 1 else parts[0] + parts[1])
     if len(parts) == 1:
-        return Found(subspace, subspace.values.new_empty(0))
-    if basis is not None and select == "smallest" and rank <= basis.codimension:
-        return Found(subspace, torch.zeros_like(subspace.values))  # vectors that W alone decides
-    halves = [solve(*output_moment(of, part, weight, bias, basis), rank, select, seed, name) for part in parts]
-    return Found(subspace, principal_angles(*(half.vectors for half in halves)))
+        angles = subspace.values.new_empty(0)
+    elif basis is not None and select == "smallest" and rank <= basis.codimension:
+        angles = torch.zeros_like(subspace.values)  # vectors that W alone decides
+    else:
+        angles = principal_angles(*(subspace_of(part).vectors for part in parts))
+    return vars(subspace) | {"angles": angles}
+
+
+def as_subspace(found: Found) -> Subspace:
+    """The subspace that find_subspace found."""
+    return Subspace(**{field.name: found[field.name] for field in fields(Subspace)})
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
@@ -198,30 +222,25 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
 
 
-def _raise_on_all_ranks(error: str | None) -> None:
-    """One rank's failure is every rank's, so that none is left waiting in a broadcast."""
-    errors = [error]
+def _shapes_of_all_ranks(solved: Found, error: str | None) -> list[dict[str, torch.Size]]:
+    """What each rank has solved, by shape. One's failure is every rank's, so that none waits in a broadcast."""
+    told = [({key: value.shape for key, value in solved.items()}, error)]
     if distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for message in errors:
+        mine = told[0]
+        told = [mine] * dist.get_world_size()
+        dist.all_gather_object(told, mine)
+    for _, message in told:
         if message is not None:
             raise AstraError(message)
+    return [shapes for shapes, _ in told]
 
 
-def _shapes(size: int, rank: int, parts: int) -> list[tuple[int, ...]]:
-    return [(size, rank), (rank,), (size,), (3,), (rank if parts > 1 else 0,)]
-
-
-def _share(solved: Found | None, owner: int, shapes: list[tuple[int, ...]], like: Tensor) -> Found:
-    """`solved` of the owner rank, on every rank; `like` gives dtype and device."""
+def _share(solved: Found | None, owner: int, shapes: Mapping[str, torch.Size], device: torch.device) -> Found:
+    """`solved`, fp64, of the owner rank, on every rank."""
     if not distributed():
         return solved
     if solved is None:
-        tensors = [like.new_empty(shape) for shape in shapes]
-    else:
-        of = solved.subspace
-        tensors = [t.contiguous() for t in (of.vectors, of.values, of.spectrum, of.checks, solved.angles)]
-    for tensor in tensors:
+        solved = {key: torch.empty(shape, dtype=torch.float64, device=device) for key, shape in shapes.items()}
+    for tensor in solved.values():
         dist.broadcast(tensor, owner)
-    return Found(Subspace(*tensors[:4]), tensors[4])
+    return solved

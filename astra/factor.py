@@ -63,12 +63,12 @@ def output_moment(
     d_out - k zero eigenvalues are zero by construction and not by rounding. Otherwise Q is None, for the identity.
 
     Args:
-        of: "input" or "output", what `moment` was summed of.
+        of: "input", "output" or "scaled output", what `moment` was summed of.
         weight: (d_out, d_in), any dtype. bias: (d_out,) or None.
         basis: what left_basis(weight, bias) gave, if it is known already.
     """
-    second = moment.outer() / moment.count
-    if of == "output":
+    second = moment.second()
+    if of != "input":
         return None, second
     wide = extended(weight, bias)
     if bias is not None:

@@ -6,12 +6,14 @@ rounded output. Two statistics give it, and each group of modules keeps the one 
 
 * input:  `sum x x^T` and `sum x`, shared by all modules that read the same tensor (q, k, v; gate, up);
 * output: `sum y y^T`, one for each module.
+
+Methods other than Astra need the input's, or something else altogether: see Statistic.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -19,17 +21,23 @@ from torch import Tensor, nn
 
 from astra.errors import AstraError
 
+Statistic = Literal["input", "output", "scaled output", "gradient", "weight"]
+"""What is known of modules before they are solved: the second moment of what they read; of what they give; of what they
+give over each batch's largest number, as Astra's authors' code has it; the gradient of the loss with respect to the
+weight (see gradients); or the weight alone, for which nothing is summed."""
 WIDTH = 256  # columns that are summed at once; a whole multiple keeps the triangle's overhead at WIDTH / 2d
 
 
 class Batch(TypedDict):
-    """One right-padded calibration batch; both are (rows, tokens).
+    """One right-padded calibration batch; all are (rows, tokens).
 
-    No attention mask: in a causal model no real token sees the padding after it.
+    As a rule there is no attention mask: in a causal model no real token sees the padding after it.
     """
 
     input_ids: Tensor
     counted: Tensor  # bool, False at padding and in dummy rows
+    attention_mask: NotRequired[Tensor]  # 0 at padding, where the padding itself is counted
+    labels: NotRequired[Tensor]  # for gradients: the token ids where the loss counts, -100 elsewhere
 
 
 @dataclass
@@ -65,6 +73,15 @@ class Moment:
         columns = [a + b for a, b in zip(self.columns, other.columns, strict=True)]
         return Moment(columns, self.total + other.total, self.count + other.count)
 
+    def covariance(self) -> Tensor:
+        """`1/n sum (z - mean) (z - mean)^T`: (d, d)."""
+        mean = self.total / self.count
+        return self.second() - mean[:, None] * mean
+
+    def second(self) -> Tensor:
+        """`1/n sum z z^T`: (d, d)."""
+        return self.outer() / self.count
+
     def outer(self) -> Tensor:
         """`sum z z^T`, whole: (d, d), symmetric to the bit."""
         size = len(self.total)
@@ -82,8 +99,8 @@ class Group(NamedTuple):
     """Modules that read the same tensor, or one module, and what is summed for them."""
 
     modules: tuple[str, ...]
-    of: str  # "input" or "output"
-    size: int  # d of the moment
+    of: Statistic
+    size: int  # d of the moment; 0 where it is not one
 
 
 @contextmanager
@@ -101,18 +118,28 @@ def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: A
 
 def forward(model: nn.Module, batch: Batch) -> None:
     """One forward pass, of which only the hooks' work is wanted: the head computes a single token's logits."""
-    model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
+    model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        use_cache=False,
+        logits_to_keep=1,
+    )
 
 
 @torch.no_grad()
-def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> list[Group]:
+def find_groups(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch | None, of: Statistic = "output"
+) -> list[Group]:
     """The statistics to keep of the modules `linears`, in the order they run, seen in a real forward pass.
 
     A module joins the group of the module that ran just before it when it is given the same memory (engines may wrap
-    one tensor in several objects). A group keeps the statistic with fewer numbers; a tie goes to the input.
+    one tensor in several objects). Where the outputs' moments are wanted, a group keeps the statistic with fewer
+    numbers that gives them; a tie goes to the input. Weights alone need no pass, nor a batch.
 
     Raises AstraError if a module does not run, or runs more than once.
     """
+    if of == "weight":
+        return [Group((name,), of, 0) for name in linears]
     shared: list[list[str]] = []
     last: list[Tensor] = []
 
@@ -134,7 +161,10 @@ def find_groups(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch
     for names in shared:
         # The layers' attributes: a sharded weight's own shape may be (0,).
         d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
-        if d_in**2 <= sum(d_out**2 for d_out in sizes):
+        if of in ("scaled output", "gradient"):
+            size = {name: linears[name].out_features if of == "scaled output" else 0 for name in names}
+            groups += [Group((name,), of, size[name]) for name in names]
+        elif of == "input" or d_in**2 <= sum(d_out**2 for d_out in sizes):
             groups.append(Group(tuple(names), "input", d_in))
         else:
             groups += [Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)]
@@ -165,10 +195,12 @@ def accumulating(linears: Mapping[str, nn.Linear], groups: Sequence[Group], mome
             )
         rows = rows[counted[0]].double()
         group, moment = by_leader[name]
-        if group.of == "output":
+        if group.of != "input":
             rows = rows @ module.weight.double().T
             if module.bias is not None:
                 rows += module.bias.double()
+        if group.of == "scaled output" and len(rows):
+            rows /= rows.max().abs()
         moment.add(rows)
 
     def count(of_batch: Tensor) -> None:
@@ -183,14 +215,20 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def reduce(moments: Iterable[Moment], owners: Iterable[int]) -> None:
-    """Sum every moment over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
+class Summed(Protocol):
+    """What is summed over tokens, and so over ranks."""
+
+    def tensors(self) -> list[Tensor]: ...
+
+
+def reduce(sums: Iterable[Summed], owners: Iterable[int]) -> None:
+    """Sum each of `sums` over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
 
     The sum over ranks of partial sums over tokens is the sum over all tokens, so the result is that of one process up
     to the order of fp64 additions. Only the owner solves with it: half of what an all-reduce would send.
     """
     if not distributed():
         return
-    for moment, owner in zip(moments, owners, strict=True):
-        for tensor in moment.tensors():
+    for of_group, owner in zip(sums, owners, strict=True):
+        for tensor in of_group.tensors():
             dist.reduce(tensor, owner)

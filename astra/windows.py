@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from astra.cost import Decomposed
 from astra.errors import AstraError
 from astra.moments import WIDTH, Group
 
@@ -34,6 +35,7 @@ class Plan:
     windows: list[Window]
     working: int  # bytes at most, beside the statistics, in which one product or eigenproblem is worked out
     layers: nn.ModuleList | None  # None: one window, and the model is run as it is
+    decomposed: Decomposed = "output"
 
     @property
     def peak(self) -> int:
@@ -44,8 +46,9 @@ class Plan:
         number = f"{len(self.windows)} window{'s' * (len(self.windows) > 1)}"
         if self.layers is not None:
             number += f" of up to {max(len(window.layers) for window in self.windows)} layers"
+        passes = {"weight": "of weights alone", "gradient": "a forward and a backward pass in each"}
         return (
-            f"calibration: {number}, one forward pass in all; at most "
+            f"calibration: {number}, {passes.get(self.windows[0].groups[0].of, 'one forward pass in all')}; at most "
             f"{gib(max(window.statistics for window in self.windows))} of statistics and "
             f"{gib(self.working)} to work in, on each rank"
         )
@@ -59,6 +62,7 @@ def make_plan(
     tokens: int,
     parts: int = 1,
     memory: float | None = None,
+    decomposed: Decomposed = "output",
 ) -> Plan:
     """The fewest windows whose statistics, with what they are worked out in, stay within `memory` bytes.
 
@@ -67,15 +71,16 @@ def make_plan(
         tokens: of the largest batch.
         parts: in how many parts the samples are summed, each with statistics of its own.
         memory: bytes on each rank; None for one window.
+        decomposed: what is worked out from the statistics.
 
     Raises:
         AstraError: a single layer is above `memory`, or the targets are not in decoder layers.
     """
-    working = max(_working(group, linears, tokens) for group in groups)
-    size = {group: parts * moment_bytes(group.size) for group in groups}
+    working = max(_working(group, linears, tokens, decomposed) for group in groups)
+    size = {group: parts * statistic_bytes(group, linears) for group in groups}
     layers = find_layers(model, linears)
     if memory is None or sum(size.values()) + working <= memory:
-        return Plan([Window(range(0), list(groups), sum(size.values()))], working, None)
+        return Plan([Window(range(0), list(groups), sum(size.values()))], working, None, decomposed)
     if layers is None:
         raise AstraError("calibration.memory_gib: this model's targets are not in a list of layers; leave it null")
     layer_of = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
@@ -97,7 +102,7 @@ def make_plan(
         raise AstraError(
             f"calibration.memory_gib: {gib(memory)} is below the {gib(least)} that one layer takes; raise it"
         )
-    return Plan(windows, working, layers)
+    return Plan(windows, working, layers, decomposed)
 
 
 def gib(number: float) -> str:
@@ -110,17 +115,39 @@ def moment_bytes(size: int) -> int:
     return FP64 * (sum((size - i) * min(WIDTH, size - i) for i in range(0, size, WIDTH)) + size + 1)
 
 
-def _working(group: Group, linears: Mapping[str, nn.Linear], tokens: int) -> int:
+def statistic_bytes(group: Group, linears: Mapping[str, nn.Linear]) -> int:
+    """Bytes of what is summed for a group."""
+    match group.of:
+        case "weight":
+            return 0
+        case "gradient":
+            linear = linears[group.modules[0]]
+            return FP64 * (linear.in_features * linear.out_features + 1)
+        case _:
+            return moment_bytes(group.size)
+
+
+def _working(group: Group, linears: Mapping[str, nn.Linear], tokens: int, decomposed: Decomposed) -> int:
     """Bytes at most in use beside the statistics: while a batch is summed, or while one of the modules is solved."""
     most = 0
     for name in group.modules:
         d_in, d_out = linears[name].in_features, linears[name].out_features
+        of_input = FP64 * d_in**2 if group.of == "input" else 0
+        product = 0 if group.of in ("input", "weight") else FP64 * d_in * d_out
+        summing = FP64 * tokens * (d_in + d_out) + product
+        # W in its own dtype and in fp64, or the gradient in its place.
         weight = FP64 * d_in * d_out + linears[name].weight.element_size() * d_in * d_out
-        small = FP64 * (group.size if group.of == "output" else min(d_in, d_out)) ** 2
-        summing = FP64 * tokens * (d_in + d_out) + (FP64 * d_in * d_out if group.of == "output" else 0)
-        # W in its own dtype and in fp64, its factorisation, S whole, W S, C; or C, LAPACK's copy and its vectors.
-        forming = weight + (0 if group.of == "output" else FP64 * (2 * d_in * d_out + d_in**2)) + small
-        most = max(most, summing, forming, 4 * small)
+        match decomposed:
+            case "output":  # W's factorisation, S whole, W S, C; or C, LAPACK's copy and its vectors
+                small = FP64 * (min(d_in, d_out) if group.of == "input" else group.size) ** 2
+                forming = weight + (2 * FP64 * d_in * d_out if of_input else 0) + of_input + small
+                solving = 4 * small
+            case "input":  # S whole and centred, LAPACK's copy and its vectors
+                forming, solving = weight, 4 * of_input
+            case "matrix":  # W S, LAPACK's copy and its two sets of vectors, its workspace; S, damped and factored
+                forming = weight + FP64 * (4 * d_in * d_out + 4 * min(d_in, d_out) ** 2) + 3 * of_input
+                solving = 0
+        most = max(most, summing, forming, solving)
     return most
 
 

@@ -202,7 +202,7 @@ def worker(output: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from astra import moments
-    from astra.calibrate import reduce, second_moments, share_out, solve_window
+    from astra.calibrate import find_subspace, reduce, second_moments, share_out, solve_window
     from astra.weights import TorchWeights
     from astra.windows import make_plan
     from launch.data import deal
@@ -241,7 +241,13 @@ def worker(output: Path) -> None:
         part(
             "solving",
             lambda found=found: solve_window(
-                groups, [found], owners, linears, TorchWeights(), ranks=ranks, select="smallest", seed=0
+                groups,
+                [found],
+                owners,
+                linears,
+                TorchWeights(),
+                lambda problem: find_subspace(problem, "smallest", 0),
+                ranks=ranks,
             ),
         )
         clock["total"] = clock["forward and sums"] + clock["reduction"] + clock["solving"]
@@ -288,7 +294,7 @@ def window_worker(budget: float, output: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from astra import moments
-    from astra.calibrate import calibrate
+    from astra.calibrate import calibrate, find_subspace
     from astra.weights import TorchWeights
     from astra.windows import make_plan
     from bench.memory import MIB, Peak, anonymous
@@ -304,9 +310,11 @@ def window_worker(budget: float, output: Path) -> None:
     torch.linalg.eigh(torch.eye(300, dtype=torch.float64))  # loads what it needs
     plan = make_plan(model, linears, groups, tokens=256, memory=budget * MIB or None)
     before, peak = anonymous(), Peak()
-    parts = calibrate(model, linears, [batches], TorchWeights(), plan, ranks=ranks, select="largest", seed=0)
+    parts = calibrate(
+        model, linears, [batches], TorchWeights(), plan, lambda p: find_subspace(p, "largest", 0), ranks=ranks
+    )
     for number, part in enumerate(parts):  # kept on disk, as a run keeps them
-        vectors = {name: of.subspace.vectors.contiguous() for name, of in part.items()}
+        vectors = {name: of["vectors"] for name, of in part.items()}
         save_file(vectors, output.with_suffix(f".{number}.safetensors"))
     # Hidden states between windows are on the CPU, outside of the budget: here they are in the peak too.
     hidden = ids.numel() * size["hidden_size"] * 4 / MIB if plan.layers is not None else 0

@@ -113,7 +113,7 @@ def worker(folder: Path, engine_name: str) -> None:
     from torch.distributed.tensor import DTensor
 
     from astra import adapter, inits
-    from astra.calibrate import calibrate
+    from astra.calibrate import as_subspace, calibrate, find_subspace
     from astra.moments import find_groups
     from astra.windows import make_plan
     from launch.data import collate, step_rows
@@ -147,9 +147,11 @@ def worker(folder: Path, engine_name: str) -> None:
         groups = find_groups(model, linears, batches[0])
         plan = make_plan(model, linears, groups, tokens=LENGTH)
         ranks = dict.fromkeys(linears, recipe.adapter.rank)
-        (modules,) = calibrate(model, linears, [batches], engine, plan, ranks=ranks, select="largest", seed=0)
+        (modules,) = calibrate(
+            model, linears, [batches], engine, plan, lambda p: find_subspace(p, "largest", 0), ranks=ranks
+        )
         end_of("calibration")
-    adapter.initialise(layers, lambda name, weight: inits.astra(weight, modules[name].subspace), engine)
+    adapter.initialise(layers, lambda name, weight: inits.astra(weight, as_subspace(modules[name])), engine)
     modules.clear()
     end_of("initialisation")
     steps = list(step_rows(len(inputs.tokens), 8, 2, 2, 0))

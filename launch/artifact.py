@@ -1,18 +1,23 @@
-"""A calibration on disk: one file of eigenvectors for each window, then spectrum.json, plots and, last, manifest.json.
+"""A calibration on disk: one file for each window and, last, manifest.json; for Astra, spectrum.json and plots too.
 
 Until it is finished the manifest is called unfinished.json; a start that finds it there goes on after the last window.
-`window-<n>.safetensors` holds, for every module, fp64:
+`window-<n>.safetensors` holds, for every module, fp64, what its method finds. For Astra:
 
     <module>.vectors    (d_out, r)  the chosen eigenvectors, columns in ascending order of eigenvalue
     <module>.values     (r,)        their eigenvalues
     <module>.spectrum   (d_out,)    all eigenvalues
     <module>.checks     (3,)        how exact they are, in units of what is let pass (astra.eigen.Checks)
     <module>.angles     (r,) or (0,)  principal angles between the two halves' subspaces, with calibration.split_half
+
+For the other methods:
+
+    <module>.a0         (r, d_in)   the initial factors, those that a smaller rank would take first
+    <module>.b0         (d_out, r)
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,8 +33,9 @@ from launch.files import sync, sync_folder, write_json
 from launch.recipe import Recipe
 
 MANIFEST, UNFINISHED, SPECTRUM = "manifest.json", "unfinished.json", "spectrum.json"
-FIELDS = ("vectors", "values", "spectrum", "checks", "angles")
-CONTENT = {  # what decides the eigenvectors, and the recipe field that is to be looked at where it differs
+CONTENT = {  # what decides what is found, and the recipe field that is to be looked at where it differs
+    "method": "adapter.method",
+    "statistics": "calibration.statistics",
     "base.weights_sha256": "model.name",
     "dtype": "model.dtype",
     "data.tokens_sha256": "data.path",
@@ -38,6 +44,8 @@ CONTENT = {  # what decides the eigenvectors, and the recipe field that is to be
     "sample_ids": "calibration.samples",
     "seed": "calibration.seed",
     "eigen_select": "adapter.eigen_select",
+    "corda_mode": "adapter.corda_mode",
+    "scaling": "adapter.alpha",
     "targets": "adapter.targets",
 }
 
@@ -64,11 +72,7 @@ def begin(folder: Path, manifest: dict) -> int:
 
 def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
     """Write one window's modules, aside and then renamed. Raises UserError if it cannot be written."""
-    tensors = {}
-    for name, one in found.items():
-        of = one.subspace
-        for field, value in zip(FIELDS, (of.vectors, of.values, of.spectrum, of.checks, one.angles), strict=True):
-            tensors[f"{name}.{field}"] = value.cpu().contiguous()
+    tensors = {f"{name}.{key}": value.cpu().contiguous() for name, one in found.items() for key, value in one.items()}
     path = _window(folder, number)
     aside = path.with_suffix(".tmp")
     try:
@@ -81,40 +85,60 @@ def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
         raise UserError(f"calibration: cannot write {path}: {error}; make room and start again") from None
 
 
-def finish(folder: Path) -> None:
-    """Mark the calibration in `folder` as whole."""
+def finish(folder: Path, facts: dict) -> None:
+    """Mark the calibration in `folder` as whole, and note `facts` in its manifest."""
+    write_json(folder / UNFINISHED, _read_json(folder / UNFINISHED) | facts)
     (folder / UNFINISHED).replace(folder / MANIFEST)
     sync_folder(folder)
 
 
+def seconds(folder: Path) -> float:
+    """What the finished calibration in `folder` took. Rank 0 calls it."""
+    return _read_json(folder / MANIFEST)["seconds"]
+
+
 def modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every module's name and small tensors (all FIELDS but vectors), in the order they were found."""
+    """Every module's name and what was found of it but its vectors, in the order they were found."""
     for path in _windows(folder):
         with safe_open(path, framework="pt") as file:
-            for name in dict.fromkeys(key.rsplit(".", 1)[0] for key in file.keys()):  # noqa: SIM118 (not a dict)
-                yield name, {field: file.get_tensor(f"{name}.{field}") for field in FIELDS[1:]}
+            fields: dict[str, list[str]] = {}
+            for name, field in (key.rsplit(".", 1) for key in file.keys()):  # noqa: SIM118 (not a dict)
+                fields.setdefault(name, []).append(field)
+            for name, of in fields.items():
+                yield name, {field: file.get_tensor(f"{name}.{field}") for field in of if field != "vectors"}
 
 
-def read(folder: Path, name: str, rank: int, select: str, device: torch.device) -> Subspace:
+def read_subspace(folder: Path, name: str, rank: int, select: str, device: torch.device) -> Subspace:
     """The `rank` eigenvectors of module `name` that `select` names: rank 0 reads, every rank gets them. Collective."""
-    vectors = values = spectrum = checks = None
 
+    def crop(vectors: Tensor, values: Tensor, spectrum: Tensor, checks: Tensor) -> tuple[Tensor, ...]:
+        kept, size = vectors.shape[1], len(spectrum)
+        start = {"smallest": 0, "largest": kept - rank, "random": 0, "middle": (size - rank) // 2 - (size - kept) // 2}
+        columns = slice(start[select], start[select] + rank)
+        return vectors[:, columns], values[columns], spectrum, checks
+
+    return Subspace(*_read(folder, name, ("vectors", "values", "spectrum", "checks"), crop, device))
+
+
+def read_factors(folder: Path, name: str, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first `rank` of the initial factors (A0, B0) of module `name`, likewise. Collective."""
+    return _read(folder, name, ("a0", "b0"), lambda a0, b0: (a0[:rank], b0[:, :rank]), device)
+
+
+def _read(
+    folder: Path, name: str, fields: tuple[str, ...], crop: Callable[..., tuple[Tensor, ...]], device: torch.device
+) -> tuple[Tensor, ...]:
     def load() -> tuple[Tensor, ...]:
         for path in _windows(folder):
             with safe_open(path, framework="pt") as file:
-                if f"{name}.vectors" in file.keys():  # noqa: SIM118 (not a dict)
-                    return tuple(file.get_tensor(f"{name}.{field}") for field in FIELDS[:4])
-        raise UserError(f"calibration.path: {folder} has no eigenvectors of {name}; calibrate again")
+                if f"{name}.{fields[0]}" in file.keys():  # noqa: SIM118 (not a dict)
+                    return crop(*(file.get_tensor(f"{name}.{field}") for field in fields))
+        raise UserError(f"calibration.path: {folder} has no {fields[0]} of {name}; calibrate again")
 
+    tensors = [None] * len(fields)
     if torch.distributed.get_rank() == 0:
-        vectors, values, spectrum, checks = load()
-        kept = vectors.shape[1]
-        size = len(spectrum)
-        start = {"smallest": 0, "largest": kept - rank, "random": 0, "middle": (size - rank) // 2 - (size - kept) // 2}
-        columns = slice(start[select], start[select] + rank)
-        vectors, values = vectors[:, columns].contiguous(), values[columns].contiguous()
-    parts = [broadcast_tensor(tensor, device) for tensor in (vectors, values, spectrum, checks)]
-    return Subspace(*parts)
+        tensors = [tensor.contiguous() for tensor in load()]
+    return tuple(broadcast_tensor(tensor, device) for tensor in tensors)
 
 
 def check(folder: Path, manifest: dict) -> None:
@@ -131,10 +155,10 @@ def check(folder: Path, manifest: dict) -> None:
                 f"{field}: the calibration in {folder} was made with another {key} ({_short(there)}, here "
                 f"{_short(here)}); calibrate again, or set the recipe to it"
             )
-    exact = wanted["eigen_select"] == "random"
+    exact = wanted["eigen_select"] == "random" or wanted["method"] == "lora_ga"
     if found["rank"] < wanted["rank"] or (exact and found["rank"] != wanted["rank"]):
         raise UserError(
-            f"adapter.rank: {wanted['rank']} eigenvectors are needed and the calibration in {folder} has "
+            f"adapter.rank: {wanted['rank']} vectors are needed and the calibration in {folder} has "
             f"{found['rank']}; calibrate again with that rank"
         )
 
@@ -152,8 +176,8 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / SPECTRUM).read_text(encoding="utf-8"))
 
 
-def eigen_rank(recipe: Recipe) -> int:
-    """Eigenvectors that a calibration keeps of each module, where it has as many."""
+def kept_rank(recipe: Recipe) -> int:
+    """Vectors that a calibration keeps of each module, where it has as many."""
     wanted = recipe.adapter
     return max(2 * wanted.rank, 256) if wanted.rank_allocation == "effective_rank" else wanted.rank
 

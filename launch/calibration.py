@@ -1,27 +1,28 @@
-"""A recipe's calibration: made window by window, or taken from `calibration.path`, and the factors that follow."""
+"""A recipe's calibration: made window by window, or taken from `calibration.path`."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra import adapter, inits
+from astra import adapter
 from astra.calibrate import calibrate
 from astra.errors import AstraError
 from astra.moments import Batch, find_groups
 from astra.spectrum import allocate
 from astra.windows import make_plan
-from eval.tasks.suite import ALPACA
-from launch import artifact, spectrum, tracking, watch
-from launch.data import TokenSet, choose, collate, deal
+from launch import artifact, methods, samples, spectrum, tracking, watch
+from launch.data import TokenSet, collate
 from launch.distributed import on_rank0, say, start, stop
 from launch.engines import Engine, make_engine
 from launch.errors import UserError
 from launch.export import dtype_name
 from launch.inputs import Inputs, prepare
+from launch.methods import CALIBRATED
+from launch.objective import label_loss
 from launch.recipe import Recipe
 from launch.run_folder import lock, make_folder
 
@@ -34,7 +35,7 @@ def calibrate_alone(recipe: Recipe, folder: Path, stall: float) -> None:
     Every rank of a launcher calls it. Started again it goes on after the last window, and leaves a finished one alone.
     """
     device = start(stall)
-    if recipe.adapter.method != "astra":
+    if recipe.adapter.method not in CALIBRATED:
         raise UserError(f"adapter.method: {recipe.adapter.method} needs no calibration")
 
     def open_folder() -> None:
@@ -70,7 +71,7 @@ def obtain(
 
     None for a method that needs none. Raises UserError if that at `calibration.path` is not this recipe's.
     """
-    if recipe.adapter.method != "astra":
+    if recipe.adapter.method not in CALIBRATED:
         return None
     described = manifest(recipe, inputs, {})
     if recipe.calibration.path is not None:
@@ -96,20 +97,18 @@ def make(
     watch.stage("calibration", timed=True)
     started = time.perf_counter()
     settings, rank = recipe.calibration, dist.get_rank()
-    samples = choose(len(inputs.tokens), settings.samples, settings.seed)
-    halves = [samples[: len(samples) // 2], samples[len(samples) // 2 :]] if settings.split_half else [samples]
-    if not all(halves):
-        raise UserError(f"calibration.samples: {settings.samples} cannot be split in halves; raise it")
-    parts = [_batches(inputs.tokens, ids, recipe, engine.device) for ids in halves]
-    groups = find_groups(model, linears, parts[0][0])
-    longest = int(inputs.tokens.lengths()[samples].max())
+    ids, kind = samples.sample_ids(recipe, inputs), methods.kind(recipe)
+    lengths = samples.lengths(recipe, inputs, ids)
+    parts = samples.parts(recipe, inputs, ids, engine.device)
+    groups = find_groups(model, linears, parts[0][0] if parts else None, kind.needs)
     plan = make_plan(
         model,
         linears,
         groups,
-        tokens=longest * settings.batch_size,
+        tokens=int(lengths.max()) * settings.batch_size if ids else 0,
         parts=len(parts),
         memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
+        decomposed=kind.decomposes,
     )
     say(plan.describe())
     described = manifest(recipe, inputs, tracking.conditions(dist.get_world_size(), engine.device))
@@ -117,38 +116,37 @@ def make(
     done = on_rank0(lambda: artifact.begin(folder, described))
     if done:
         say(f"going on after window {done} of {len(plan.windows)}, from {folder}")
-    kept = artifact.eigen_rank(recipe)
+    kept = artifact.kept_rank(recipe)
     windows = calibrate(
         model,
         linears,
         parts,
         engine,
         plan,
+        methods.finder(recipe),
+        loss=label_loss,
         ranks={name: _rank_of(name, linear, kept, recipe) for name, linear in linears.items()},
-        select=recipe.adapter.eigen_select,
-        seed=settings.seed,
         start=done,
         progress=lambda items, name: tracking.progress(items, len(items), name, rank),
     )
     for number, found in enumerate(windows, start=done):
         on_rank0(lambda number=number, found=found: artifact.save_window(folder, number, found))
-    tokens = int(inputs.tokens.lengths()[samples].sum())
-    reach = {name: min(x.out_features, x.in_features + (x.bias is not None)) for name, x in linears.items()}
-    for line in on_rank0(lambda: spectrum.write(folder, recipe, reach, tokens, time.perf_counter() - started)):
-        say(line)
-    on_rank0(lambda: artifact.finish(folder))
+    seconds, tokens = time.perf_counter() - started, int(lengths.sum())
+    say(f"calibration: {len(linears)} modules, {tokens} tokens, {seconds:.1f} s")
+    if recipe.adapter.method == "astra":
+        reach = {name: min(x.out_features, x.in_features + (x.bias is not None)) for name, x in linears.items()}
+        for line in on_rank0(lambda: spectrum.write(folder, recipe, reach, tokens)):
+            say(line)
+    on_rank0(lambda: artifact.finish(folder, {"tokens": tokens, "seconds": seconds}))
 
 
 def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
     smaller = min(linear.in_features, linear.out_features)
     if recipe.adapter.rank > smaller:
         raise AstraError(f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}")
+    if recipe.adapter.method == "lora_ga" and 2 * recipe.adapter.rank > smaller:
+        raise AstraError(f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}")
     return min(kept, smaller)
-
-
-def _batches(tokens: TokenSet, ids: list[int], recipe: Recipe, device: torch.device) -> list[Batch]:
-    share = deal(ids, dist.get_rank(), dist.get_world_size(), recipe.calibration.batch_size)
-    return [collate(tokens, rows, device)[0] for rows in share]
 
 
 def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
@@ -163,41 +161,34 @@ def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
     )
 
 
-def factors(
-    recipe: Recipe, source: Path | None, ranks: Mapping[str, int], device: torch.device
-) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
-    """The initialiser of the recipe's method: (module name, whole W) -> fp64 (A0, B0). Collective, in order of calls.
-
-    Args:
-        source: the folder of the calibration, for methods that need one. ranks: r of every module.
-    """
-    settings = recipe.adapter
-    match settings.method:
-        case "astra":
-            select = settings.eigen_select
-            return lambda name, weight: inits.astra(weight, artifact.read(source, name, ranks[name], select, device))
-        case "lora" | "rslora" | "dora":
-            return lambda name, weight: inits.lora(weight, ranks[name], recipe.train.seed, name)
-
-
 def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
-    """Everything that decides the subspaces' bytes, to go beside them."""
-    settings = recipe.calibration
-    return {
-        "base": inputs.base,
-        "dtype": dtype_name(inputs.dtype),
+    """Everything that decides what is found, to go beside it; None where the method does not look at it."""
+    settings, wanted = recipe.calibration, recipe.adapter
+    of_data = {
         "data": inputs.data,
-        "prompt": ALPACA,
+        "prompt": samples.prompt(recipe),
         "max_length": recipe.data.max_length,
-        "sample_ids": choose(len(inputs.tokens), settings.samples, settings.seed),
+        "sample_ids": samples.sample_ids(recipe, inputs),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "split_half": settings.split_half,
-        "eigen_select": recipe.adapter.eigen_select,
-        "rank": artifact.eigen_rank(recipe),
-        "targets": recipe.adapter.targets,
+    }
+    of_astra = {
+        "eigen_select": wanted.eigen_select,
+        "statistics": settings.statistics,
         "tie_break": "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
         "onto what the weight cannot reach, then onto the null space of the moment",
+    }
+    return {
+        "method": wanted.method,
+        "base": inputs.base,
+        "dtype": dtype_name(inputs.dtype),
+        "rank": artifact.kept_rank(recipe),
+        "corda_mode": wanted.corda_mode if wanted.method == "corda" else None,
+        "scaling": methods.scaling(recipe) if wanted.method in methods.SCALED else None,
+        "targets": wanted.targets,
+        **(of_data if methods.kind(recipe).needs != "weight" else dict.fromkeys(of_data)),
+        **(of_astra if wanted.method == "astra" else dict.fromkeys(of_astra)),
         "conditions": conditions,
     }
 

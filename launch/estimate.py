@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from astra import adapter
 from astra.cost import solve_flops, sum_flops
+from astra.gradients import gradients
 from astra.moments import find_groups, forward
 from astra.windows import FP64, Plan, find_layers, make_plan
-from launch import trainable
+from launch import methods, trainable
 from launch.engines.base import read_config
-from launch.objective import AnswerLoss
+from launch.objective import AnswerLoss, label_loss
 from launch.recipe import Recipe
 
 FP32 = 4  # bytes
@@ -84,13 +85,14 @@ def estimate(
     held = _held(recipe.engine, base, trained, ranks, full=wanted.method == "full")
 
     length, rows = recipe.data.max_length, recipe.calibration.batch_size
-    windows, statistics_flops, solving_flops, carried = None, 0.0, 0.0, 0
+    windows, samples, statistics_flops, solving_flops, carried = None, 0, 0.0, 0.0, 0
     with FakeTensorMode():
         _fake(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        if wanted.method == "astra":
+        if wanted.method in methods.CALIBRATED:
+            kind = methods.kind(recipe)
             with trainable.untrained(model):
-                groups = find_groups(model, linears, {"input_ids": ids})
+                groups = find_groups(model, linears, {"input_ids": ids}, kind.needs)
             memory = recipe.calibration.memory_gib
             windows = make_plan(
                 base,
@@ -99,17 +101,25 @@ def estimate(
                 tokens=length * rows,
                 parts=1 + recipe.calibration.split_half,
                 memory=None if memory is None else memory * 2**30,
+                decomposed=kind.decomposes,
             )
-            samples = recipe.calibration.samples
+            samples = 0 if kind.needs == "weight" else recipe.calibration.samples
             of_rank = math.ceil(samples / (rows * ranks)) * rows
             hidden = config.get_text_config().hidden_size
-            carried = of_rank * length * hidden * dtype.itemsize if windows.layers else 0
+            carried = of_rank * length * hidden * dtype.itemsize if windows.layers and kind.needs != "gradient" else 0
             statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
             kept = dict.fromkeys(linears, wanted.rank)
-            solving_flops = sum(solve_flops(group, linears, kept) for group in groups)
-        with _Counting() as calibrating, torch.no_grad(), trainable.untrained(model):
-            forward(model.eval(), {"input_ids": ids})
-        calibration_flops = calibrating.flops / rows * recipe.calibration.samples if windows else 0.0
+            solving_flops = sum(solve_flops(group, linears, kept, kind.decomposes) for group in groups)
+        with _Counting() as calibrating, trainable.untrained(model):
+            if windows and kind.needs == "gradient":
+                window = windows.windows[0]
+                gradients(model.eval(), linears, [{"input_ids": ids, "labels": ids}], window, label_loss)
+                calibrating.peak -= window.statistics  # whose in-place sums are not among the products counted
+                calibrating.flops *= len(windows.windows)
+            else:
+                with torch.no_grad():
+                    forward(model.eval(), {"input_ids": ids})
+        calibration_flops = calibrating.flops / rows * samples
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -126,7 +136,7 @@ def estimate(
     one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
     of_windows = {
         "statistics": max(window.statistics for window in windows.windows) if windows else 0,
-        "forward pass or solving": max(calibrating.peak, windows.working) if windows else 0,
+        "forward pass or solving": max(calibrating.peak if samples else 0, windows.working) if windows else 0,
     }
     return Estimate(
         parameters,
@@ -141,7 +151,9 @@ def estimate(
         solve_flops=solving_flops,
         files={
             **_files(wanted.method, parameters * dtype.itemsize, FP32 * trained),
-            "calibration: eigenvectors, fp64": FP64 * wanted.rank * sum(x.out_features for x in linears.values())
+            "calibration: eigenvectors, or factors, fp64": FP64
+            * wanted.rank
+            * sum(x.out_features + (wanted.method != "astra") * x.in_features for x in linears.values())
             if windows
             else 0,
         },
@@ -153,7 +165,7 @@ def _files(method: str, whole: int, trained: int) -> dict[str, int]:
     moments = "both moments of AdamW, fp32"
     if method == "full":
         return {f"a checkpoint (all parameters and {moments})": 3 * trained, "export: model": whole}
-    exported = {"astra": 4, "dora": 1}.get(method, 2)
+    exported = {"dora": 1, "lora": 2, "rslora": 2, "eva": 2}.get(method, 4)  # the others start on a residual
     names = {4: "adapter, astra_init and lora of twice the rank", 2: "adapter and lora", 1: "adapter"}[exported]
     return {
         f"a checkpoint (A0, B0, what is trained and {moments})": 4 * trained,

@@ -20,6 +20,7 @@ from launch.files import write_json
 from launch.hub import FILES
 from launch.inputs import Inputs
 from launch.recipe import Recipe
+from launch.report import method
 
 WARNING = (
     "This adapter is valid only on the residual base W_res, which is rebuilt from the original base and ../astra_init. "
@@ -96,7 +97,6 @@ def read_base(folder: Path) -> dict | None:
 def model_card(folder: Path, recipe: Recipe, results: dict) -> str:
     """README.md of the run in `folder`: what it is, under which conditions, how to load what it exported."""
     parts = [name for name in CONTENTS if (folder / name).is_dir()]
-    select = f", eigen_select {recipe.adapter.eigen_select}" if recipe.adapter.method == "astra" else ""
     scores = "\n".join(
         f"| {suite} | {when} | {100 * score['accuracy']:.1f} | {100 * score['interval'][0]:.1f} to "
         f"{100 * score['interval'][1]:.1f} | {score['n']} |"
@@ -113,7 +113,7 @@ def model_card(folder: Path, recipe: Recipe, results: dict) -> str:
             f"\nThe frozen base is bfloat16: the residual is rounded, by at most {results['residual_rounding']:.1e} of "
             "a weight's norm, and `lora/` on the original base differs from the trained model by that rounding.\n"
         )
-    return f"""# {recipe.model.name}, fine-tuned: {recipe.adapter.method}{select}
+    return f"""# {recipe.model.name}, fine-tuned: {method(results)}
 
 {trained}, seed {recipe.train.seed}, {results["steps"]} steps of
 {recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results["final_loss"]:.4f} nats per answer token.

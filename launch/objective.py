@@ -116,6 +116,15 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def label_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """The same sum with whole logits, for a calibration, which may watch the head itself.
+
+    Both are (rows, tokens), int64; labels of -100 do not count.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # -100 is what PyTorch leaves out
+
+
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")` with few logits at a time.
 

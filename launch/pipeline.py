@@ -17,6 +17,7 @@ from launch import (
     export,
     kernels,
     measure,
+    methods,
     trackers,
     tracking,
     trainable,
@@ -173,6 +174,7 @@ def run_stages(
             "base": inputs.base,
             "data": inputs.data,
             "method": wanted.method,
+            "variant": methods.variant(recipe),
             "eigen_select": wanted.eigen_select if wanted.method == "astra" else None,
             "rank": wanted.rank if layers else None,
             "lora_rank": export.plain_rank(folder),
@@ -271,7 +273,7 @@ def _initialise(
     # The logits may move by rounding only.
     watch.stage("initialisation")
     ranks = {name: layer.r[adapter.ADAPTER] for name, layer in layers.items()}
-    rounding = adapter.initialise(layers, calibration.factors(recipe, source, ranks, device), engine)
+    rounding = adapter.initialise(layers, methods.initialiser(recipe, source, ranks, device), engine)
     with engine.inference(model):
         moved = (calibration.logits(model, probe) - logits).abs().max() / logits.abs().max()
     drift = all_reduce_max(moved.item(), device)
@@ -279,7 +281,7 @@ def _initialise(
     return {
         "ranks": ranks if recipe.adapter.rank_allocation != "uniform" else None,
         "inputs": {"model.name": inputs.base["weights_sha256"], "data.path": inputs.data["tokens_sha256"]},
-        "calibration_seconds": on_rank0(lambda: artifact.summary(source)["seconds"]) if source else 0.0,
+        "calibration_seconds": on_rank0(lambda: artifact.seconds(source)) if source else 0.0,
         "logit_drift": drift,
         "residual_rounding": rounding,
         "baseline": baseline,

@@ -75,13 +75,18 @@ class Data(Section):
 
 
 class Adapter(Section):
-    method: Literal["astra", "lora", "rslora", "dora", "full"] = Field(
+    method: Literal[
+        "astra", "lora", "rslora", "dora", "pissa", "milora", "olora", "corda", "eva", "lora_ga", "full"
+    ] = Field(
         "astra",
-        description="astra; plain lora; rslora: lora with s = alpha / sqrt(rank); dora: lora with trained magnitudes; "
-        "full: no adapter, all parameters are trained",
+        description="astra, or what it is compared with: other initial factors; rslora: lora with "
+        "s = alpha / sqrt(rank); dora: lora with trained magnitudes; full: no adapter, all parameters are trained",
     )
     eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
         "smallest", description="astra: which eigenvectors of the output second moment (the paper: smallest)"
+    )
+    corda_mode: Literal["ipm", "kpm"] = Field(
+        "ipm", description="corda: the r largest singular triplets of weight times input moment (ipm), or the smallest"
     )
     rank: int = Field(128, ge=1, description="r, columns of B")
     alpha: Number = Field(128, gt=0, description="the adapter's product is scaled by s = alpha / rank")
@@ -103,6 +108,14 @@ class Adapter(Section):
             raise ValueError("dropout: is on an adapter's input, and method full has no adapters; set it to 0")
         return self
 
+    @model_validator(mode="after")
+    def _variants_are_of_the_method(self) -> "Adapter":
+        if self.method != "astra" and self.eigen_select != "smallest":
+            raise ValueError(f"eigen_select: {self.method} has none; leave it out")
+        if self.method != "corda" and self.corda_mode != "ipm":
+            raise ValueError(f"corda_mode: {self.method} has none; leave it out")
+        return self
+
 
 class Calibration(Section):
     samples: int = Field(256, ge=1, description="training rows that calibration runs, a seeded choice")
@@ -113,6 +126,11 @@ class Calibration(Section):
     )
     split_half: bool = Field(
         False, description="also measure how far the subspaces of the samples' two halves are apart; twice the memory"
+    )
+    statistics: Literal["exact", "reference"] = Field(
+        "exact",
+        description="astra: exact moments of the outputs, or as the authors' code has them (another prompt, padding "
+        "counted, each row divided by its largest output)",
     )
     path: Name | None = Field(None, description="folder of a calibration by launch/calibrate.py; made here when null")
 
@@ -186,6 +204,16 @@ class Recipe(Section):
     def _compiled_layers_are_not_gathered(self) -> "Recipe":
         if self.train.compile and self.engine.startswith("zero3"):
             raise ValueError("train.compile: zero3 gathers weights inside the layers; set engine=fsdp, zero2 or single")
+        return self
+
+    @model_validator(mode="after")
+    def _calibration_fits_the_method(self) -> "Recipe":
+        method, of = self.adapter.method, self.calibration
+        if method != "astra" and (of.statistics != "exact" or of.split_half):
+            field = "split_half" if of.split_half else "statistics"
+            raise ValueError(f"calibration.{field}: {method} has no use for it, only astra; leave it out")
+        if of.statistics == "reference" and of.batch_size != 1:
+            raise ValueError("calibration.batch_size: the reference statistics take one row at a time; set it to 1")
         return self
 
 

@@ -29,8 +29,8 @@ def read_results(folder: Path) -> dict:
 
 
 def method(results: dict) -> str:
-    """The method with its end of the spectrum, which is never left out."""
-    return " ".join(filter(None, (results["method"], results["eigen_select"])))
+    """The method with its variant, such as the end of the spectrum, which is never left out."""
+    return " ".join(filter(None, (results["method"], results.get("variant", results["eigen_select"]))))
 
 
 def table(folders: list[Path]) -> str:

@@ -17,12 +17,12 @@ from launch.tracking import COLOURS
 POINTS = 64  # of an eigenvalue curve in spectrum.json; the files of windows hold them all
 
 
-def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int, seconds: float) -> list[str]:
+def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int) -> list[str]:
     """spectrum.json, README.md and plots from the windows in `folder`; lines for the user, warnings among them.
 
     Args:
         reach: dimensions of its outputs that a module's weight and bias can reach at all.
-        tokens: that were counted. seconds: that the calibration took.
+        tokens: that were counted.
     """
     modules: dict[str, dict] = {}
     spectra: dict[str, Tensor] = {}
@@ -37,15 +37,13 @@ def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int, s
         }
     worst = {key: max(module["checks"][key] for module in modules.values()) for key in Checks._fields}
     lines = [
-        f"calibration: {len(modules)} modules, {tokens} tokens, {seconds:.1f} s; worst check, 1 being let pass: "
-        + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()),
+        "worst check, 1 being let pass: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()),
         *doubts(modules, tokens, recipe),
     ]
     write_json(
         folder / artifact.SPECTRUM,
         {
             "tokens": tokens,
-            "seconds": seconds,
             "eigen_select": recipe.adapter.eigen_select,
             "worst_checks": worst,
             "modules": modules,

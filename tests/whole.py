@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from astra.calibrate import calibrate
+from astra.calibrate import Find, as_subspace, calibrate, find_subspace
 from astra.eigen import Subspace
 from astra.moments import Batch, find_groups
 from astra.weights import Weights
 from astra.windows import Plan, find_layers, make_plan
+
+
+def finder(select: str, seed: int) -> Find:
+    return lambda problem: find_subspace(problem, select, seed)
 
 
 def plan_of(
@@ -29,10 +33,9 @@ def subspaces_of(
     seed: int,
 ) -> dict[str, Subspace]:
     plan = plan_of(model, linears, batches)
-    (window,) = calibrate(
-        model, linears, [batches], weights, plan, ranks=dict.fromkeys(linears, rank), select=select, seed=seed
-    )
-    return {name: window[name].subspace for name in linears}
+    find = finder(select, seed)
+    (window,) = calibrate(model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank))
+    return {name: as_subspace(window[name]) for name in linears}
 
 
 def subspaces_by_layer(
@@ -42,12 +45,14 @@ def subspaces_by_layer(
     weights: Weights,
     *,
     rank: int,
-    **settings: object,
+    select: str,
+    seed: int,
 ) -> dict[str, Subspace]:
     """The same in windows of one layer, which is the least that fits."""
     whole = plan_of(model, linears, batches)
     layers = len(find_layers(model, linears))
     plan = plan_of(model, linears, batches, whole.windows[0].statistics / layers + whole.working)
     assert len(plan.windows) == layers
-    windows = calibrate(model, linears, [batches], weights, plan, ranks=dict.fromkeys(linears, rank), **settings)
-    return {name: found.subspace for window in windows for name, found in window.items()}
+    find = finder(select, seed)
+    windows = calibrate(model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank))
+    return {name: as_subspace(found) for window in windows for name, found in window.items()}

@@ -140,6 +140,10 @@ class ZeroEngine(ZeroWeights):
             yield
         finally:
             engine.destroy()
+            # It leaves these on the modules, and the next engine's backward passes would run this one's hooks.
+            for module in model.modules():
+                for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+                    module.__dict__.pop(name, None)
 
     def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> ZeroStepper:
         config = self.config | {"gradient_clipping": max_grad_norm}

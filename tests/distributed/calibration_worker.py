@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from astra import adapter
-from astra.calibrate import second_moments, share_out, solve_window
+from astra.calibrate import as_subspace, second_moments, share_out, solve_window
 from astra.moments import reduce
 from launch import data as launch_data
 from launch import prepared
@@ -19,7 +19,7 @@ from launch.distributed import start, stop
 from launch.engines import make_engine
 from launch.errors import run
 from launch.recipe import read
-from tests.whole import plan_of, subspaces_by_layer
+from tests.whole import finder, plan_of, subspaces_by_layer
 
 
 def main(recipe_path: str, output: Path) -> None:
@@ -51,9 +51,8 @@ def main(recipe_path: str, output: Path) -> None:
                 share_out(window.groups, linears, dict.fromkeys(linears, recipe.adapter.rank)),
                 linears,
                 engine,
+                finder(select, 5),
                 ranks=dict.fromkeys(linears, recipe.adapter.rank),
-                select=select,
-                seed=5,
             )
             for select in ("smallest", "largest", "middle", "random")
         }
@@ -67,7 +66,7 @@ def main(recipe_path: str, output: Path) -> None:
         tensors |= {f"moment.{group.of}.{'+'.join(group.modules)}.{part}": value for part, value in parts.items()}
     for select, modules in found.items():
         for name, module in modules.items():
-            subspace = module if select == "by_layer" else module.subspace
+            subspace = module if select == "by_layer" else as_subspace(module)
             tensors[f"{select}.{name}.vectors"] = subspace.vectors.contiguous()
             tensors[f"{select}.{name}.values"] = subspace.values.contiguous()
     for name, (mine, whole, live) in held.items():

@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from astra.calibrate import Found
-from astra.eigen import Subspace
 from launch import artifact
 from launch.errors import UserError
 
 MANIFEST = {
+    "method": "astra",
     "base": {"name": "base", "weights_sha256": "ab" * 32},
     "dtype": "float32",
     "data": {"path": "rows", "tokens_sha256": "cd" * 32},
@@ -37,12 +36,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> None:
     dist.destroy_process_group()
 
 
-def found(rank: int, size: int = 9, start: int = 0) -> Found:
+def found(rank: int, size: int = 9, start: int = 0) -> dict[str, torch.Tensor]:
     """The unit vectors from `start`, in the place of eigenvectors."""
     spectrum = torch.arange(size, dtype=torch.float64)
     vectors = torch.eye(size, dtype=torch.float64)[:, start : start + rank]
-    subspace = Subspace(vectors, spectrum[start : start + rank].clone(), spectrum, torch.zeros(3, dtype=torch.float64))
-    return Found(subspace, spectrum.new_empty(0))
+    checks = torch.zeros(3, dtype=torch.float64)
+    values = spectrum[start : start + rank].clone()
+    return {
+        "vectors": vectors,
+        "values": values,
+        "spectrum": spectrum,
+        "checks": checks,
+        "angles": spectrum.new_empty(0),
+    }
 
 
 def changed(**values: object) -> dict:
@@ -53,7 +59,7 @@ def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
     assert artifact.begin(folder, manifest) == 0
     artifact.save_window(folder, 0, {"layers.0.q_proj": found(rank, start=start)})
     artifact.save_window(folder, 1, {"layers.1.q_proj": found(rank, start=start)})
-    artifact.finish(folder)
+    artifact.finish(folder, {"seconds": 1.5})
     return folder
 
 
@@ -64,7 +70,7 @@ def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
 ) -> None:
     whole(tmp_path, changed(eigen_select=select, rank=5), rank=5, start=kept)
     artifact.check(tmp_path, changed(eigen_select=select, rank=2))
-    read = artifact.read(tmp_path, "layers.1.q_proj", 2, select, torch.device("cpu"))
+    read = artifact.read_subspace(tmp_path, "layers.1.q_proj", 2, select, torch.device("cpu"))
     assert torch.equal(read.vectors, torch.eye(9, dtype=torch.float64)[:, wanted : wanted + 2])
     assert read.values.tolist() == [wanted, wanted + 1]
     assert len(read.spectrum) == 9
@@ -73,6 +79,7 @@ def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"method": "pissa"}, r"adapter\.method: .*\(astra, here pissa\)"),
         ({"base": {"weights_sha256": "0"}}, r"model\.name: .*another base\.weights_sha256"),
         ({"dtype": "bfloat16"}, r"model\.dtype: .*\(float32, here bfloat16\)"),
         ({"data": {"tokens_sha256": "0"}}, r"data\.path"),
@@ -82,7 +89,7 @@ def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
         ({"seed": 1}, r"calibration\.seed"),
         ({"eigen_select": "largest"}, r"adapter\.eigen_select: .*\(smallest, here largest\)"),
         ({"targets": ["k_proj"]}, r"adapter\.targets"),
-        ({"rank": 5}, r"adapter\.rank: 5 eigenvectors are needed .* has 4"),
+        ({"rank": 5}, r"adapter\.rank: 5 vectors are needed .* has 4"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -120,5 +127,5 @@ def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
         artifact.check(tmp_path, MANIFEST)
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    with pytest.raises(UserError, match=r"has no eigenvectors of layers\.7\.q_proj"):
-        artifact.read(tmp_path, "layers.7.q_proj", 2, "smallest", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"has no vectors of layers\.7\.q_proj"):
+        artifact.read_subspace(tmp_path, "layers.7.q_proj", 2, "smallest", torch.device("cpu"))

@@ -132,6 +132,21 @@ def test_full_holds_gradients_and_moments_of_all_parameters() -> None:
     assert list(found.files.values())[:2] == [12 * count, 4 * count]
 
 
+def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
+    forward, backward, weights = (plan(recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa"))
+    # The backward pass of a frozen model costs what the forward pass does, the head is on every token, attention 2.5.
+    assert 2 < backward.calibration.flops / forward.calibration.flops < 2.5
+    elements = 6 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160)
+    assert backward.windows.windows[0].statistics == 8 * (elements + 6 * 7)
+    assert backward.sum_flops == SAMPLES * LENGTH * 2 * elements
+    assert (weights.calibration.flops, weights.sum_flops, weights.windows.windows[0].statistics) == (0, 0, 0)
+    assert weights.solve_flops > 0
+    halved = (backward.windows.windows[0].statistics / 2 + backward.windows.working) / 2**30
+    twice = plan(recipe(adapter={"method": "lora_ga"}, calibration={"memory_gib": halved}))
+    assert twice.calibration.flops == 2 * backward.calibration.flops
+    assert twice.hidden_states == 0
+
+
 def run(script: str, *arguments: object, code: int = 0) -> str:
     line = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -63,6 +63,9 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
             "adapter={method: lora, rank_allocation: effective_rank}",
             "adapter.rank_allocation: effective_rank needs method astra",
         ),
+        ("adapter={method: pissa, eigen_select: largest}", "adapter.eigen_select: pissa has none"),
+        ("adapter.corda_mode=kpm", "adapter.corda_mode: astra has none"),
+        ("calibration={statistics: reference, batch_size: 2}", "calibration.batch_size: the reference statistics"),
         ("eval.samples=3", "eval.samples: above 1 they need a temperature above 0"),
         ("eval.suites=[glue]", "eval.suites.0: 'glue' is not valid"),
         ("model=7", "model: 7 is not valid"),
@@ -76,6 +79,12 @@ def test_a_wrong_override_is_named_with_the_remedy(override: str, message: str) 
         read("metamath", ["engine=zero3", override])
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["statistics=reference", "split_half=true"])
+def test_what_only_astras_calibration_has_is_refused_elsewhere(setting: str) -> None:
+    with pytest.raises(UserError, match=rf"^calibration\.{setting.split('=')[0]}: eva has no use for it, only astra"):
+        read("metamath", ["adapter.method=eva", f"calibration.{setting}"])
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("", "holds no fields"), ("[1]", "holds no")])
