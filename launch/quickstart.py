@@ -33,8 +33,8 @@ from launch.tracking import progress
 NAME, MANIFEST = "quickstart", "manifest.json"
 VOCABULARY = 400  # sentencepiece tokens, digits one by one
 ROW = 128  # tokens of a pretraining row
-STEPS = 500
-PRETRAINING = Train(global_batch=16, micro_batch=8, lr=6e-3, max_steps=STEPS)
+STEPS = 650
+PRETRAINING = Train(global_batch=16, micro_batch=8, lr=4.5e-3, max_steps=STEPS)
 DOCUMENTS = 30_000
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3600, 200
 OTHER_DOCUMENTS = 300

@@ -15,12 +15,13 @@ from torch import Tensor
 from astra.moments import Batch
 from eval.tasks.suite import ALPACA
 from launch import methods
-from launch.data import choose, collate, deal, encode, read_rows
+from launch.data import choose, collate, deal, encode
 from launch.distributed import on_rank0
 from launch.errors import UserError
 from launch.hub import load_tokenizer
 from launch.inputs import Inputs
 from launch.recipe import Data, Recipe
+from launch.rows import EMPTY, NOT_TEXT, fetch, load, select
 
 REFERENCE = "{instruction}\n### Response:{answer}"
 
@@ -35,8 +36,9 @@ def sample_ids(recipe: Recipe, inputs: Inputs) -> list[int]:
     settings, tokens = recipe.calibration, inputs.tokens
     if methods.kind(recipe).needs == "weight":
         return []
-    # The reference has rows too of which no answer token fits.
-    rows = len(tokens) + (tokens.num_left_out if settings.statistics == "reference" else 0)
+    rows = len(tokens)
+    if settings.statistics == "reference":  # it has rows too that are too long to be trained on
+        rows += sum(count for reason, count in inputs.data["dropped"].items() if reason not in (NOT_TEXT, EMPTY))
     return choose(rows, settings.samples, settings.seed)
 
 
@@ -72,8 +74,12 @@ def _batches(inputs: Inputs, samples: list[int], size: int, device: torch.device
 
 def _encode_reference(data: Data, model_path: Path, samples: list[int]) -> dict:
     """The token ids of each sample, and EOS, as `eos`."""
-    tokenizer, rows = load_tokenizer(model_path), read_rows(data)
-    texts = [REFERENCE.format(instruction=rows[i][0], answer=rows[i][1]) for i in samples]
+    tokenizer = load_tokenizer(model_path)
+    rows = [row for chunk in select(load(data, fetch(data)), data) for row in chunk.rows]
+    texts = [
+        REFERENCE.format(instruction="\n".join(filter(None, (row.instruction, row.input))), answer=row.answer)
+        for row in (rows[i] for i in samples)
+    ]
     return dict(zip(samples, encode(tokenizer, texts), strict=True)) | {"eos": tokenizer.eos_token_id}
 
 
