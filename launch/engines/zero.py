@@ -110,7 +110,7 @@ class ZeroEngine(ZeroWeights):
         self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
         self.sharded = self.config["zero_optimization"]["stage"] == 3
         # Stage 3 takes the base's dtype from here. Elsewhere it would cast the adapters, which are to stay in fp32.
-        self.config["bf16"] = {"enabled": self.sharded and dtype == torch.bfloat16}
+        self._use_bf16(self.sharded and dtype == torch.bfloat16)
         # The other form compares the shapes of saved weights, which stage 3 has let go of by then.
         self.reentrant = self.sharded
         # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
@@ -118,9 +118,14 @@ class ZeroEngine(ZeroWeights):
         nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
 
+    def _use_bf16(self, enabled: bool) -> None:
+        self.config["bf16"] = {"enabled": enabled}
+        # By default micro batches' gradients would be added up in bf16 too.
+        self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+
     def load(self, path: str, full: bool = False) -> PreTrainedModel:
-        if full and self.dtype == torch.bfloat16:  # DeepSpeed's optimiser then holds fp32 weights
-            self.config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        if full:
+            self._use_bf16(self.dtype == torch.bfloat16)  # DeepSpeed's optimiser then holds fp32 weights
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
