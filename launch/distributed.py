@@ -65,6 +65,7 @@ def start(stall: float = STALL) -> torch.device:
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+        dist.barrier()  # rank 0 holds the store: were it to end at once, the others would not know why
     except dist.DistError as error:
         raise RankError(
             f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank within {stall:.0f} s: "

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch import artifact, calibrate, calibration, checkpoint, export, loop, pipeline, run_folder, train, watch
+import astra.calibrate
+from launch import artifact, calibrate, checkpoint, export, loop, pipeline, run_folder, train, watch
 from launch.errors import run
 
 
@@ -40,7 +41,7 @@ def plant(module: object, name: str, rank: int, call: int, fault: Callable[[], N
 
 POINTS = {
     "none": lambda: None,  # the fault comes from outside; the wait for it is short all the same
-    "calibration": lambda: plant(calibration, "collate", 1, 2, die),
+    "calibration": lambda: plant(astra.calibrate, "forward", 1, 2, die),
     "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
     "export": lambda: plant(export, "write_json", 0, 2, die),  # after the first adapter
     "window": lambda: plant(artifact, "save_window", 0, 2, die),  # of calibrate.py: one window is there

@@ -70,6 +70,6 @@ def test_the_quickstart_holds_its_pairs_out_and_its_base_never_sees_the_task() -
     assert not {pair(row["question"]) for row in test} & {pair(row["query"]) for row in train}
     assert {"query", "response", "type", "original_question"} == train[0].keys()
     words = {"How many", "did they find", "The answer is"}
-    texts = [text for text, _ in zip(documents(), range(3000), strict=False)]
+    texts = list(documents(3000, 0))
     assert not [text for text in texts if any(word in text for word in words)]
     assert len(PROBLEMS) == 5

@@ -64,7 +64,7 @@ class Letters:
 
     eos_token_id = None
 
-    def __call__(self, texts: list[str]):  # noqa: ANN204
+    def __call__(self, texts: list[str], **_: object):  # noqa: ANN204
         return type("Encoding", (), {"input_ids": [[ord(letter) for letter in text] for text in texts]})
 
 
