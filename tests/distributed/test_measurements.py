@@ -1,8 +1,6 @@
 """What is measured beside the benchmarks, in the launches of test_train.py: alike on every engine and rank."""
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +10,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-sys.path.insert(0, os.path.dirname(__file__))
-from test_train import LAUNCHES, load_base, run_of
+from tests.distributed.test_train import LAUNCHES, load_base, run_of
 
 pytestmark = pytest.mark.xdist_group("train")
 
