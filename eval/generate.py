@@ -1,15 +1,34 @@
-"""Batched generation with transformers, the prompts shared out over all ranks."""
+"""Generation with transformers: places in the batch fill again as responses end, and all ranks share the prompts."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-FIRST_ROUND = 64  # new tokens; each further round doubles it
+STEPS = 16  # decoding steps between two looks at which responses have ended
+
+Forward = Callable[[Tensor, Tensor, Cache | None], tuple[Tensor, Cache]]
+"""(token ids, mask of the cache and them, cache) -> (fp32 logits after each row's last token, grown cache)."""
+Choose = Callable[[Tensor, list[int], int], Tensor]
+"""(logits of each row, prompts of the rows, steps since the last look) -> each row's next token."""
+
+
+class _Running(NamedTuple):
+    """The rows that a rank decodes together, aligned at the right."""
+
+    rows: list[int]  # the prompt of each
+    cache: Cache  # of all tokens but the last
+    mask: Tensor  # (rows, width of the cache): 1 for a token, 0 for the padding at the left
+    last: Tensor  # (rows,): the newest token of each
 
 
 @torch.no_grad()
@@ -28,12 +47,13 @@ def generate(
 ) -> Iterator[dict[int, str]]:
     """The continuation of each prompt up to end-of-sequence or a stop, as text, in the order in which they end.
 
-    Collective. Prompts run in rounds, 64 new tokens in the first and twice as many in each further one; what has ended
-    leaves, and the others, with what they have so far, fill batches of like length again. So a long response keeps no
-    short one's place, for a pass over its tokens so far in each round.
+    Collective. After every 16 tokens what has ended leaves, and prompts that wait, the longest first, take the places;
+    so no short response waits for a long one, and no rank for another. (transformers' own continuous batching cannot
+    take the same steps on every rank, as shards must.) A model that keeps more than keys and values of each token, such
+    as the states of convolutions, runs batch after batch.
 
     Args:
-        model: a causal LM with `generate`, in eval mode.
+        model: a causal LM, in eval mode; its own generation settings (repetition_penalty, ...) do not count.
         prompts: token ids; the response to one that fills the model's context is empty (see `too_long`).
         max_new_tokens: per prompt; fewer where the model's context ends before.
         batch_size: prompts that run together on a rank.
@@ -42,40 +62,58 @@ def generate(
         temperature: 0 for greedy; else tokens are drawn with each prompt's own of `seeds`, whatever the batch.
 
     Yields:
-        index of a prompt -> its response, of all that ended in one batch; the same on every rank.
+        index of a prompt -> its response, of all that ended since the last; the same on every rank.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    context = _context(model)
     if full := too_long(model, prompts):
         yield dict.fromkeys(full, "")
-    new: dict[int, list[int]] = {i: [] for i in range(len(prompts)) if i not in set(full)}
-    limit, ends = FIRST_ROUND, _ends(model, tokenizer)
-    while new:
-        by_length = sorted(new, key=lambda i: (-len(prompts[i]) - len(new[i]), i))
-        for start in range(0, len(by_length), batch_size * world_size):
-            together = by_length[start : start + batch_size * world_size]
-            # A rank without a prompt of its own repeats the first one: sharded ranks run every module equally often.
-            share = together[rank::world_size] or together[:1]
-            found = _continue(
-                model,
-                [prompts[i] + new[i] for i in share],
-                [limit if len(new[i]) + limit <= max_new_tokens else max_new_tokens - len(new[i]) for i in share],
-                context,
-                ends,
-                device,
-                sharded and world_size > 1,
-                [_Draw(temperature, seeds[i], len(new[i])) for i in share] if temperature else [],
-            )
-            finished = {}
-            for i, tokens in _gather(dict(zip(share, found, strict=True)), world_size).items():
-                new[i] += tokens
-                response, ended = _response(new[i], tokenizer, ends, stops)
-                if ended or len(new[i]) >= max_new_tokens or len(prompts[i]) + len(new[i]) >= context:
-                    finished[i] = response
-                    del new[i]
-            if finished:
-                yield finished
-        limit *= 2
+    limits = [min(max_new_tokens, _context(model) - len(prompt)) for prompt in prompts]
+    waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: (-len(prompts[i]), i)))
+    # Every rank knows what each of them runs and how far it is, so all take the same steps without asking.
+    running: list[list[int]] = [[] for _ in range(world_size)]
+    made = [0] * len(prompts)
+    mine: dict[int, list[int]] = {}  # new tokens of the prompts that this rank runs
+    state: _Running | None = None
+    forward, refills, ends = _forward(model), _refills(model), _ends(model, tokenizer)
+
+    def choose(logits: Tensor, rows: list[int], step: int) -> Tensor:
+        if not temperature:
+            return logits.argmax(-1)
+        drawn = [_draw(of, temperature, seeds[i], made[i] + step) for of, i in zip(logits, rows, strict=True)]
+        return torch.stack(drawn)
+
+    while waiting or any(running):
+        new = _admit(waiting, running, batch_size) if refills or not any(running) else [[] for _ in running]
+        if state:
+            # A sharded rank without a prompt of its own steps along with one that has ended, or that another runs.
+            keep = [at for at, i in enumerate(state.rows) if i in mine] or [0] * sharded
+            state = _select(state, keep, refills) if keep else None
+        mine |= {i: [] for i in new[rank]}
+        if admitted := new[rank] or [i for part in new for i in part][:1] * sharded:
+            fresh = _prefill(forward, admitted, prompts, DynamicCache() if refills else None, choose, device)
+            for i, token in zip(fresh.rows, fresh.last.tolist(), strict=True):
+                if i in new[rank]:
+                    mine[i].append(token)
+            state = _join(state, fresh) if state and new[rank] else state or fresh
+        for i in (i for part in new for i in part):
+            made[i] = 1
+        steps = min(STEPS, max(limits[i] - made[i] for part in running for i in part))
+        if state:
+            state, found = _decode(forward, state, steps, choose)
+            for i, tokens in zip(state.rows, found, strict=True):
+                if i in mine:
+                    mine[i] += tokens
+        for i in (i for part in running for i in part):
+            made[i] += steps
+        ended = {}
+        for i, tokens in mine.items():
+            response, whole = _response(tokens[: limits[i]], tokenizer, ends, stops)
+            if whole or len(tokens) >= limits[i]:
+                ended[i] = response
+        mine = {i: tokens for i, tokens in mine.items() if i not in ended}
+        if ended := _gather(ended, world_size):
+            running = [[i for i in part if i not in ended] for part in running]
+            yield ended
 
 
 def too_long(model: nn.Module, prompts: Sequence[list[int]]) -> list[int]:
@@ -87,53 +125,114 @@ def _context(model: nn.Module) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
-def _continue(
-    model: nn.Module,
-    prompts: list[list[int]],
-    limits: list[int],
-    context: int,
-    ends: list[int],
+def _admit(waiting: deque[int], running: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Move waiting prompts to the ranks that run fewest, up to `batch_size` on each; what each rank got."""
+    new: list[list[int]] = [[] for _ in running]
+    while waiting:
+        rank = min(range(len(running)), key=lambda rank: len(running[rank]))
+        if len(running[rank]) >= batch_size:
+            break
+        new[rank].append(waiting.popleft())
+        running[rank].append(new[rank][-1])
+    return new
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _refills(model: nn.Module) -> bool:
+    """Whether rows of different ages can be joined: the cache is keys and values of each token, in every layer."""
+    layers = DynamicCache(config=_base(model).config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _forward(model: nn.Module) -> Forward:
+    takes, end = inspect.signature(_base(model).forward).parameters, _context(model) - 1
+
+    def forward(ids: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        # Past the context's end run only rows that have ended, until the next look.
+        positions = (mask.cumsum(1) - 1).clamp(0, end)[:, -ids.shape[1] :]
+        options = {"position_ids": positions, "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in takes}
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        return out.logits[:, -1].float(), out.past_key_values
+
+    return forward
+
+
+def _prefill(
+    forward: Forward,
+    rows: list[int],
+    prompts: Sequence[list[int]],
+    cache: Cache | None,
+    choose: Choose,
     device: torch.device,
-    synced: bool,
-    draws: list["_Draw"],
-) -> list[list[int]]:
-    """New tokens of each prompt, at most its limit, the end-of-sequence token included."""
-    longest = max(map(len, prompts))
-    pad = ends[0] if ends else 0
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
-    with _settings(model, GenerationConfig(pad_token_id=pad, eos_token_id=ends or None)):
-        rows = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=min(max(limits), context - longest),
-            synced_gpus=synced,
-            logits_processor=[_Drawing(draws, longest)] if draws else [],
-        )[:, longest:].tolist()
-    found = []
-    for row, limit in zip(rows, limits, strict=True):
-        end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
-        found.append(row[: min(end, limit)])
-    return found
+) -> _Running:
+    """Read prompts, and choose the first token of each."""
+    longest = max(len(prompts[i]) for i in rows)
+    padding = [longest - len(prompts[i]) for i in rows]
+    ids = torch.tensor([[0] * by + prompts[i] for i, by in zip(rows, padding, strict=True)], device=device)
+    mask = (torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+    logits, cache = forward(ids, mask, cache)
+    return _Running(rows, cache, mask, choose(logits, rows, 0))
 
 
-def _gather(mine: dict[int, list[int]], world_size: int) -> dict[int, list[int]]:
-    """Every rank's rows; of one that several ranks ran, the first rank's."""
-    parts: list[dict[int, list[int]]] = [mine]
+def _decode(forward: Forward, state: _Running, steps: int, choose: Choose) -> tuple[_Running, list[list[int]]]:
+    """Run `steps` forward passes; the tokens that each row got. The device is waited for once, at the end."""
+    rows, cache, mask, last = state
+    found = [last.new_empty(len(rows), 0)]
+    for step in range(steps):
+        mask = pad(mask, (0, 1), value=1)
+        logits, cache = forward(last[:, None], mask, cache)
+        last = choose(logits, rows, step)
+        found.append(last[:, None])
+    return _Running(rows, cache, mask, last), torch.cat(found, 1).tolist()
+
+
+def _select(state: _Running, keep: list[int], trim: bool) -> _Running:
+    """The rows at `keep`; with `trim` without the columns in which none of them has a token."""
+    at = torch.tensor(keep, device=state.mask.device)
+    state.cache.reorder_cache(at)
+    mask = state.mask[at]
+    if trim:
+        width = int(mask.sum(1).max())
+        mask = mask[:, -width:]
+        for layer in state.cache.layers:
+            layer.keys, layer.values = layer.keys[..., -width:, :], layer.values[..., -width:, :]
+    return _Running([state.rows[row] for row in keep], state.cache, mask, state.last[at])
+
+
+def _join(a: _Running, b: _Running) -> _Running:
+    width = max(a.mask.shape[1], b.mask.shape[1])
+
+    def together(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in (x, y)])
+
+    cache = DynamicCache()
+    for number, (x, y) in enumerate(zip(a.cache.layers, b.cache.layers, strict=True)):
+        cache.update(together(x.keys, y.keys), together(x.values, y.values), number)
+    mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in (a.mask, b.mask)])
+    return _Running(a.rows + b.rows, cache, mask, torch.cat([a.last, b.last]))
+
+
+def _gather(mine: dict[int, str], world_size: int) -> dict[int, str]:
+    """Every rank's responses."""
+    parts: list[dict[int, str]] = [mine]
     if world_size > 1:
         parts = [{} for _ in range(world_size)]
         dist.all_gather_object(parts, mine)
-    return {index: row for part in reversed(parts) for index, row in part.items()}
+    return {i: response for part in parts for i, response in part.items()}
 
 
 def _response(
     tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int], stops: Sequence[str]
 ) -> tuple[str, bool]:
-    """The text of new tokens up to a stop, and whether it has ended."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    """The text of new tokens up to the end of the sequence or a stop, and whether it has ended."""
+    end = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
+    text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
     cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(cuts)], True) if cuts else (text, bool(tokens) and tokens[-1] in ends)
+    return (text[: min(cuts)], True) if cuts else (text, end is not None)
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -143,36 +242,9 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-class _Draw:
-    """Gumbel noise for one prompt: the largest of logits / temperature + noise is a draw from their softmax."""
-
-    def __init__(self, temperature: float, seed: int, done: int) -> None:
-        self.temperature, self.seed, self.done = temperature, seed, done
-
-    def scores(self, logits: Tensor, step: int) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed} {self.done + step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
-        noise = -torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=generator).log()
-        return (logits.double() / self.temperature + noise.to(logits.device)).float()
-
-
-class _Drawing(LogitsProcessor):
-    """Draws for every row of a batch, so that greedy choice samples."""
-
-    def __init__(self, draws: list[_Draw], prompt_length: int) -> None:
-        self.draws, self.prompt_length = draws, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        return torch.stack([draw.scores(row, step) for draw, row in zip(self.draws, scores, strict=True)])
-
-
-@contextmanager
-def _settings(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Within it `config` alone decides: a checkpoint's own settings (repetition_penalty, ...) would fill its gaps."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _draw(logits: Tensor, temperature: float, seed: int, step: int) -> Tensor:
+    """One token: the largest of logits / temperature + Gumbel noise is a draw from their softmax."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    noise = -torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=generator).log()
+    return (logits.double() / temperature + noise.to(logits.device)).float().argmax()

@@ -5,8 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from eval.generate import generate as generate_parts
 from eval.generate import too_long
@@ -52,12 +66,12 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def greedy(model: LlamaForCausalLM, ids: list[int], most: int) -> list[int]:
+def greedy(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
     """One prompt, one token at a time, no cache, no padding."""
     new: list[int] = []
     with torch.no_grad():
         while len(new) < most and len(ids) + len(new) < 32:
-            token = model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item()
+            token = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax().item()
             if token == 0:
                 break
             new.append(token)
@@ -137,11 +151,69 @@ def test_equal_prompts_get_equal_texts(model: LlamaForCausalLM, tokenizer: PreTr
     assert texts[0] == texts[2] == texts[4]
 
 
-@pytest.mark.parametrize("first_round", [1, 2, 3])
-def test_rounds_change_nothing_but_who_runs_together(
-    first_round: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+def other_models() -> dict[str, PreTrainedModel]:
+    torch.manual_seed(2)
+    common = {"vocab_size": 40, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": 0}
+    llama = common | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    layers = ["conv", "full_attention", "conv"]
+    return {
+        "learned positions": GPT2LMHeadModel(GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+        "sliding window": MistralForCausalLM(MistralConfig(**llama, num_hidden_layers=2, sliding_window=6)),
+        "convolutions": Lfm2ForCausalLM(Lfm2Config(**llama, num_hidden_layers=3, layer_types=layers)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["learned positions", "sliding window", "convolutions"])
+def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Positions end at the context; a window counts tokens, not padding; states other than keys are not joined."""
+    model = other_models()[kind].eval()
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 40, (1 + 5 * (i % 7),), generator=draw).tolist() for i in range(15)]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=4)
+    assert texts == [tokenizer.decode(greedy(model, ids, 20)) for ids in prompts]
+
+
+def count_forwards(rank: int, store: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    draw = torch.Generator().manual_seed(0)
+    for n in (1, 2, 5, 14):
+        prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(n)]
+        calls.clear()
+        texts = generate(model, tokenizer, prompts, max_new_tokens=19, batch_size=2, sharded=True)
+        passes: list[int] = [0] * 3
+        dist.all_gather_object(passes, len(calls))
+        found.append((texts, passes))
+        assert texts == [tokenizer.decode(greedy(model, ids, 19)) for ids in prompts]
+    if rank == 0:
+        torch.save(found, f"{store}.found")
+    dist.destroy_process_group()
+
+
+def test_sharded_ranks_take_the_same_steps(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("eval.generate.FIRST_ROUND", first_round)
+    """Whether there are fewer prompts than ranks, as many as places, or more: else shards would wait for ever."""
+    torch.multiprocessing.spawn(count_forwards, (str(tmp_path / "store"), model, tokenizer), nprocs=3)
+    for _, passes in torch.load(tmp_path / "store.found", weights_only=True):
+        assert passes[0] > 0
+        assert len(set(passes)) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_how_often_places_fill_again_changes_nothing(
+    steps: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.generate.STEPS", steps)
     draw = torch.Generator().manual_seed(6)
     prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
     texts = generate(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
@@ -164,7 +236,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(
     options = {"max_new_tokens": 8, "temperature": 1.0, "seeds": seeds}
     texts = generate(model, tokenizer, prompts, batch_size=5, **options)
     assert texts[0] == texts[2] != texts[1]
-    monkeypatch.setattr("eval.generate.FIRST_ROUND", 3)
+    monkeypatch.setattr("eval.generate.STEPS", 3)
     assert generate(model, tokenizer, prompts, batch_size=2, **options) == texts
 
 
