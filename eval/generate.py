@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-STEPS = 16  # decoding steps between two looks at which responses have ended
+ROOM = 32  # free columns that a cache grows by
 
 Forward = Callable[[Tensor, Tensor, Cache | None], tuple[Tensor, Cache]]
 """(token ids, mask of the cache and them, cache) -> (fp32 logits after each row's last token, grown cache)."""
@@ -29,6 +30,26 @@ class _Running(NamedTuple):
     cache: Cache  # of all tokens but the last
     mask: Tensor  # (rows, width of the cache): 1 for a token, 0 for the padding at the left
     last: Tensor  # (rows,): the newest token of each
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with free columns at the right, so that a step writes its own and copies none of the others."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if self.room[0].shape[-2] < end:
+            self.room = tuple(pad(part, (0, 0, 0, end - start + ROOM)) for part in (self.keys, self.values))
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+    def keep(self, rows: Tensor, width: int) -> None:
+        """Only some rows, and of these only the last `width` columns."""
+        self.room = self.keys, self.values = self.keys[rows, :, -width:], self.values[rows, :, -width:]
 
 
 @torch.no_grad()
@@ -47,10 +68,10 @@ def generate(
 ) -> Iterator[dict[int, str]]:
     """The continuation of each prompt up to end-of-sequence or a stop, as text, in the order in which they end.
 
-    Collective. After every 16 tokens what has ended leaves, and prompts that wait, the longest first, take the places;
-    so no short response waits for a long one, and no rank for another. (transformers' own continuous batching cannot
-    take the same steps on every rank, as shards must.) A model that keeps more than keys and values of each token, such
-    as the states of convolutions, runs batch after batch.
+    Collective. Every few tokens what has ended leaves, and prompts that wait, the longest first, take the places; so no
+    short response waits for a long one, and no rank for another. (transformers' own continuous batching cannot take the
+    same steps on every rank, as shards must.) A model that keeps more than keys and values of each token, such as the
+    states of convolutions, runs batch after batch.
 
     Args:
         model: a causal LM, in eval mode; its own generation settings (repetition_penalty, ...) do not count.
@@ -72,6 +93,7 @@ def generate(
     # Every rank knows what each of them runs and how far it is, so all take the same steps without asking.
     running: list[list[int]] = [[] for _ in range(world_size)]
     made = [0] * len(prompts)
+    lengths: list[int] = []  # of the responses that have ended
     mine: dict[int, list[int]] = {}  # new tokens of the prompts that this rank runs
     state: _Running | None = None
     forward, refills, ends = _forward(model), _refills(model), _ends(model, tokenizer)
@@ -90,14 +112,17 @@ def generate(
             state = _select(state, keep, refills) if keep else None
         mine |= {i: [] for i in new[rank]}
         if admitted := new[rank] or [i for part in new for i in part][:1] * sharded:
-            fresh = _prefill(forward, admitted, prompts, DynamicCache() if refills else None, choose, device)
+            fresh = _prefill(forward, admitted, prompts, _cache() if refills else None, choose, device)
             for i, token in zip(fresh.rows, fresh.last.tolist(), strict=True):
                 if i in new[rank]:
                     mine[i].append(token)
-            state = _join(state, fresh) if state and new[rank] else state or fresh
+            if not state or not refills:
+                state = fresh
+            elif new[rank]:
+                state = _join(state, fresh)
         for i in (i for part in new for i in part):
             made[i] = 1
-        steps = min(STEPS, max(limits[i] - made[i] for part in running for i in part))
+        steps = min(_interval(lengths), max(limits[i] - made[i] for part in running for i in part))
         if state:
             state, found = _decode(forward, state, steps, choose)
             for i, tokens in zip(state.rows, found, strict=True):
@@ -113,6 +138,7 @@ def generate(
         mine = {i: tokens for i, tokens in mine.items() if i not in ended}
         if ended := _gather(ended, world_size):
             running = [[i for i in part if i not in ended] for part in running]
+            lengths += [made[i] for i in ended]
             yield ended
 
 
@@ -123,6 +149,15 @@ def too_long(model: nn.Module, prompts: Sequence[list[int]]) -> list[int]:
 
 def _context(model: nn.Module) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def _interval(lengths: list[int]) -> int:
+    """Steps to the next look at what has ended, by the number of tokens of the responses that have.
+
+    A look every s steps costs about two steps, for new prompts are read, and s / 2 steps of a response that has ended
+    meanwhile: of n tokens 2 / s + s / 2n, which is least at 2 sqrt(n).
+    """
+    return 2 * math.isqrt(sum(lengths) // len(lengths)) if lengths else 8
 
 
 def _admit(waiting: deque[int], running: list[list[int]], batch_size: int) -> list[list[int]]:
@@ -141,8 +176,12 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _cache() -> Cache:
+    return Cache(layer_class_to_replicate=_Roomy)
+
+
 def _refills(model: nn.Module) -> bool:
-    """Whether rows of different ages can be joined: the cache is keys and values of each token, in every layer."""
+    """Whether rows of different ages can run together: every layer keeps keys and values of each token alone."""
     layers = DynamicCache(config=_base(model).config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
@@ -193,13 +232,14 @@ def _decode(forward: Forward, state: _Running, steps: int, choose: Choose) -> tu
 def _select(state: _Running, keep: list[int], trim: bool) -> _Running:
     """The rows at `keep`; with `trim` without the columns in which none of them has a token."""
     at = torch.tensor(keep, device=state.mask.device)
-    state.cache.reorder_cache(at)
     mask = state.mask[at]
     if trim:
         width = int(mask.sum(1).max())
         mask = mask[:, -width:]
         for layer in state.cache.layers:
-            layer.keys, layer.values = layer.keys[..., -width:, :], layer.values[..., -width:, :]
+            layer.keep(at, width)
+    else:
+        state.cache.reorder_cache(at)
     return _Running([state.rows[row] for row in keep], state.cache, mask, state.last[at])
 
 
@@ -209,7 +249,7 @@ def _join(a: _Running, b: _Running) -> _Running:
     def together(x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in (x, y)])
 
-    cache = DynamicCache()
+    cache = _cache()
     for number, (x, y) in enumerate(zip(a.cache.layers, b.cache.layers, strict=True)):
         cache.update(together(x.keys, y.keys), together(x.values, y.values), number)
     mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in (a.mask, b.mask)])

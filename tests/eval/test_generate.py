@@ -179,21 +179,22 @@ def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(kind: str, tokeni
     assert texts == [tokenizer.decode(greedy(model, ids, 20)) for ids in prompts]
 
 
-def count_forwards(rank: int, store: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def count_forwards(rank: int, store: str, models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
     found = []
-    draw = torch.Generator().manual_seed(0)
-    for n in (1, 2, 5, 14):
-        prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(n)]
-        calls.clear()
-        texts = generate(model, tokenizer, prompts, max_new_tokens=19, batch_size=2, sharded=True)
-        passes: list[int] = [0] * 3
-        dist.all_gather_object(passes, len(calls))
-        found.append((texts, passes))
-        assert texts == [tokenizer.decode(greedy(model, ids, 19)) for ids in prompts]
+    for model in models:
+        calls: list[int] = []
+        model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for n in (1, 2, 5, 14):
+            draw = torch.Generator().manual_seed(n)
+            prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(n)]
+            calls.clear()
+            texts = generate(model, tokenizer, prompts, max_new_tokens=19, batch_size=2, sharded=True)
+            passes: list[int] = [0] * 3
+            dist.all_gather_object(passes, len(calls))
+            found.append(passes)
+            assert texts == [tokenizer.decode(greedy(model, ids, 19)) for ids in prompts]
     if rank == 0:
         torch.save(found, f"{store}.found")
     dist.destroy_process_group()
@@ -203,9 +204,10 @@ def test_sharded_ranks_take_the_same_steps(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Whether there are fewer prompts than ranks, as many as places, or more: else shards would wait for ever."""
-    torch.multiprocessing.spawn(count_forwards, (str(tmp_path / "store"), model, tokenizer), nprocs=3)
-    for _, passes in torch.load(tmp_path / "store.found", weights_only=True):
-        assert passes[0] > 0
+    models = [model, other_models()["convolutions"].eval()]
+    torch.multiprocessing.spawn(count_forwards, (str(tmp_path / "store"), models, tokenizer), nprocs=3)
+    for passes in torch.load(tmp_path / "store.found", weights_only=True):
+        assert passes[0] > 1
         assert len(set(passes)) == 1
 
 
@@ -213,7 +215,7 @@ def test_sharded_ranks_take_the_same_steps(
 def test_how_often_places_fill_again_changes_nothing(
     steps: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.generate.STEPS", steps)
+    monkeypatch.setattr("eval.generate._interval", lambda _: steps)
     draw = torch.Generator().manual_seed(6)
     prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
     texts = generate(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
@@ -236,7 +238,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(
     options = {"max_new_tokens": 8, "temperature": 1.0, "seeds": seeds}
     texts = generate(model, tokenizer, prompts, batch_size=5, **options)
     assert texts[0] == texts[2] != texts[1]
-    monkeypatch.setattr("eval.generate.STEPS", 3)
+    monkeypatch.setattr("eval.generate._interval", lambda _: 3)
     assert generate(model, tokenizer, prompts, batch_size=2, **options) == texts
 
 
