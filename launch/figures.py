@@ -114,10 +114,17 @@ def scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> P
         )
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(_possible(axis.get_xlim(), label))
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
     of.legend(loc="outside lower center", ncol=2, fontsize="small", frameon=False)
     return save(of, path)
+
+
+def _possible(limits: tuple[float, float], label: str) -> tuple[float, float]:
+    """Limits of an axis: of percentages none outside 0 to 100, though an interval of few seeds may run past."""
+    low, high = limits
+    return (max(low, -2), min(high, 102)) if label.endswith("(%)") else limits
 
 
 def against(lines: Mapping[str, Mapping[Any, Point]], x: str, y: str, path: Path) -> Path:
@@ -152,7 +159,7 @@ def against(lines: Mapping[str, Mapping[Any, Point]], x: str, y: str, path: Path
             axis.set_xscale("log", base=2)
         axis.set_xticks(list(place.values()), [str(value) for value in values])
         axis.minorticks_off()
-        axis.set(xlabel=x, ylabel=y)
+        axis.set(xlabel=x, ylabel=y, ylim=_possible(axis.get_ylim(), y))
         _legend(axis)
     _share_limits(list(axes.flat))
     return save(of, path)

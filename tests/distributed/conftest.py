@@ -18,6 +18,7 @@ from bench.faults import ENGINES, Run, command
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "python": [sys.executable],
+    "forked": [sys.executable, str(ROOT / "tests" / "distributed" / "forked.py")],
     "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"],
     "torchrun": [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node"],
 }
@@ -42,8 +43,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Run a script of the repository in `ranks` real processes, in an empty folder; the finished process."""
 
     def run(
-        script: str | Path, *arguments: object, ranks: int = 1, launcher: str = "deepspeed", check: bool = True
+        script: str | Path, *arguments: object, ranks: int = 1, launcher: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess:
+        launcher = launcher or ("python" if ranks == 1 else "forked")
         command = list(LAUNCHERS[launcher])
         if launcher != "python":
             command.append(str(ranks))
@@ -149,7 +151,7 @@ def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFacto
     made: dict[tuple, Path] = {}
 
     def run(
-        ranks: int, *settings: str, launcher: str = "deepspeed", along: Sequence[Sequence[str]] | None = None
+        ranks: int, *settings: str, launcher: str | None = None, along: Sequence[Sequence[str]] | None = None
     ) -> Path:
         key = (ranks, settings, launcher)
         if key not in made and along is None:

@@ -106,7 +106,7 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     engine: str, trained: Callable[..., Path], base: Path
 ) -> None:
     settings = ("adapter.rank_allocation=effective_rank", "train.max_steps=3", "eval.suites=[]", "adapter.rank=6")
-    run = trained(2, *settings, f"engine={engine}", launcher="torchrun")
+    run = trained(2, *settings, f"engine={engine}")
     modules = json.loads((run / "calibration" / "spectrum.json").read_text())["modules"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "lora")
     ranks = {
@@ -116,7 +116,7 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     assert len(set(ranks.values())) > 2
     effective = {name: module["effective_rank"] for name, module in modules.items()}
     assert max(ranks, key=ranks.get) == max(effective, key=effective.get)
-    other = trained(1, *settings, "engine=single", launcher="python")
+    other = trained(1, *settings, "engine=single")
     assert losses(run) == pytest.approx(losses(other), rel=1e-4)
 
 

@@ -140,7 +140,7 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
 def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
     calibrated: dict, launch: Callable, recipe: Path, tmp_path: Path
 ) -> None:
-    launch("tests/distributed/fsdp_worker.py", recipe, tmp_path, ranks=2, launcher="torchrun")
+    launch("tests/distributed/fsdp_worker.py", recipe, tmp_path, ranks=2)
     settings = read(str(recipe), [])
     base = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
     scaling = settings.adapter.alpha / settings.adapter.rank

@@ -17,17 +17,17 @@ from tests.distributed.methods_worker import AGAIN, METHODS
 
 pytestmark = pytest.mark.xdist_group("methods")
 
-SHARDED = {"zero3": "deepspeed", "fsdp": "torchrun"}
+SHARDED = ("zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
 def runs(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Engine -> the folder with a run of each method: in one process, and on two ranks."""
     made = {}
-    for engine, launcher in [("single", "python"), *SHARDED.items()]:
+    for engine in ("single", *SHARDED):
         made[engine] = tmp_path_factory.mktemp(engine)
         ranks = 1 if engine == "single" else 2
-        launch("tests/distributed/methods_worker.py", recipe, engine, made[engine], ranks=ranks, launcher=launcher)
+        launch("tests/distributed/methods_worker.py", recipe, engine, made[engine], ranks=ranks)
     return made
 
 

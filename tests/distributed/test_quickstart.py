@@ -14,7 +14,8 @@ def test_quickstart_raises_exact_match_by_30_points_within_8_minutes(
 ) -> None:
     monkeypatch.setitem(os.environ, "ASTRA_CACHE", str(tmp_path / "cache"))
     start = time.monotonic()
-    done = launch("launch/train.py", "--recipe", "quickstart", "--output", tmp_path / "run", ranks=2)
+    line = ["--recipe", "quickstart", "--output", tmp_path / "run"]
+    done = launch("launch/train.py", *line, ranks=2, launcher="deepspeed")
     assert time.monotonic() - start < 8 * 60
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     before, after = results["baseline"]["gsm8k"], results["scores"]["gsm8k"]

@@ -23,31 +23,31 @@ from tests.plain import load_base, logits, plain_training
 
 pytestmark = pytest.mark.xdist_group("train")
 
-# (ranks, settings, launcher): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, gradient
+# (ranks, settings): every engine on 1, 2 and 4 ranks, micro batches with accumulation and without, gradient
 # checkpointing, packing. The global batch is 10.
 LAUNCHES = [
-    (1, ("train.micro_batch=3", "engine=zero3"), "python"),
-    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3"), "deepspeed"),
-    (4, ("train.micro_batch=1", "engine=zero3"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=zero2"), "torchrun"),
-    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp"), "torchrun"),
-    (3, ("train.micro_batch=1", "engine=fsdp"), "deepspeed"),  # shards of unequal size
-    (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]", "data.packing=true"), "torchrun"),
-    (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]"), "torchrun"),
-    (2, ("train.micro_batch=1", "engine=fsdp", "eval.suites=[]", "data.packing=true"), "torchrun"),
-    (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]"), "torchrun"),
-    (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]"), "torchrun"),
-    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]", "data.packing=true"), "torchrun"),
-    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
-    (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
-    (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]"), "torchrun"),
+    (1, ("train.micro_batch=3", "engine=zero3")),
+    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=zero3")),
+    (4, ("train.micro_batch=1", "engine=zero3")),
+    (2, ("train.micro_batch=5", "engine=zero2")),
+    (2, ("train.micro_batch=2", "train.gradient_checkpointing=true", "engine=fsdp")),
+    (3, ("train.micro_batch=1", "engine=fsdp")),  # shards of unequal size
+    (1, ("train.micro_batch=4", "engine=single", "train.gradient_checkpointing=true")),
+    (2, ("train.micro_batch=5", "engine=zero3", "eval.suites=[]", "data.packing=true")),
+    (1, ("train.micro_batch=10", "engine=fsdp", "eval.suites=[]")),
+    (2, ("train.micro_batch=1", "engine=fsdp", "eval.suites=[]", "data.packing=true")),
+    (4, ("train.micro_batch=3", "engine=fsdp", "eval.suites=[]")),
+    (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]")),
+    (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]", "data.packing=true")),
+    (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]")),
+    (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]")),
+    (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]")),
 ]
-BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"), "torchrun")
-FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"), "torchrun")
-LORA = (2, ("adapter.method=lora", "eval.suites=[]"), "torchrun")
+BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"))
+FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"))
+LORA = (2, ("adapter.method=lora", "eval.suites=[]"))
 # Launched as a user would, a command for each; the others share a launch for each number of ranks.
-ALONE = [LAUNCHES[i] for i in (0, 1, 4, 5)]
+ALONE, LAUNCHERS = [LAUNCHES[i] for i in (0, 1, 4, 5)], ["python", "deepspeed", "torchrun", "torchrun"]
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
 MOVES = [
     (LAUNCHES[1], LAUNCHES[10]),
@@ -59,11 +59,11 @@ MOVES = [
 
 
 def run_of(trained: Callable[..., Path], case: tuple) -> Path:
-    ranks, settings, launcher = case
+    ranks, settings = case
     if case in ALONE:
-        return trained(ranks, *settings, launcher=launcher)
+        return trained(ranks, *settings, launcher=LAUNCHERS[ALONE.index(case)])
     shared = [other for other in (*LAUNCHES, BF16, FSDP_BF16, LORA) if other not in ALONE and other[0] == ranks]
-    return trained(ranks, *settings, launcher="torchrun", along=[other[1] for other in shared])
+    return trained(ranks, *settings, along=[other[1] for other in shared])
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -124,10 +124,10 @@ def test_a_checkpoint_goes_on_elsewhere(
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000007")
-    ranks, settings, launcher = other
+    ranks, settings = other
     options = [option for setting in (*settings, "eval.suites=[]") for option in ("--set", setting)]
     line = ["--recipe", recipe, *options, "--output", tmp_path / "run"]
-    assert "going on after step 4 of 7" in launch("launch/train.py", *line, ranks=ranks, launcher=launcher).stdout
+    assert "going on after step 4 of 7" in launch("launch/train.py", *line, ranks=ranks).stdout
     wanted = [step["loss"] for step in metrics(whole)]
     assert [step["loss"] for step in metrics(tmp_path / "run")] == pytest.approx(wanted, rel=1e-4)
 
@@ -237,7 +237,7 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     outputs = []
     for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3"), ("adapter", 3, "fsdp")):
         options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / engine]
-        launch("launch/evaluate.py", *options, *common, ranks=ranks, launcher="torchrun")
+        launch("launch/evaluate.py", *options, *common, ranks=ranks)
         lines = (tmp_path / engine / "generations.jsonl").read_text().splitlines()
         outputs.append([json.loads(line)["output"] for line in lines])
     trained_outputs = [json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()]

@@ -37,7 +37,6 @@ def runs(
             "tests/distributed/trainable_worker.py",
             *(recipe, folder, engine, *sources),
             ranks=1 if engine == "single" else 3,  # shards of unequal size
-            launcher="python" if engine == "single" else "torchrun",
         )
     return folders
 
