@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.tracking import COLOURS
+from launch.loop import Metrics
 
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1))]
 MARKERS = "os^vDPX"
 MOST = len(COLOURS)  # lines of a panel
 WINDOW = 5  # steps of the moving average of noisy curves
+LABELS = {"loss": "loss (nats per answer token)", "grad_norm": "gradient norm before clipping"}
 GREY = "#BBBBBB"
 
 
@@ -42,6 +44,22 @@ def save(of: Any, path: Path) -> Path:
     of.savefig(path, dpi=150)
     pyplot.close(of)
     return path
+
+
+def plot(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]:
+    """loss.png and grad_norm.png in `folder`, with one curve for each of `runs` (label -> its steps)."""
+    paths = []
+    for key, label in LABELS.items():
+        of, axes = figure(1, 1, 6, 3.6)
+        (axis,) = axes.flat
+        axis.set_prop_cycle(color=COLOURS)
+        for run, steps in runs.items():
+            axis.plot([step["step"] for step in steps], [step[key] for step in steps], label=run)
+        axis.set(xlabel="optimiser step", ylabel=label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+        paths.append(save(of, folder / f"{key}.png"))
+    return paths
 
 
 def curves(

@@ -15,6 +15,7 @@ from launch import (
     calibration,
     checkpoint,
     export,
+    figures,
     kernels,
     measure,
     methods,
@@ -159,7 +160,7 @@ def run_stages(
     # 5. Export, then score.
     watch.stage("exporting")
     exported = trainable.export(folder, model, engine, inputs, initial)
-    on_rank0(lambda: tracking.plot({folder.name: history}, folder))
+    on_rank0(lambda: figures.plot({folder.name: history}, folder))
     watch.stage("scoring", timed=True)
     made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
     scores = score(engine, model, tokenizer, problems, recipe.eval, folder, made_by)

@@ -59,7 +59,8 @@ def _score(score: dict | None) -> str:
 def _of_runs(arguments: argparse.Namespace) -> None:
     print(table(arguments.runs))
     if arguments.figures:
-        from launch.tracking import plot, read_metrics
+        from launch.figures import plot
+        from launch.tracking import read_metrics
 
         arguments.figures.mkdir(parents=True, exist_ok=True)
         steps = {

@@ -10,9 +10,9 @@ from torch import Tensor
 from astra.eigen import Checks
 from astra.spectrum import figures
 from launch import artifact
+from launch.figures import COLOURS, figure, save
 from launch.files import write_json, write_text
 from launch.recipe import Recipe
-from launch.tracking import COLOURS
 
 POINTS = 64  # of an eigenvalue curve in spectrum.json; the files of windows hold them all
 
@@ -88,30 +88,13 @@ def _by_kind(modules: Mapping[str, dict]) -> dict[str, list[str]]:
     return kinds
 
 
-def _figure(columns: int, rows: int) -> tuple:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-
-
-def _save(figure, path: Path) -> Path:  # noqa: ANN001 (matplotlib is imported late)
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
-
-
 def _plot_curves(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], folder: Path) -> Path:
     """Eigenvalues over their trace, by kind of module, a curve for each layer from dark (first) to light."""
     from matplotlib import colormaps
 
     kinds = _by_kind(modules)
     columns = min(4, len(kinds))
-    figure, axes = _figure(columns, math.ceil(len(kinds) / columns))
+    of, axes = figure(columns, math.ceil(len(kinds) / columns), 3.2, 2.6)
     for axis, (kind, names) in zip(axes.flat, kinds.items(), strict=False):
         for i, name in enumerate(names):
             curve = spectra[name] / spectra[name].sum()
@@ -125,7 +108,7 @@ def _plot_curves(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], fol
     axes.flat[0].legend()
     for axis in axes.flat[len(kinds) :]:
         axis.set_visible(False)
-    return _save(figure, folder / "spectrum.png")
+    return save(of, folder / "spectrum.png")
 
 
 def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
@@ -133,8 +116,7 @@ def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
         "effective_rank": "effective rank of the outputs",
         "largest_angle": "largest angle between halves (degrees)",
     }
-    figure, axes = _figure(1, 1)
-    figure.set_size_inches(6, 3.6)
+    of, axes = figure(1, 1, 6, 3.6)
     (axis,) = axes.flat
     axis.set_prop_cycle(color=COLOURS)
     for marker, (kind, names) in zip("osv^DPX" * len(modules), _by_kind(modules).items(), strict=False):
@@ -143,7 +125,7 @@ def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    return _save(figure, folder / f"{key}.png")
+    return save(of, folder / f"{key}.png")
 
 
 def _page(modules: Mapping[str, dict], lines: list[str], plots: list[Path], recipe: Recipe) -> str:

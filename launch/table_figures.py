@@ -11,8 +11,6 @@ from launch.summary import Column, Group, mean_interval, table_columns
 from launch.tables import Sweep, columns
 from launch.tracking import read_metrics
 
-LABELS = {"loss": "loss (nats per answer token)", "grad_norm": "gradient norm before clipping"}
-
 
 def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
     """Every figure that the runs which are there allow, as PNG files called TABLE_<what>.png in `folder`."""
@@ -28,7 +26,7 @@ def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
     for rate in rates:
         of = [group for group in there if group.rate == rate]
         end = f"_{rate}" if len(rates) > 1 else ""
-        for key, label in LABELS.items():
+        for key, label in figures.LABELS.items():
             made.append(figures.curves(_panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"))
     for column in table_columns(sweep, there):
         what = column.title.removesuffix(" (%)").replace(" ", "_")

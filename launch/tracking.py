@@ -18,7 +18,6 @@ from launch.files import write_text
 from launch.loop import Metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 PACKAGES = ["torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers"]
 
 
@@ -112,29 +111,6 @@ def speed(step: Metrics) -> str:
         f"{step['tokens_per_second']:.0f} answer tokens/s and {step['all_tokens_per_second']:.0f} in all a device, "
         f"{flops}{step['peak_memory_gib']:.3g} GiB, data wait {step['data_wait']:.2f} s"
     )
-
-
-def plot(runs: dict[str, list[Metrics]], folder: Path) -> list[Path]:
-    """loss.png and grad_norm.png in `folder`, with one curve for each of `runs` (label -> its steps)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = {"loss": "loss (nats per answer token)", "grad_norm": "gradient norm before clipping"}
-    paths = []
-    for key, label in labels.items():
-        figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-        axes.set_prop_cycle(color=COLOURS)
-        for run, steps in runs.items():
-            axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=run)
-        axes.set(xlabel="optimiser step", ylabel=label)
-        axes.legend()
-        axes.grid(alpha=0.3)
-        paths.append(folder / f"{key}.png")
-        figure.savefig(paths[-1], dpi=150)
-        pyplot.close(figure)
-    return paths
 
 
 def conditions(world_size: int, device: torch.device) -> dict:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.faults import ENGINES, Run, command
+from bench.faults import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -177,19 +177,17 @@ def arguments(recipe: Path) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def undisturbed(
+    launch: Launch, arguments: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The folder of a run that nothing disturbed, by engine."""
     made: dict[str, Path] = {}
 
     def run(engine: str) -> Path:
         if engine not in made:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            launcher, ranks = ENGINES[engine]
-            line = command(launcher, ranks, *arguments, "--engine", engine, "--output", folder / "run")
-            started = Run(line, folder / "log")
-            started.wait()
-            assert started.launcher.returncode == 0, started.output()[-3000:]
-            made[engine] = folder / "run"
+            made[engine] = tmp_path_factory.mktemp("undisturbed") / "run"
+            line = [*arguments, "--engine", engine, "--output", made[engine]]
+            launch("launch/train.py", *line, ranks=ENGINES[engine][1])
         return made[engine]
 
     return run
