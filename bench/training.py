@@ -2,7 +2,7 @@
 
     python bench/training.py                                  # all parts, into bench/training.json
     python bench/training.py --part hf --rows 32 --micro-batch 8   # a rank's share of metamath's batch on 4 GPUs
-    python bench/training.py --part astra --rows 4 --pairs 21      # steps so short that the machine's noise averages out
+    python bench/training.py --part astra --rows 4 --pairs 21      # short steps, many turns: noise averages out
 
 A random Llama of 100 M parameters in fp32 on CPUs (bf16 and 1.6 B on a GPU), rows as ragged as MetaMathQA's, the same
 adapters, micro batch and rows for all. What is compared runs in turns within one process, step by step, so that other
