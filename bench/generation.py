@@ -14,7 +14,7 @@ folders of GSM8K's test rows, MetaMathQA's schema and the stories260K model,
     python launch/train.py --recipe metamath --engine single --output runs/stories --set model.name=MODELS/stories260K \
         --set data.path=DATA/metamath_like_3000.jsonl --set data.max_length=320 --set data.limit=3000 \
         --set adapter.method=full --set train.lr=3e-3 --set train.epochs=5 --set train.max_steps=400 \
-        --set train.global_batch=32 --set train.micro_batch=16 --set eval.suites=[]
+        --set train.global_batch=32 --set train.micro_batch=16 --set data.held_out=100 --set eval.suites=[]
     python bench/generation.py --model runs/stories/model --data-dir DATA --limit 600
 """
 

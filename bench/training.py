@@ -376,6 +376,7 @@ def measure(part: str, arguments: argparse.Namespace, folder: Path) -> dict:
 def run_worker(
     part: str, arguments: argparse.Namespace, folder: Path, pairs: int, environment: Mapping[str, str]
 ) -> dict:
+    """What the ranks of one part found."""
     ranks = PARTS[part]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     options = [f"--rows={arguments.rows}", f"--micro-batch={arguments.micro_batch}", f"--pairs={pairs}"]

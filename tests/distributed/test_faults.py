@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,10 +118,7 @@ def test_a_fault_at_a_given_point(
         assert "training step 5" in run.output()
         assert "fault_worker.py" in run.output()  # where it hangs
     assert not (tmp_path / "run" / "results.json").exists()
-    line = line_of(engine, arguments, tmp_path)
-    if engine == "fsdp":  # goes on the same under another launcher; under its own, above
-        line = [sys.executable, str(WORKER.with_name("forked.py")), *line[line.index("--nproc_per_node") + 1 :]]
-    assert_goes_on(line, tmp_path, undisturbed(engine), after)
+    assert_goes_on(line_of(engine, arguments, tmp_path), tmp_path, undisturbed(engine), after)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])

@@ -47,7 +47,7 @@ BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"))
 FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"))
 LORA = (2, ("adapter.method=lora", "eval.suites=[]"))
 # Launched as a user would, a command for each; the others share a launch for each number of ranks.
-ALONE, LAUNCHERS = [LAUNCHES[i] for i in (0, 1, 4, 5)], ["python", "deepspeed", "torchrun", "torchrun"]
+ALONE = {LAUNCHES[0]: "python", LAUNCHES[1]: "deepspeed", LAUNCHES[4]: "torchrun", LAUNCHES[5]: "torchrun"}
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
 MOVES = [
     (LAUNCHES[1], LAUNCHES[10]),
@@ -61,7 +61,7 @@ MOVES = [
 def run_of(trained: Callable[..., Path], case: tuple) -> Path:
     ranks, settings = case
     if case in ALONE:
-        return trained(ranks, *settings, launcher=LAUNCHERS[ALONE.index(case)])
+        return trained(ranks, *settings, launcher=ALONE[case])
     shared = [other for other in (*LAUNCHES, BF16, FSDP_BF16, LORA) if other not in ALONE and other[0] == ranks]
     return trained(ranks, *settings, along=[other[1] for other in shared])
 

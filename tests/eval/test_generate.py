@@ -234,12 +234,12 @@ def test_batches_change_nothing_on_real_weights_but_ties(shared: Path) -> None:
     folder = shared / "models" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = [problem.question for problem in gsm8k.rows(shared / "data", 24)]
+    questions = [problem.question for problem in gsm8k.rows(shared / "data", 40)]
     prompts = [ids for ids in tokenizer(questions).input_ids if len(ids) < 400]
-    alone = generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=1)
+    alone = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=1)
     ties = 0
     for batch_size in (7, 32):
-        together = generate(model, tokenizer, prompts, max_new_tokens=64, batch_size=batch_size)
+        together = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=batch_size)
         for ids, a, b in zip(prompts, alone, together, strict=True):
             if a == b:
                 continue
