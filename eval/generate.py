@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from eval.errors import EvalError
+
 ROOM = 32  # free columns that a cache grows by
 
 Forward = Callable[[Tensor, Tensor, Cache | None], tuple[Tensor, Cache]]
@@ -84,6 +86,8 @@ def generate(
 
     Yields:
         index of a prompt -> its response, of all that ended since the last; the same on every rank.
+
+    Raises EvalError for a model without keys and values, such as Mamba.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if full := too_long(model, prompts):
@@ -188,6 +192,9 @@ def _refills(model: nn.Module) -> bool:
 
 def _forward(model: nn.Module) -> Forward:
     takes, end = inspect.signature(_base(model).forward).parameters, _context(model) - 1
+    if "past_key_values" not in takes:
+        kind = type(_base(model)).__name__
+        raise EvalError(f"--model: {kind} keeps no keys and values to go on from; serve it, and use --backend openai")
 
     def forward(ids: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         # Past the context's end run only rows that have ended, until the next look.

@@ -15,12 +15,15 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from eval.errors import EvalError
 from eval.generate import generate as generate_parts
 from eval.generate import too_long
 from eval.tasks import gsm8k
@@ -184,6 +187,12 @@ def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(kind: str, tokeni
     prompts = [torch.randint(1, 40, (1 + 5 * (i % 7),), generator=draw).tolist() for i in range(15)]
     texts = generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=4)
     assert texts == [tokenizer.decode(greedy(model, ids, 20)) for ids in prompts]
+
+
+def test_a_model_without_keys_and_values_is_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    with pytest.raises(EvalError, match=r"--model: MambaForCausalLM keeps no keys and values .* --backend openai"):
+        generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
