@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,15 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.faults import ENGINES
+from bench.faults import ENGINES, command
+from tests.distributed import forked
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCHERS = {
-    "python": [sys.executable],
-    "forked": [sys.executable, str(ROOT / "tests" / "distributed" / "forked.py")],
-    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"],
-    "torchrun": [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node"],
-}
 FAULT_SETTINGS = [
     "train.max_steps=12",
     "train.checkpoint_every=3",
@@ -40,22 +34,26 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Run a script of the repository in `ranks` real processes, in an empty folder; the finished process."""
+    """Run a script of the repository in `ranks` real processes, in an empty folder; the finished process.
+
+    Without a launcher the processes are forks that need not import the libraries (forked.py).
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment() | {"PYTHONPATH": str(ROOT)}).items():
+            patch.setenv(name, value)
+        forked.start_server()
 
     def run(
         script: str | Path, *arguments: object, ranks: int = 1, launcher: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess:
-        launcher = launcher or ("python" if ranks == 1 else "forked")
-        command = list(LAUNCHERS[launcher])
-        if launcher != "python":
-            command.append(str(ranks))
-        if launcher == "deepspeed":
-            command += ["--master_port", str(random.randrange(20000, 60000))]
-        command += [str(ROOT / script), *map(str, arguments)]
-        folder = tmp_path_factory.mktemp("cwd")
-        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
+        words, folder = [str(argument) for argument in arguments], tmp_path_factory.mktemp("cwd")
+        if launcher is None:
+            done = forked.launch(ROOT / script, words, ranks, folder)
+        else:
+            line = command(launcher, ranks, *words, script=ROOT / script)
+            done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
         if check and done.returncode:
-            pytest.fail(f"{command} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done
 
     return run

@@ -75,12 +75,12 @@ def test_wrong_inputs_are_named(
     setting: str, message: str, launch: Callable, recipe: Path, files: Path, tmp_path: Path
 ) -> None:
     options = ["--recipe", recipe, "--set", setting.format(files=files), "--output", tmp_path / "run"]
-    done = launch("launch/train.py", *options, launcher="python", check=False)
+    done = launch("launch/train.py", *options, check=False)
     assert error_of(done).startswith(message.format(files=files))
 
 
 def test_a_folder_with_other_files_is_not_touched(launch: Callable, recipe: Path, files: Path) -> None:
-    done = launch("launch/train.py", "--recipe", recipe, "--output", files / "used", launcher="python", check=False)
+    done = launch("launch/train.py", "--recipe", recipe, "--output", files / "used", check=False)
     assert error_of(done).startswith("--output:")
     assert [path.name for path in (files / "used").iterdir()] == ["thesis.tex"]
 

@@ -10,11 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bench.faults import Run, command
-
 pytestmark = pytest.mark.xdist_group("calibration")
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("fault_worker.py")
 WINDOWS = ["--set", "calibration.memory_gib=0.00037", "--set", "calibration.split_half=true"]  # a layer a window
 
@@ -52,20 +49,17 @@ def test_what_there_is_to_see(whole: Path) -> None:
     assert r"![largest angle](largest_angle.png)" in page
 
 
-def test_killed_in_the_middle_it_goes_on_after_the_last_window(whole: Path, recipe: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on_after_the_last_window(
+    launch: Callable, whole: Path, recipe: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "calibration"
-    arguments = ["--recipe", recipe, *WINDOWS, "--engine", "fsdp", "--output", folder]
-    killed = Run(command("torchrun", 2, "window", *arguments, script=WORKER), tmp_path / "log")
-    killed.wait()
-    assert killed.launcher.returncode != 0
+    line = ["--recipe", recipe, *WINDOWS, "--engine", "fsdp", "--output", folder]
+    assert launch(WORKER, "window", *line, ranks=2, check=False).returncode != 0
     assert {path.name for path in folder.iterdir()} == {"unfinished.json", "window-0000.safetensors", "lock"}
     first = (folder / "window-0000.safetensors").read_bytes()
 
-    line = command("torchrun", 2, *arguments, script=ROOT / "launch" / "calibrate.py")
-    again = Run(line, tmp_path / "again")
-    again.wait()
-    assert again.launcher.returncode == 0, again.output()[-3000:]
-    assert "going on after window 1 of 2" in again.output()
+    again = launch("launch/calibrate.py", *line, ranks=2)
+    assert "going on after window 1 of 2" in again.stdout
     assert (folder / "window-0000.safetensors").read_bytes() == first
     found, wanted = tensors(folder), tensors(whole)
     assert found.keys() == wanted.keys()
@@ -73,9 +67,7 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_window(whole: Path, reci
         if name.endswith(".spectrum"):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * value.max().item(), msg=name)
 
-    done = Run(line, tmp_path / "third")
-    done.wait()
-    assert "holds it, finished" in done.output()
+    assert "holds it, finished" in launch("launch/calibrate.py", *line, ranks=2).stdout
 
 
 def test_a_run_takes_it_and_names_what_differs(

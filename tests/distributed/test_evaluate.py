@@ -26,7 +26,7 @@ def options(shared: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def whole(launch: Callable, options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scores") / "whole"
-    launch("launch/evaluate.py", *options, "--output", folder, launcher="python")
+    launch("launch/evaluate.py", *options, "--output", folder)
     return folder
 
 
@@ -52,22 +52,18 @@ def test_every_suite_is_scored(whole: Path) -> None:
 
 
 def test_killed_in_the_middle_it_goes_on_with_what_is_missing(
-    whole: Path, options: list[object], tmp_path: Path
+    launch: Callable, whole: Path, options: list[object], tmp_path: Path
 ) -> None:
     folder = tmp_path / "scores"
-    line = command(
-        "torchrun", 2, *options, "--batch-size", 3, "--output", folder, script=ROOT / "launch" / "evaluate.py"
-    )
-    run = Run(line, tmp_path / "log")
+    line = [*options, "--batch-size", 3, "--output", folder]
+    run = Run(command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log")
     run.wait_for(lambda: (folder / "generations.jsonl").is_file() and len(generations_so_far(folder)) >= 45)
     for process in run.processes():
         os.kill(process.pid, signal.SIGKILL)
     run.wait()
     before = generations_so_far(folder)
     assert 45 <= len(before) < 240
-    again = Run(line, tmp_path / "again")
-    again.wait()
-    assert again.launcher.returncode == 0, again.output()[-3000:]
+    launch("launch/evaluate.py", *line, ranks=2)
     found, wanted = generations(folder), generations(whole)
     assert {key: found[key] for key in before} == before
     assert found.keys() == wanted.keys()
@@ -89,10 +85,10 @@ def generations_so_far(folder: Path) -> dict[tuple, str]:
 def test_other_settings_set_the_old_responses_aside(launch: Callable, shared: Path, tmp_path: Path) -> None:
     common = ["--model", shared / "models" / "stories260K", "--data-dir", shared / "data", "--suite", "boolq"]
     common += ["--limit", 4, "--max-new-tokens", 8, "--output", tmp_path]
-    launch("launch/evaluate.py", *common, launcher="python")
+    launch("launch/evaluate.py", *common)
     first = generations(tmp_path)
     sampled = ["--samples", 2, "--temperature", 0.7, "--prompt", "literature"]
-    done = launch("launch/evaluate.py", *common, *sampled, launcher="python")
+    done = launch("launch/evaluate.py", *common, *sampled)
     assert "is generations.previous.jsonl now" in done.stdout
     assert len(generations(tmp_path)) == 8
     previous = (tmp_path / "generations.previous.jsonl").read_text().splitlines()
@@ -110,16 +106,16 @@ def test_grading_again_and_comparing_need_no_model(launch: Callable, whole: Path
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = launch("launch/evaluate.py", "--grade", path, "--data-dir", shared / "data", launcher="python")
+    done = launch("launch/evaluate.py", "--grade", path, "--data-dir", shared / "data")
     assert "| gsm8k | 50.0 | 9.5 to 90.5 | 100.0 | 2 |" in done.stdout
     graded = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
     assert [row["strict"] for row in graded] == [True, False, True, True]
     assert [row["literature"] for row in graded] == [True, True, True, True]
     path.write_text(json.dumps(rows[0]) + "\n{not json\n")  # a row is never silently left out
-    refused = launch("launch/evaluate.py", "--grade", path, launcher="python", check=False)
+    refused = launch("launch/evaluate.py", "--grade", path, check=False)
     assert (refused.returncode, f"line 2 of {path} is not JSON" in refused.stderr) == (2, True)
-    done = launch("launch/evaluate.py", "--compare", whole, whole, launcher="python")
+    done = launch("launch/evaluate.py", "--compare", whole, whole)
     assert "| mbpp | 0.0 | 0.0 | +0.0 |" in done.stdout
-    refused = launch("launch/evaluate.py", "--compare", whole, tmp_path, launcher="python", check=False)
+    refused = launch("launch/evaluate.py", "--compare", whole, tmp_path, check=False)
     assert refused.returncode == 2
     assert "has no generations.jsonl" in refused.stderr

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,24 +18,28 @@ pytestmark = pytest.mark.xdist_group("faults")
 WORKER = Path(__file__).with_name("fault_worker.py")
 
 
-def line_of(engine: str, arguments: list[object], folder: Path, *more: object, script: Path | None = None) -> list[str]:
+def line_of(engine: str, arguments: list[object], folder: Path) -> list[str]:
     launcher, ranks = ENGINES[engine]
-    options = {"script": script} if script else {}
-    return command(launcher, ranks, *more, *arguments, "--engine", engine, "--output", folder / "run", **options)
+    return command(launcher, ranks, *arguments, "--engine", engine, "--output", folder / "run")
 
 
-def assert_goes_on(line: list[str], folder: Path, undisturbed: Path, after: int | None) -> None:
+@pytest.fixture
+def assert_goes_on(launch: Callable, arguments: list[object], undisturbed: Callable[[str], Path]) -> Callable[..., str]:
     """The same command finishes the run, from the checkpoint of step `after`, with the undisturbed run's numbers."""
-    again = Run(line, folder / "again")
-    again.wait()
-    assert again.launcher.returncode == 0, again.output()[-3000:]
-    if after is None:
-        assert "going on" not in again.output()
-    else:
-        assert f"going on after step {after} of 12" in again.output()
-    assert [step for step, *_ in steps(folder / "run")] == list(range(1, 13))
-    assert same(folder / "run", undisturbed)
-    assert json.loads((folder / "run" / "state.json").read_text())["state"] == "finished"
+
+    def check(engine: str, folder: Path, after: int | None, launcher: str | None = None) -> str:
+        line = [*arguments, "--engine", engine, "--output", folder / "run"]
+        again = launch("launch/train.py", *line, ranks=ENGINES[engine][1], launcher=launcher)
+        if after is None:
+            assert "going on" not in again.stdout
+        else:
+            assert f"going on after step {after} of 12" in again.stdout
+        assert [step for step, *_ in steps(folder / "run")] == list(range(1, 13))
+        assert same(folder / "run", undisturbed(engine))
+        assert json.loads((folder / "run" / "state.json").read_text())["state"] == "finished"
+        return again.stdout + again.stderr
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -47,10 +52,9 @@ def assert_goes_on(line: list[str], folder: Path, undisturbed: Path, after: int 
     ids=str,
 )
 def test_a_killed_run_goes_on(
-    engine: str, fault: Fault, arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    engine: str, fault: Fault, arguments: list[object], assert_goes_on: Callable[..., str], tmp_path: Path
 ) -> None:
-    line = line_of(engine, arguments, tmp_path)
-    run = Run(line, tmp_path / "log")
+    run = Run(line_of(engine, arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 7)
     assert run.hit(fault)
     assert run.wait() < 30
@@ -60,7 +64,7 @@ def test_a_killed_run_goes_on(
         assert "training step" in run.last_words()
         assert 'launch/train.py", line' not in run.output()  # no traceback of ours
     reached = max(step for step, *_ in steps(tmp_path / "run"))
-    assert_goes_on(line, tmp_path, undisturbed(engine), reached - reached % 3)
+    assert_goes_on(engine, tmp_path, reached - reached % 3, launcher=ENGINES[engine][0])
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,9 @@ def test_a_killed_run_goes_on(
     ids=str,
 )
 def test_a_run_that_is_asked_to_stop_saves_its_step(
-    engine: str, fault: Fault, arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    engine: str, fault: Fault, arguments: list[object], assert_goes_on: Callable[..., str], tmp_path: Path
 ) -> None:
-    line = line_of(engine, arguments, tmp_path)
-    run = Run(line, tmp_path / "log")
+    run = Run(line_of(engine, arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 4)
     assert run.hit(fault)
     assert run.wait() < 30
@@ -88,7 +91,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step(
     assert 4 <= done < 12
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{done:07d}" / "manifest.json").is_file()
-    assert_goes_on(line, tmp_path, undisturbed(engine), done)
+    assert_goes_on(engine, tmp_path, done)
 
 
 @pytest.mark.parametrize(
@@ -105,25 +108,28 @@ def test_a_fault_at_a_given_point(
     engine: str,
     after: int | None,
     words: str,
+    launch: Callable,
     arguments: list[object],
-    undisturbed: Callable[[str], Path],
+    assert_goes_on: Callable[..., str],
     tmp_path: Path,
 ) -> None:
-    run = Run(line_of(engine, arguments, tmp_path, point, "--stall", 6, script=WORKER), tmp_path / "log")
-    assert run.wait() < 60
-    assert run.launcher.returncode not in (0, 2)
-    assert words in run.output()
+    line = [point, *arguments, "--engine", engine, "--output", tmp_path / "run", "--stall", 6]
+    began = time.monotonic()
+    done = launch(WORKER, *line, ranks=ENGINES[engine][1], check=False)
+    assert time.monotonic() - began < 60
+    assert done.returncode not in (0, 2)
+    assert words in done.stderr
     if point == "stall":
-        assert "stalled; no progress for" in run.output()
-        assert "training step 5" in run.output()
-        assert "fault_worker.py" in run.output()  # where it hangs
+        assert "stalled; no progress for" in done.stderr
+        assert "training step 5" in done.stderr
+        assert "(launch/batches.py:" in done.stderr  # where it waits for the batch that does not come
     assert not (tmp_path / "run" / "results.json").exists()
-    assert_goes_on(line_of(engine, arguments, tmp_path), tmp_path, undisturbed(engine), after)
+    assert_goes_on(engine, tmp_path, after)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    damage: str, arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    damage: str, undisturbed: Callable[[str], Path], assert_goes_on: Callable[..., str], tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed("single"), tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -137,14 +143,17 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
             (newest / "tensors.safetensors").write_bytes(content)
         case "missing":
             (newest / "metrics.jsonl").unlink()
-    line = line_of("single", arguments, tmp_path)
-    assert_goes_on(line, tmp_path, undisturbed("single"), 9)
-    assert f"checkpoint {newest} is damaged and passed over" in (tmp_path / "again").read_text()
+    printed = assert_goes_on("single", tmp_path, 9)
+    assert f"checkpoint {newest} is damaged and passed over" in printed
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_ends_the_run_with_one_line(
-    arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    launch: Callable,
+    arguments: list[object],
+    undisturbed: Callable[[str], Path],
+    assert_goes_on: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     def size_of(pattern: str) -> int:
         return sum(path.stat().st_size for path in undisturbed("single").glob(pattern))
@@ -159,47 +168,43 @@ def test_a_full_disk_ends_the_run_with_one_line(
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.strip()}")
     try:
-        line = line_of("single", arguments, room)
-        run = Run(line, tmp_path / "log")
-        assert run.wait() < 60
-        assert run.launcher.returncode == 2
-        errors = [text for text in run.output().splitlines() if text.startswith("error:")]
-        assert len(errors) == 1, run.output()[-3000:]
+        line = [*arguments, "--engine", "single", "--output", room / "run"]
+        done = launch("launch/train.py", *line, check=False)
+        assert done.returncode == 2
+        errors = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+        assert len(errors) == 1, done.stderr[-3000:]
         assert "No space left on device" in errors[0] or "StorageFull" in errors[0]
-        assert "Traceback" not in run.output()
+        assert "Traceback" not in done.stderr
         kept = sorted(path.name for path in (room / "run" / "checkpoints").glob("step-*"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(room)], check=True)
-        assert_goes_on(line, room, undisturbed("single"), int(kept[-1].removeprefix("step-")))
+        assert_goes_on("single", room, int(kept[-1].removeprefix("step-")))
     finally:
         subprocess.run(["umount", str(room)], check=True)
 
 
-def test_a_second_start_is_refused_while_the_first_one_runs(arguments: list[object], tmp_path: Path) -> None:
-    line = line_of("single", arguments, tmp_path)
-    run = Run(line, tmp_path / "log")
+def test_a_second_start_is_refused_while_the_first_one_runs(
+    launch: Callable, arguments: list[object], tmp_path: Path
+) -> None:
+    run = Run(line_of("single", arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 1)
     os.kill(run.launcher.pid, signal.SIGSTOP)  # it must still be there when the second one gives up
-    second = Run(line_of("single", arguments, tmp_path, "none", script=WORKER), tmp_path / "second")
-    assert second.wait() < 60
-    assert second.launcher.returncode == 2
-    assert f"is in use by host {os.uname().nodename}, pid {run.launcher.pid}; stop that run" in second.output()
+    line = ["none", *arguments, "--engine", "single", "--output", tmp_path / "run"]
+    second = launch(WORKER, *line, check=False)
+    assert second.returncode == 2
+    assert f"is in use by host {os.uname().nodename}, pid {run.launcher.pid}; stop that run" in second.stderr
     run.launcher.kill()
     run.wait()
 
 
 def test_another_recipe_is_refused_and_a_finished_run_stays(
-    arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    launch: Callable, arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed("single"), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
-    line = line_of("single", arguments, tmp_path)
-    again = Run(line, tmp_path / "log")
-    again.wait()
-    assert again.launcher.returncode == 0
-    assert "holds this run, finished" in again.output()
+    line = [*arguments, "--engine", "single", "--output", tmp_path / "run"]
+    assert "holds this run, finished" in launch("launch/train.py", *line).stdout
     (tmp_path / "run" / "results.json").unlink()
-    other = Run([*line, "--set", "train.lr=0.5"], tmp_path / "log")
-    other.wait()
-    assert other.launcher.returncode == 2
-    assert "holds an unfinished run with another train.lr (0.02, now 0.5)" in other.output()
+    other = launch("launch/train.py", *line, "--set", "train.lr=0.5", check=False)
+    assert other.returncode == 2
+    assert "holds an unfinished run with another train.lr (0.02, now 0.5)" in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}

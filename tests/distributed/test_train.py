@@ -249,7 +249,7 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
     options = ["--model", other, "--adapter", run / "lora", "--output", tmp_path / "refused"]
-    refused = launch("launch/evaluate.py", *options, *common, launcher="python", check=False)
+    refused = launch("launch/evaluate.py", *options, *common, check=False)
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("error: --adapter:")
     assert "Traceback" not in refused.stderr
