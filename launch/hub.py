@@ -14,8 +14,16 @@ from launch.errors import UserError
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 
 
-# What a tokenizer's files are called, in the folder of a model.
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"]
+# What decides a tokenizer, in the folder of a model: its own files, and config.json, which may name its class.
+TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+]
 
 
 def is_hub_id(name: str) -> bool:
@@ -99,4 +107,4 @@ def file_hash(path: Path) -> str:
 
 def commit_of(folder: Path) -> str | None:
     """The hub commit of a folder in the hub's cache, or None for any other: no hash is invented."""
-    return folder.name if folder.parent.name == "snapshots" else None
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None

@@ -1,6 +1,8 @@
 """What computes the same numbers faster, where it is installed: attention kernels, Liger, torch.compile."""
 
 import importlib.util
+import os
+import shutil
 
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ def require(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
             raise UserError("model.attention: flash_attention_2 needs a GPU and model.dtype=bfloat16; set sdpa")
         if not is_flash_attn_2_available():
             raise UserError("model.attention: flash_attention_2 is not installed; pip install flash-attn, or set sdpa")
+    if recipe.train.compile and not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("train.compile: needs a C++ compiler; apt-get install g++, or set train.compile=false")
     if recipe.train.liger:
         if not gpu:
             raise UserError("train.liger: its kernels need a GPU; set train.liger=false")

@@ -2,7 +2,8 @@
 
 Words are compared in lower case without punctuation. Of a suite, 13-grams of the questions and of the programs that are
 their references are looked for, but not its template: none has a word of a 5-gram that a tenth of the problems share
-("answer format answer1 answer2 answer3"), and none is a phrase that more than 3 problems share. Of a training row, its
+("answer format answer1 answer2 answer3"), and none is a phrase that more than 3 problems share. Of code, the task's own
+text, without what the prompt puts around it, is a question too, and all its 13-grams count. Of a training row, its
 instruction with its input is compared with the questions, and that and its answer with the 13-grams. A rewording is not
 found.
 """
@@ -87,17 +88,16 @@ def _stream(dataset, recipe: Recipe) -> Iterator[rows.Row]:  # noqa: ANN001 (dat
 
 def index_suite(problems: list[Problem]) -> Suite:
     """The questions and 13-grams of `problems`, without their template's."""
-    texts = [(normalise(problem.question), normalise(problem.reference)) for problem in problems]
+    texts = [tuple(map(normalise, (of.question, of.plain, of.reference))) for of in problems]
     template = _template(texts)
     questions: dict[str, set[int]] = {}
     of_gram: dict[str, set[int]] = {}
     for i, of_problem in enumerate(texts):
-        if of_problem[0]:
-            questions.setdefault(of_problem[0], set()).add(i)
-        for text in of_problem:
-            for own in _without(text, template):
-                for gram in grams(own):
-                    of_gram.setdefault(gram, set()).add(i)
+        for question in filter(None, of_problem[:2]):
+            questions.setdefault(question, set()).add(i)
+        stretches = [of_problem[1], *(own for text in of_problem for own in _without(text, template))]
+        for gram in (gram for stretch in stretches for gram in grams(stretch)):
+            of_gram.setdefault(gram, set()).add(i)
     kept = {gram: having for gram, having in of_gram.items() if len(having) <= PHRASE}
     return Suite(problems, questions, kept, len(of_gram) - len(kept))
 

@@ -195,7 +195,7 @@ def run_stages(
             "seconds": {"calibration": facts["calibration_seconds"], "training": history[-1]["seconds"]},
             "baseline": facts["baseline"],
             "scores": scores,
-            "conditions": tracking.conditions(world_size, device),
+            "conditions": tracking.conditions(world_size, device) | {"peak_tflops": peak and peak / 1e12},
         }
         (folder / "README.md").write_text(export.model_card(folder, recipe, results))
         write_json(folder / "results.json", results)

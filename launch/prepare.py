@@ -55,9 +55,10 @@ def prepare(recipe: Recipe, folder: Path, suites: list[str]) -> None:
     path = rows.fetch(recipe.data)
     manifest = prepared.make(folder, recipe.data, model_path, path, verify=True).manifest
     kept_overlap = folder / "overlap.json"
-    if suites:
-        write_json(kept_overlap, overlap.check(recipe, suites))
     overlaps = json.loads(kept_overlap.read_text(encoding="utf-8")) if kept_overlap.is_file() else {}
+    if suites:
+        overlaps |= overlap.check(recipe, suites)
+        write_json(kept_overlap, overlaps)
     report = describe(recipe, manifest, overlaps)
     write_text(folder / "report.md", report)
     print(report, flush=True)

@@ -88,7 +88,7 @@ def made_from(data: Data, model_path: Path, path: Path | None) -> dict:
         "data": data.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"}),
         "prompts": [ALPACA, ALPACA_INPUT],
         "tokenizer": tokenizer_hash(model_path),
-        "libraries": {name: version(name) for name in ("transformers", "tokenizers")},
+        "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
     } | ({"source": rows.identify(path)} if path else {})
 
 
@@ -160,7 +160,13 @@ def _make(folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizer
             bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
     if not tally["kept"]:
         raise UserError(_nothing(tally, data))
-    described = {name: _describe(folder / name) for name in map(_file, DTYPES)}
+    described = {_file(name): _describe(folder / _file(name)) for name in DTYPES}
+    for name, size in _sizes(tally).items():
+        if described[_file(name)]["bytes"] != size * DTYPES[name].itemsize:
+            raise UserError(
+                f"--output: {folder / _file(name)} is not as long as what was written: another process writes there "
+                f"too, on a file system without locks; stop it, delete {folder} and prepare on one machine"
+            )
     content = hashlib.sha256("".join(of["sha256"] for of in described.values()).encode()).hexdigest()
     hashes = {name: file_hash(file) for name, file in rows.data_files(path).items()}
     write_json(folder / MANIFEST, tally | {"source_sha256": hashes, "files": described, "tokens_sha256": content})

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
 from launch.distributed import say
@@ -30,9 +31,12 @@ def profiled(metrics: Iterator[Metrics], left: int, folder: Path, rank: int) -> 
     def write(profiler: torch.profiler.profile) -> None:
         (folder / TRACE).parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / TRACE))
-        # One more: the step as a whole has a row too.
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
-        write_text(folder / TABLE, profiler.key_averages().table(sort_by=order, row_limit=OPERATIONS + 1) + "\n")
+        averages = profiler.key_averages()
+        operations = EventList(  # without spans, such as a whole step
+            (of for of in averages if not of.is_user_annotation), use_device="cuda" if gpu else None
+        )
+        write_text(folder / TABLE, operations.table(sort_by=order, row_limit=OPERATIONS) + "\n")
         print(f"profile of {recorded} steps: {folder / TRACE}, and by operation: {folder / TABLE}", flush=True)
 
     recorded = min(STEPS, left - skipped - 1)

@@ -18,7 +18,7 @@ from launch.recipe import Data
 if TYPE_CHECKING:  # takes seconds to import, and tokens that are there already need none of it
     from datasets import Dataset
 
-FILES = ["*.parquet", "*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz", "README.md"]  # what is read of a folder
+FILES = ["*.parquet", "*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz", "README.md"]  # what is fetched from the hub
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 CHUNK = 2000  # rows of the split that are read at a time
 NOT_TEXT, EMPTY = "not text", "empty"
@@ -80,10 +80,10 @@ def identify(path: Path) -> dict:
 
 
 def data_files(path: Path) -> dict[str, Path]:
-    """The files that `load` may read, by name below `path`."""
+    """The files that `load` may read, by name below `path`: of a folder all, since `datasets` chooses among them."""
     if path.is_file():
         return {path.name: path}
-    found = {file.relative_to(path): file for pattern in FILES for file in path.rglob(pattern) if file.is_file()}
+    found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
     hidden = {name for name in found if any(part.startswith(".") for part in name.parts)}
     return {str(name): found[name] for name in sorted(found.keys() - hidden)}
 

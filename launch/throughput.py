@@ -54,12 +54,13 @@ def work_of(base: PreTrainedModel) -> Work | None:
     anew. The first layer counts as if its input's gradient were computed.
     """
     head, config = base.get_output_embeddings(), base.config.get_text_config()
+    of_head = set() if head is None else set(head.modules())  # an adapter's parts too, if there is one
     token, answer_token = 0, 0
     for module in base.modules():
         own = [p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) > 1]
         if isinstance(module, nn.Linear):
             flops = (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
-            token, answer_token = (token, answer_token + flops) if module is head else (token + flops, answer_token)
+            token, answer_token = (token, answer_token + flops) if module in of_head else (token + flops, answer_token)
         elif own and not isinstance(module, nn.Embedding):
             return None
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)

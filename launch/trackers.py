@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,8 +65,12 @@ def _wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _reached() else "offline")
+    kept = folder / "wandb_id"  # so that a start that goes on adds to the run of the one before
+    if not done or not kept.is_file():
+        kept.write_text(secrets.token_hex(4))
+    to = {"id": kept.read_text(), "resume": "allow", "mode": mode}
     try:
-        run = wandb.init(project="astra-recipes", name=folder.name, dir=folder, config=recipe.model_dump(), mode=mode)
+        run = wandb.init(project="astra-recipes", name=folder.name, dir=folder, config=recipe.model_dump(), **to)
     except wandb.Error as error:
         raise UserError(f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline") from None
     with run:

@@ -105,7 +105,9 @@ def track(
 
 def speed(step: Metrics) -> str:
     """What a step made of each device, in a few words."""
-    share = f" ({step['utilisation']:.0%} of the peak)" if step["utilisation"] is not None else ""
+    share = ""
+    if step["utilisation"]:
+        share = f" ({step['utilisation']:.0%} of the device's {step['tflops'] / step['utilisation']:.4g})"
     flops = f"{step['tflops']:.3g} TFLOP/s{share}, " if step["tflops"] is not None else ""
     return (
         f"{step['tokens_per_second']:.0f} answer tokens/s and {step['all_tokens_per_second']:.0f} in all a device, "

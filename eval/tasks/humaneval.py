@@ -29,7 +29,7 @@ def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
             "in_box": False,
         }
         question = f"Create a Python script for this problem:\n{prompt}"
-        problems.append(Problem(task_id, question, prompt + solution, code))
+        problems.append(Problem(task_id, question, prompt + solution, code, prompt))
     return problems
 
 

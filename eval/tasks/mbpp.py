@@ -36,9 +36,9 @@ def rows(suite: str, data_dir: Path | None, limit: int | None = None) -> list[Pr
 def everything(suite: str, data_dir: Path | None):  # noqa: ANN201 (an iterator of Problem)
     """All problems of a file, those of other splits too."""
     for number, row in enumerate(read(SOURCES[suite], data_dir), start=1):
-        question = row.get("text", row.get("prompt"))
+        text = row.get("text", row.get("prompt"))
         tests = row.get("test_list")
-        if not isinstance(question, str) or not isinstance(row.get("code"), str) or not tests:
+        if not isinstance(text, str) or not isinstance(row.get("code"), str) or not tests:
             raise EvalError(f"{suite}: row {number} needs the fields task_id, text (or prompt), code and test_list")
         solution = row["code"].replace("\r\n", "\n")
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
@@ -50,8 +50,8 @@ def everything(suite: str, data_dir: Path | None):  # noqa: ANN201 (an iterator 
             "in_box": row["task_id"] in IN_BOX,
         }
         examples = "\n".join(tests)
-        question = f"Create a Python script for this problem:\n{question}\nTest examples:\n{examples}"
-        yield Problem(f"{suite}/{row['task_id']}", question, solution, code)
+        question = f"Create a Python script for this problem:\n{text}\nTest examples:\n{examples}"
+        yield Problem(f"{suite}/{row['task_id']}", question, solution, code, text)
 
 
 def _called(tests: list[str], solution: str, suite: str, number: int) -> str:

@@ -19,6 +19,7 @@ class Problem(NamedTuple):
     question: str  # what a recipe's prompt takes as its instruction
     reference: str  # the bare final answer; of code, the program of the data set
     tests: dict[str, Any] | None = None  # of code: what eval.sandbox needs, see eval.tasks.humaneval
+    plain: str = ""  # the data set's own text, where `question` says more than that
 
 
 class Suite(NamedTuple):

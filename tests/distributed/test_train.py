@@ -253,3 +253,18 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("error: --adapter:")
     assert "Traceback" not in refused.stderr
+
+
+def test_prepared_tokens_train_alike_without_their_rows(
+    trained: Callable[..., Path], launch: Callable, recipe: Path, data: Path, tmp_path: Path
+) -> None:
+    rows = shutil.copy(data / "train.jsonl", tmp_path / "rows.jsonl")
+    line = ["--recipe", recipe, "--set", f"data.path={rows}"]
+    launch("launch/prepare.py", *line, "--output", tmp_path / "prepared")
+    rows.unlink()
+    ranks, settings = LAUNCHES[6]
+    options = [f"data.prepared={tmp_path / 'prepared'}", *settings, "eval.suites=[]"]
+    line += [word for option in options for word in ("--set", option)]
+    launch("launch/train.py", *line, "--output", tmp_path / "run", ranks=ranks)
+    wanted = [step["loss"] for step in metrics(run_of(trained, LAUNCHES[6]))]
+    assert [step["loss"] for step in metrics(tmp_path / "run")] == pytest.approx(wanted, rel=1e-6)

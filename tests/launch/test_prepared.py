@@ -1,6 +1,7 @@
 """Prepared tokens: those of a plain loop over the rows, whole after a kill, refused when they are another recipe's."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from launch import prepare, prepared, rows
-from launch.data import ALPACA_INPUT, TokenSet, collate, deal, prompt, step_rows, tokenise
+from eval.tasks import TASKS
+from launch import overlap, prepare, prepared, rows
+from launch.batches import Packing, collate, make_share
+from launch.data import ALPACA_INPUT, TokenSet, prompt, step_rows, tokenise
 from launch.errors import UserError
+from launch.hub import commit_of
 from launch.recipe import Data, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,18 +322,76 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_repor
     assert report.strip() in again.stdout
 
 
-def test_rows_reach_1_2_and_4_ranks_in_the_same_order(model: Path, tmp_path: Path) -> None:
-    data = Data(path=str(write(tmp_path / "rows.jsonl", GOOD)))
-    tokens = prepared.obtain(data, model).open()
-    seen = {}
-    for world in (1, 2, 4):
-        seen[world] = []
-        for step in step_rows(len(tokens), 4, 2, None, 0):
-            shares = [deal(step, rank, world, 1) for rank in range(world)]
-            dealt = [batch for batches in zip(*shares, strict=True) for batch in batches if batch != [None]]
-            seen[world] += [collate(tokens, batch, torch.device("cpu"))[0]["input_ids"].tolist() for batch in dealt]
-    assert seen[1] == seen[2] == seen[4]
-    assert len(seen[1]) == 2 * len(GOOD)
+@pytest.mark.parametrize("packing", [None, Packing(400, flat=False)])
+def test_the_same_tokens_reach_1_2_and_4_ranks_in_the_same_order(
+    packing: Packing | None, model: Path, tmp_path: Path
+) -> None:
+    long = [{"query": f"q{i}", "response": "a" * (7 * i % 90 + 1)} for i in range(29)]
+    tokens = prepared.obtain(Data(path=str(write(tmp_path / "rows.jsonl", long))), model).open()
+    seen: dict[tuple, list] = {}
+    for world, micro_batch in itertools.product((1, 2, 4), (1, 2, 3)):
+        steps = seen[world, micro_batch] = []
+        for rows_of_step in step_rows(len(tokens), 10, 2, None, 0):
+            shares = [
+                make_share(rows_of_step, tokens.lengths(), rank, world, micro_batch, packing) for rank in range(world)
+            ]
+            dealt = [batch for batches in zip(*shares, strict=True) for batch in batches]
+            sequences = [rows_of for batch in dealt for rows_of in batch if rows_of is not None]
+            assert sorted(itertools.chain(*sequences)) == sorted(rows_of_step)
+            counted = torch.cat([collate(tokens, batch, packing).targets for batch in dealt])
+            steps.append((sequences, counted.tolist()))
+    assert all(steps == seen[1, 1] for steps in seen.values())
+    assert sum(len(counted) for _, counted in seen[1, 1]) == 2 * tokens.answer_tokens(range(len(tokens)))
+
+
+def test_a_file_of_another_kind_in_the_folder_is_not_taken_for_the_same_rows(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for count in (3, 7):
+        lines = [f"q{i},a{i}" for i in range(count)]
+        (folder / "train.csv").write_text("\n".join(["query,response", *lines]) + "\n")
+        assert prepared.obtain(Data(path=str(folder)), model).manifest["kept"] == count
+
+
+def test_only_a_folder_named_by_a_commit_is_one(tmp_path: Path) -> None:
+    assert commit_of(tmp_path / "snapshots" / ("0f" * 20)) == "0f" * 20
+    assert commit_of(tmp_path / "snapshots" / "2024-01") is None
+    assert commit_of(tmp_path / ("0f" * 20)) is None
+
+
+def test_tokens_that_two_processes_wrote_at_once_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    select = rows.select
+
+    def disturbed(*arguments: object) -> Iterator[rows.Chunk]:
+        for chunk in select(*arguments):
+            yield chunk
+            with (tmp_path / "made" / "tokens.bin").open("ab") as file:
+                file.write(b"1234")
+
+    monkeypatch.setattr(rows, "select", disturbed)
+    with pytest.raises(UserError, match=r"tokens\.bin is not as long as what was written: another process"):
+        prepared.make(tmp_path / "made", Data(path=str(path)), model, path)
+    assert not (tmp_path / "made" / "manifest.json").exists()
+
+
+def test_a_task_of_code_is_met_without_what_its_prompt_adds(tmp_path: Path) -> None:
+    names = [f"thing_{i}" for i in range(30)]
+    texts = [f"Write a python function to find the {name}." for name in names]
+    problems = [
+        {"task_id": 11 + i, "text": text, "code": f"def f{i}(x):\n    return x", "test_list": [f"assert f{i}(1) == 1"]}
+        for i, text in enumerate(texts)
+    ]
+    write(tmp_path / "mbpp.jsonl", problems)
+    suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
+    assert [suite.questions[overlap.normalise(text)] for text in texts] == [{i} for i in range(30)]
+    long = {"task_id": 50, "text": texts[0] + " Its sum is taken over all of them.", "code": problems[0]["code"]}
+    write(tmp_path / "mbpp.jsonl", [*problems, long | {"test_list": problems[0]["test_list"]}])
+    suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
+    around = overlap.normalise(f"Please help me. {long['text']} Thank you.")
+    assert set.union(*(suite.grams.get(gram, set()) for gram in overlap.grams(around))) == {30}
 
 
 def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -> None:
@@ -341,3 +403,19 @@ def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -
     assert "| dropped: empty | 1 |" in report
     assert "- row 10: field 'response' is '', empty" in report
     assert "revision main, unverified" in report
+
+
+def test_suites_that_are_compared_later_come_beside_the_earlier_ones(model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [*GOOD, {"query": "What is one and one?", "response": "2"}])
+    write(tmp_path / "gsm8k_test.jsonl", [{"question": "What is one and one?", "answer": "#### 2"}])
+    task = {"task_id": 11, "text": "Write q3", "code": "def f():\n    return 1", "test_list": ["assert f() == 1"]}
+    write(tmp_path / "mbpp.jsonl", [task])
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {model}}}\ndata: {{path: {path}}}\neval: {{data_dir: {tmp_path}}}\n"
+    )
+    recipe = read(str(tmp_path / "recipe.yaml"), [])
+    for suites in (["gsm8k"], ["mbpp"], []):
+        prepare.prepare(recipe, tmp_path / "made", suites)
+    report = (tmp_path / "made" / "report.md").read_text()
+    assert "| gsm8k | 10 | 1 | 0 | 1 of 1 |" in report
+    assert "| mbpp | 10 | 0 | 0 | 0 of 1 |" in report
