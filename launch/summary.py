@@ -2,7 +2,8 @@
 
 Means have 95 % intervals of Student's t over the seeds. The best mean of a column is marked only where a two-sided test
 of it against the next best gives p < 0.05: a paired t-test where both groups have the same seeds (runs of one seed
-share the order of the rows), Welch's t-test otherwise. One seed decides nothing.
+share the order of the rows), Welch's t-test otherwise. One seed decides nothing, and neither do differences without
+spread: few seeds with coarse scores give equal ones by chance.
 """
 
 import math
@@ -18,6 +19,7 @@ from launch.figures import Point
 from launch.tables import TABLES, Rate, Sweep, columns, diverged, read_results
 
 LEVEL = 0.05
+ROUNDING = 1e-9  # relative: numbers that are no further apart are equal
 GIB = 2**30
 
 
@@ -66,14 +68,13 @@ def differ(first: dict[int, float], second: dict[int, float]) -> bool:
     """Whether the means of two groups (seed -> number) differ at LEVEL; see this file's beginning for the test."""
     if min(len(first), len(second)) < 2:
         return False
-    if first.keys() == second.keys():
-        gaps = [first[seed] - second[seed] for seed in first]
-        if len(set(gaps)) == 1:  # no spread to test against
-            return gaps[0] != 0
-        return bool(stats.ttest_1samp(gaps, 0).pvalue < LEVEL)
-    if len({*first.values()}) == len({*second.values()}) == 1:
-        return {*first.values()} != {*second.values()}
-    return bool(stats.ttest_ind(list(first.values()), list(second.values()), equal_var=False).pvalue < LEVEL)
+    paired = first.keys() == second.keys()
+    samples = [[first[seed] - second[seed] for seed in first]] if paired else [[*first.values()], [*second.values()]]
+    size = max(map(abs, [*first.values(), *second.values()]))
+    if all(max(of) - min(of) <= ROUNDING * size for of in samples):  # no spread to test against
+        return False
+    test = stats.ttest_1samp(*samples, 0) if paired else stats.ttest_ind(*samples, equal_var=False)
+    return bool(test.pvalue < LEVEL)
 
 
 def best(groups: Sequence[Group], column: Column) -> int | None:

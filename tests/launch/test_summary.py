@@ -77,7 +77,13 @@ def test_same_seeds_are_compared_in_pairs_and_others_by_welch() -> None:
 def test_one_seed_or_no_difference_decides_nothing() -> None:
     assert not differ({1: 90.0}, {1: 10.0})
     assert not differ({1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0})
-    assert differ({1: 90.0, 2: 80.0}, {1: 80.0, 2: 70.0})  # the same gap each time
+
+
+def test_differences_without_spread_decide_nothing() -> None:
+    assert not differ({1: 50.5, 2: 60.5}, {1: 50.0, 2: 60.0})  # coarse scores, the same gap twice
+    assert not differ({1: 0.3, 2: 0.8}, {1: 0.2, 2: 0.7})  # the same but for rounding
+    assert not differ({1: 50.5, 2: 50.5}, {3: 50.0, 4: 50.0})
+    assert differ({1: 50.0, 2: 60.0, 3: 70.0}, {1: 40.0, 2: 50.1, 3: 60.0})
 
 
 def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
