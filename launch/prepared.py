@@ -79,13 +79,13 @@ def obtain(data: Data, model_path: Path) -> Prepared:
 
 
 def made_from(data: Data, model_path: Path, path: Path | None) -> dict:
-    """What changes the tokens' bytes. Not data.on_bad_row: bad rows are never in.
+    """What changes the tokens' bytes.
 
     `path` is that of the rows; None leaves out what they hold, which need not be on this machine.
     """
     return {
         "format": FORMAT,
-        "data": data.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"}),
+        "data": data.of_tokens(),
         "prompts": [ALPACA, ALPACA_INPUT],
         "tokenizer": tokenizer_hash(model_path),
         "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},

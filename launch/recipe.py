@@ -73,6 +73,10 @@ class Data(Section):
     )
     held_out: int = Field(0, ge=0, description="rows, the last that were read, kept from training for a held-out loss")
 
+    def of_tokens(self) -> dict:
+        """The fields that change the tokens' bytes. Not on_bad_row: bad rows are never in."""
+        return self.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"})
+
 
 class Adapter(Section):
     method: Literal[

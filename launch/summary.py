@@ -6,9 +6,11 @@ share the order of the rows), Welch's t-test otherwise. One seed decides nothing
 spread: few seeds with coarse scores give equal ones by chance.
 """
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -16,6 +18,7 @@ from scipy import stats
 
 from launch.errors import UserError
 from launch.figures import Point
+from launch.recipe import Recipe
 from launch.tables import TABLES, Rate, Sweep, columns, diverged, read_results
 
 LEVEL = 0.05
@@ -90,8 +93,9 @@ def best(groups: Sequence[Group], column: Column) -> int | None:
 def collect(sweep: Sweep) -> list[Group]:
     """Every group of the table, those at own rates first, then in the table's order.
 
-    Raises UserError if runs of one model name, or of one data path, were made from different weights or rows.
+    Raises UserError if runs whose recipes have the same model, data or benchmarks were made with other content of them.
     """
+    _check_inputs(sweep)
     groups = []
     for unit in sweep.units():
         for rate, runs in sweep.scored(unit).items():
@@ -113,22 +117,35 @@ def collect(sweep: Sweep) -> list[Group]:
                     model=recipe.model.name,
                 )
             )
-    _check_inputs(groups)
     return sorted(groups, key=lambda group: group.rate != "own")
 
 
-def _check_inputs(groups: Sequence[Group]) -> None:
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
-    for group in groups:
-        for seed, results in group.results.items():
-            for part, key in (("base", "weights_sha256"), ("data", "tokens_sha256")):
-                name = results[part].get("name", results[part].get("path"))
-                content, folder = seen.setdefault((part, name), (results[part][key], group.folders[seed]))
-                if content != results[part][key]:
+def _check_inputs(sweep: Sweep) -> None:
+    seen: dict[str, tuple[str, Path]] = {}
+    for unit in sweep.units():
+        for run in (*sweep.choosing(unit).values(), *(run for of in sweep.scored(unit).values() for run in of)):
+            folder = sweep.folder / run.name
+            for name, fields, content in _inputs(run.recipe, read_results(folder) or {}):
+                if content is None:  # made before this was recorded, or without it
+                    continue
+                first, where = seen.setdefault(json.dumps([name, fields]), (content, folder))
+                if content != first:
                     raise UserError(
-                        f"--table: {group.folders[seed]} was made with another content of {name} than {folder}; "
-                        "remove the older runs, or give --output another folder"
+                        f"--table: {folder} was made with another {name} than {where} ({content[:12]}, not "
+                        f"{first[:12]}); remove the older runs, or give --output another folder"
                     )
+
+
+def _inputs(recipe: Recipe, results: dict) -> Iterator[tuple[str, list, str | None]]:
+    """What a run was made with: what it is, the values in its recipe that decide it, and what it was."""
+    model, data, settings = recipe.model, recipe.data, recipe.eval
+    weights = [model.name, model.revision]
+    yield f"content of model.name {model.name}", weights, _at(results, "base", "weights_sha256")
+    yield f"content of data.path {data.path}", [weights, data.of_tokens()], _at(results, "data", "tokens_sha256")
+    yield "dtype", [model.dtype], results.get("dtype")
+    yield f"content of eval.other_text {settings.other_text}", [], _at(results, "other_text_source", "sha256")
+    for suite, score in results.get("scores", {}).items():
+        yield f"content of suite {suite}", [settings.data_dir, settings.limit], score.get("data_sha256")
 
 
 def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:

@@ -12,7 +12,7 @@ from scipy import stats
 from launch import render, summary, table_figures
 from launch.errors import UserError
 from launch.summary import differ, mean_interval
-from launch.tables import Sweep, read_table
+from launch.tables import Run, Sweep, read_table
 
 TABLE = {
     "recipe": "metamath",
@@ -30,7 +30,9 @@ def result(accuracy: float, **others: object) -> dict:
     return {
         "base": {"name": "m", "weights_sha256": "w"},
         "data": {"path": "d", "tokens_sha256": "t"},
-        "scores": {"gsm8k": {"accuracy": accuracy, "n": 200}},
+        "dtype": "float32",
+        "other_text_source": {"path": "o", "sha256": "o"},
+        "scores": {"gsm8k": {"accuracy": accuracy, "n": 200, "data_sha256": "g"}},
         "seconds": {"calibration": 1.0, "training": 2.0},
         "held_out": {"before": {"loss": 2.0}, "after": {"loss": 1 - accuracy}},
         "other_text": {"before": {"loss": 1.0, "accuracy": 0.5}, "after": {"loss": 1.5, "accuracy": 0.25}},
@@ -40,6 +42,11 @@ def result(accuracy: float, **others: object) -> dict:
     } | others
 
 
+def place(sweep: Sweep, run: Run, results: dict) -> None:
+    (sweep.folder / run.name).mkdir(parents=True, exist_ok=True)
+    (sweep.folder / run.name / "results.json").write_text(json.dumps(results))
+
+
 def sweep_with(folder: Path, scores: dict[str, list], **others: object) -> Sweep:
     """A table's sweep, with runs of these accuracies by row and seed; None has not been run."""
     (folder / "t.yaml").write_text(yaml.safe_dump(TABLE | others))
@@ -47,8 +54,7 @@ def sweep_with(folder: Path, scores: dict[str, list], **others: object) -> Sweep
     for unit in sweep.units():
         for run, accuracy in zip(sweep.scored(unit)["recipe"], scores[unit.label], strict=True):
             if accuracy is not None:
-                (sweep.folder / run.name).mkdir(parents=True)
-                (sweep.folder / run.name / "results.json").write_text(json.dumps(result(accuracy)))
+                place(sweep, run, result(accuracy))
                 steps = [{"step": i, "loss": 5 - i, "grad_norm": 0.1 + i} for i in range(1, 4)]
                 (sweep.folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return sweep
@@ -125,13 +131,50 @@ def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
     assert len(widths) == 1
 
 
-def test_runs_of_another_base_are_not_mixed(tmp_path: Path) -> None:
-    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.2, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"base": {"name": "m", "weights_sha256": "other"}}, "content of model.name meta-llama/Llama-2-7b-hf"),
+        ({"data": {"path": "d", "tokens_sha256": "other"}}, "content of data.path meta-math/MetaMathQA"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"other_text_source": {"path": "o", "sha256": "other"}}, "content of eval.other_text o.txt"),
+        ({"scores": {"gsm8k": {"accuracy": 0.3, "n": 200, "data_sha256": "other"}}}, "content of suite gsm8k"),
+    ],
+)
+def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.2, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3}
+    sweep = sweep_with(tmp_path, scores, set={"eval.other_text": "o.txt"})
+    summary.collect(sweep)
     run = sweep.scored(sweep.units()[1])["recipe"][0]
-    other = result(0.3, base={"name": "m", "weights_sha256": "other"})
-    (sweep.folder / run.name / "results.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="another content of m"):
+    place(sweep, run, result(0.3) | other)
+    with pytest.raises(UserError, match=f"{run.name} was made with another {name} than "):
         summary.collect(sweep)
+    place(sweep, run, {key: value for key, value in result(0.3).items() if key not in other})  # not yet recorded
+    summary.collect(sweep)
+
+
+def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -> None:
+    rates = {"grid": [1e-5, 1e-4], "seed": 0, "common": 1e-5}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(TABLE | {"learning_rates": rates, "set": {"data.held_out": 9}}))
+    sweep = read_table(str(tmp_path / "t.yaml"), (), tmp_path / "runs")
+    first, second = sweep.choosing(sweep.units()[0]).values()
+    place(sweep, first, result(0.2, scores={}))
+    summary.collect(sweep)
+    place(sweep, second, result(0.2, scores={}, dtype="bfloat16"))
+    with pytest.raises(UserError, match=f"{second.name} was made with another dtype than .*{first.name}"):
+        summary.collect(sweep)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model.name: p", "model.revision: p", "data.limit: 7", "data.max_length: 7", "data.keep: {type: p}"],
+)
+def test_rows_on_other_models_or_rows_have_other_tokens(field: str, tmp_path: Path) -> None:
+    rows = {"a": {}, "b": {"set": yaml.safe_load(field)}}
+    sweep = sweep_with(tmp_path, {"a": [0.2, 0.2, 0.2], "b": [None] * 3}, rows=rows)
+    for run in sweep.scored(sweep.units()[1])["recipe"]:
+        place(sweep, run, result(0.3, data={"path": "d", "tokens_sha256": "of b"}))
+    assert [len(group.results) for group in summary.collect(sweep)] == [3, 3]
 
 
 def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
