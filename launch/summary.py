@@ -83,9 +83,10 @@ def differ(first: dict[int, float], second: dict[int, float]) -> bool:
 def best(groups: Sequence[Group], column: Column) -> int | None:
     """Index of the group whose mean is best and differs from the next best; None if there is none."""
     numbers = {i: found for i, group in enumerate(groups) if (found := group.numbers(column))}
-    if column.better is None or len(numbers) < 2:
+    means = {i: mean_interval(list(found.values())).mean for i, found in numbers.items()}
+    order = sorted((i for i in means if math.isfinite(means[i])), key=means.get)  # NaN has no place in an order
+    if column.better is None or len(order) < 2:
         return None
-    order = sorted(numbers, key=lambda i: mean_interval(list(numbers[i].values())).mean)
     first, second = order[:2] if column.better == "low" else order[:-3:-1]
     return first if differ(numbers[first], numbers[second]) else None
 

@@ -123,7 +123,8 @@ class Sweep:
             results = read_results(self.folder / run.name)
             if results is None and not diverged(self.folder / run.name):
                 return None
-            losses[lr] = results["held_out"]["after"]["loss"] if results else math.inf
+            loss = results["held_out"]["after"]["loss"] if results else math.inf
+            losses[lr] = loss if math.isfinite(loss) else math.inf  # min() keeps a NaN that comes first
         best = min(losses, key=losses.get, default=None)
         return None if best is None or losses[best] == math.inf else best
 

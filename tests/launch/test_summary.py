@@ -104,6 +104,16 @@ def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
     assert "**" not in render.markdown(close, summary.collect(close))
 
 
+def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
+    sweep = sweep_with(tmp_path, scores)
+    for run in sweep.scored(sweep.units()[2])["recipe"]:
+        place(sweep, run, result(0.5, held_out={"after": {"loss": float("nan")}}))
+    groups = summary.collect(sweep)
+    column = next(column for column in summary.table_columns(sweep, groups) if column.title == "held-out loss")
+    assert [summary.best(order, column) for order in (groups, groups[::-1], groups[1:])] == [1, 1, None]
+
+
 def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, {"a_1": [0.2, None, None], "b": [None] * 3, "c": [0.0, 0.0, 0.0]})
     lines = {line.split(" |")[0]: line for line in render.markdown(sweep, summary.collect(sweep)).splitlines()}

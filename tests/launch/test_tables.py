@@ -1,6 +1,7 @@
 """Tables: every shipped one parses, runs are told apart by what decides them, and rates are chosen by held-out loss."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_a_diverged_rate_loses_and_the_common_rate_is_not_run_twice(tmp_path: Pa
     assert sweep.own_rate(ASTRA) == 1e-3
     scored = sweep.scored(ASTRA)
     assert [run.name for run in scored["own"]] == [run.name for run in scored["common"]]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_held_out_loss_that_is_not_finite_is_not_chosen(loss: float, tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    low, high = sweep.choosing(ASTRA).values()
+    finish(sweep, low, loss)  # the first of the grid
+    finish(sweep, high, 0.7)
+    assert sweep.own_rate(ASTRA) == 1e-2
+    for run in sweep.choosing(LORA).values():
+        finish(sweep, run, loss)
+    assert sweep.own_rate(LORA) is None
 
 
 def test_a_rows_rates_may_be_another_multiple(tmp_path: Path) -> None:
