@@ -19,7 +19,7 @@ TEST = (
     "against the next best gives p < 0.05 (paired t-test over common seeds, else Welch's), without correction for the "
     "number of columns. An empty cell has not been run."
 )
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"} | {
     character: f"\\{character}" for character in "&%$#_{}"
 }
 
@@ -121,18 +121,19 @@ def markdown(sweep: Sweep, groups: Sequence[Group]) -> str:
 
 
 def latex(sweep: Sweep, groups: Sequence[Group]) -> str:
-    r"""The table for \input, with the booktabs package."""
+    r"""The table for \input, with the booktabs package: a heading over each block, the notes below."""
 
     def text(cell: Cell) -> str:
         return f"\\textbf{{{escape(cell.text)}}}" if cell.bold else escape(cell.text)
 
-    lines = ["% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide table fit"]
+    lines = ["% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide tabular fit"]
     for heading, (head, *rows) in blocks(sweep, groups).items():
-        lines += [f"% {heading}", f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
+        lines += [f"\\noindent {escape(heading)}:\\\\*", f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
         lines += [f"{' & '.join(map(text, head))} \\\\", "\\midrule"]
         lines += [f"{' & '.join(map(text, row))} \\\\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}", "\\par"]
-    return "\n".join([*lines, *(f"% {note}" for note in notes(sweep, groups))]) + "\n"
+    lines += ["{\\footnotesize", *(f"\\noindent {escape(note)}\\par" for note in notes(sweep, groups)), "}"]
+    return "\n".join(lines) + "\n"
 
 
 def escape(text: str) -> str:

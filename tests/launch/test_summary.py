@@ -12,7 +12,7 @@ from scipy import stats
 from launch import render, summary, table_figures
 from launch.errors import UserError
 from launch.summary import differ, mean_interval
-from launch.tables import Run, Sweep, read_table
+from launch.tables import Run, Sweep, Unit, read_table
 
 TABLE = {
     "recipe": "metamath",
@@ -47,12 +47,14 @@ def place(sweep: Sweep, run: Run, results: dict) -> None:
     (sweep.folder / run.name / "results.json").write_text(json.dumps(results))
 
 
-def sweep_with(folder: Path, scores: dict[str, list], **others: object) -> Sweep:
-    """A table's sweep, with runs of these accuracies by row and seed; None has not been run."""
+def sweep_with(folder: Path, scores: dict[str | Unit, list], **others: object) -> Sweep:
+    """A table's sweep, with runs of these accuracies by row (or unit) and seed; None has not been run."""
     (folder / "t.yaml").write_text(yaml.safe_dump(TABLE | others))
     sweep = read_table(str(folder / "t.yaml"), (), folder / "runs")
     for unit in sweep.units():
-        for run, accuracy in zip(sweep.scored(unit)["recipe"], scores[unit.label], strict=True):
+        for run, accuracy in zip(
+            sweep.scored(unit)["recipe"], scores[unit.label if unit.value is None else unit], strict=True
+        ):
             if accuracy is not None:
                 place(sweep, run, result(accuracy))
                 steps = [{"step": i, "loss": 5 - i, "grad_norm": 0.1 + i} for i in range(1, 4)]
@@ -139,6 +141,22 @@ def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
     assert r"\textbf{81.3 $\pm$ 3.8}" in shown
     widths = {line.count(" & ") for line in shown.splitlines() if line.endswith(r"\\")}
     assert len(widths) == 1
+
+
+def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Path) -> None:
+    assert render.escape("p < 0.05 > 0") == "p $<$ 0.05 $>$ 0"
+    runs = {Unit(label, rank): [0.2, 0.21, 0.2] for label in ("a_1", "b", "c") for rank in (2, 128)}
+    sweep = sweep_with(tmp_path, runs, vary={"fields": ["calibration.batch_size", "adapter.rank"], "values": [2, 128]})
+    lines = render.latex(sweep, summary.collect(sweep)).splitlines()
+    typeset = [line for line in lines if not line.startswith("%")]
+    begins = [i for i, line in enumerate(typeset) if line.startswith(r"\begin{tabular}")]
+    assert [typeset[i - 1] for i in begins] == [
+        rf"\noindent Calibration.batch\_size = {rank}, at the recipe's learning rate:\\*" for rank in (2, 128)
+    ]
+    below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
+    assert "gives p $<$ 0.05 (paired t-test" in below
+    assert r"Published: the READMEs of PEFT's CorDA example and of CorDA.\par" in below
+    assert "\n".join(typeset).count("{") == "\n".join(typeset).count("}")
 
 
 @pytest.mark.parametrize(
