@@ -142,10 +142,10 @@ def escape(text: str) -> str:
 
 
 def to_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
-    """One line a group and column that has a number: unrounded mean, ends of the interval, n, published number."""
+    """One line a group and column that has a number: unrounded mean, its interval, n, published number and source."""
     file = io.StringIO()
     out = csv.writer(file, lineterminator="\n")
-    out.writerow(["row", "value", "rate", "learning_rate", "column", "mean", "low", "high", "n", "published"])
+    out.writerow(["row", "value", "rate", "learning_rate", "column", "mean", "low", "high", "n", "published", "source"])
     numbers = published(groups, columns(sweep.table))
     for i, group in enumerate(groups):
         for column in table_columns(sweep, groups):
@@ -153,7 +153,8 @@ def to_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
             if point is None:
                 continue
             ends = ["", ""] if point.half is None else [point.mean - point.half, point.mean + point.half]
-            known = numbers.get(i, {}).get(column.title.removesuffix(" (%)"), {}).get("value", "")
+            known = numbers.get(i, {}).get(column.title.removesuffix(" (%)"), {})
             of = ["" if group.value is None else group.value, group.rate, group.lr, column.title]
-            out.writerow([group.label, *of, point.mean, *ends, len(group.numbers(column)), known])
+            last = [len(group.numbers(column)), known.get("value", ""), known.get("source", "")]
+            out.writerow([group.label, *of, point.mean, *ends, *last])
     return file.getvalue()

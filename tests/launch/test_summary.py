@@ -131,6 +131,8 @@ def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
     assert {row["row"] for row in rows} == {"a_1", "c"}
     of_a = next(row for row in rows if row["row"] == "a_1" and row["column"] == "gsm8k (%)")
     assert (of_a["mean"], of_a["low"], of_a["n"], of_a["published"]) == ("20.0", "", "1", "42.68")
+    assert of_a["source"] == "the READMEs of PEFT's CorDA example and of CorDA"
+    assert {row["source"] for row in rows if not row["published"]} == {""}
 
 
 def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
