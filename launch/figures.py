@@ -49,17 +49,32 @@ def save(of: Any, path: Path) -> Path:
 def plot(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]:
     """loss.png and grad_norm.png in `folder`, with one curve for each of `runs` (label -> its steps)."""
     paths = []
+    parts = _parts(runs)
     for key, label in LABELS.items():
-        of, axes = figure(1, 1, 6, 3.6)
-        (axis,) = axes.flat
-        axis.set_prop_cycle(color=COLOURS)
-        for run, steps in runs.items():
-            axis.plot([step["step"] for step in steps], [step[key] for step in steps], label=run)
-        axis.set(xlabel="optimiser step", ylabel=label)
-        axis.legend()
-        axis.grid(alpha=0.3)
+        of, axes = figure(len(parts), 1, 6, 3.6)
+        for axis, part in zip(axes.flat, parts, strict=True):
+            for run in runs.keys() - set(part):
+                axis.plot(*_by_step(runs[run], key), color=GREY, linewidth=0.7, zorder=1)
+            for i, run in enumerate(part):
+                every = max(1, len(runs[run]) // 8)
+                axis.plot(
+                    *_by_step(runs[run], key),
+                    color=COLOURS[i],
+                    linestyle=LINES[i],
+                    marker=MARKERS[i],
+                    markevery=(i * every // MOST, every),
+                    markersize=4,
+                    label=run,
+                )
+            axis.set(xlabel="optimiser step", ylabel=label)
+            axis.legend()
+            axis.grid(alpha=0.3)
         paths.append(save(of, folder / f"{key}.png"))
     return paths
+
+
+def _by_step(steps: Sequence[Metrics], key: str) -> tuple[list[int], list[float]]:
+    return [step["step"] for step in steps], [step[key] for step in steps]
 
 
 def curves(

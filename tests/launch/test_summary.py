@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
-from launch import render, summary, table_figures
+from launch import figures, render, summary, table_figures
 from launch.errors import UserError
 from launch.summary import differ, mean_interval
 from launch.tables import Run, Sweep, Unit, read_table
@@ -207,9 +209,40 @@ def test_rows_on_other_models_or_rows_have_other_tokens(field: str, tmp_path: Pa
     assert [len(group.results) for group in summary.collect(sweep)] == [3, 3]
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Every figure that is saved, by its file's name."""
+    kept, save = {}, figures.save
+    monkeypatch.setattr(figures, "save", lambda of, path: kept.setdefault(path.name, of) and save(of, path))
+    return kept
+
+
 def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.3, None], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
     made = table_figures.draw(sweep, summary.collect(sweep), tmp_path)
     assert {path.name for path in made} == {"t_loss.png", "t_grad_norm.png", "t_gsm8k.png", "t_held-out_loss.png"}
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def labelled(axis: Axes) -> dict[str, list[float]]:
+    """Label -> x and y of every point, of the lines that are in the legend."""
+    return {line.get_label(): line.get_xydata().ravel().tolist() for line in axis.lines if line.get_label()[0] != "_"}
+
+
+def test_curves_of_runs_differ_in_more_than_colour(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    runs = {
+        f"run {i}": [{"step": 1, "loss": i, "grad_norm": 2 * i}, {"step": 2, "loss": 0, "grad_norm": 0}]
+        for i in range(8)
+    }
+    figures.plot(runs, tmp_path)
+    axes = drawn["loss.png"].axes
+    assert {label: points for axis in axes for label, points in labelled(axis).items()} == {
+        f"run {i}": [1, i, 2, 0] for i in range(8)
+    }
+    for axis in axes:
+        own = [line for line in axis.lines if line.get_label() in labelled(axis)]
+        assert len(axis.lines) == 8  # the others are grey
+        assert len({line.get_linestyle() for line in own}) == len(own)
+        assert len({line.get_marker() for line in own}) == len(own)
+    assert labelled(drawn["grad_norm.png"].axes[0])["run 3"] == [1, 6, 2, 0]
