@@ -59,7 +59,7 @@ def sweep_with(folder: Path, scores: dict[str | Unit, list], **others: object) -
         ):
             if accuracy is not None:
                 place(sweep, run, result(accuracy))
-                steps = [{"step": i, "loss": 5 - i, "grad_norm": 0.1 + i} for i in range(1, 4)]
+                steps = [{"step": i, "loss": 5 - i - accuracy, "grad_norm": 0.1 + i} for i in range(1, 4)]
                 (sweep.folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     return sweep
 
@@ -223,6 +223,37 @@ def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
     assert {path.name for path in made} == {"t_loss.png", "t_grad_norm.png", "t_gsm8k.png", "t_held-out_loss.png"}
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
+    drawn: dict[str, Figure], tmp_path: Path
+) -> None:
+    of = {"a_1": {2: [0.2, 0.3, 0.4], 8: [0.4, 0.5, 0.9]}, "b": {2: [0.1, 0.1, 0.4], 8: [None] * 3}}
+    runs = {Unit(label, rank): values for label, ranks in of.items() for rank, values in ranks.items()}
+    vary = {"fields": ["adapter.rank"], "values": [2, 8]}
+    rows = {label: TABLE["rows"][label] for label in of}
+    sweep = sweep_with(tmp_path, runs, vary=vary, rows=rows)
+    table_figures.draw(sweep, summary.collect(sweep), tmp_path)
+    assert set(drawn) == {"t_loss.png", "t_grad_norm.png", "t_gsm8k.png", "t_held-out_loss.png"}
+
+    (axis,) = drawn["t_gsm8k.png"].axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("adapter.rank", "gsm8k (%)")
+    lines = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    assert {label: line[0].get_xydata().ravel().tolist() for label, line in lines.items()} == {
+        "a_1": pytest.approx([2, 30, 8, 60]),
+        "b": pytest.approx([2, 20]),
+    }
+    ends = [bar[:, 1].tolist() for bar in lines["a_1"][2][0].get_segments()]
+    halves = [mean_interval([100 * value for value in values]).half for values in of["a_1"].values()]
+    assert ends == [pytest.approx([30 - halves[0], 30 + halves[0]]), pytest.approx([60 - halves[1], 60 + halves[1]])]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "8"]
+
+    losses = drawn["t_loss.png"].axes
+    assert [axis.get_title() for axis in losses if axis.get_visible()] == ["a_1", "b"]  # a panel a row, a line a rank
+    assert {axis.get_title(): labelled(axis) for axis in losses} == {
+        "a_1": {"2": pytest.approx([2, 2.7]), "8": pytest.approx([2, 2.4])},
+        "b": {"2": pytest.approx([2, 2.8])},
+    }
 
 
 def labelled(axis: Axes) -> dict[str, list[float]]:
