@@ -16,12 +16,13 @@ quickstart: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart.sh
 
 # Every method in miniature: its table and figures in runs/tables/miniature-report. Stopped, the same command goes on.
+# Runs that failed are left empty in it, and make ends with the sweep's exit code.
 # make miniature TABLE=miniature_ranks, or another small table; OPTIONS="--set FIELD=VALUE" goes to sweep and report.
 TABLE := miniature
 miniature: setup
-	$(BIN)/python launch/sweep.py --table $(TABLE) --jobs 2 $(OPTIONS)
+	status=0; $(BIN)/python launch/sweep.py --table $(TABLE) --jobs 2 $(OPTIONS) || status=$$?; \
 	$(BIN)/python launch/report.py --table $(TABLE) $(OPTIONS) --write runs/tables/$(TABLE)-report \
-		--figures runs/tables/$(TABLE)-report
+		--figures runs/tables/$(TABLE)-report && exit $$status
 
 test: setup
 	$(BIN)/python -m pytest
