@@ -196,12 +196,22 @@ def _total(sweep: Sweep, units: list[Unit]) -> int:
 
 
 def write_slurm(path: Path, sweep: Sweep, arguments: list[str]) -> None:
-    """One batch script whose array has a task for each unit of the sweep: launch/cluster/sweep.sbatch, filled in."""
-    template = (LAUNCH / "cluster" / "sweep.sbatch").read_text(encoding="utf-8")
-    filled = template.replace("#SBATCH --job-name=astra-sweep", f"#SBATCH --job-name={sweep.name}")
-    filled = filled.replace("#SBATCH --array=0\n", f"#SBATCH --array=0-{len(sweep.units()) - 1}\n")
-    filled = filled.replace("# set -- --table miniature\n", f"set -- {shlex.join(arguments)}\n")
-    write_text(path, filled)
+    """One batch script whose array has a task for each unit of the sweep: launch/cluster/sweep.sbatch, filled in.
+
+    Raises UserError if that file, which a cluster may need changes to, lacks a line that is filled in.
+    """
+    template = LAUNCH / "cluster" / "sweep.sbatch"
+    lines = template.read_text(encoding="utf-8").splitlines()
+    filled = {
+        "#SBATCH --job-name=astra-sweep": f"#SBATCH --job-name={sweep.name}",
+        "#SBATCH --array=0": f"#SBATCH --array=0-{len(sweep.units()) - 1}",
+        "# set -- --table miniature": f"set -- {shlex.join(arguments)}",
+    }
+    for old, new in filled.items():
+        if lines.count(old) != 1:
+            raise UserError(f"--slurm: {template} must have the line {old!r} once; bring it back")
+        lines[lines.index(old)] = new
+    write_text(path, "\n".join(lines) + "\n")
     print(f"{path}: {len(sweep.units())} tasks; submit it from the repository with: sbatch {path}")
 
 

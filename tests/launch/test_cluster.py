@@ -1,6 +1,7 @@
-"""The cluster files: the manifest against Kubernetes' schema, the hostfile by DeepSpeed, the scripts' decisions."""
+"""The cluster files: the manifest by Kubernetes' schema, the hostfile by DeepSpeed, what the scripts decide."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from deepspeed.launcher.runner import fetch_hostfile
+
+from launch import sweep
+from launch.errors import UserError
+from launch.tables import read_table
 
 CLUSTER = Path(__file__).resolve().parents[2] / "launch" / "cluster"
 
@@ -96,3 +101,67 @@ def test_the_slurm_script_queues_again_what_can_go_on(
     assert (tmp_path / "requeue.txt").exists() is requeued
     if requeued:
         assert (tmp_path / "requeue.txt").read_text() == "requeue 7_1\n"
+
+
+def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
+    script = folder / "table.sbatch"
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--table", "miniature", *options, "--slurm", str(script)])
+    sweep.main()
+    return script
+
+
+def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = len(read_table("miniature").units())
+    assert rows > 1
+    options = ["--set", "model.name=/my models/it's", "--set", "train.max_steps=3", "--output", str(tmp_path / "a b")]
+    script = write_sweep(tmp_path, monkeypatch, *options)
+    lines = script.read_text().splitlines()
+    template = (CLUSTER / "sweep.sbatch").read_text().splitlines()
+    changed = [(old, new) for old, new in zip(template, lines, strict=True) if old != new]
+    (words,) = (new for _, new in changed if new.startswith("set -- "))
+    assert changed == [
+        ("#SBATCH --job-name=astra-sweep", "#SBATCH --job-name=miniature"),
+        ("#SBATCH --array=0", f"#SBATCH --array=0-{rows - 1}"),
+        ("# set -- --table miniature", words),
+    ]
+    assert shlex.split(words) == ["set", "--", "--table", "miniature", *options]
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+@pytest.mark.parametrize("line", ["#SBATCH --job-name=astra-sweep", "#SBATCH --array=0", "# set -- --table miniature"])
+def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cluster").mkdir()
+    changed = (CLUSTER / "sweep.sbatch").read_text().replace(f"{line}\n", f"{line}0\n")
+    (tmp_path / "cluster" / "sweep.sbatch").write_text(changed)
+    monkeypatch.setattr(sweep, "LAUNCH", tmp_path)
+    with pytest.raises(UserError, match=f"must have the line '{line}' once"):
+        write_sweep(tmp_path, monkeypatch)
+    assert not (tmp_path / "table.sbatch").exists()
+
+
+@pytest.mark.parametrize(
+    ("ended", "restarts", "code", "requeued"),
+    [(0, 0, 0, False), (2, 0, 2, False), (75, 9, 0, True), (1, 0, 0, True), (1, 3, 1, False)],
+)
+def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
+    ended: int, restarts: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = write_sweep(tmp_path, monkeypatch, "--set", "model.name=a b")
+    stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
+    stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node1; else echo "$@" > requeue.txt; fi')
+    environment = path_with(tmp_path) | {
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_JOB_ID": "8",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    done = subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    words = ["launch/sweep.py", "--table", "miniature", "--set", "model.name=a b", "--only", "3", "--launch"]
+    assert (tmp_path / "python.txt").read_text().splitlines() == [*words, "srun --kill-on-bad-exit=1 python"]
+    assert (tmp_path / "requeue.txt").exists() is requeued
