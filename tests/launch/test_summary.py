@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from launch import figures, render, summary, table_figures
+from launch import sweep as sweep_command
 from launch.errors import UserError
+from launch.recipe import RECIPES
 from launch.summary import differ, mean_interval
 from launch.tables import Run, Sweep, Unit, read_table
 
@@ -195,6 +198,44 @@ def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -
     place(sweep, second, result(0.2, scores={}, dtype="bfloat16"))
     with pytest.raises(UserError, match=f"{second.name} was made with another dtype than .*{first.name}"):
         summary.collect(sweep)
+
+
+def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text((RECIPES / "metamath.yaml").read_text())
+    scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [None] * 3}
+    old = sweep_with(tmp_path, scores, recipe=str(recipe))
+    options = ["--table", str(tmp_path / "t.yaml"), "--output", str(old.folder)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *options, "--list"])
+
+    def listed() -> dict[str, str]:
+        """Run -> is it there, as sweep.py --list has it."""
+        sweep_command.main()
+        lines = capsys.readouterr().out.splitlines()
+        return {line.split()[1]: line.split()[0] for line in lines if line.startswith("    ")}
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in old.folder.rglob("*") if path.is_file()}
+
+    before, kept = listed(), files()
+    assert sorted(before.values()) == ["done"] * 6 + ["missing"] * 3
+    values = yaml.safe_load(recipe.read_text())
+    values["train"] = values.get("train", {}) | {"weight_decay": 0.125}
+    recipe.write_text(yaml.safe_dump(values))
+    after = listed()
+    assert sorted(after.values()) == ["missing"] * 9
+    assert not after.keys() & before.keys()
+
+    new = read_table(str(tmp_path / "t.yaml"), (), old.folder)
+    run = new.scored(new.units()[0])["recipe"][0]
+    place(new, run, result(0.4))
+    assert listed() == after | {run.name: "done"}
+    shown = render.markdown(new, summary.collect(new))
+    assert "| a_1 | 2e-05 | 1 of 3 | 40.0 |" in shown
+    assert "| b | 2e-05 | 0 of 3 |  |" in shown
+    assert {path: of for path, of in files().items() if run.name not in path.parts} == kept
 
 
 @pytest.mark.parametrize(
