@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from astra.calibrate import second_moments
 from astra.errors import AstraError
 from astra.factor import Basis, output_moment
-from astra.moments import WIDTH, Batch, Group, Moment, find_groups
+from astra.moments import WIDTH, Batch, Group, Moment, Statistic, accumulating, find_groups, forward
 from astra.windows import make_plan, moment_bytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,9 +57,9 @@ def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Ba
     return made
 
 
-def measure(model: nn.Module, batches: list[Batch]) -> list[tuple[Group, Moment]]:
+def measure(model: nn.Module, batches: list[Batch], of: Statistic = "output") -> list[tuple[Group, Moment]]:
     linears = linears_of(model)
-    groups = find_groups(model, linears, batches[0])
+    groups = find_groups(model, linears, batches[0], of)
     plan = make_plan(model, linears, groups, tokens=100)
     moments = second_moments(model, linears, batches, plan.windows[0], plan, [None] * len(batches))
     return list(zip(groups, moments, strict=True))
@@ -205,6 +205,55 @@ def test_any_tokens_may_be_left_out_and_only_those_are() -> None:
         assert 0 < len(y) < sum(map(len, rows))
         torch.testing.assert_close(second, y.T @ y / len(y), rtol=1e-12, atol=1e-12, msg=name)
     assert {int(moment.count) for _, moment in statistics} == {len(torch.cat(kept[name])) for name in kept}
+
+
+def test_the_reference_moment_by_hand() -> None:
+    """Of the authors' code: padding counts, and a sample is divided by |max(y)|, not by max |y|."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # What the linear layer makes of token 0, the padding, is (-1, -1); of the others (3, -4), (1, 2), (-2, -4).
+            self.table = nn.Embedding.from_pretrained(torch.tensor([[0.0, -2], [-3, 2], [3, 0], [-3, -3]]))
+            self.linear = nn.Linear(2, 2).requires_grad_(False)
+            self.linear.weight.copy_(torch.tensor([[0.0, 1], [1, 0]]))
+            self.linear.bias.copy_(torch.tensor([1.0, -1]))
+
+        def forward(self, input_ids: Tensor, **_: object) -> Tensor:
+            return self.linear(self.table(input_ids))
+
+    model = Table()
+    samples = [torch.tensor([[1, 2, 0]]), torch.tensor([[3, 0, 0]])]  # whose max(y) are 3 and -1
+    batches = [Batch(input_ids=ids, counted=torch.ones_like(ids).bool(), attention_mask=ids.sign()) for ids in samples]
+    linears, moment = {"linear": model.linear}, Moment.zeros(2, torch.device("cpu"))
+    with accumulating(linears, find_groups(model, linears, batches[0], "scaled output"), [moment]) as count:
+        for batch in batches:
+            count(batch["counted"])
+            forward(model, batch)
+    first = torch.tensor([[9.0 + 1 + 1, -12 + 2 + 1], [-12 + 2 + 1, 16 + 4 + 1]])
+    second = torch.tensor([[4.0 + 1 + 1, 8 + 1 + 1], [8 + 1 + 1, 16 + 1 + 1]])
+    torch.testing.assert_close(moment.second(), (first.double() / 9 + second.double() / 1) / 6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_reference_moments_of_a_model_are_those_of_its_padded_samples(bias: bool) -> None:
+    model, batches = make_model(bias, torch.float64), []
+    wanted: dict[str, list[Tensor]] = {name: [] for name in linears_of(model)}
+    for batch in batches_of(make_rows(), 1, extra_padding=4):
+        mask = batch["counted"].long()
+        batches.append(Batch(input_ids=batch["input_ids"], counted=torch.ones_like(mask).bool(), attention_mask=mask))
+    statistics = measure(model, batches, "scaled output")
+    for name, linear in linears_of(model).items():
+        linear.register_forward_hook(lambda _, args, y, name=name: wanted[name].append(y[0] / abs(y.max().item())))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    found = output_moments(model, statistics)
+    assert found.keys() == wanted.keys()
+    for name, parts in wanted.items():
+        y = torch.cat(parts)
+        assert len(y) == sum(len(row) + 4 for row in make_rows())
+        torch.testing.assert_close(found[name], y.T @ y / len(y), rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("bias", [False, True])
