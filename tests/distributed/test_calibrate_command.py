@@ -1,6 +1,12 @@
-"""launch/calibrate.py in real processes: windows, a kill in the middle, reuse by runs, ranks by effective rank."""
+"""launch/calibrate.py in real processes: windows, a kill in the middle, reuse by runs, effective ranks.
+
+Those before and after a run are held against plain transformers, PEFT and PyTorch.
+"""
 
 import json
+import math
+import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.data import choose, prompt
+from launch.recipe import read
+from tests.plain import load_base
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
@@ -110,6 +121,64 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     assert max(ranks, key=ranks.get) == max(effective, key=effective.get)
     other = trained(1, *settings, "engine=single")
     assert losses(run) == pytest.approx(losses(other), rel=1e-4)
+
+
+def effective_ranks(model: nn.Module, targets: list[str], samples: list[torch.Tensor]) -> dict[str, float]:
+    """exp of the entropy of the eigenvalues' shares, of the second moment of every output, a sample at a time."""
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in targets:
+            keep = outputs.setdefault(name, [])
+            module.register_forward_hook(lambda _, args, output, keep=keep: keep.append(output[0].double()))
+    with torch.no_grad():
+        for ids in samples:
+            model.eval()(input_ids=ids[None])
+    ranks = {}
+    for name, parts in outputs.items():
+        y = torch.cat(parts)
+        shares = torch.linalg.eigvalsh(y.T @ y / len(y))
+        shares = shares[shares > 0] / shares.sum()
+        ranks[name] = math.exp(-(shares * shares.log()).sum())
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"), [("lora", "single"), ("astra", "fsdp"), ("dora", "zero3"), ("full", "fsdp")]
+)
+def test_effective_ranks_before_and_after_are_those_of_plain_models(
+    method: str,
+    engine: str,
+    launch: Callable,
+    trained: Callable[..., Path],
+    recipe: Path,
+    base: Path,
+    rows: list[dict],
+    tmp_path: Path,
+) -> None:
+    settings = ("eval.suites=[]", "engine=single", f"adapter.method={method}")
+    run = shutil.copytree(trained(1, *settings), tmp_path / "run")
+    launch("launch/calibrate.py", "--after", run, "--engine", engine, ranks=1 if engine == "single" else 2)
+    found = json.loads((run / "after" / "effective_rank.json").read_text())
+    assert (run / "after" / "effective_rank.png").read_bytes().startswith(b"\x89PNG")
+
+    of, tokenizer = read(str(recipe), []), AutoTokenizer.from_pretrained(base)
+    chosen = [rows[i] for i in choose(len(rows), of.calibration.samples, of.calibration.seed)]
+    texts = [f"{prompt(row['query'])}{row['response']}\n" for row in chosen]
+    samples = [torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text in texts]
+    if method == "full":
+        merged = load_base(run / "model")
+    else:
+        exported = run / ("adapter" if method == "dora" else "lora")
+        merged = PeftModel.from_pretrained(load_base(base), exported).merge_and_unload()
+    wanted = {
+        when: effective_ranks(model, of.adapter.targets, samples)
+        for when, model in (("before", load_base(base)), ("after", merged))
+    }
+    assert len(found) == 14
+    for when, ranks in wanted.items():
+        assert {name: module[when] for name, module in found.items()} == pytest.approx(ranks, rel=1e-5)
+    moved = [abs(rank / wanted["before"][name] - 1) for name, rank in wanted["after"].items()]
+    assert statistics.median(moved) > 1e-3  # far above what is let pass, so that before does not pass for after
 
 
 def losses(run: Path) -> list[float]:

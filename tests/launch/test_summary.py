@@ -15,6 +15,7 @@ from scipy import stats
 from launch import figures, render, summary, table_figures
 from launch import sweep as sweep_command
 from launch.errors import UserError
+from launch.files import write_json
 from launch.recipe import RECIPES
 from launch.summary import differ, mean_interval
 from launch.tables import Run, Sweep, Unit, read_table
@@ -318,3 +319,30 @@ def test_curves_of_runs_differ_in_more_than_colour(drawn: dict[str, Figure], tmp
         assert len({line.get_linestyle() for line in own}) == len(own)
         assert len({line.get_marker() for line in own}) == len(own)
     assert labelled(drawn["grad_norm.png"].axes[0])["run 3"] == [1, 6, 2, 0]
+
+
+def test_effective_ranks_are_drawn_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run every layer, of a table the mean over the layers of every row: a tick is before, a dot after."""
+    drawn: dict[str, dict] = {}
+
+    def look(of: Figure, path: Path) -> Path:
+        if path.name.endswith("effective_rank.png"):
+            for axis in of.axes:
+                marks = {line.get_marker(): list(line.get_xdata()) for line in axis.lines}
+                drawn.setdefault(path.name, {})[axis.get_title()] = (marks["|"], marks["o"])
+        return save(of, path)
+
+    save = figures.save
+    monkeypatch.setattr(figures, "save", look)
+    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.3, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
+    names = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("q_proj", "up_proj")]
+    for number, unit in enumerate(sweep.units()[:2], start=1):
+        modules = {name: {"before": 1.0 + i, "after": 10.0 * number + i} for i, name in enumerate(names)}
+        folder = sweep.folder / sweep.scored(unit)["recipe"][0].name / "after"
+        folder.mkdir()
+        write_json(folder / "effective_rank.json", modules)
+    made = [figures.effective_rank(figures.by_layer(modules), tmp_path / "effective_rank.png")]
+    assert drawn["effective_rank.png"] == {"q_proj": ([1, 3], [20, 22]), "up_proj": ([2, 4], [21, 23])}
+    made += table_figures.draw(sweep, summary.collect(sweep), tmp_path)
+    assert drawn["t_effective_rank.png"] == {"q_proj": ([2, 2], [11, 21]), "up_proj": ([3, 3], [12, 22])}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
