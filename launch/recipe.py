@@ -124,7 +124,9 @@ class Adapter(Section):
 class Calibration(Section):
     samples: int = Field(256, ge=1, description="training rows that calibration runs, a seeded choice")
     batch_size: int = Field(1, ge=1, description="rows of a calibration batch; batches are dealt whole to ranks")
-    seed: int = Field(0, ge=0, description="of the choice of rows and of eigen_select: random")
+    seed: int = Field(
+        0, ge=0, description="of the choice of rows, of null-space directions and of eigen_select: random"
+    )
     memory_gib: Number | None = Field(
         None, gt=0, description="GiB that calibration may add on each rank: layers are taken in windows; all when null"
     )
