@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra import inits
 from launch.recipe import read
 from tests.distributed.methods_worker import AGAIN, METHODS
+from tests.plain import load_base
 
 pytestmark = pytest.mark.xdist_group("methods")
 
@@ -90,27 +91,31 @@ def test_the_initial_factors_are_the_formulas(runs: dict[str, Path], recipe: Pat
 
 
 @pytest.mark.parametrize("name", ["corda-kpm", "eva", "lora_ga"])
-def test_the_lora_on_the_base_is_the_adapter_on_the_residual(name: str, runs: dict[str, Path], base: Path) -> None:
-    run = runs["zero3"] / name
+def test_what_is_exported_is_what_the_last_checkpoint_trained(name: str, runs: dict[str, Path], base: Path) -> None:
+    """lora/ on the base, and adapter/ on W - s B0 A0, are both W + s (B A - B0 A0), plainly added."""
+    run, scaling = runs["zero3"] / name, 1.5
     ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
-    scaling = 1.5
+    first, last = (load_file(run / "checkpoints" / f"step-{n:07d}" / "tensors.safetensors") for n in (0, 3))
 
-    def logits(part: str) -> Tensor:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        if part == "adapter" and name != "eva":
-            start = load_file(run / "astra_init" / "adapter_model.safetensors")
-            for key in [key for key in start if key.endswith("lora_A.weight")]:
-                weight = model.get_submodule(
-                    key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                ).weight
-                weight.data -= scaling * start[key.replace("lora_A", "lora_B")] @ start[key]
+    def plain(trained: float, initial: float) -> PreTrainedModel:
+        model = load_base(base)
+        for key in [key for key in first if key.endswith(".A.initial")]:
+            module = key.removesuffix(".A.initial")
+            now = last[f"{module}.B.trained"] @ last[f"{module}.A.trained"]
+            then = first[f"{module}.B.initial"] @ first[key]
+            model.get_submodule(module).weight.data += scaling * (trained * now + initial * then)
+        return model
+
+    def logits(model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return PeftModel.from_pretrained(model, run / part)(input_ids=ids).logits
+            return model(input_ids=ids).logits
 
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=ids).logits
-    moved = (logits("lora") - plain).abs().max()
-    assert moved > 1e-3 * plain.abs().max()
-    assert (logits("lora") - logits("adapter")).abs().max() < 1e-2 * moved
+    before, after = logits(plain(0, 0)), logits(plain(1, -1))
+    moved = (after - before).abs().max()
+    assert moved > 1e-3 * before.abs().max()
+    exports = {"lora": plain(0, 0), "adapter": plain(0, -1)}  # eva's B0 is 0, so that its residual is the base
+    for part, model in exports.items():
+        assert (logits(PeftModel.from_pretrained(model, run / part)) - after).abs().max() < 1e-2 * moved
 
 
 def test_rows_say_which_variant_they_are(runs: dict[str, Path]) -> None:
