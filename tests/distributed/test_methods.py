@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from astra import inits
+from launch.data import choose
 from launch.recipe import read
 from tests.distributed.methods_worker import AGAIN, METHODS
 from tests.plain import load_base
@@ -116,6 +117,37 @@ def test_what_is_exported_is_what_the_last_checkpoint_trained(name: str, runs: d
     exports = {"lora": plain(0, 0), "adapter": plain(0, -1)}  # eva's B0 is 0, so that its residual is the base
     for part, model in exports.items():
         assert (logits(PeftModel.from_pretrained(model, run / part)) - after).abs().max() < 1e-2 * moved
+
+
+def test_the_reference_statistics_are_those_of_plain_pytorch(
+    runs: dict[str, Path], recipe: Path, base: Path, rows: list[dict]
+) -> None:
+    """As the authors' code: another prompt, no EOS after the answer but as padding, which counts; y / |max(y)|."""
+    of, tokenizer, model = read(str(recipe), []), AutoTokenizer.from_pretrained(base), load_base(base)
+    outputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in of.adapter.targets:
+            keep = outputs.setdefault(name, [])
+            module.register_forward_hook(lambda _, args, y, keep=keep: keep.append(y[0].double() / abs(y.max().item())))
+    for i in choose(len(rows), of.calibration.samples, of.calibration.seed):
+        ids = tokenizer(f"{rows[i]['query']}\n### Response:{rows[i]['response']}").input_ids
+        padding = of.data.max_length - len(ids)
+        padded = torch.tensor([ids + padding * [tokenizer.eos_token_id]])
+        mask = torch.tensor([len(ids) * [1] + padding * [0]])
+        with torch.no_grad():
+            model(input_ids=padded[:, :-1], attention_mask=mask[:, :-1])
+    for engine in ("single", *SHARDED):
+        seen = found(runs[engine] / "reference")
+        for name, parts in outputs.items():
+            y = torch.cat(parts)
+            moment = y.T @ y / len(y)
+            values = torch.linalg.eigvalsh(moment)
+            torch.testing.assert_close(
+                seen[f"{name}.spectrum"], values, rtol=1e-5, atol=1e-6 * values[-1].item(), msg=name
+            )
+            vectors = seen[f"{name}.vectors"]
+            image = vectors.T @ moment @ vectors
+            torch.testing.assert_close(image.trace(), values[-of.adapter.rank :].sum(), rtol=1e-5, atol=0, msg=name)
 
 
 def test_rows_say_which_variant_they_are(runs: dict[str, Path]) -> None:
