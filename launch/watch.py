@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -76,7 +76,7 @@ def start(rank: int, world_size: int) -> None:
 
 
 def connect(store: "dist.Store", stall: float) -> None:
-    """Go on with the other ranks, through the store. `stall`: seconds without progress that end the job."""
+    """Go on with the other ranks, through the store. `stall`: seconds without progress, or ranks, that end the job."""
     _state.reached = time.monotonic()
     threading.Thread(target=_report, args=(_state, store.clone(), stall), daemon=True).start()
 
@@ -140,14 +140,16 @@ def _report(state: _State, store: "dist.Store", stall: float) -> None:
             state.reached = time.monotonic()
             seen.update({rank: json.loads(value) for rank, value in zip(arrived, values, strict=True)})
             if state.rank == 0:
-                verdict = seen.silent(state) or seen.stalled(stall) or seen.asked_to_stop()
+                verdict = (
+                    seen.missing(others, stall) or seen.silent(state) or seen.stalled(stall) or seen.asked_to_stop()
+                )
                 if verdict:
                     store.set("watch/verdict", json.dumps(verdict))
                     time.sleep(3 * BEAT)  # rank 0 may be the store's host: let the others read first
                     _end(state, **verdict)
             elif store.check(["watch/verdict"]):
                 _end(state, **json.loads(store.get("watch/verdict")))
-            elif verdict := seen.silent(state):
+            elif verdict := seen.missing(others, stall) or seen.silent(state):
                 _end(state, **verdict, rank0_is_gone=True)
             time.sleep(BEAT)
     except RuntimeError:  # the store is gone; so it is at an orderly end, but then `quiet` comes in time
@@ -160,6 +162,7 @@ class _Seen:
     """The reports of other ranks, and since when each has not changed."""
 
     def __init__(self) -> None:
+        self.began = time.monotonic()
         self.reports: dict[int, dict] = {}
         self.heard: dict[int, float] = {}  # rank -> when its tick last advanced
         self.marks, self.progress = -1, time.monotonic()  # all marks together, and when they last advanced
@@ -174,6 +177,14 @@ class _Seen:
         marks = sum(report["marks"] for report in self.reports.values())
         if marks != self.marks:
             self.marks, self.progress = marks, now
+
+    def missing(self, expected: Iterable[int], limit: float) -> dict | None:
+        # Nothing else gives them up: clients of torchrun's store do not wait for one another, and the process group
+        # waits for ever.
+        absent = [rank for rank in expected if rank not in self.reports]
+        if absent and time.monotonic() - self.began > limit:
+            return {"code": 1, "line": f"{self.list(absent)}: did not come within {limit:.0f} s"}
+        return None
 
     def silent(self, this: _State) -> dict | None:
         trouble = (
@@ -209,6 +220,8 @@ class _Seen:
 
     def list(self, ranks: list[int]) -> str:
         def describe(rank: int) -> str:
+            if rank not in self.reports:
+                return f"rank {rank}"
             report = self.reports[rank]
             return f"rank {rank} ({report['host']}, pid {report['pid']}) at {report['where']}, {report['at']}"
 

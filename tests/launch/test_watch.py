@@ -1,8 +1,12 @@
 """What rank 0 concludes from the ranks' reports; the processes themselves are in tests/distributed/test_faults.py."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
+import torch.distributed as dist
 
 from launch import watch
 from launch.watch import SHORT_SILENCE, SILENCE, WAITS, _Seen, _State
@@ -56,6 +60,34 @@ def test_the_rank_that_does_not_wait_is_the_stalled_one(clock: Clock) -> None:
     assert seen.stalled(20) is None
     found = seen.stalled(10)
     assert found["line"].startswith("rank 1 (") and "rank 0" not in found["line"] and "rank 2" not in found["line"]
+
+
+def test_a_rank_that_never_came_is_given_up(clock: Clock) -> None:
+    seen = _Seen()
+    seen.update({0: report(1), 2: report(1)})
+    clock.now += 5
+    assert seen.missing(range(4), 5) is None
+    clock.now += 1
+    assert seen.missing(range(4), 5) == {"code": 1, "line": "rank 1; rank 3: did not come within 5 s"}
+    assert seen.missing([0, 2], 5) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_other_never_joins_ends(rank: int) -> None:
+    """Under torchrun: its store is there already, and lets each rank in at once."""
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agents.port}
+    place |= {"LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    done = subprocess.run(
+        [sys.executable, "-c", "from launch.distributed import start; start(stall=2)"],
+        env=os.environ | {name: str(value) for name, value in place.items()},
+        cwd=watch.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"error: rank {1 - rank}: did not come within 2 s\n" in done.stderr
 
 
 def test_progress_of_any_rank_and_stages_that_promise_none_are_no_stall(clock: Clock) -> None:
