@@ -59,9 +59,9 @@ def start(stall: float = STALL) -> torch.device:
     watch.start(rank, world_size)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=stall)))
+        store = watch.connect(store, stall)
     except dist.DistError as error:
         raise RankError(f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}") from None
-    watch.connect(store, stall)
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER)

@@ -9,6 +9,7 @@ hangs in a collective, and they end the process there: exit code 1 for a fault, 
 import contextlib
 import json
 import os
+import secrets
 import select
 import signal
 import socket
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -75,10 +76,25 @@ def start(rank: int, world_size: int) -> None:
     threading.Thread(target=_guard, args=(_state, signals, _launchers()), daemon=True).start()
 
 
-def connect(store: "dist.Store", stall: float) -> None:
-    """Go on with the other ranks, through the store. `stall`: seconds without progress, or ranks, that end the job."""
+def connect(store: "dist.Store", stall: float) -> "dist.Store":
+    """Go on with the other ranks; the part of the store that is this attempt's.
+
+    torchrun keeps one store for all its attempts, with what the earlier ones wrote there, and every node counts its
+    attempts for itself. So rank 0 draws a name for this one and tells it to whoever asks.
+
+    Args:
+        stall: seconds without progress that end the job, or for which ranks are waited for.
+    """
+    from torch.distributed import PrefixStore
+
+    name = secrets.token_hex(8)
+    if _state.rank != 0:
+        store.set(f"asks/{_state.rank}", name)
+        name = store.get(f"told/{name}").decode()
     _state.reached = time.monotonic()
-    threading.Thread(target=_report, args=(_state, store.clone(), stall), daemon=True).start()
+    own = PrefixStore(name, store.clone())
+    threading.Thread(target=_report, args=(_state, own, name, stall), daemon=True).start()
+    return PrefixStore(name, store)
 
 
 def stage(where: str, timed: bool = False, in_steps: bool = False) -> None:
@@ -124,7 +140,7 @@ def explain() -> None:
         time.sleep(SHORT_SILENCE + 5 * BEAT)
 
 
-def _report(state: _State, store: "dist.Store", stall: float) -> None:
+def _report(state: _State, store: "dist.PrefixStore", name: str, stall: float) -> None:
     """Thread: tell rank 0 what this rank does, hear what rank 0 has decided; on rank 0, decide."""
     seen = _Seen()
     tick = 0
@@ -139,9 +155,12 @@ def _report(state: _State, store: "dist.Store", stall: float) -> None:
             values = store.multi_get([f"watch/{rank}" for rank in arrived]) if arrived else []
             state.reached = time.monotonic()
             seen.update({rank: json.loads(value) for rank, value in zip(arrived, values, strict=True)})
+            absent = [rank for rank in others if rank not in seen.reports]
             if state.rank == 0:
+                for rank in absent:
+                    _tell(store.underlying_store, rank, name)
                 verdict = (
-                    seen.missing(others, stall) or seen.silent(state) or seen.stalled(stall) or seen.asked_to_stop()
+                    seen.missing(absent, stall) or seen.silent(state) or seen.stalled(stall) or seen.asked_to_stop()
                 )
                 if verdict:
                     store.set("watch/verdict", json.dumps(verdict))
@@ -149,13 +168,19 @@ def _report(state: _State, store: "dist.Store", stall: float) -> None:
                     _end(state, **verdict)
             elif store.check(["watch/verdict"]):
                 _end(state, **json.loads(store.get("watch/verdict")))
-            elif verdict := seen.missing(others, stall) or seen.silent(state):
+            elif verdict := seen.silent(state):
                 _end(state, **verdict, rank0_is_gone=True)
-            time.sleep(BEAT)
+            time.sleep(0.1 * BEAT if absent else BEAT)
     except RuntimeError:  # the store is gone; so it is at an orderly end, but then `quiet` comes in time
         time.sleep(BEAT)
         rank0 = seen.list([0]) if 0 in seen.reports else f"rank 0 ({os.environ.get('MASTER_ADDR')})"
         _end(state, 1, f"{rank0}: gone; its store closed", rank0_is_gone=True)
+
+
+def _tell(store: "dist.Store", rank: int, name: str) -> None:
+    """Tell `rank`, if it has asked, the name of this attempt. An earlier attempt's rank may have asked: no harm."""
+    if store.check([f"asks/{rank}"]):
+        store.set(f"told/{store.get(f'asks/{rank}').decode()}", name)
 
 
 class _Seen:
@@ -178,10 +203,9 @@ class _Seen:
         if marks != self.marks:
             self.marks, self.progress = marks, now
 
-    def missing(self, expected: Iterable[int], limit: float) -> dict | None:
+    def missing(self, absent: list[int], limit: float) -> dict | None:
         # Nothing else gives them up: clients of torchrun's store do not wait for one another, and the process group
         # waits for ever.
-        absent = [rank for rank in expected if rank not in self.reports]
         if absent and time.monotonic() - self.began > limit:
             return {"code": 1, "line": f"{self.list(absent)}: did not come within {limit:.0f} s"}
         return None

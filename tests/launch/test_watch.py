@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
 
 import pytest
 import torch.distributed as dist
@@ -62,24 +64,25 @@ def test_the_rank_that_does_not_wait_is_the_stalled_one(clock: Clock) -> None:
     assert found["line"].startswith("rank 1 (") and "rank 0" not in found["line"] and "rank 2" not in found["line"]
 
 
-def test_a_rank_that_never_came_is_given_up(clock: Clock) -> None:
+def test_ranks_that_never_came_are_given_up(clock: Clock) -> None:
     seen = _Seen()
     seen.update({0: report(1), 2: report(1)})
     clock.now += 5
-    assert seen.missing(range(4), 5) is None
+    assert seen.missing([1, 3], 5) is None
     clock.now += 1
-    assert seen.missing(range(4), 5) == {"code": 1, "line": "rank 1; rank 3: did not come within 5 s"}
-    assert seen.missing([0, 2], 5) is None
+    assert seen.missing([1, 3], 5) == {"code": 1, "line": "rank 1; rank 3: did not come within 5 s"}
+    assert seen.missing([], 5) is None
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_the_other_never_joins_ends(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "line"), [(0, "rank 1: did not come within 2 s"), (1, "rank 1 did not reach rank 0")])
+def test_a_process_that_the_other_never_joins_ends(rank: int, line: str) -> None:
     """Under torchrun: its store is there already, and lets each rank in at once."""
     agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agents.port}
     place |= {"LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    code = "from launch import distributed, errors; errors.run(lambda: distributed.start(stall=2))"
     done = subprocess.run(
-        [sys.executable, "-c", "from launch.distributed import start; start(stall=2)"],
+        [sys.executable, "-c", code],
         env=os.environ | {name: str(value) for name, value in place.items()},
         cwd=watch.ROOT,
         capture_output=True,
@@ -87,7 +90,53 @@ def test_a_process_that_the_other_never_joins_ends(rank: int) -> None:
         timeout=60,
     )
     assert done.returncode == 1
-    assert f"error: rank {1 - rank}: did not come within 2 s\n" in done.stderr
+    assert f"error: {line}" in done.stderr
+
+
+class Ranks:
+    """The watches of several ranks in this process, which beat fast; whom they end, and why, is in `ends`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: SimpleQueue = SimpleQueue()
+        self.states: list[_State] = []
+        self.patch = monkeypatch
+        for name, value in (("_end", self.end), ("BEAT", 0.05), ("SHORT_SILENCE", 0.5), ("SILENCE", 1.0)):
+            monkeypatch.setattr(watch, name, value)
+
+    def end(self, state: _State, code: int, line: str, rank0_is_gone: bool = False) -> None:
+        self.ends.put((state.rank, line))
+        state.quiet = True  # ends the thread
+
+    def connect(self, rank: int, store: dist.Store, stall: float = 60) -> dist.Store:
+        self.states.append(_State(rank, 2))
+        self.patch.setattr(watch, "_state", self.states[-1])
+        return watch.connect(store, stall)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    before, made = threading.enumerate(), Ranks(monkeypatch)
+    yield made
+    for state in made.states:
+        state.quiet = True
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(10)
+
+
+def test_an_attempt_of_torchrun_has_its_own_keys(ranks: Ranks) -> None:
+    """Each node's agent counts its restarts for itself: no number that ranks have tells the attempts apart."""
+    store = dist.HashStore()
+    ranks.connect(0, store).set("key", "of the first attempt")
+    assert ranks.connect(1, store).get("key") == b"of the first attempt"
+    ranks.states[1].quiet = True  # it is killed
+    assert "rank 1" in ranks.ends.get(timeout=10)[1]
+
+    again = ranks.connect(0, store)
+    assert not again.check(["key"])
+    again.set("key", "of the second")
+    assert ranks.connect(1, store).get("key") == b"of the second"
+    with pytest.raises(Empty):
+        ranks.ends.get(timeout=1.5)
 
 
 def test_progress_of_any_rank_and_stages_that_promise_none_are_no_stall(clock: Clock) -> None:
