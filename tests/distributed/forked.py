@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -46,12 +47,17 @@ def launch(script: Path, arguments: Sequence[str], ranks: int, folder: Path) -> 
             for process in running:
                 process.kill()
             raise subprocess.TimeoutExpired([script, *arguments], 540, (folder / "stdout").read_text())
-        codes = [process.exitcode for process in processes]
-        if not failed and (failed := next(filter(None, codes), 0)):
+        if not failed and (failed := first_failed(processes)):
             for process in running:
                 process.terminate()
+    failed = failed or first_failed(processes)  # one may have ended after the last look
     output, errors = ((folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess([script, *arguments], failed, output, errors)
+
+
+def first_failed(processes: Sequence[BaseProcess]) -> int:
+    """The exit code of the first one that has ended with another than 0, or 0."""
+    return next(filter(None, (process.exitcode for process in processes)), 0)
 
 
 def become(script: Path, arguments: Sequence[str], place: dict[str, object], folder: Path) -> None:
