@@ -12,6 +12,7 @@ import threadpoolctl
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 
 from launch import watch
 from launch.errors import USER_ERRORS, RankError, UserError
@@ -113,18 +114,43 @@ def say(text: str) -> None:
 
 def on_rank0(function: Callable[[], T]) -> T:
     """`function()` of rank 0, on every rank; a user error there is raised on every rank. Collective."""
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except USER_ERRORS as error:
-            outcome[1] = str(error)
-        except OSError as error:  # a disk that is full, a folder that is gone
-            outcome[1] = f"{error.filename or 'file'}: {error.strerror or error}"
+    outcome = [_outcome(function) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    value, error = outcome[0]
+    if error is not None:
+        raise UserError(error)
+    return value
+
+
+def on_each_node(function: Callable[[], T]) -> list[T]:
+    """`function()` of local rank 0 of every node; a user error of any is raised on every rank. Collective.
+
+    Returns:
+        On every rank, by rank: what its node's local rank 0 returned.
+    """
+    rank, world = dist.get_rank(), range(dist.get_world_size())
+    places: list = [None for _ in world]
+    dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
+    # Hosts may share a name (containers); then the nearest below is the one of the same host.
+    owners = [max((i for i in range(of + 1) if places[i] == (places[of][0], 0)), default=of) for of in world]
+    outcomes: list = [None for _ in world]
+    dist.all_gather_object(outcomes, _outcome(function) if owners[rank] == rank else None)
+    for owner in owners:
+        if outcomes[owner][1] is not None:
+            raise UserError(outcomes[owner][1])
+    return [outcomes[owner][0] for owner in owners]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `function` returns, and the text of a user error: also of a disk that is full, or a folder that is gone."""
+    try:
+        return function(), None
+    except USER_ERRORS as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename or 'file'}: {error.strerror or error}"
+    except SafetensorError as error:  # what safetensors makes of an OSError, without the file's name
+        return None, f"cannot write or read a file: {error}"
 
 
 def broadcast_tensor(value: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -1,12 +1,6 @@
 """What a run starts from: a local model folder and tokens, checked and prepared once on every node."""
 
-import json
-import os
-import secrets
-import shutil
 import socket
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +10,8 @@ from transformers import AutoConfig
 
 from launch import quickstart
 from launch.data import TokenSet
-from launch.distributed import on_rank0
-from launch.errors import USER_ERRORS, UserError
-from launch.files import write_json
+from launch.distributed import on_each_node
+from launch.errors import UserError
 from launch.hub import commit_of, fetch_model, weights_hash
 from launch.measure import split
 from launch.prepared import Prepared, obtain
@@ -41,40 +34,19 @@ class Inputs:
 def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     """Resolve, check and tokenise the inputs of `recipe`. Collective.
 
-    Local rank 0 of every node does it, and the node's other ranks wait for its file: not in a collective, which could
-    time out, and with no shared disk needed. Tokens that a node has already are not made again; every rank maps them
-    into its memory.
+    Local rank 0 of every node does it, so no shared disk is needed. Tokens that a node has already are not made again;
+    every rank maps them into its memory.
 
     Raises:
         UserError: on every rank, what any node finds wrong; or the nodes' data or weights differ.
     """
     recipe = quickstart.resolve(recipe, device)
-    launch, owner = on_rank0(lambda: secrets.token_hex(8)), _node_owner()
-    scratch = Path(tempfile.gettempdir()) / f"astra-{launch}-{owner}"
-    outcome_path = scratch / "outcome.json"
-    if owner == dist.get_rank():
-        scratch.mkdir(mode=0o700)
-        try:
-            outcome = _prepare_node(recipe) | {"error": None}
-        except USER_ERRORS as error:
-            outcome = {"error": str(error)}
-        except OSError as error:  # a disk that is full, a folder that cannot be written
-            outcome = {"error": f"{error.filename or 'file'}: {error.strerror or error}"}
-        write_json(outcome_path, outcome)
-    while not outcome_path.is_file():
-        time.sleep(0.1)
-    outcome = json.loads(outcome_path.read_text(encoding="utf-8"))
-    outcomes = [outcome] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    outcomes = on_each_node(lambda: _prepare_node(recipe))
     for other in outcomes:
-        if other["error"]:
-            raise UserError(other["error"])
         for field, part, key in (("data.path", "data", "tokens_sha256"), ("model.name", "base", "weights_sha256")):
             if other[part][key] != outcomes[0][part][key]:
                 raise UserError(f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it")
-    dist.barrier()
-    if owner == dist.get_rank():
-        shutil.rmtree(scratch)
+    outcome = outcomes[dist.get_rank()]
     tokens = Prepared(Path(outcome["prepared"]), outcome["manifest"]).open()
     training, held_out = split(tokens, recipe.data.held_out)
     return Inputs(
@@ -86,15 +58,6 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
         outcomes[0]["base"],
         outcomes[0]["data"],
     )
-
-
-def _node_owner() -> int:
-    """The rank that prepares for this rank's node: its local rank 0. Collective."""
-    rank, places = dist.get_rank(), [None] * dist.get_world_size()
-    dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
-    # Hosts may share a name (containers); then the nearest below is the one of the same host.
-    owners = [other for other in range(rank + 1) if places[other] == (places[rank][0], 0)]
-    return owners[-1] if owners else rank
 
 
 def _prepare_node(recipe: Recipe) -> dict:
