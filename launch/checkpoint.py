@@ -37,6 +37,8 @@ FOLDER = "checkpoints"  # in the run folder
 STEPS = f"step-{'[0-9]' * 7}"
 TENSORS, METRICS, MANIFEST = "tensors.safetensors", "metrics.jsonl", "manifest.json"
 
+_damaged: set[Path] = set()  # that this process has passed over
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -93,6 +95,7 @@ def newest(run: Path) -> Checkpoint | None:
             manifest = _verify(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"checkpoint {path} is damaged and passed over: {error}", flush=True)
+            _damaged.add(path)
             continue
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
         return Checkpoint(path, manifest["step"], manifest["facts"], [json.loads(line) for line in lines])
@@ -144,6 +147,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, his
         if path.exists():  # damaged: a whole one would have been resumed from
             shutil.rmtree(path)
         aside.rename(path)
+        _damaged.discard(path)
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -154,9 +158,12 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, his
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the `keep` newest whole ones up to `step`, which is one."""
     older = sorted(path for path in folder.glob(STEPS) if int(path.name.removeprefix("step-")) <= step)
-    for path in older[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    kept = [path for path in older if path not in _damaged][-keep:]
+    for path in older:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _verify(path: Path) -> dict:

@@ -95,6 +95,22 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path, cap
     assert checkpoint.newest(tmp_path).step == 6
 
 
+def test_a_damaged_one_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        write(tmp_path, step)
+    folder = tmp_path / checkpoint.FOLDER
+    for step in (6, 9):
+        (folder / f"step-000000{step}" / checkpoint.METRICS).unlink()
+    assert checkpoint.newest(tmp_path).step == 3
+    write(tmp_path, 8)  # another checkpoint_every than before
+    checkpoint._prune(folder, 8, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-0000003", "step-0000008", "step-0000009"]
+    write(tmp_path, 9)
+    checkpoint._prune(folder, 9, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-0000008", "step-0000009"]
+    assert checkpoint.newest(tmp_path).step == 9
+
+
 def test_what_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / checkpoint.FOLDER).write_text("in the way")
     with pytest.raises(UserError, match="checkpoint of step 3: cannot write"):
