@@ -130,7 +130,8 @@ def make(
         progress=lambda items, name: tracking.progress(items, len(items), name, rank),
     )
     for number, found in enumerate(windows, start=done):
-        on_rank0(lambda number=number, found=found: artifact.save_window(folder, number, found))
+        with watch.untimed():
+            on_rank0(lambda number=number, found=found: artifact.save_window(folder, number, found))
     seconds, tokens = time.perf_counter() - started, int(lengths.sum())
     say(f"calibration: {len(linears)} modules, {tokens} tokens, {seconds:.1f} s")
     if recipe.adapter.method == "astra":

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from astra.adapter import Factors
+from launch import watch
 from launch.distributed import broadcast_tensor, on_rank0
 from launch.engines.base import KINDS, Stepper
 from launch.errors import UserError
@@ -74,6 +75,7 @@ def save(
     """
     tensors = {}
     for name, parameter in parameters.items() if stepper is not None else ():
+        watch.mark()
         for kind, value in zip(KINDS, stepper.state(parameter), strict=True):
             if dist.get_rank() == 0:
                 tensors[f"{name}.{kind}"] = value.cpu().contiguous()
@@ -85,7 +87,8 @@ def save(
         _write(run / FOLDER, step, tensors, facts, history)
         _prune(run / FOLDER, step, keep)
 
-    on_rank0(write)
+    with watch.untimed():
+        on_rank0(write)
 
 
 def newest(run: Path) -> Checkpoint | None:

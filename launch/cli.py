@@ -37,6 +37,11 @@ def add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
     )
     parser.add_argument("--engine", help="short for --set engine=ENGINE")
+    add_stall(parser)
+
+
+def add_stall(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that runs under a launcher."""
     parser.add_argument(
         "--stall",
         type=float,

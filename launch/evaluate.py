@@ -56,6 +56,7 @@ def main() -> None:
     add("--grade", type=Path, metavar="FILE", help="grade the rows of FILE again: suite, output, and reference or id")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations: the paired difference")
     add("--output", type=Path, help="folder for results.json and generations.jsonl")
+    cli.add_stall(parser)
     arguments = parser.parse_args()
     if arguments.compare:
         _compare(*arguments.compare)
@@ -84,7 +85,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from launch.run_folder import make_folder
     from launch.scoring import describe, read_problems
 
-    device = start()
+    device = start(arguments.stall)
+    watch.stage("reading the inputs")
     on_rank0(lambda: make_folder(arguments.output))
     if quickstart.NAME in (arguments.model, arguments.data_dir):
         folder = str(quickstart.ensure(device))
@@ -92,7 +94,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.data_dir = folder if arguments.data_dir == quickstart.NAME else arguments.data_dir
     settings = _settings(arguments)
     problems = read_problems(settings)
-    watch.stage("scoring", timed=True)
     backend = _with_server if arguments.backend == "openai" else _with_model
     identity, scores = backend(arguments, settings, problems, device)
     if dist.get_rank() == 0:
@@ -113,6 +114,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the model itself, on all ranks. Collective."""
     from astra import adapter
+    from launch import watch
     from launch.distributed import on_rank0
     from launch.engines import make_engine
     from launch.export import dtype_name
@@ -126,7 +128,9 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
     adapter_hash = on_rank0(lambda: weights_hash(arguments.adapter)) if arguments.adapter else None
     tokenizer = load_tokenizer(path)
     engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
+    watch.stage("loading the base")
     model = engine.load(str(path))
+    model.register_forward_pre_hook(lambda *_: watch.mark())
     if arguments.adapter:
         model = adapter.attach_saved(model, arguments.adapter)
         with engine.inference(model):  # FSDP2 shards and loads the base here
@@ -136,13 +140,15 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
         base_model = model.get_base_model()
         adapter.subtract(base_model, *adapter.load(arguments.adapter.parent / "astra_init"), engine)
     identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
-    with engine.inference(model):
+    with engine.inference(model):  # FSDP2 shards and loads a base without adapter here
+        watch.stage("scoring", timed=True)
         return identity, score(engine, model, tokenizer, problems, settings, arguments.output, identity)
 
 
 def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the server at --url."""
     from eval.server import complete
+    from launch import watch
     from launch.scoring import score_responses
 
     identity = {"base": {"name": arguments.model, "weights_sha256": None}, "url": arguments.url}
@@ -159,6 +165,7 @@ def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, 
             concurrency=arguments.concurrency,
         )
 
+    watch.stage("scoring", timed=True)
     return identity, score_responses(responses, problems, settings, arguments.output, identity)
 
 

@@ -137,6 +137,7 @@ def make(folder: Path, device: torch.device) -> None:
     metrics = train(make_stepper(engine, model, PRETRAINING), tokens, steps, PRETRAINING, device)
     for metric in progress(metrics, STEPS, "pretrain", dist.get_rank()):
         last = metric
+    watch.stage("writing the quickstart")
     on_rank0(lambda: _write(folder, model, tokenizer_model, last["loss"]))
 
 

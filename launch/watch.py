@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -112,6 +112,17 @@ def mark(where: str | None = None) -> None:
     """Count progress and, if given, say where."""
     _state.marks += 1
     _state.where = where or _state.where
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """Within a timed stage: what makes no progress for long, such as writing a large file."""
+    timed, _state.timed = _state.timed, False
+    try:
+        yield
+    finally:
+        mark()  # before the stage is timed again
+        _state.timed = timed
 
 
 def stopping() -> bool:

@@ -151,6 +151,18 @@ def test_progress_of_any_rank_and_stages_that_promise_none_are_no_stall(clock: C
     assert seen.stalled(10) is None
 
 
+def test_what_is_written_within_a_timed_stage_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_state", _State())
+    watch.stage("training", timed=True, in_steps=True)
+    marks = watch._state.marks
+    with pytest.raises(OSError), watch.untimed():
+        assert not watch._state.timed
+        assert watch._state.in_steps  # a request to stop waits for it
+        raise OSError
+    assert watch._state.timed
+    assert watch._state.marks > marks
+
+
 def test_a_request_to_stop_waits_until_no_rank_is_missing(clock: Clock) -> None:
     seen = _Seen()
     stage = {"in_steps": False, "where": "calibration"}
