@@ -32,6 +32,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 BEAT = 1.0  # seconds between two reports
 SILENCE = 60.0  # seconds without a report, after which a rank is given up: its machine or network is gone
 SHORT_SILENCE = 6.0  # the same once a collective has failed, or a launcher stops the ranks because one is gone
+UNTIMED = 7200.0  # seconds without progress, or 10 times --stall if that is more, in stages that do not promise any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/")  # code that waits for other ranks
 WAITS = ", waits for other ranks"
@@ -101,7 +102,7 @@ def stage(where: str, timed: bool = False, in_steps: bool = False) -> None:
     """Say what this rank does from now on.
 
     Args:
-        timed: the stage marks its progress, so that too long without any means that it has stalled.
+        timed: the stage marks its progress, so that --stall without any means that it has stalled. Others have UNTIMED.
         in_steps: the caller looks at `stopping` itself; elsewhere a request to stop ends the process within seconds.
     """
     _state.where, _state.timed, _state.in_steps = where, timed, in_steps
@@ -233,7 +234,9 @@ class _Seen:
 
     def stalled(self, limit: float) -> dict | None:
         quiet = time.monotonic() - self.progress
-        if quiet < limit or not all(report["timed"] for report in self.reports.values()):
+        if not all(report["timed"] for report in self.reports.values()):
+            limit = max(10 * limit, UNTIMED)
+        if quiet < limit:
             return None
         # The one that the others wait for does not report at all, or is not inside a collective.
         frozen = [rank for rank, heard in self.heard.items() if time.monotonic() - heard > 4 * BEAT]

@@ -139,16 +139,26 @@ def test_an_attempt_of_torchrun_has_its_own_keys(ranks: Ranks) -> None:
         ranks.ends.get(timeout=1.5)
 
 
-def test_progress_of_any_rank_and_stages_that_promise_none_are_no_stall(clock: Clock) -> None:
+def test_progress_of_any_rank_is_no_stall(clock: Clock) -> None:
     seen = _Seen()
     for tick in range(20):
         seen.update({0: report(tick), 1: report(tick, marks=tick)})
         clock.now += 1
     assert seen.stalled(10) is None
-    for tick in range(20, 40):
-        seen.update({0: report(tick, timed=False), 1: report(tick, marks=19)})
+
+
+@pytest.mark.parametrize(("untimed", "stall", "limit"), [(60, 5, 60), (60, 10, 100)])
+def test_a_stage_that_promises_no_progress_has_longer(
+    untimed: float, stall: float, limit: float, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "UNTIMED", untimed)
+    seen = _Seen()
+    began = clock.now
+    while clock.now < began + limit:
+        seen.update({0: report(int(clock.now), timed=False), 1: report(int(clock.now), at=f"(launch/a.py:1{WAITS})")})
+        assert seen.stalled(stall) is None
         clock.now += 1
-    assert seen.stalled(10) is None
+    assert seen.stalled(stall)["line"].startswith("rank 0 (h, pid 7) at training step 5")
 
 
 def test_what_is_written_within_a_timed_stage_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
