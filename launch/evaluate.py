@@ -113,17 +113,26 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the model itself, on all ranks. Collective."""
+    import torch.distributed as dist
+
     from astra import adapter
     from launch import watch
-    from launch.distributed import on_rank0
+    from launch.distributed import on_each_node, on_rank0
     from launch.engines import make_engine
     from launch.export import dtype_name
     from launch.hub import fetch_model, load_tokenizer, weights_hash
     from launch.inputs import resolve_dtype
     from launch.scoring import score
 
-    path = on_rank0(lambda: fetch_model(arguments.model, arguments.revision))
-    base = on_rank0(lambda: {"name": arguments.model, "weights_sha256": weights_hash(path)})
+    def fetch() -> tuple[Path, str]:
+        path = fetch_model(arguments.model, arguments.revision)
+        return path, weights_hash(path)
+
+    fetched = on_each_node(fetch)  # disks need not be shared
+    path, _ = fetched[dist.get_rank()]
+    if len({content for _, content in fetched}) > 1:
+        raise UserError(f"--model: the weights of {arguments.model} differ between the nodes; copy one's to all")
+    base = {"name": arguments.model, "weights_sha256": fetched[0][1]}
     made_for = on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
     adapter_hash = on_rank0(lambda: weights_hash(arguments.adapter)) if arguments.adapter else None
     tokenizer = load_tokenizer(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_other_settings_set_the_old_responses_aside(launch: Callable, shared: Pa
     assert len(previous) == len(first)
     scores = json.loads((tmp_path / "results.json").read_text())["scores"]["boolq"]
     assert (scores["samples"], scores["n"], scores["pass_at"].keys()) == (2, 4, {"1"})
+
+
+def test_each_node_takes_the_model_from_its_own_disk(launch: Callable, base: Path, data: Path, tmp_path: Path) -> None:
+    for node in ("0", "1"):
+        model = tmp_path / node / "models--some--base"
+        shutil.copytree(base, model / "snapshots" / ("a" * 40))
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("a" * 40)
+    line = [tmp_path, "--model", "some/base", "--data-dir", data, "--suite", "gsm8k", "--max-new-tokens", 4]
+    line += ["--stall", 60, "--output", tmp_path / "scores"]
+    launch("tests/distributed/node_worker.py", *line, ranks=2)
+    assert json.loads((tmp_path / "scores" / "results.json").read_text())["scores"]["gsm8k"]["n"] == 7
+    with (tmp_path / "1" / "models--some--base" / "snapshots" / ("a" * 40) / "model.safetensors").open("ab") as file:
+        file.write(b"0")
+    refused = launch("tests/distributed/node_worker.py", *line, ranks=2, check=False)
+    assert refused.returncode == 2
+    assert "error: --model: the weights of some/base differ between the nodes" in refused.stderr
 
 
 def test_grading_again_and_comparing_need_no_model(launch: Callable, whole: Path, shared: Path, tmp_path: Path) -> None:
