@@ -278,7 +278,7 @@ def _guard(state: _State, signals: socket.socket, launchers: list[psutil.Process
                 _end(state, 1, "interrupted twice: ended at once")
             if number in SIGNALS:
                 state.stop = state.stop or signal.Signals(number).name
-        if state.stop is None and (orphaned or not all(launcher.is_running() for launcher in launchers)):
+        if state.stop is None and (orphaned or not all(map(_alive, launchers))):
             state.stop = "its launcher is gone"
             _close_pipes()
         if state.stop and state.reached is None:
@@ -297,6 +297,13 @@ def _launchers() -> list[psutil.Process]:
                 break
             found.append(process)
     return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether it runs still; one that has ended and that nobody has waited for, a zombie, has its place only."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _orphaned(launchers: list[psutil.Process]) -> bool:

@@ -1,12 +1,14 @@
 """What rank 0 concludes from the ranks' reports; the processes themselves are in tests/distributed/test_faults.py."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -192,6 +194,20 @@ def test_in_training_steps_the_loop_stops_itself(clock: Clock) -> None:
         seen.update({0: report(tick, stop="SIGTERM"), 1: report(tick)})
         assert seen.asked_to_stop() is None
         clock.now += 1
+
+
+def test_a_launcher_that_nobody_waited_for_is_gone(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_close_pipes", lambda: None)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as launcher:
+        ranks.states.append(_State())
+        signals, kernel = socket.socketpair()
+        with signals, kernel:
+            arguments = (ranks.states[0], signals, [psutil.Process(launcher.pid)])
+            threading.Thread(target=watch._guard, args=arguments, daemon=True).start()
+            with pytest.raises(Empty):
+                ranks.ends.get(timeout=0.5)
+            launcher.stdin.close()  # it ends, and is a zombie until it is waited for
+            assert ranks.ends.get(timeout=10)[1].endswith("its launcher is gone")
 
 
 def test_the_line_names_the_code_of_this_repository() -> None:
