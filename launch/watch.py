@@ -32,6 +32,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 BEAT = 1.0  # seconds between two reports
 SILENCE = 60.0  # seconds without a report, after which a rank is given up: its machine or network is gone
 SHORT_SILENCE = 6.0  # the same once a collective has failed, or a launcher stops the ranks because one is gone
+PAUSE = 5.0  # seconds between two looks of a thread here that mean that this process itself stood still meanwhile
 UNTIMED = 7200.0  # seconds without progress, or 10 times --stall if that is more, in stages that do not promise any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/")  # code that waits for other ranks
@@ -155,7 +156,7 @@ def explain() -> None:
 def _report(state: _State, store: "dist.PrefixStore", name: str, stall: float) -> None:
     """Thread: tell rank 0 what this rank does, hear what rank 0 has decided; on rank 0, decide."""
     seen = _Seen()
-    tick = 0
+    tick, looked = 0, time.monotonic()
     try:
         while not state.quiet:
             tick += 1
@@ -165,7 +166,10 @@ def _report(state: _State, store: "dist.PrefixStore", name: str, stall: float) -
             others = range(state.world_size) if state.rank == 0 else [0]
             arrived = [rank for rank in others if store.check([f"watch/{rank}"])]
             values = store.multi_get([f"watch/{rank}" for rank in arrived]) if arrived else []
-            state.reached = time.monotonic()
+            state.reached = now = time.monotonic()
+            if now - looked > PAUSE:
+                seen.pause(now - looked)
+            looked = now
             seen.update({rank: json.loads(value) for rank, value in zip(arrived, values, strict=True)})
             absent = [rank for rank in others if rank not in seen.reports]
             if state.rank == 0:
@@ -214,6 +218,13 @@ class _Seen:
         marks = sum(report["marks"] for report in self.reports.values())
         if marks != self.marks:
             self.marks, self.progress = marks, now
+
+    def pause(self, seconds: float) -> None:
+        """Leave the last `seconds` out: others suspended (Slurm's SUSPEND, Ctrl-Z) with this one reported nothing."""
+        self.began += seconds
+        self.progress += seconds
+        self.heard = {rank: heard + seconds for rank, heard in self.heard.items()}
+        self.asked = None
 
     def missing(self, absent: list[int], limit: float) -> dict | None:
         # Nothing else gives them up: clients of torchrun's store do not wait for one another, and the process group
@@ -269,9 +280,12 @@ class _Seen:
 
 def _guard(state: _State, signals: socket.socket, launchers: list[psutil.Process]) -> None:
     """Thread: signals, the launcher, and the link to the store, none of which may depend on the main thread."""
-    orphaned = _orphaned(launchers)
+    orphaned, looked = _orphaned(launchers), time.monotonic()
     while not state.quiet:
         ready, _, _ = select.select([signals], [], [], BEAT)
+        before, looked = looked, time.monotonic()
+        if state.reached and looked - before > PAUSE:  # suspended: the other thread could not reach the store either
+            state.reached = min(state.reached + looked - before, looked)
         if ready:
             number = signals.recv(1)[0]
             if number == signal.SIGINT and state.stop == "SIGINT":

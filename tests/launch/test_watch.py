@@ -1,11 +1,15 @@
 """What rank 0 concludes from the ranks' reports; the processes themselves are in tests/distributed/test_faults.py."""
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 
 import psutil
@@ -208,6 +212,44 @@ def test_a_launcher_that_nobody_waited_for_is_gone(ranks: Ranks, monkeypatch: py
                 ranks.ends.get(timeout=0.5)
             launcher.stdin.close()  # it ends, and is a zombie until it is waited for
             assert ranks.ends.get(timeout=10)[1].endswith("its launcher is gone")
+
+
+def test_a_job_that_was_suspended_goes_on() -> None:
+    """Two ranks in a process of their own, which stands still for twice the silence that ends a job."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=two_ranks, args=(there,))
+    process.start()
+    assert here.poll(10) and here.recv() == "started"
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(process.pid, signal.SIGCONT)
+    here.send("go on")
+    assert here.poll(20)
+    suspended, killed = here.recv()
+    process.join(10)
+    assert suspended == []
+    assert killed[0] == 0
+    assert "gone; not heard of for 2 s" in killed[1]
+
+
+def two_ranks(pipe: Connection) -> None:
+    """Sends what ended a rank after it was told to go on, and then, when one is killed, what ends the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        ranks, store = Ranks(patch), dist.HashStore()
+        patch.setattr(watch, "SILENCE", 2.0)
+        patch.setattr(watch, "PAUSE", 1.0)
+        for rank in (0, 1):
+            ranks.connect(rank, store)
+            signals, ranks.states[rank].waker = socket.socketpair()
+            threading.Thread(target=watch._guard, args=(ranks.states[rank], signals, []), daemon=True).start()
+        time.sleep(0.5)
+        pipe.send("started")
+        pipe.recv()
+        time.sleep(1)
+        suspended = [ranks.ends.get() for _ in range(ranks.ends.qsize())]
+        ranks.states[1].quiet = True
+        pipe.send((suspended, ranks.ends.get(timeout=10)))
 
 
 def test_the_line_names_the_code_of_this_repository() -> None:
