@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.utils import (
+    groups,
     nvtx,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -18,10 +19,12 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
+from launch.distributed import FOREVER
 from launch.engines.base import read_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -117,6 +120,7 @@ class ZeroEngine(ZeroWeights):
         compatible_ops["deepspeed_shm_comm"] = False
         nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
         deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
+        _set_pg_timeout(FOREVER, groups._get_data_parallel_group())  # DeepSpeed's own, made with torch's default
 
     def _use_bf16(self, enabled: bool) -> None:
         self.config["bf16"] = {"enabled": enabled}

@@ -11,11 +11,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import nn
 
 from launch import pipeline
-from launch.distributed import on_rank0, start, stop
+from launch.distributed import FOREVER, on_rank0, start, stop
 from launch.engines import Engine
 from launch.errors import run
 from launch.recipe import Recipe, read
@@ -59,6 +60,8 @@ def main(recipe_path: str, output: Path, engine: str, sources: list[Path]) -> No
             again = output / f"{case}-again-{number}"
             on_rank0(lambda folder=folder, again=again: before_the_end(folder, again))
             fine_tune(recipe, again, device, ids)
+    for group in dist.distributed_c10d._world.pg_map:  # whoever made it
+        assert group._get_backend(device).options._timeout == FOREVER
     stop()
 
 
