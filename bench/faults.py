@@ -129,10 +129,15 @@ class Run:
                 self.launcher.wait()
                 return time.monotonic() - began
             if time.monotonic() - began > limit:
-                for process in rest:
-                    process.kill()
+                self.kill()
                 raise TimeoutError(f"{len(rest)} processes left after {limit} s\n{self.output()[-3000:]}")
             time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End what is left of it, stopped processes and those that begin meanwhile too."""
+        while self.hit(Fault("all", signal.SIGKILL)):
+            time.sleep(0.05)
+        self.launcher.wait()
 
     def wait_for(self, condition: Callable[[], bool], limit: float = LIMIT) -> None:
         """Wait until `condition` holds. Raises TimeoutError if it does not, or the run ends first."""

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.faults import ENGINES, command
+from bench.faults import ENGINES, Run, command
 from tests.distributed import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,20 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return done
 
     return run
+
+
+@pytest.fixture
+def start_run() -> Iterator[Callable[..., Run]]:
+    """Start a command as a `Run`; what is left of it is killed at the end of the test, however that ends."""
+    runs = []
+
+    def start(command: Sequence[str], log: Path) -> Run:
+        runs.append(Run(command, log))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
 
 
 @pytest.fixture(scope="session")

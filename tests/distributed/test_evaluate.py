@@ -53,11 +53,11 @@ def test_every_suite_is_scored(whole: Path) -> None:
 
 
 def test_killed_in_the_middle_it_goes_on_with_what_is_missing(
-    launch: Callable, whole: Path, options: list[object], tmp_path: Path
+    launch: Callable, start_run: Callable[..., Run], whole: Path, options: list[object], tmp_path: Path
 ) -> None:
     folder = tmp_path / "scores"
     line = [*options, "--batch-size", 3, "--output", folder]
-    run = Run(command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log")
+    run = start_run(command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log")
     run.wait_for(lambda: (folder / "generations.jsonl").is_file() and len(generations_so_far(folder)) >= 45)
     for process in run.processes():
         os.kill(process.pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.faults import ENGINES, Fault, Run, command, same, steps
@@ -42,6 +43,15 @@ def assert_goes_on(launch: Callable, arguments: list[object], undisturbed: Calla
     return check
 
 
+def test_a_run_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    run = Run(["bash", "-c", "sleep 600 & setsid sleep 600 & kill -STOP $$"], tmp_path / "log")
+    stopped = psutil.Process(run.launcher.pid)
+    run.wait_for(lambda: len(run.processes()) == 3 and stopped.status() == psutil.STATUS_STOPPED)
+    run.kill()
+    assert not run.processes()
+    assert run.launcher.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("engine", "fault"),
     [
@@ -52,9 +62,14 @@ def assert_goes_on(launch: Callable, arguments: list[object], undisturbed: Calla
     ids=str,
 )
 def test_a_killed_run_goes_on(
-    engine: str, fault: Fault, arguments: list[object], assert_goes_on: Callable[..., str], tmp_path: Path
+    engine: str,
+    fault: Fault,
+    start_run: Callable[..., Run],
+    arguments: list[object],
+    assert_goes_on: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    run = Run(line_of(engine, arguments, tmp_path), tmp_path / "log")
+    run = start_run(line_of(engine, arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 7)
     assert run.hit(fault)
     assert run.wait() < 30
@@ -81,9 +96,14 @@ def test_a_killed_run_goes_on(
     ids=str,
 )
 def test_a_run_that_is_asked_to_stop_saves_its_step(
-    engine: str, fault: Fault, arguments: list[object], assert_goes_on: Callable[..., str], tmp_path: Path
+    engine: str,
+    fault: Fault,
+    start_run: Callable[..., Run],
+    arguments: list[object],
+    assert_goes_on: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    run = Run(line_of(engine, arguments, tmp_path), tmp_path / "log")
+    run = start_run(line_of(engine, arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 4)
     assert run.hit(fault)
     assert run.wait() < 30
@@ -183,17 +203,15 @@ def test_a_full_disk_ends_the_run_with_one_line(
 
 
 def test_a_second_start_is_refused_while_the_first_one_runs(
-    launch: Callable, arguments: list[object], tmp_path: Path
+    launch: Callable, start_run: Callable[..., Run], arguments: list[object], tmp_path: Path
 ) -> None:
-    run = Run(line_of("single", arguments, tmp_path), tmp_path / "log")
+    run = start_run(line_of("single", arguments, tmp_path), tmp_path / "log")
     run.wait_for(lambda: len(steps(tmp_path / "run")) >= 1)
     os.kill(run.launcher.pid, signal.SIGSTOP)  # it must still be there when the second one gives up
     line = ["none", *arguments, "--engine", "single", "--output", tmp_path / "run"]
     second = launch(WORKER, *line, check=False)
     assert second.returncode == 2
     assert f"is in use by host {os.uname().nodename}, pid {run.launcher.pid}; stop that run" in second.stderr
-    run.launcher.kill()
-    run.wait()
 
 
 def test_another_recipe_is_refused_and_a_finished_run_stays(

@@ -1,6 +1,5 @@
 """Two hosts, as network namespaces joined by one link, which is cut in mid-training: both end, and both go on later."""
 
-import itertools
 import os
 import random
 import shutil
@@ -34,9 +33,8 @@ class Host:
     address: str
     device: str
 
-    def run(self, command: list[str], log: Path) -> Run:
-        inside = [IP, "netns", "exec", self.namespace, "env", f"GLOO_SOCKET_IFNAME={self.device}"]
-        return Run([*inside, *command], log)
+    def inside(self, command: list[str]) -> list[str]:
+        return [IP, "netns", "exec", self.namespace, "env", f"GLOO_SOCKET_IFNAME={self.device}", *command]
 
     def link(self, state: str) -> None:
         ip("-n", self.namespace, "link", "set", self.device, state)
@@ -67,30 +65,38 @@ def hosts() -> Iterator[list[Host]]:
             subprocess.run([IP, "netns", "delete", host.namespace], capture_output=True)
 
 
-def start(engine: str, hosts: list[Host], options: list[object], folder: Path, tries: Iterator[int]) -> list[Run]:
+def lines(engine: str, hosts: list[Host], options: list[object], folder: Path) -> list[list[str]]:
     """The same command on both hosts, one rank each."""
-    port, number = str(random.randrange(20000, 60000)), next(tries)
+    port = str(random.randrange(20000, 60000))
     if engine == "zero3":
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{host.address} slots=1\n" for host in hosts))
         launcher = [BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh"]
     else:
         launcher = [BIN / "torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
-    runs = []
+    found = []
     for node, host in enumerate(hosts):
         place = ["--node_rank", node, "--master_addr", hosts[0].address, "--master_port", port]
-        line = [str(word) for word in (*launcher, *place, WORKER, "none", *options)]
-        runs.append(host.run(line, folder / f"log-{number}-{node}"))
-    return runs
+        found.append(host.inside([str(word) for word in (*launcher, *place, WORKER, "none", *options)]))
+    return found
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_a_cut_link_ends_both_hosts_and_mended_they_go_on(
-    engine: str, hosts: list[Host], arguments: list[object], undisturbed: Callable[[str], Path], tmp_path: Path
+    engine: str,
+    hosts: list[Host],
+    start_run: Callable[..., Run],
+    arguments: list[object],
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     options = [*arguments, "--engine", engine, "--output", tmp_path / "run"]
-    tries = itertools.count()
-    runs = start(engine, hosts, options, tmp_path, tries)
+
+    def start(name: str) -> list[Run]:
+        commands = lines(engine, hosts, options, tmp_path)
+        return [start_run(line, tmp_path / f"{name}-{node}") for node, line in enumerate(commands)]
+
+    runs = start("cut")
     runs[0].wait_for(lambda: len(steps(tmp_path / "run")) >= 7)
     hosts[0].link("down")
     cut = time.monotonic()
@@ -104,7 +110,7 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_go_on(
     reached = max(step for step, *_ in steps(tmp_path / "run"))
 
     hosts[0].link("up")
-    for run in (again := start(engine, hosts, options, tmp_path, tries)):
+    for run in (again := start("mended")):
         run.wait()
         assert run.launcher.returncode == 0, run.output()[-3000:]
     assert f"going on after step {reached - reached % 3} of 12" in again[0].output()

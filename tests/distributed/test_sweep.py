@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import yaml
 
+from bench.faults import Run
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_killed_in_the_middle_it_goes_on(recipe: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on(start_run: Callable[..., Run], recipe: Path, tmp_path: Path) -> None:
     table = {
         "recipe": str(recipe),
         "set": {"engine": "single", "train.max_steps": 40, "train.checkpoint_every": 2, "data.held_out": 7},
@@ -27,7 +30,7 @@ def test_killed_in_the_middle_it_goes_on(recipe: Path, tmp_path: Path) -> None:
     line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    first = subprocess.Popen([*line, "--only", "0"], env=environment, stdout=subprocess.DEVNULL)
+    first = start_run([*line, "--only", "0"], tmp_path / "log").launcher
     second = wait_for(lambda: [run for run in (tmp_path / "runs").glob("lora-*-seed2-*") if steps(run) >= 4])[0]
     (child,) = psutil.Process(first.pid).children()
     first.kill()
@@ -55,12 +58,14 @@ def test_killed_in_the_middle_it_goes_on(recipe: Path, tmp_path: Path) -> None:
     assert "| broken | 0.02 | 0 of 2 |" in shown
 
 
-def test_told_to_stop_it_tells_its_runs_and_says_so(recipe: Path, tmp_path: Path) -> None:
+def test_told_to_stop_it_tells_its_runs_and_says_so(
+    start_run: Callable[..., Run], recipe: Path, tmp_path: Path
+) -> None:
     table = {"recipe": str(recipe), "set": {"engine": "single", "train.max_steps": 4000}, "seeds": [1], "suites": []}
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(table | {"rows": {"a": {"set": {"adapter.method": "lora"}}}}))
     options = ["--table", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "runs")]
     line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *options]
-    sweep = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    sweep = start_run(line, tmp_path / "log").launcher
     (run,) = wait_for(lambda: [run for run in (tmp_path / "runs").glob("a-*") if steps(run) >= 1])
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(timeout=60) == 75
