@@ -161,6 +161,12 @@ def steps(folder: Path) -> list[tuple]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
 
 
+def saved(folder: Path) -> int:
+    """The step of a run's newest whole checkpoint."""
+    manifests = (folder / "checkpoints").glob("step-*/manifest.json")
+    return max(int(path.parent.name.removeprefix("step-")) for path in manifests)
+
+
 def same(a: Path, b: Path) -> bool:
     """Whether two finished runs have the same steps and exports, bit for bit."""
     weights = [(folder / "lora" / "adapter_model.safetensors").read_bytes() for folder in (a, b)]

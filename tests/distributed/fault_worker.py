@@ -26,6 +26,11 @@ def hang() -> None:
     time.sleep(3600)
 
 
+def wait_to_be_asked() -> None:
+    while not watch.stopping():
+        time.sleep(0.01)
+
+
 def plant(module: object, name: str, rank: int, call: int, fault: Callable[[], None]) -> None:
     """On `rank`, call number `call` (from 1) of `module.name` meets the fault instead."""
     original, calls = getattr(module, name), [0]
@@ -39,12 +44,14 @@ def plant(module: object, name: str, rank: int, call: int, fault: Callable[[], N
     setattr(module, name, planted)
 
 
+LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1  # rank
 POINTS = {
     "none": lambda: None,  # the fault comes from outside; the wait for it is short all the same
     "calibration": lambda: plant(astra.calibrate, "forward", 1, 2, die),
     "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
     "export": lambda: plant(export, "write_json", 0, 2, die),  # after the first adapter
     "window": lambda: plant(artifact, "save_window", 0, 2, die),  # of calibrate.py: one window is there
+    "asked": lambda: plant(loop, "learning_rate", LAST, 5, wait_to_be_asked),  # step 5 lasts until a signal comes
     "stall": lambda: plant(loop, "collate", 1, 9, hang),
 }
 
