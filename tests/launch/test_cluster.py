@@ -65,42 +65,80 @@ def path_with(folder: Path) -> dict[str, str]:
     return os.environ | {"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+SLURM = {
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_JOB_ID": "8",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_RESTART_COUNT": "9",  # preemptions, most of them
+}
+SCONTROL = 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" > requeue.txt; fi'
+
+
+def submitted(script: str, folder: Path, *arguments: str) -> tuple[int, bool]:
+    """The exit code of a batch script with stubs in the place of Slurm's commands, and whether it is queued again."""
+    stub(folder, "scontrol", SCONTROL)
+    queued = folder / "requeue.txt"
+    queued.unlink(missing_ok=True)
+    line = ["bash", str(CLUSTER / script), *arguments]
+    done = subprocess.run(line, env=path_with(folder) | SLURM, cwd=folder, capture_output=True, text=True)
+    assert not done.stderr
+    assert not queued.exists() or queued.read_text() == "requeue 7_1\n"
+    return done.returncode, queued.exists()
+
+
+def stub_srun(folder: Path, state: str, code: int) -> None:
+    """An srun whose run ends with `state`; "" for one that does not start."""
+    write = f'echo \'{{"state": "{state}"}}\' > runs/codefeedback/state.json' if state else ":"
+    stub(folder, "srun", f'echo "$@" > srun.txt; {write}; exit {code}')
+
+
 @pytest.mark.parametrize(
-    ("state", "srun", "restarts", "code", "requeued"),
+    ("state", "srun", "code", "requeued"),
     [
-        ("finished", 0, 0, 0, False),
-        ("preempted", 0, 9, 0, True),
-        ("preempted", 1, 0, 0, True),  # a launcher's own code counts for nothing
-        ("error", 2, 0, 2, False),
-        ("running", 1, 0, 0, True),
-        ("running", 1, 3, 1, False),
+        ("finished", 0, 0, False),
+        ("preempted", 0, 0, True),
+        ("preempted", 1, 0, True),  # a launcher's own code counts for nothing
+        ("error", 2, 2, False),
+        ("running", 1, 0, True),
+        ("", 1, 0, True),
     ],
 )
 def test_the_slurm_script_queues_again_what_can_go_on(
-    state: str, srun: int, restarts: int, code: int, requeued: bool, tmp_path: Path
+    state: str, srun: int, code: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """The script with stubs for srun and scontrol; it was also run on a real Slurm (launch/cluster/README.md)."""
-    write = f'mkdir -p runs/codefeedback; echo \'{{"state": "{state}"}}\' > runs/codefeedback/state.json'
-    stub(tmp_path, "srun", f'echo "$@" > srun.txt; {write}; exit {srun}')
-    stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" > requeue.txt; fi')
-    environment = path_with(tmp_path) | {
-        "SLURM_ARRAY_TASK_ID": "1",
-        "SLURM_ARRAY_JOB_ID": "7",
-        "SLURM_JOB_ID": "8",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_RESTART_COUNT": str(restarts),
-    }
-    script = [str(CLUSTER / "slurm.sbatch"), "--set", "train.lr=1e-4"]
-    done = subprocess.run(["bash", *script], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert (
-        (tmp_path / "srun.txt")
-        .read_text()
-        .endswith("launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n")
-    )
-    assert (tmp_path / "requeue.txt").exists() is requeued
-    if requeued:
-        assert (tmp_path / "requeue.txt").read_text() == "requeue 7_1\n"
+    """It was also run on a real Slurm (launch/cluster/README.md)."""
+    run = tmp_path / "runs" / "codefeedback"
+    run.mkdir(parents=True)
+    (run / "state.json").write_text('{"state": "error"}')  # of an earlier start
+    stub_srun(tmp_path, state, srun)
+    assert submitted("slurm.sbatch", tmp_path, "--set", "train.lr=1e-4") == (code, requeued)
+    started = (tmp_path / "srun.txt").read_text()
+    assert started.endswith("launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n")
+
+
+def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_was_preempted(tmp_path: Path) -> None:
+    for _ in range(3):
+        stub_srun(tmp_path, "running", 1)
+        assert submitted("slurm.sbatch", tmp_path) == (0, True)
+        stub_srun(tmp_path, "preempted", 0)
+        assert submitted("slurm.sbatch", tmp_path) == (0, True)
+    stub_srun(tmp_path, "running", 1)
+    assert submitted("slurm.sbatch", tmp_path) == (1, False)
+
+
+@pytest.mark.parametrize(("sweep", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True)])
+def test_the_sweeps_script_queues_again_what_was_told_to_stop(
+    sweep: int, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    stub(tmp_path, "python", f'echo "$@" > sweep.txt; exit {sweep}')
+    assert submitted("sweep.sbatch", tmp_path, "--table", "maths") == (code, requeued)
+    assert (tmp_path / "sweep.txt").read_text().startswith("launch/sweep.py --table maths --only 1 --launch srun ")
+
+
+def test_the_sweeps_script_gives_failed_runs_three_more_tries(tmp_path: Path) -> None:
+    stub(tmp_path, "python", "exit 1")
+    assert [submitted("sweep.sbatch", tmp_path) for _ in range(4)] == [(0, True)] * 3 + [(1, False)]
 
 
 def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
@@ -143,12 +181,9 @@ def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
     assert not (tmp_path / "table.sbatch").exists()
 
 
-@pytest.mark.parametrize(
-    ("ended", "restarts", "code", "requeued"),
-    [(0, 0, 0, False), (2, 0, 2, False), (75, 9, 0, True), (1, 0, 0, True), (1, 3, 1, False)],
-)
+@pytest.mark.parametrize(("ended", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True), (1, 0, True)])
 def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
-    ended: int, restarts: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = write_sweep(tmp_path, monkeypatch, "--set", "model.name=a b")
     stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
@@ -158,7 +193,6 @@ def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_JOB_ID": "8",
         "SLURM_JOB_NODELIST": "node1",
-        "SLURM_RESTART_COUNT": str(restarts),
     }
     done = subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
