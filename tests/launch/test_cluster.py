@@ -18,6 +18,10 @@ from launch.tables import read_table
 CLUSTER = Path(__file__).resolve().parents[2] / "launch" / "cluster"
 
 
+def job_of() -> dict:
+    return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[-1]
+
+
 def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
     documents = {
         document["kind"]: document for document in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
@@ -40,14 +44,36 @@ def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "torchrun", "code"), [("finished", 0, 0), ("preempted", 1, 1), ("error", 1, 2), ("running", 1, 1)]
+    ("before", "state", "torchrun", "code"),
+    [
+        ("", "finished", 0, 0),
+        ("", "preempted", 1, 75),
+        ("", "error", 1, 2),
+        ("error", "error", 1, 2),
+        ("", "running", 1, 1),
+        ("", "", 1, 1),
+        ("error", "", 1, 1),  # an earlier start's: this one did not find the other pod
+        ("preempted", "", 1, 1),
+        ("finished", "", 1, 0),
+    ],
 )
-def test_the_pods_exit_code_follows_the_state(state: str, torchrun: int, code: int, tmp_path: Path) -> None:
-    job = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[-1]
-    script = job["spec"]["template"]["spec"]["containers"][0]["args"][0]
-    stub(tmp_path, "torchrun", f'echo \'{{"state": "{state}"}}\' > "$RUN/state.json"; exit {torchrun}')
+def test_the_pods_exit_code_follows_the_state_of_its_own_start(
+    before: str, state: str, torchrun: int, code: int, tmp_path: Path
+) -> None:
+    script = job_of()["spec"]["template"]["spec"]["containers"][0]["args"][0]
+    if before:
+        (tmp_path / "state.json").write_text(f'{{"state": "{before}"}}')
+    content = f'{{"state": "{state}"}}'
+    write = f"echo '{content}' > $RUN/aside; mv $RUN/aside $RUN/state.json" if state else ":"
+    stub(tmp_path, "torchrun", f"{write}; exit {torchrun}")
     environment = path_with(tmp_path) | {"RUN": str(tmp_path), "JOB_COMPLETION_INDEX": "0"}
     assert subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path).returncode == code
+
+
+def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_the_job() -> None:
+    rules = job_of()["spec"]["podFailurePolicy"]["rules"]
+    codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
+    assert codes == {75: "Ignore", 2: "FailJob"}
 
 
 def test_deepspeed_reads_the_hostfile() -> None:
