@@ -137,16 +137,29 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
             assert loaded == after == 0, f"{key}: whole outside of its own forward pass"
 
 
+@pytest.fixture(scope="module")
+def calibrated_by_fsdp(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("fsdp")
+    launch("tests/distributed/fsdp_worker.py", recipe, folder, ranks=2)
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+def test_each_fsdp_rank_holds_nothing_and_then_its_rows_of_every_base_parameter(calibrated_by_fsdp: list[dict]) -> None:
+    for saved in calibrated_by_fsdp:
+        held = {key: value.tolist() for key, value in saved.items() if key.startswith("held.")}
+        assert len(held) > 20
+        for key, (whole, loaded, sharded, after) in held.items():
+            assert loaded == 0, f"{key}: in memory before it is sharded"
+            assert sharded == after == whole / 2, key  # every parameter here has an even number of rows
+
+
 def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
-    calibrated: dict, launch: Callable, recipe: Path, tmp_path: Path
+    calibrated: dict, calibrated_by_fsdp: list[dict], recipe: Path
 ) -> None:
-    launch("tests/distributed/fsdp_worker.py", recipe, tmp_path, ranks=2)
     settings = read(str(recipe), [])
     base = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
     scaling = settings.adapter.alpha / settings.adapter.rank
-    for rank in range(2):
-        saved = load_file(tmp_path / f"rank{rank}.safetensors")
-        assert saved["sharded"]
+    for saved in calibrated_by_fsdp:
         assert 0 < saved["moved"] < 1e-5
         for key, vectors in saved.items():
             if not key.startswith("largest."):
