@@ -47,7 +47,8 @@ BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"))
 FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"))
 LORA = (2, ("adapter.method=lora", "eval.suites=[]"))
 # Launched as a user would, a command for each; the others share a launch for each number of ranks.
-ALONE = {LAUNCHES[0]: "python", LAUNCHES[1]: "deepspeed", LAUNCHES[4]: "torchrun", LAUNCHES[5]: "torchrun"}
+# ZeRO-3 under `deepspeed`: test_quickstart.py, test_faults.py.
+ALONE = {LAUNCHES[0]: "python", LAUNCHES[1]: "torchrun", LAUNCHES[4]: "torchrun", LAUNCHES[5]: "deepspeed"}
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
 MOVES = [
     (LAUNCHES[1], LAUNCHES[10]),

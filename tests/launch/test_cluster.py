@@ -1,4 +1,5 @@
-"""The cluster files: the manifest by Kubernetes' schema, the hostfile by DeepSpeed, what the scripts decide."""
+"""The cluster files: the manifest against Kubernetes' schema, the hostfile by DeepSpeed, the scripts' decisions; and
+srun's tasks as ranks."""
 
 import os
 import shlex
@@ -12,6 +13,7 @@ import yaml
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import sweep
+from launch.distributed import _slurm_ranks
 from launch.errors import UserError
 from launch.tables import read_table
 
@@ -225,3 +227,47 @@ def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
     words = ["launch/sweep.py", "--table", "miniature", "--set", "model.name=a b", "--only", "3", "--launch"]
     assert (tmp_path / "python.txt").read_text().splitlines() == [*words, "srun --kill-on-bad-exit=1 python"]
     assert (tmp_path / "requeue.txt").exists() is requeued
+
+
+STEP = {
+    "SLURM_JOB_ID": "50007",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "9",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+    "MASTER_ADDR": "node1",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({}, {}),
+        ({"MASTER_PORT": "29500"}, {"MASTER_PORT": "29500"}),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_STEP_NUM_TASKS": "12"}, {"WORLD_SIZE": "12"}),
+        (
+            {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "9", "MASTER_ADDR": None},
+            {"LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "127.0.0.1"},
+        ),
+    ],
+)
+def test_tasks_of_srun_are_ranks(
+    changed: dict[str, str | None], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    set_environment(monkeypatch, STEP | changed)
+    ranks = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert _slurm_ranks() == ranks | {"MASTER_ADDR": "node1", "MASTER_PORT": "30007"} | wanted
+
+
+def test_tasks_of_srun_on_several_nodes_want_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, STEP | {"MASTER_ADDR": None})
+    with pytest.raises(UserError, match="MASTER_ADDR: set it"):
+        _slurm_ranks()
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
