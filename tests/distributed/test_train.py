@@ -40,7 +40,7 @@ LAUNCHES = [
     (1, ("train.micro_batch=10", "engine=zero2", "eval.suites=[]")),
     (4, ("train.micro_batch=1", "engine=zero2", "eval.suites=[]", "data.packing=true")),
     (1, ("train.micro_batch=3", "engine=zero3_offload", "eval.suites=[]")),
-    (2, ("train.micro_batch=5", "engine=zero3_offload", "eval.suites=[]")),
+    (2, ("train.micro_batch=5", "engine=zero3_offload")),
     (4, ("train.micro_batch=1", "engine=zero3_offload", "eval.suites=[]")),
 ]
 BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]"))
@@ -212,10 +212,10 @@ def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path]
 
 def test_generations_do_not_depend_on_the_engine_or_world_size(trained: Callable[..., Path]) -> None:
     texts = []
-    for case in LAUNCHES[:7]:  # those that score
+    for case in (case for case in LAUNCHES if "eval.suites=[]" not in case[1]):
         lines = (run_of(trained, case) / "generations.jsonl").read_text().splitlines()
         texts.append([json.loads(line)["output"] for line in lines])
-    assert len(texts[0]) == 7
+    assert (len(texts), len(texts[0])) == (8, 7)
     for other in texts[1:]:
         assert other == texts[0]
 
