@@ -89,8 +89,11 @@ def _slurm_ranks() -> dict[str, str]:
         raise UserError("MASTER_ADDR: set it to the first node's name before srun (see launch/cluster/slurm.sbatch)")
     tasks = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     found = {name: of[variable] for name, variable in tasks.items()}
-    # "4", "4(x2)" or "4(x2),1": tasks of each node.
-    found["LOCAL_WORLD_SIZE"] = of["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0]
+    of_nodes = []
+    for part in of["SLURM_STEP_TASKS_PER_NODE"].split(","):  # "4", "4(x2)" or "4(x2),1"
+        count, _, nodes = part.rstrip(")").partition("(x")
+        of_nodes += [count] * int(nodes or 1)
+    found["LOCAL_WORLD_SIZE"] = of_nodes[int(of["SLURM_NODEID"])]
     port = 20000 + int(of["SLURM_JOB_ID"]) % 20000
     return found | {"MASTER_ADDR": of.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": of.get("MASTER_PORT", str(port))}
 

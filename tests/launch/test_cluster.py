@@ -246,9 +246,13 @@ STEP = {
     [
         ({}, {}),
         ({"MASTER_PORT": "29500"}, {"MASTER_PORT": "29500"}),
+        (
+            {"SLURM_NODEID": "2", "SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
+            {"RANK": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        ),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_STEP_NUM_TASKS": "12"}, {"WORLD_SIZE": "12"}),
         (
-            {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "9", "MASTER_ADDR": None},
+            {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "9", "MASTER_ADDR": None},
             {"LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "127.0.0.1"},
         ),
     ],
