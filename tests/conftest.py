@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+torch.set_num_threads(1)  # two test processes share two cores: more threads wait for one another
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
