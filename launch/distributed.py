@@ -23,6 +23,7 @@ T = TypeVar("T")
 # Collectives themselves never time out: launch.watch ends a job whose ranks are gone or stall, and says which.
 FOREVER = timedelta(days=30)
 STALL = 600.0  # seconds
+_GLOO = dist.ProcessGroupGloo.__init__
 
 
 def start(stall: float = STALL) -> torch.device:
@@ -56,6 +57,7 @@ def start(stall: float = STALL) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")  # LAPACK, in eigenproblems
+    dist.ProcessGroupGloo.__init__ = _one_thread
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     watch.start(rank, world_size)
     try:
@@ -73,6 +75,28 @@ def start(stall: float = STALL) -> torch.device:
             f"{_first_line(error)}"
         ) from None
     return device
+
+
+def _one_thread(
+    self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta = FOREVER
+) -> None:
+    """What gloo groups, the engines' own too, are made by: their collectives run in one thread, one after another.
+
+    torch gives each group two, and both write the name of the collective that they have finished into one string of
+    the group without a lock (ProcessGroupGloo::runLoop in torch 2.13). Where the name is long enough to lie on the
+    heap, as that of FSDP2's and DTensor's gathers, two that finish together corrupt it: a rank died of that now and
+    then, and 16 gathers at once, again and again, end one within seconds.
+    """
+    gloo = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._threads, options._timeout = 1, timeout
+    networks = os.environ.get("GLOO_SOCKET_IFNAME")
+    options._devices = (
+        [gloo.create_device(interface=name) for name in networks.split(",")]
+        if networks
+        else [gloo.create_default_device()]
+    )
+    _GLOO(self, store, rank, size, options)
 
 
 def _only_rank() -> dict[str, str]:
