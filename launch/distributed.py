@@ -80,12 +80,12 @@ def start(stall: float = STALL) -> torch.device:
 def _one_thread(
     self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta = FOREVER
 ) -> None:
-    """What gloo groups, the engines' own too, are made by: their collectives run in one thread, one after another.
+    """Make a gloo group, an engine's own too, whose collectives run in one thread, one after another.
 
-    torch gives each group two, and both write the name of the collective that they have finished into one string of
-    the group without a lock (ProcessGroupGloo::runLoop in torch 2.13). Where the name is long enough to lie on the
-    heap, as that of FSDP2's and DTensor's gathers, two that finish together corrupt it: a rank died of that now and
-    then, and 16 gathers at once, again and again, end one within seconds.
+    torch gives each group two threads, and both write the name of the collective they have finished into one string
+    of the group, without a lock (ProcessGroupGloo::runLoop, torch 2.13). A name long enough to lie on the heap, as
+    that of DTensor's gathers, is freed twice when two finish together: a rank died of that now and then, and of 16
+    gathers at once, again and again, within seconds.
     """
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
