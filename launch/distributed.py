@@ -23,7 +23,7 @@ T = TypeVar("T")
 # Collectives themselves never time out: launch.watch ends a job whose ranks are gone or stall, and says which.
 FOREVER = timedelta(days=30)
 STALL = 600.0  # seconds
-_GLOO = dist.ProcessGroupGloo.__init__
+_GLOO_INIT = dist.ProcessGroupGloo.__init__
 
 
 def start(stall: float = STALL) -> torch.device:
@@ -37,7 +37,7 @@ def start(stall: float = STALL) -> torch.device:
         stall: seconds, after which ranks that have not come, or make no progress, are given up.
 
     Raises:
-        RankError: the ranks did not find each other.
+        RankError: the ranks did not find each other, or a network that was named.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # from inside deepspeed and transformers, every call
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -86,17 +86,23 @@ def _one_thread(
     of the group, without a lock (ProcessGroupGloo::runLoop, torch 2.13). A name long enough to lie on the heap, as
     that of DTensor's gathers, is freed twice when two finish together: a rank died of that now and then, and of 16
     gathers at once, again and again, within seconds.
+
+    Raises:
+        RankError: this machine has no network of the name in GLOO_SOCKET_IFNAME.
     """
-    gloo = dist.ProcessGroupGloo
+    gloo, networks = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
     options = gloo._Options()
     options._threads, options._timeout = 1, timeout
-    networks = os.environ.get("GLOO_SOCKET_IFNAME")
-    options._devices = (
-        [gloo.create_device(interface=name) for name in networks.split(",")]
-        if networks
-        else [gloo.create_default_device()]
-    )
-    _GLOO(self, store, rank, size, options)
+    if networks:
+        try:
+            options._devices = [gloo.create_device(interface=name) for name in networks.split(",")]
+        except RuntimeError:
+            raise RankError(
+                f"rank {rank}: GLOO_SOCKET_IFNAME: {socket.gethostname()} has no network {networks} with an address"
+            ) from None
+    else:
+        options._devices = [gloo.create_default_device()]
+    _GLOO_INIT(self, store, rank, size, options)
 
 
 def _only_rank() -> dict[str, str]:

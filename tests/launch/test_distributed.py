@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from astra import adapter
 from astra.adapter import Factors
-from launch.distributed import on_each_node, on_rank0
-from launch.errors import UserError
+from launch.distributed import _one_thread, on_each_node, on_rank0
+from launch.errors import RankError, UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,3 +52,10 @@ def test_a_full_disk_is_a_user_error(
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=os.strerror(errno.EFBIG)):
         on(lambda: write(tmp_path))
+
+
+def test_a_network_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,wire7")
+    monkeypatch.setattr(dist.ProcessGroupGloo, "__init__", _one_thread)
+    with pytest.raises(RankError, match=r"rank 0: GLOO_SOCKET_IFNAME: .* has no network lo,wire7 with an address"):
+        dist.ProcessGroupGloo(dist.HashStore(), 0, 1)
