@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra.cost import Decomposed, solve_flops
 from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
-from astra.factor import left_basis, output_moment
+from astra.flops import Decomposed, solve_flops
 from astra.gradients import Gradient, Loss, gradients
 from astra.moments import Batch, Group, Moment, Statistic, accumulating, distributed, forward, reduce
+from astra.output_moment import left_basis, output_moment
 from astra.weights import Weights
 from astra.windows import Plan, Window, only
 

@@ -10,7 +10,7 @@ from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, la
 from torch import Tensor
 
 from astra.errors import AstraError
-from astra.factor import Basis
+from astra.output_moment import Basis
 
 EigenSelect = Literal["smallest", "largest", "middle", "random"]
 EPS = torch.finfo(torch.float64).eps

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from astra.cost import Decomposed
 from astra.errors import AstraError
+from astra.flops import Decomposed
 from astra.moments import WIDTH, Group
 
 FP64 = 8  # bytes

@@ -64,7 +64,7 @@ def counted(shape: str) -> dict:
     """Numbers held, bytes and arithmetic of one layer, ours over the baseline's, from the shapes alone."""
     import torch
 
-    from astra.cost import forming_flops, sum_flops
+    from astra.flops import forming_flops, sum_flops
     from astra.moments import find_groups
     from astra.windows import FP64, moment_bytes
 
@@ -98,8 +98,8 @@ def layer(shape: str, rows: int) -> dict:
 
     from astra.calibrate import second_moments
     from astra.eigen import solve
-    from astra.factor import output_moment
     from astra.moments import find_groups, forward
+    from astra.output_moment import output_moment
     from astra.windows import make_plan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -205,8 +205,8 @@ def worker(output: Path) -> None:
     from astra.calibrate import find_subspace, reduce, second_moments, share_out, solve_window
     from astra.weights import TorchWeights
     from astra.windows import make_plan
-    from launch.data import deal
-    from launch.distributed import start, stop
+    from launch.data.tokenize import deal
+    from launch.runtime.distributed import start, stop
 
     start()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tokens per second of eval.generate against plain `generate`, one batch after another in the file's order.
+"""Tokens per second of eval.generation.schedule against plain `generate`, one batch after another in the file's order.
 
     python bench/generation.py                        the quickstart's base and problems
     python bench/generation.py --model FOLDER --data-dir FOLDER
@@ -48,10 +48,10 @@ def main() -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from eval.generate import generate
+    from eval.generation.schedule import generate
     from eval.tasks import gsm8k
-    from launch import quickstart
-    from launch.data import encode, prompt
+    from launch.data.tokenize import encode, prompt
+    from launch.quickstart import base as quickstart
 
     folder = arguments.model or quickstart.cache_folder()
     if not folder.is_dir():

@@ -93,7 +93,7 @@ def make_inputs(folder: Path, size: dict) -> int:
 
 def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
     """The recipe whose stages are measured."""
-    from launch.recipe import validate
+    from launch.config.schema import validate
 
     return validate(
         {
@@ -116,11 +116,11 @@ def worker(folder: Path, engine_name: str) -> None:
     from astra.calibrate import as_subspace, calibrate, find_subspace
     from astra.moments import find_groups
     from astra.windows import make_plan
-    from launch.data import collate, step_rows
-    from launch.distributed import start, stop
+    from launch.data.inputs import prepare
+    from launch.data.tokenize import collate, step_rows
     from launch.engines import make_engine
-    from launch.inputs import prepare
-    from launch.loop import make_stepper, train
+    from launch.runtime.distributed import start, stop
+    from launch.training.loop import make_stepper, train
 
     recipe = recipe_of(folder, engine_name)
     device = start()
@@ -179,7 +179,7 @@ def planned(folder: Path, engine: str, ranks: int) -> dict:
     import torch
     from transformers import AutoConfig
 
-    from launch.estimate import estimate
+    from launch.planning.estimate import estimate
 
     config = AutoConfig.from_pretrained(folder / "base")
     found = estimate(config, recipe_of(folder, engine), ranks=ranks, dtype=torch.float32, checkpointing=False, steps=2)
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        from launch.errors import run
+        from launch.runtime.errors import run
 
         run(lambda: worker(arguments.folder, arguments.worker))
     with tempfile.TemporaryDirectory() as scratch:

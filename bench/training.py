@@ -51,13 +51,14 @@ from transformers import (
 from astra import adapter, inits
 from astra.eigen import named_generator
 from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
-from launch import kernels, loop, objective
-from launch.batches import Packing
-from launch.data import TokenSet
-from launch.distributed import start, stop
+from launch.config.schema import Adapter, Train
+from launch.data.batches import Packing
+from launch.data.tokenize import TokenSet
 from launch.engines import make_engine
 from launch.engines.single import TorchStepper
-from launch.recipe import Adapter, Train
+from launch.runtime.distributed import start, stop
+from launch.training import kernels, loop
+from launch.training import loss as objective
 
 PARTS = {"hf": 1, "sharded": 2, "astra": 1, "ablation": 1}  # and their processes
 VOCABULARY, LENGTH, RANK, SEED = 32000, 512, 16, 0
@@ -340,9 +341,9 @@ def ablation(bench: Bench) -> dict:
     make_share = loop.make_share
     turns: dict[str, Turn] = {
         "default": lambda rows: bench.step(stepper, rows),
-        "whole logits": with_patch("launch.objective.AnswerLoss.forward", whole_logits),
-        "rows not by length": with_patch("launch.loop.make_share", unsorted),
-        "batches not ahead": with_patch("launch.loop.ahead", lambda items, _device: items),
+        "whole logits": with_patch("launch.training.loss.AnswerLoss.forward", whole_logits),
+        "rows not by length": with_patch("launch.training.loop.make_share", unsorted),
+        "batches not ahead": with_patch("launch.training.loop.ahead", lambda items, _device: items),
         "packed": lambda rows: bench.step(stepper, rows, Packing(LENGTH, flat=False)),
         "eager attention": eager,
         "gradient checkpointing": checkpointed,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from eval.errors import EvalError
 from eval.statistics import mcnemar, paired_interval
-from eval.tasks.suite import Grader
+from eval.tasks.base import Grader
 
 
 def compare(first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict") -> dict[str, dict]:

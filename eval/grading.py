@@ -1,13 +1,13 @@
-"""Grades of stored responses. Answers are graded as they are; programs run in eval.sandbox."""
+"""Grades of stored responses. Answers are graded as they are; programs run in eval.sandbox.check."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eval import sandbox
 from eval.errors import EvalError
+from eval.sandbox import check as sandbox
 from eval.statistics import pass_at_k, wilson
-from eval.tasks.suite import GRADERS, Grader, Problem, Suite
+from eval.tasks.base import GRADERS, Grader, Problem, Suite
 
 
 class Grade(NamedTuple):

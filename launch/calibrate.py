@@ -9,7 +9,7 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.errors import UserError, run
+from launch.runtime.errors import UserError, run
 
 EXAMPLES = """\
   deepspeed launch/calibrate.py --recipe metamath --output calibrations/metamath
@@ -29,7 +29,7 @@ def main() -> None:
     if arguments.after:
         if arguments.recipe or arguments.set or arguments.output:
             raise UserError("--after: the run says what is measured and where; only --engine can be given with it")
-        from launch.after import measure_run
+        from launch.calibration.effective_rank import measure_run
 
         measure_run(arguments.after, arguments.engine, arguments.stall)
         return
@@ -38,7 +38,7 @@ def main() -> None:
             raise UserError(f"--{name}: is required")
     recipe, _ = cli.read_recipe(arguments)
 
-    from launch.calibration import calibrate_alone  # takes seconds, so only when the recipe is known to be good
+    from launch.calibration.run import calibrate_alone  # takes seconds, so only when the recipe is known to be good
 
     calibrate_alone(recipe, arguments.output, arguments.stall)
 

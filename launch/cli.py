@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from launch.recipe import Recipe, field_help, read
+from launch.config.schema import Recipe, field_help, read
 
 
 class _Parser(argparse.ArgumentParser):

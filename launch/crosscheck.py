@@ -17,10 +17,10 @@ from eval import grading
 from eval.crosscheck import harness, programs
 from eval.crosscheck.table import Comparison, describe, differing
 from eval.tasks import GROUPS, TASKS, expand
-from eval.tasks.suite import GRADERS
+from eval.tasks.base import GRADERS
 from launch import cli
-from launch.errors import UserError, run
-from launch.files import write_text
+from launch.runtime.errors import UserError, run
+from launch.runtime.files import write_text
 
 EXAMPLES = """\
   python launch/evaluate.py --model MODEL --data-dir data --suite gsm8k --max-new-tokens 128 --limit 20 --output scores
@@ -70,7 +70,7 @@ def _need(*modules: str) -> None:
 
 def _read(path: Path) -> tuple[list[dict], dict | None]:
     """The responses of a folder of launch/evaluate.py, with its results, or of a file, with None."""
-    from launch.scoring import GENERATIONS, read_generations
+    from launch.scoring.score import GENERATIONS, read_generations
 
     file = path / GENERATIONS if path.is_dir() else path
     results = json.loads(where.read_text()) if (where := path / "results.json").is_file() else None
@@ -181,8 +181,8 @@ def _same_model(ours: dict[str, dict[str, dict]], results: dict, revision: str, 
 
 def _model(results: dict, revision: str) -> dict:
     """What lm-eval loads. Raises UserError where that is not the model that was scored."""
-    from launch import export
-    from launch.hub import fetch_model, weights_hash
+    from launch.runtime.model_files import fetch_model, weights_hash
+    from launch.training import export
 
     base, adapter = results["base"], results["adapter"]
     path = Path(fetch_model(base["name"], revision))
@@ -200,8 +200,8 @@ def _fitting(suite: str, rows: dict[str, dict], settings: dict, folder: Path) ->
     is longer than the context, where we write fewer. The number of those left out is printed."""
     from transformers import AutoConfig
 
-    from launch.data import encode, prompt
-    from launch.hub import load_tokenizer
+    from launch.data.tokenize import encode, prompt
+    from launch.runtime.model_files import load_tokenizer
 
     new_tokens = settings["max_new_tokens"] or TASKS[suite].max_new_tokens
     ask = prompt if settings["prompt"] == "recipe" else TASKS[suite].literature_prompt

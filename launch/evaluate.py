@@ -13,8 +13,8 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
 
 from eval.tasks import GROUPS, TASKS
 from launch import cli
-from launch.errors import UserError, run
-from launch.recipe import Eval, section
+from launch.config.schema import Eval, section
+from launch.runtime.errors import UserError, run
 
 EXAMPLES = """\
   python launch/evaluate.py --model meta-llama/Llama-2-7b-hf --adapter runs/metamath/lora --suite gsm8k --output scores
@@ -79,11 +79,13 @@ def _settings(arguments: argparse.Namespace) -> Eval:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from launch import quickstart, tracking, watch
-    from launch.distributed import on_rank0, start, stop
-    from launch.files import write_json
-    from launch.run_folder import make_folder
-    from launch.scoring import describe, read_problems
+    from launch.quickstart import base as quickstart
+    from launch.run.folder import make_folder
+    from launch.runtime import watchdog as watch
+    from launch.runtime.distributed import on_rank0, start, stop
+    from launch.runtime.files import write_json
+    from launch.scoring.score import describe, read_problems
+    from launch.training import metrics_log as tracking
 
     device = start(arguments.stall)
     watch.stage("reading the inputs")
@@ -116,13 +118,13 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
     import torch.distributed as dist
 
     from astra import adapter
-    from launch import watch
-    from launch.distributed import on_each_node, on_rank0
+    from launch.data.inputs import resolve_dtype
     from launch.engines import make_engine
-    from launch.export import dtype_name
-    from launch.hub import fetch_model, load_tokenizer, weights_hash
-    from launch.inputs import resolve_dtype
+    from launch.runtime import watchdog as watch
+    from launch.runtime.distributed import on_each_node, on_rank0
+    from launch.runtime.model_files import fetch_model, load_tokenizer, weights_hash
     from launch.scoring import score
+    from launch.training.export import dtype_name
 
     def fetch() -> tuple[Path, str]:
         path = fetch_model(arguments.model, arguments.revision)
@@ -156,9 +158,9 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
 
 def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the server at --url."""
-    from eval.server import complete
-    from launch import watch
-    from launch.scoring import score_responses
+    from eval.generation.server import complete
+    from launch.runtime import watchdog as watch
+    from launch.scoring.score import score_responses
 
     identity = {"base": {"name": arguments.model, "weights_sha256": None}, "url": arguments.url}
 
@@ -181,7 +183,7 @@ def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, 
 def _grade_again(arguments: argparse.Namespace) -> None:
     """Grade the rows of a file, with no model: by both graders, to --output or beside the file."""
     from eval import grading
-    from launch.scoring import describe, read_generations
+    from launch.scoring.score import describe, read_generations
 
     path = arguments.grade
     if not path.is_file():
@@ -215,7 +217,7 @@ def _grade_again(arguments: argparse.Namespace) -> None:
 
 def _compare(first: Path, second: Path) -> None:
     from eval.compare import compare, describe
-    from launch.scoring import GENERATIONS, read_generations
+    from launch.scoring.score import GENERATIONS, read_generations
 
     for folder in (first, second):
         if not (folder / GENERATIONS).is_file():
@@ -226,7 +228,7 @@ def _compare(first: Path, second: Path) -> None:
 
 def _check_adapter(folder: Path, base: dict) -> dict | None:
     """What the adapter was made for; UserError if that is another base, or the folder holds no adapter."""
-    from launch import export
+    from launch.training import export
 
     if not (folder / "adapter_config.json").is_file():
         hint = f"; did you mean {folder / 'lora'}?" if (folder / "lora").is_dir() else ""

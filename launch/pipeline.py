@@ -10,35 +10,30 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from astra import adapter
-from launch import (
-    artifact,
-    calibration,
-    checkpoint,
-    export,
-    figures,
-    kernels,
-    measure,
-    methods,
-    trackers,
-    tracking,
-    trainable,
-    watch,
-)
-from launch.batches import packing_of
-from launch.data import TokenSet, num_steps, step_rows
-from launch.distributed import all_reduce_max, on_rank0, say, start, stop
+from launch.calibration import run as calibration
+from launch.calibration import store as artifact
+from launch.config.schema import Recipe
+from launch.data.batches import packing_of
+from launch.data.inputs import Inputs, prepare, resolve_dtype
+from launch.data.tokenize import TokenSet, num_steps, step_rows
 from launch.engines import Engine, make_engine
-from launch.errors import USER_ERRORS, DivergedError, UserError
-from launch.files import write_json
-from launch.hub import load_tokenizer
-from launch.inputs import Inputs, prepare, resolve_dtype
-from launch.loop import make_stepper, train
-from launch.profiling import profiled
-from launch.recipe import Recipe
+from launch.methods import registry as methods
+from launch.methods import trainable
 from launch.report import table
-from launch.run_folder import open_run, write_state
-from launch.scoring import read_problems, score
-from launch.throughput import device_peak, work_of
+from launch.run import plots as figures
+from launch.run.folder import open_run, write_state
+from launch.runtime import watchdog as watch
+from launch.runtime.distributed import all_reduce_max, on_rank0, say, start, stop
+from launch.runtime.errors import USER_ERRORS, DivergedError, UserError
+from launch.runtime.files import write_json
+from launch.runtime.model_files import load_tokenizer
+from launch.scoring import held_out as measure
+from launch.scoring.score import read_problems, score
+from launch.training import checkpoint, export, kernels, trackers
+from launch.training import metrics_log as tracking
+from launch.training.flops import device_peak, work_of
+from launch.training.loop import make_stepper, train
+from launch.training.profiling import profiled
 
 
 def fine_tune(
@@ -49,7 +44,8 @@ def fine_tune(
     Started again on the same folder it goes on from the newest whole checkpoint.
 
     Args:
-        profile: record a few steps (launch.profiling). peak_tflops: of a device, where launch.throughput does not know.
+        profile: record a few steps (launch.training.profiling).
+        peak_tflops: of a device, where launch.training.flops does not know.
     """
     device = start(stall)
     world_size = dist.get_world_size()

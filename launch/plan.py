@@ -12,8 +12,8 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.errors import UserError, run
-from launch.recipe import Recipe
+from launch.config.schema import Recipe
+from launch.runtime.errors import UserError, run
 
 EXAMPLES = """\
   python launch/plan.py --recipe metamath --gpus 8 --gpu-memory 80
@@ -44,11 +44,11 @@ def show(recipe: Recipe, arguments: argparse.Namespace) -> None:
     import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # from inside transformers, every call
-    from launch import quickstart
-    from launch.data import num_steps
-    from launch.estimate import estimate
-    from launch.hub import fetch_config
-    from launch.inputs import resolve_dtype
+    from launch.data.inputs import resolve_dtype
+    from launch.data.tokenize import num_steps
+    from launch.planning.estimate import estimate
+    from launch.quickstart import base as quickstart
+    from launch.runtime.model_files import fetch_config
 
     for name in ("gpus", "tflops", "fp64_tflops", "efficiency"):
         if getattr(arguments, name) <= 0:

@@ -10,9 +10,9 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
 
 from eval.tasks import GROUPS, TASKS
 from launch import cli
-from launch.errors import UserError, run
-from launch.files import write_json, write_text
-from launch.recipe import Recipe
+from launch.config.schema import Recipe
+from launch.runtime.errors import UserError, run
+from launch.runtime.files import write_json, write_text
 
 EXAMPLES = """\
   python launch/prepare.py --recipe metamath --output prepared/metamath
@@ -37,8 +37,8 @@ def main() -> None:
     if recipe.data.prepared is not None:
         raise UserError("data.prepared: is what --output makes; leave it out here")
 
-    from launch import quickstart  # takes seconds, so only when the recipe is known to be good
-    from launch.distributed import on_rank0, start, stop
+    from launch.quickstart import base as quickstart  # takes seconds, so only when the recipe is known to be good
+    from launch.runtime.distributed import on_rank0, start, stop
 
     recipe = quickstart.resolve(recipe, start(arguments.stall))
     on_rank0(lambda: prepare(recipe, arguments.output, arguments.check_overlap))  # a fast tokenizer uses all cores
@@ -47,8 +47,10 @@ def main() -> None:
 
 def prepare(recipe: Recipe, folder: Path, suites: list[str]) -> None:
     """Make the folder whole, compare it with `suites`, write and print the report. Raises UserError."""
-    from launch import inputs, overlap, prepared, rows
-    from launch.hub import fetch_model
+    from launch.data import inputs, overlap
+    from launch.data import sources as rows
+    from launch.data import token_cache as prepared
+    from launch.runtime.model_files import fetch_model
 
     model_path = fetch_model(recipe.model.name, recipe.model.revision, weights=False)
     inputs.check_length(recipe, model_path)

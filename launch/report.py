@@ -11,8 +11,8 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.errors import UserError, run
-from launch.files import write_text
+from launch.runtime.errors import UserError, run
+from launch.runtime.files import write_text
 
 EXAMPLES = """\
   python launch/report.py runs/quickstart runs/quickstart-lora
@@ -59,8 +59,8 @@ def _score(score: dict | None) -> str:
 def _of_runs(arguments: argparse.Namespace) -> None:
     print(table(arguments.runs))
     if arguments.figures:
-        from launch.figures import plot
-        from launch.tracking import read_metrics
+        from launch.run.plots import plot
+        from launch.training.metrics_log import read_metrics
 
         arguments.figures.mkdir(parents=True, exist_ok=True)
         steps = {
@@ -71,8 +71,9 @@ def _of_runs(arguments: argparse.Namespace) -> None:
 
 
 def _of_table(arguments: argparse.Namespace) -> None:
-    from launch import render, summary, table_figures
-    from launch.tables import read_table
+    from launch.sweeps import figures as table_figures
+    from launch.sweeps import render, summary
+    from launch.sweeps.table import read_table
 
     sweep = read_table(arguments.table, arguments.set, arguments.output)
     groups = summary.collect(sweep)

@@ -22,9 +22,9 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
 from tqdm import tqdm
 
 from launch import cli
-from launch.errors import UserError, run
-from launch.files import write_text
-from launch.tables import Sweep, Unit, diverged, read_table
+from launch.runtime.errors import UserError, run
+from launch.runtime.files import write_text
+from launch.sweeps.table import Sweep, Unit, diverged, read_table
 
 EXAMPLES = """\
   python launch/sweep.py --table miniature --jobs 2

@@ -7,7 +7,7 @@ if not __package__:  # run as a script: the repository root, not launch/, is whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli, plan
-from launch.errors import UserError, run
+from launch.runtime.errors import UserError, run
 
 EXAMPLES = """\
   deepspeed --num_gpus 2 launch/train.py --recipe quickstart

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import yaml
 
 from eval.crosscheck import likelihood
-from eval.tasks.suite import Problem
+from eval.tasks.base import Problem
 
 
 class Judged(NamedTuple):

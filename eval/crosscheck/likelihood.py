@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from eval.errors import EvalError
-from eval.tasks.suite import Problem
+from eval.tasks.base import Problem
 
 
 class View(NamedTuple):

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from eval import sandbox
 from eval.errors import EvalError
-from eval.tasks.suite import Problem
+from eval.sandbox import check as sandbox
+from eval.tasks.base import Problem
 
 TIMEOUT = 100.0  # seconds of one program; evalplus' own limit is about 60
 _WORKER = Path(__file__).with_name("evalplus_box.py").read_text(encoding="utf-8")

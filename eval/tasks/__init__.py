@@ -1,7 +1,7 @@
 """One file for each benchmark: its rows, published prompt and stops, and `grade`, or the program of a response."""
 
 from eval.tasks import commonsense, gsm8k, humaneval, math, mbpp
-from eval.tasks.suite import Suite
+from eval.tasks.base import Suite
 
 TASKS: dict[str, Suite] = {
     suite.name: suite for suite in (gsm8k.SUITE, *math.SUITES, humaneval.SUITE, *mbpp.SUITES, *commonsense.SUITES)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.errors import EvalError
-from eval.rows import Source, read, text
-from eval.tasks.suite import Grader, Problem, Suite
+from eval.tasks.base import Grader, Problem, Suite
+from eval.tasks.loading import Source, read, text
 
 Raw = Callable[[dict], tuple[str, str]]  # a row of the hub -> instruction, answer
 KINDS = ("jsonl", "json", "parquet")

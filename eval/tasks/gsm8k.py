@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from eval.errors import EvalError
-from eval.rows import Source, read, text
-from eval.tasks.suite import ALPACA, Grader, Problem, Suite
+from eval.tasks.base import ALPACA, Grader, Problem, Suite
+from eval.tasks.loading import Source, read, text
 
 SOURCE = Source("gsm8k", ("gsm8k_test.jsonl", "gsm8k/test.jsonl"), "openai/gsm8k", "main", "test")
 

@@ -7,9 +7,9 @@ A row: {"task_id": "HumanEval/0", "prompt": "def f(...):\\n    \\"\\"\\"...", "e
 from itertools import islice
 from pathlib import Path
 
-from eval import program
-from eval.rows import Source, read, text
-from eval.tasks.suite import ALPACA, Grader, Problem, Suite
+from eval.tasks import code as program
+from eval.tasks.base import ALPACA, Grader, Problem, Suite
+from eval.tasks.loading import Source, read, text
 
 FILES = ("humaneval.jsonl", "HumanEval.jsonl", "HumanEval.jsonl.gz", "humaneval/test.jsonl")
 SOURCE = Source("humaneval", FILES, "openai/openai_humaneval", None, "test")

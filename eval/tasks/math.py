@@ -12,9 +12,9 @@ from pathlib import Path
 
 from eval.equivalence import equivalent
 from eval.errors import EvalError
-from eval.rows import Source, read, text
 from eval.tasks import gsm8k
-from eval.tasks.suite import Grader, Problem, Suite
+from eval.tasks.base import Grader, Problem, Suite
+from eval.tasks.loading import Source, read, text
 
 SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),

@@ -11,10 +11,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from eval import program
 from eval.errors import EvalError
-from eval.rows import Source, read
-from eval.tasks.suite import ALPACA, Grader, Problem, Suite
+from eval.tasks import code as program
+from eval.tasks.base import ALPACA, Grader, Problem, Suite
+from eval.tasks.loading import Source, read
 
 HUB = "google-research-datasets/mbpp"
 SOURCES = {

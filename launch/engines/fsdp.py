@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchStepper
-from launch.errors import UserError
+from launch.runtime.errors import UserError
 
 
 class FsdpEngine(TorchWeights):

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
-from launch.distributed import FOREVER
 from launch.engines.base import read_config
+from launch.runtime.distributed import FOREVER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,7 @@ from astra.eigen import Subspace
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
-from tests.whole import subspaces_of
+from tests.support.whole import subspaces_of
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 PLAIN = TorchWeights()

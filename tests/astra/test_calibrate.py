@@ -11,7 +11,7 @@ from astra.eigen import EPS, Subspace, named_generator, select_indices
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
-from tests.whole import plan_of, subspaces_of
+from tests.support.whole import plan_of, subspaces_of
 
 SELECTS = ("smallest", "largest", "middle", "random")
 SEED = 3

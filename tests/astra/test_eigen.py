@@ -9,7 +9,7 @@ from torch import Tensor
 from astra import eigen
 from astra.eigen import EPS, Subspace, canonical_signs, named_generator, select_indices, solve
 from astra.errors import AstraError
-from astra.factor import left_basis
+from astra.output_moment import left_basis
 
 SELECTS = ("smallest", "largest", "middle", "random")
 

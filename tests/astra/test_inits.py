@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from astra import inits
 from astra.eigen import Subspace, solve
 from astra.errors import AstraError
-from astra.factor import output_moment
 from astra.moments import Moment
+from astra.output_moment import output_moment
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from astra.calibrate import second_moments
 from astra.errors import AstraError
-from astra.factor import Basis, output_moment
 from astra.moments import WIDTH, Batch, Group, Moment, Statistic, accumulating, find_groups, forward
+from astra.output_moment import Basis, output_moment
 from astra.windows import make_plan, moment_bytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

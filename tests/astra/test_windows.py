@@ -13,7 +13,7 @@ from astra.errors import AstraError
 from astra.moments import Batch, find_groups
 from astra.weights import TorchWeights
 from astra.windows import Plan, find_layers, make_plan, moment_bytes, only
-from tests.whole import finder
+from tests.support.whole import finder
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {

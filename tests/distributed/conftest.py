@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.faults import ENGINES, Run, command
-from tests.distributed import forked
+from tests.support import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULT_SETTINGS = [
@@ -158,7 +158,7 @@ eval: {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_n
 def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run folder of a launch of train.py; launched once for each set of arguments.
 
-    With `along`, lists of settings of which this is one: all of them are run in one launch (train_worker.py).
+    With `along`, lists of settings of which this is one: all of them are run in one launch (workers/train.py).
     """
     made: dict[tuple, Path] = {}
 
@@ -177,7 +177,7 @@ def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFacto
             made.update({(ranks, tuple(other), launcher): Path(folder) for other, folder in cases})
             path = tmp_path_factory.mktemp("cases") / "cases.json"
             path.write_text(json.dumps(cases))
-            launch("tests/distributed/train_worker.py", recipe, path, ranks=ranks, launcher=launcher)
+            launch("tests/distributed/workers/train.py", recipe, path, ranks=ranks, launcher=launcher)
         return made[key]
 
     return run

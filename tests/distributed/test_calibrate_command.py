@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.data import choose, prompt
-from launch.recipe import read
-from tests.plain import load_base
+from launch.config.schema import read
+from launch.data.tokenize import choose, prompt
+from tests.support.plain import load_base
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
-WORKER = Path(__file__).with_name("fault_worker.py")
+WORKER = Path(__file__).parent / "workers" / "fault.py"
 WINDOWS = ["--set", "calibration.memory_gib=0.00037", "--set", "calibration.split_half=true"]  # a layer a window
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from astra.eigen import select_indices
-from launch import data as launch_data
-from launch.recipe import read
+from launch.config.schema import read
+from launch.data import tokenize as launch_data
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
@@ -26,7 +26,7 @@ def calibrated(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPath
     found = {}
     for ranks in WORLDS:
         folder = tmp_path_factory.mktemp(f"world{ranks}")
-        launch("tests/distributed/calibration_worker.py", recipe, folder, ranks=ranks)
+        launch("tests/distributed/workers/calibration.py", recipe, folder, ranks=ranks)
         found[ranks] = [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
     return found
 
@@ -140,7 +140,7 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
 @pytest.fixture(scope="module")
 def calibrated_by_fsdp(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("fsdp")
-    launch("tests/distributed/fsdp_worker.py", recipe, folder, ranks=2)
+    launch("tests/distributed/workers/fsdp.py", recipe, folder, ranks=2)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 

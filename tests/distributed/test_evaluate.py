@@ -106,11 +106,11 @@ def test_each_node_takes_the_model_from_its_own_disk(launch: Callable, base: Pat
         (model / "refs" / "main").write_text("a" * 40)
     line = [tmp_path, "--model", "some/base", "--data-dir", data, "--suite", "gsm8k", "--max-new-tokens", 4]
     line += ["--stall", 60, "--output", tmp_path / "scores"]
-    launch("tests/distributed/node_worker.py", *line, ranks=2)
+    launch("tests/distributed/workers/node.py", *line, ranks=2)
     assert json.loads((tmp_path / "scores" / "results.json").read_text())["scores"]["gsm8k"]["n"] == 7
     with (tmp_path / "1" / "models--some--base" / "snapshots" / ("a" * 40) / "model.safetensors").open("ab") as file:
         file.write(b"0")
-    refused = launch("tests/distributed/node_worker.py", *line, ranks=2, check=False)
+    refused = launch("tests/distributed/workers/node.py", *line, ranks=2, check=False)
     assert refused.returncode == 2
     assert "error: --model: the weights of some/base differ between the nodes" in refused.stderr
 

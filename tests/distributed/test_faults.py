@@ -16,7 +16,7 @@ from bench.faults import ENGINES, ROOT, Fault, Run, command, same, saved, steps
 
 pytestmark = pytest.mark.xdist_group("faults")
 
-WORKER = Path(__file__).with_name("fault_worker.py")
+WORKER = Path(__file__).parent / "workers" / "fault.py"
 
 
 def line_of(engine: str, arguments: list[object], folder: Path, script: Path = ROOT / "launch/train.py") -> list[str]:
@@ -140,7 +140,7 @@ def test_a_fault_at_a_given_point(
     if point == "stall":
         assert "stalled; no progress for" in done.stderr
         assert "training step 5" in done.stderr
-        assert "(launch/batches.py:" in done.stderr  # where it waits for the batch that does not come
+        assert "(launch/data/batches.py:" in done.stderr  # where it waits for the batch that does not come
     assert not (tmp_path / "run" / "results.json").exists()
     assert_goes_on(engine, tmp_path, after)
 

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.distributed.generation_worker import NUMBERS, prompts
-from tests.eval.test_generate import greedy, make_model, make_tokenizer, other_models
+from tests.distributed.workers.generation import NUMBERS, prompts
+from tests.eval.generation.test_schedule import greedy, make_model, make_tokenizer, other_models
 
 
 def test_sharded_ranks_take_the_same_steps(launch: Callable, tmp_path: Path) -> None:
     """Else shards would wait for ever; here every rank holds the whole model, so a wrong count shows."""
-    launch("tests/distributed/generation_worker.py", tmp_path / "found.json", ranks=3)
+    launch("tests/distributed/workers/generation.py", tmp_path / "found.json", ranks=3)
     found = iter(json.loads((tmp_path / "found.json").read_text()))
     tokenizer = make_tokenizer()
     for model in (make_model(), other_models()["convolutions"].eval()):

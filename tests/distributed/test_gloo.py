@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def test_many_gathers_at_once(launch: Callable, tmp_path: Path) -> None:
-    launch("tests/distributed/gloo_worker.py", tmp_path / "threads.json", ranks=2)
+    launch("tests/distributed/workers/gloo.py", tmp_path / "threads.json", ranks=2)
     assert json.loads((tmp_path / "threads.json").read_text()) == [1, 1]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from astra import inits
-from launch.data import choose
-from launch.recipe import read
-from tests.distributed.methods_worker import AGAIN, METHODS
-from tests.plain import load_base
+from launch.config.schema import read
+from launch.data.tokenize import choose
+from tests.distributed.workers.methods import AGAIN, METHODS
+from tests.support.plain import load_base
 
 pytestmark = pytest.mark.xdist_group("methods")
 
@@ -29,7 +29,7 @@ def runs(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactor
     for engine in ("single", *SHARDED):
         made[engine] = tmp_path_factory.mktemp(engine)
         ranks = 1 if engine == "single" else 2
-        launch("tests/distributed/methods_worker.py", recipe, engine, made[engine], ranks=ranks)
+        launch("tests/distributed/workers/methods.py", recipe, engine, made[engine], ranks=ranks)
     return made
 
 

@@ -16,7 +16,7 @@ from bench.faults import Run, same, saved, steps
 
 pytestmark = pytest.mark.xdist_group("faults")
 
-WORKER = Path(__file__).with_name("fault_worker.py")
+WORKER = Path(__file__).parent / "workers" / "fault.py"
 BIN = Path(sys.executable).parent
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from astra import adapter
 from astra.weights import TorchWeights
-from launch.loop import Metrics
-from launch.recipe import read
+from launch.config.schema import read
 from launch.report import table
-from tests.plain import load_base, logits, plain_training
+from launch.training.loop import Metrics
+from tests.support.plain import load_base, logits, plain_training
 
 pytestmark = pytest.mark.xdist_group("train")
 

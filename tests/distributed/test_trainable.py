@@ -1,6 +1,6 @@
 """rslora, dora and full fine-tuning under ZeRO-3, FSDP2 and in one process: the losses of plain PEFT and PyTorch.
 
-The oracle is an independent loop (tests/plain.py); each worker script runs all methods in one process a rank.
+The oracle is an independent loop (tests/support/plain.py); each worker script runs all methods in one process a rank.
 """
 
 import json
@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from launch.recipe import Recipe, read
-from tests.distributed.trainable_worker import CASES, STEPS
-from tests.plain import load_base, logits, plain_training
+from launch.config.schema import Recipe, read
+from tests.distributed.workers.trainable import CASES, STEPS
+from tests.support.plain import load_base, logits, plain_training
 
 pytestmark = pytest.mark.xdist_group("trainable")
 
@@ -34,7 +34,7 @@ def runs(
         (folder / "ids.json").write_text(json.dumps(ids))
         sources = [folders[other] for other in SHARDED] if engine == "single" else []
         launch(
-            "tests/distributed/trainable_worker.py",
+            "tests/distributed/workers/trainable.py",
             *(recipe, folder, engine, *sources),
             ranks=1 if engine == "single" else 3,  # shards of unequal size
         )

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import sandbox
 from eval.crosscheck import evalplus_box, harness, likelihood, programs
 from eval.crosscheck.table import Comparison, describe, differing
 from eval.errors import EvalError
+from eval.sandbox import check as sandbox
 from eval.tasks import TASKS, commonsense, gsm8k, math
-from eval.tasks.suite import Problem
+from eval.tasks.base import Problem
 from launch import crosscheck
-from launch.errors import UserError
+from launch.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 needs_lm_eval = pytest.mark.skipif(
@@ -243,10 +243,10 @@ def test_lm_evals_graders_on_the_labelled_cases(tmp_path: Path) -> None:
 def test_lm_eval_writes_the_same_responses(shared: Path, tmp_path: Path) -> None:
     import torch
 
-    from eval.generate import generate
-    from launch.data import encode, prompt
+    from eval.generation.schedule import generate
+    from launch.data.tokenize import encode, prompt
     from launch.engines import make_engine
-    from launch.hub import load_tokenizer
+    from launch.runtime.model_files import load_tokenizer
 
     path, device = shared / "models" / "stories260K", torch.device("cpu")
     model = make_engine("single", device, torch.float32).load(str(path))

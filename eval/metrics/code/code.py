@@ -1,12 +1,12 @@
 """Programs as a metric of Hugging Face's evaluate: `evaluate.load("eval/metrics/code")`, in the repository's folder.
 
-Each program runs in eval.sandbox, apart from its tests.
+Each program runs in eval.sandbox.check, apart from its tests.
 """
 
 import datasets
 import evaluate
 
-from eval.sandbox import Job, check_many
+from eval.sandbox.check import Job, check_many
 
 
 class Code(evaluate.Metric):

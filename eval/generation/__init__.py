@@ -1,0 +1,1 @@
+"""Responses of a model: by transformers, or by a server."""

@@ -1,0 +1,1 @@
+"""From a recipe's rows to token batches."""

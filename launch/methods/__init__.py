@@ -1,0 +1,1 @@
+"""What each adapter method needs, and what it trains."""

@@ -1,0 +1,1 @@
+"""Scores of a model: benchmarks, and the loss on rows kept apart."""

@@ -1,0 +1,36 @@
+"""Many gathers at once, again and again, in the default group and in a second one; rank 0 writes the groups' threads.
+
+With two threads a group, torch 2.13 corrupts its heap here within seconds (launch/runtime/distributed.py).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_gather_single
+
+from launch.runtime import distributed
+from launch.runtime.errors import run
+
+
+def main() -> None:
+    distributed.start()
+    groups = [dist.group.WORLD, dist.new_group()]
+    rank = torch.full((3,), float(dist.get_rank()))
+    whole = torch.arange(float(dist.get_world_size())).repeat_interleave(3)
+    for group in groups:
+        for _ in range(500):
+            gathers = [all_gather_single(rank, 0, group) for _ in range(16)]
+            assert all(torch.equal(gather + 0, whole) for gather in gathers)
+    if dist.get_rank() == 0:
+        threads = [group._get_backend(torch.device("cpu")).options._threads for group in groups]
+        Path(sys.argv[1]).write_text(json.dumps(threads))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,21 @@
+"""launch/evaluate.py as if every rank were a node of its own: `node.py CACHES <arguments>`.
+
+Rank I has the hub's cache CACHES/I and no other.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+from huggingface_hub import constants
+
+from launch import evaluate
+from launch.runtime.errors import run
+
+if __name__ == "__main__":
+    caches, rank = sys.argv.pop(1), os.environ["RANK"]
+    constants.HF_HUB_CACHE = f"{caches}/{rank}"
+    os.environ["LOCAL_RANK"] = "0"
+    run(evaluate.main)

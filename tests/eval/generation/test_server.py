@@ -1,0 +1,107 @@
+"""Responses from a completions server: a real HTTP server that fails now and then, as servers under load do."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from eval.errors import EvalError
+from eval.generation.server import complete
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers prompt p with "p!p", after two failures; refuses the model "absent"."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[dict]
+    busy: list[int]  # now, and at most
+    lock: threading.Lock
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            self.seen.append(body | {"key": self.headers.get("Authorization"), "path": self.path})
+            attempt = Counter(of["prompt"] for of in self.seen)[body["prompt"]]
+            self.busy[0] += 1
+            self.busy[1] = max(self.busy)
+        if body["model"] == "absent":
+            self.answer(404, {"error": "no such model"})
+        elif attempt <= 2 and body["model"] == "flaky":
+            self.answer(503, {"error": "later"})
+        elif body["model"] == "odd":
+            self.answer(200, {"choices": []})
+        else:
+            self.answer(200, {"choices": [{"text": f"{body['prompt']}!{body['prompt']}"}]})
+        with self.lock:
+            self.busy[0] -= 1
+
+    def answer(self, status: int, body: dict) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[Handler]]]:
+    handler = type("Fresh", (Handler,), {"seen": [], "busy": [0, 0], "lock": threading.Lock()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/v1", handler
+        running.shutdown()
+
+
+def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str]:
+    found: dict[int, str] = {}
+    for part in complete(url, model, prompts, max_new_tokens=7, pause=0.01, **options):
+        found |= part
+    return [found[i] for i in range(len(prompts))]
+
+
+def test_every_prompt_is_answered_in_its_place(server: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, handler = server
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    prompts = [f"p{i}" for i in range(40)]
+    assert ask(url, "m", prompts, concurrency=4) == [f"{p}!{p}" for p in prompts]
+    assert handler.busy[1] <= 4
+    assert {of["key"] for of in handler.seen} == {"Bearer secret"}
+    assert {of["path"] for of in handler.seen} == {"/v1/completions"}
+    assert handler.seen[0].items() >= {"max_tokens": 7, "temperature": 0.0, "model": "m"}.items()
+
+
+def test_a_busy_server_is_asked_again(server: tuple) -> None:
+    url, handler = server
+    assert ask(url, "flaky", ["a", "b"]) == ["a!a", "b!b"]
+    assert Counter(of["prompt"] for of in handler.seen) == {"a": 3, "b": 3}
+
+
+def test_stops_are_sent_and_cut_off(server: tuple) -> None:
+    url, handler = server
+    assert ask(url, "m", ["word"], stops=["1", "2", "3", "4", "d!"]) == ["wor"]
+    assert handler.seen[0]["stop"] == ["1", "2", "3", "4"]
+
+
+def test_samples_carry_their_seeds(server: tuple) -> None:
+    url, handler = server
+    ask(url, "m", ["a", "b"], temperature=0.5, seeds=[3, 2**40 + 4])
+    assert {of["prompt"]: of["seed"] for of in handler.seen} == {"a": 3, "b": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("absent", "HTTP 404: .*no such model.*--model"), ("odd", "is it a completions server")]
+)
+def test_a_refusal_is_one_line(model: str, message: str, server: tuple) -> None:
+    with pytest.raises(EvalError, match=message):
+        ask(server[0], model, ["a"])
+
+
+def test_no_server_is_one_line() -> None:
+    with pytest.raises(EvalError, match="does not answer"):
+        ask("http://127.0.0.1:9/v1", "m", ["a"])

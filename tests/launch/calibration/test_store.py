@@ -1,0 +1,131 @@
+"""A calibration on disk: what another run may take of it, and what is said of one that it may not."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.calibration import store as artifact
+from launch.runtime.errors import UserError
+
+MANIFEST = {
+    "method": "astra",
+    "base": {"name": "base", "weights_sha256": "ab" * 32},
+    "dtype": "float32",
+    "data": {"path": "rows", "tokens_sha256": "cd" * 32},
+    "prompt": "{instruction}",
+    "max_length": 512,
+    "sample_ids": [3, 1, 2],
+    "seed": 0,
+    "split_half": False,
+    "eigen_select": "smallest",
+    "rank": 4,
+    "targets": ["q_proj"],
+    "conditions": {"host": "a"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def found(rank: int, size: int = 9, start: int = 0) -> dict[str, torch.Tensor]:
+    """The unit vectors from `start`, in the place of eigenvectors."""
+    spectrum = torch.arange(size, dtype=torch.float64)
+    vectors = torch.eye(size, dtype=torch.float64)[:, start : start + rank]
+    checks = torch.zeros(3, dtype=torch.float64)
+    values = spectrum[start : start + rank].clone()
+    return {
+        "vectors": vectors,
+        "values": values,
+        "spectrum": spectrum,
+        "checks": checks,
+        "angles": spectrum.new_empty(0),
+    }
+
+
+def changed(**values: object) -> dict:
+    return copy.deepcopy(MANIFEST) | values
+
+
+def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
+    assert artifact.begin(folder, manifest) == 0
+    artifact.save_window(folder, 0, {"layers.0.q_proj": found(rank, start=start)})
+    artifact.save_window(folder, 1, {"layers.1.q_proj": found(rank, start=start)})
+    artifact.finish(folder, {"seconds": 1.5})
+    return folder
+
+
+# Of the 9 eigenvectors: kept by a calibration of rank 5, and wanted at rank 2.
+@pytest.mark.parametrize(("select", "kept", "wanted"), [("smallest", 0, 0), ("largest", 4, 7), ("middle", 2, 3)])
+def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
+    select: str, kept: int, wanted: int, tmp_path: Path
+) -> None:
+    whole(tmp_path, changed(eigen_select=select, rank=5), rank=5, start=kept)
+    artifact.check(tmp_path, changed(eigen_select=select, rank=2))
+    read = artifact.read_subspace(tmp_path, "layers.1.q_proj", 2, select, torch.device("cpu"))
+    assert torch.equal(read.vectors, torch.eye(9, dtype=torch.float64)[:, wanted : wanted + 2])
+    assert read.values.tolist() == [wanted, wanted + 1]
+    assert len(read.spectrum) == 9
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "pissa"}, r"adapter\.method: .*\(astra, here pissa\)"),
+        ({"base": {"weights_sha256": "0"}}, r"model\.name: .*another base\.weights_sha256"),
+        ({"dtype": "bfloat16"}, r"model\.dtype: .*\(float32, here bfloat16\)"),
+        ({"data": {"tokens_sha256": "0"}}, r"data\.path"),
+        ({"prompt": "Q"}, r"data\.path: .*prompt"),
+        ({"max_length": 256}, r"data\.max_length: .*\(512, here 256\)"),
+        ({"sample_ids": [3, 1]}, r"calibration\.samples"),
+        ({"seed": 1}, r"calibration\.seed"),
+        ({"eigen_select": "largest"}, r"adapter\.eigen_select: .*\(smallest, here largest\)"),
+        ({"targets": ["k_proj"]}, r"adapter\.targets"),
+        ({"rank": 5}, r"adapter\.rank: 5 vectors are needed .* has 4"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_differs_is_named(values: dict, message: str, tmp_path: Path) -> None:
+    whole(tmp_path, MANIFEST)
+    with pytest.raises(UserError, match=message):
+        artifact.check(tmp_path, changed(**values))
+
+
+def test_what_does_not_decide_the_eigenvectors_may_differ(tmp_path: Path) -> None:
+    whole(tmp_path, MANIFEST)
+    artifact.check(tmp_path, changed(conditions={}, split_half=True, rank=3))
+
+
+def test_random_directions_serve_their_own_rank_only(tmp_path: Path) -> None:
+    whole(tmp_path, changed(eigen_select="random"))
+    with pytest.raises(UserError, match=r"adapter\.rank: 3"):
+        artifact.check(tmp_path, changed(eigen_select="random", rank=3))
+
+
+def test_a_calibration_goes_on_after_its_last_window_and_only_its_own(tmp_path: Path) -> None:
+    assert artifact.begin(tmp_path, MANIFEST) == 0
+    artifact.save_window(tmp_path, 0, {"layers.0.q_proj": found(4)})
+    with pytest.raises(UserError, match=r"calibration\.path: .* is not finished"):
+        artifact.check(tmp_path, MANIFEST)
+    assert artifact.begin(tmp_path, changed(conditions={"host": "b"})) == 1
+    assert artifact.begin(tmp_path, changed(seed=1)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished.json"]
+
+
+def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"calibration\.path: .* has none"):
+        artifact.check(tmp_path / "nowhere", MANIFEST)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
+        artifact.check(tmp_path, MANIFEST)
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    with pytest.raises(UserError, match=r"has no vectors of layers\.7\.q_proj"):
+        artifact.read_subspace(tmp_path, "layers.7.q_proj", 2, "smallest", torch.device("cpu"))

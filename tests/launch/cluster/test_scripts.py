@@ -1,0 +1,277 @@
+"""The cluster files: the manifest against Kubernetes' schema, the hostfile by DeepSpeed, the scripts' decisions; and
+srun's tasks as ranks."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from deepspeed.launcher.runner import fetch_hostfile
+
+from launch import sweep
+from launch.runtime.distributed import _slurm_ranks
+from launch.runtime.errors import UserError
+from launch.sweeps.table import read_table
+
+CLUSTER = Path(__file__).resolve().parents[3] / "launch" / "cluster"
+
+
+def job_of() -> dict:
+    return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[-1]
+
+
+def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
+    documents = {
+        document["kind"]: document for document in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    }
+    for document in documents.values():
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    name, job = documents["Service"]["metadata"]["name"], documents["Job"]
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert pod["subdomain"] == name
+    assert documents["Service"]["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert f"--master_addr {job['metadata']['name']}-0.{name} " in container["args"][0]
+    assert f"--nnodes {job['spec']['completions']} " in container["args"][0]
+    assert f"--nproc_per_node {container['resources']['limits']['nvidia.com/gpu']} " in container["args"][0]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
+    ]
+    assert claims == [documents["PersistentVolumeClaim"]["metadata"]["name"]]
+
+
+@pytest.mark.parametrize(
+    ("before", "state", "torchrun", "code"),
+    [
+        ("", "finished", 0, 0),
+        ("", "preempted", 1, 75),
+        ("", "error", 1, 2),
+        ("error", "error", 1, 2),
+        ("", "running", 1, 1),
+        ("", "", 1, 1),
+        ("error", "", 1, 1),  # an earlier start's: this one did not find the other pod
+        ("preempted", "", 1, 1),
+        ("finished", "", 1, 0),
+    ],
+)
+def test_the_pods_exit_code_follows_the_state_of_its_own_start(
+    before: str, state: str, torchrun: int, code: int, tmp_path: Path
+) -> None:
+    script = job_of()["spec"]["template"]["spec"]["containers"][0]["args"][0]
+    if before:
+        (tmp_path / "state.json").write_text(f'{{"state": "{before}"}}')
+    content = f'{{"state": "{state}"}}'
+    write = f"echo '{content}' > $RUN/aside; mv $RUN/aside $RUN/state.json" if state else ":"
+    stub(tmp_path, "torchrun", f"{write}; exit {torchrun}")
+    environment = path_with(tmp_path) | {"RUN": str(tmp_path), "JOB_COMPLETION_INDEX": "0"}
+    assert subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path).returncode == code
+
+
+def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_the_job() -> None:
+    rules = job_of()["spec"]["podFailurePolicy"]["rules"]
+    codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
+    assert codes == {75: "Ignore", 2: "FailJob"}
+
+
+def test_deepspeed_reads_the_hostfile() -> None:
+    assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node1": 8, "node2": 8}
+
+
+def stub(folder: Path, name: str, body: str) -> None:
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def path_with(folder: Path) -> dict[str, str]:
+    return os.environ | {"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+SLURM = {
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_JOB_ID": "8",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_RESTART_COUNT": "9",  # preemptions, most of them
+}
+SCONTROL = 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" > requeue.txt; fi'
+
+
+def submitted(script: str, folder: Path, *arguments: str) -> tuple[int, bool]:
+    """The exit code of a batch script with stubs in the place of Slurm's commands, and whether it is queued again."""
+    stub(folder, "scontrol", SCONTROL)
+    queued = folder / "requeue.txt"
+    queued.unlink(missing_ok=True)
+    line = ["bash", str(CLUSTER / script), *arguments]
+    done = subprocess.run(line, env=path_with(folder) | SLURM, cwd=folder, capture_output=True, text=True)
+    assert not done.stderr
+    assert not queued.exists() or queued.read_text() == "requeue 7_1\n"
+    return done.returncode, queued.exists()
+
+
+def stub_srun(folder: Path, state: str, code: int) -> None:
+    """An srun whose run ends with `state`; "" for one that does not start."""
+    write = f'echo \'{{"state": "{state}"}}\' > runs/codefeedback/state.json' if state else ":"
+    stub(folder, "srun", f'echo "$@" > srun.txt; {write}; exit {code}')
+
+
+@pytest.mark.parametrize(
+    ("state", "srun", "code", "requeued"),
+    [
+        ("finished", 0, 0, False),
+        ("preempted", 0, 0, True),
+        ("preempted", 1, 0, True),  # a launcher's own code counts for nothing
+        ("error", 2, 2, False),
+        ("running", 1, 0, True),
+        ("", 1, 0, True),
+    ],
+)
+def test_the_slurm_script_queues_again_what_can_go_on(
+    state: str, srun: int, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """It was also run on a real Slurm (launch/cluster/README.md)."""
+    run = tmp_path / "runs" / "codefeedback"
+    run.mkdir(parents=True)
+    (run / "state.json").write_text('{"state": "error"}')  # of an earlier start
+    stub_srun(tmp_path, state, srun)
+    assert submitted("slurm.sbatch", tmp_path, "--set", "train.lr=1e-4") == (code, requeued)
+    started = (tmp_path / "srun.txt").read_text()
+    assert started.endswith("launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n")
+
+
+def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_was_preempted(tmp_path: Path) -> None:
+    for _ in range(3):
+        stub_srun(tmp_path, "running", 1)
+        assert submitted("slurm.sbatch", tmp_path) == (0, True)
+        stub_srun(tmp_path, "preempted", 0)
+        assert submitted("slurm.sbatch", tmp_path) == (0, True)
+    stub_srun(tmp_path, "running", 1)
+    assert submitted("slurm.sbatch", tmp_path) == (1, False)
+
+
+@pytest.mark.parametrize(("sweep", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True)])
+def test_the_sweeps_script_queues_again_what_was_told_to_stop(
+    sweep: int, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    stub(tmp_path, "python", f'echo "$@" > sweep.txt; exit {sweep}')
+    assert submitted("sweep.sbatch", tmp_path, "--table", "maths") == (code, requeued)
+    assert (tmp_path / "sweep.txt").read_text().startswith("launch/sweep.py --table maths --only 1 --launch srun ")
+
+
+def test_the_sweeps_script_gives_failed_runs_three_more_tries(tmp_path: Path) -> None:
+    stub(tmp_path, "python", "exit 1")
+    assert [submitted("sweep.sbatch", tmp_path) for _ in range(4)] == [(0, True)] * 3 + [(1, False)]
+
+
+def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
+    script = folder / "table.sbatch"
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--table", "miniature", *options, "--slurm", str(script)])
+    sweep.main()
+    return script
+
+
+def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = len(read_table("miniature").units())
+    assert rows > 1
+    options = ["--set", "model.name=/my models/it's", "--set", "train.max_steps=3", "--output", str(tmp_path / "a b")]
+    script = write_sweep(tmp_path, monkeypatch, *options)
+    lines = script.read_text().splitlines()
+    template = (CLUSTER / "sweep.sbatch").read_text().splitlines()
+    changed = [(old, new) for old, new in zip(template, lines, strict=True) if old != new]
+    (words,) = (new for _, new in changed if new.startswith("set -- "))
+    assert changed == [
+        ("#SBATCH --job-name=astra-sweep", "#SBATCH --job-name=miniature"),
+        ("#SBATCH --array=0", f"#SBATCH --array=0-{rows - 1}"),
+        ("# set -- --table miniature", words),
+    ]
+    assert shlex.split(words) == ["set", "--", "--table", "miniature", *options]
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+@pytest.mark.parametrize("line", ["#SBATCH --job-name=astra-sweep", "#SBATCH --array=0", "# set -- --table miniature"])
+def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cluster").mkdir()
+    changed = (CLUSTER / "sweep.sbatch").read_text().replace(f"{line}\n", f"{line}0\n")
+    (tmp_path / "cluster" / "sweep.sbatch").write_text(changed)
+    monkeypatch.setattr(sweep, "LAUNCH", tmp_path)
+    with pytest.raises(UserError, match=f"must have the line '{line}' once"):
+        write_sweep(tmp_path, monkeypatch)
+    assert not (tmp_path / "table.sbatch").exists()
+
+
+@pytest.mark.parametrize(("ended", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True), (1, 0, True)])
+def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
+    ended: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = write_sweep(tmp_path, monkeypatch, "--set", "model.name=a b")
+    stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
+    stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node1; else echo "$@" > requeue.txt; fi')
+    environment = path_with(tmp_path) | {
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_JOB_ID": "8",
+        "SLURM_JOB_NODELIST": "node1",
+    }
+    done = subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    words = ["launch/sweep.py", "--table", "miniature", "--set", "model.name=a b", "--only", "3", "--launch"]
+    assert (tmp_path / "python.txt").read_text().splitlines() == [*words, "srun --kill-on-bad-exit=1 python"]
+    assert (tmp_path / "requeue.txt").exists() is requeued
+
+
+STEP = {
+    "SLURM_JOB_ID": "50007",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "9",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+    "MASTER_ADDR": "node1",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({}, {}),
+        ({"MASTER_PORT": "29500"}, {"MASTER_PORT": "29500"}),
+        (
+            {"SLURM_NODEID": "2", "SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
+            {"RANK": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        ),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_STEP_NUM_TASKS": "12"}, {"WORLD_SIZE": "12"}),
+        (
+            {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "9", "MASTER_ADDR": None},
+            {"LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "127.0.0.1"},
+        ),
+    ],
+)
+def test_tasks_of_srun_are_ranks(
+    changed: dict[str, str | None], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    set_environment(monkeypatch, STEP | changed)
+    ranks = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert _slurm_ranks() == ranks | {"MASTER_ADDR": "node1", "MASTER_PORT": "30007"} | wanted
+
+
+def test_tasks_of_srun_on_several_nodes_want_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, STEP | {"MASTER_ADDR": None})
+    with pytest.raises(UserError, match="MASTER_ADDR: set it"):
+        _slurm_ranks()
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)

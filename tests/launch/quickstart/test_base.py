@@ -1,0 +1,46 @@
+"""Runs that start side by side make the quickstart's base once."""
+
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+
+from launch.quickstart import base as quickstart
+from launch.runtime.distributed import start, stop
+
+
+def test_the_second_run_waits_and_finds_it_made(tmp_path: Path) -> None:
+    folder, made = tmp_path / "cache" / "base", []
+
+    def ensure() -> None:
+        with quickstart.alone(folder):
+            if not (folder / quickstart.MANIFEST).is_file():
+                time.sleep(0.3)
+                folder.mkdir()
+                (folder / quickstart.MANIFEST).touch()
+                made.append(folder)
+
+    start()
+    threads = [threading.Thread(target=ensure) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop()
+    assert made == [folder]
+
+
+def test_what_decides_the_base_has_not_changed_since_its_version() -> None:
+    """A failure means that VERSION is to be raised, with this sum: the cache would else hold another base."""
+    settings = (quickstart.make_config().to_dict(), quickstart.PRETRAINING.model_dump(), quickstart.ROW)
+    kept = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    decides = [
+        list(quickstart.documents(500, quickstart.SEED)),
+        quickstart.problems(),
+        {key: settings[0][key] for key in sorted(kept)},
+        *settings[1:],
+        (quickstart.VOCABULARY, quickstart.DOCUMENTS, quickstart.STEPS),
+    ]
+    found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    assert (quickstart.VERSION, found) == (1, "9a1ec3faa31f")

@@ -1,0 +1,152 @@
+"""Tables: every shipped one parses, runs are told apart by what decides them, and rates are chosen by held-out loss."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.runtime.errors import UserError
+from launch.sweeps.table import TABLES, Sweep, Unit, read_table
+
+SHIPPED = sorted(path.stem for path in TABLES.glob("*.yaml") if path.stem != "published")
+ASTRA, LORA = Unit("astra", None), Unit("lora", None)
+TABLE = {
+    "recipe": "quickstart",
+    "set": {"data.held_out": 20, "train.max_steps": 5},
+    "seeds": [1, 2],
+    "learning_rates": {"grid": [1e-3, 1e-2], "seed": 0, "common": 1e-3},
+    "suites": ["gsm8k"],
+    "rows": {"astra": {"set": {"adapter.eigen_select": "largest"}}, "lora": {"set": {"adapter.method": "lora"}}},
+}
+
+
+def sweep_of(folder: Path, *overrides: str, **fields: object) -> Sweep:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(TABLE | fields))
+    return read_table(str(path), overrides, folder / "runs")
+
+
+def finish(sweep: Sweep, run: object, loss: float) -> None:
+    folder = sweep.folder / run.name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"held_out": {"after": {"loss": loss}}}))
+
+
+def test_there_are_tables() -> None:
+    assert {"maths", "code", "commonsense", "ranks", "reference", "miniature"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -> None:
+    sweep = read_table(name)
+    runs = [run for unit in sweep.units() for run in sweep.choosing(unit).values()]
+    runs += [run for unit in sweep.units() for of in sweep.scored(unit).values() for run in of]
+    assert len(runs) >= 9
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(tmp_path: Path) -> None:
+    run = sweep_of(tmp_path, "train.max_steps=7", "train.lr=3").run(ASTRA, 0.01, 2, ["gsm8k"])
+    of = run.recipe
+    assert (of.train.max_steps, of.train.lr, of.train.seed, of.calibration.seed) == (7, 0.01, 2, 2)
+    assert (of.adapter.eigen_select, of.data.held_out, of.eval.suites) == ("largest", 20, ["gsm8k"])
+    rate = [word for word in run.arguments if word.startswith("train.lr=")]
+    assert rate == ["train.lr=3", "train.lr=0.01"]  # the later one counts
+
+
+def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_path: Path) -> None:
+    name = sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name
+    assert name.startswith("astra-lr0.01-seed1-")
+    assert sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name == name
+    assert sweep_of(tmp_path, seeds=[1, 2, 3]).run(ASTRA, 0.01, 1, []).name == name  # further rows, the same run
+    changed = [
+        sweep_of(tmp_path).run(ASTRA, 0.01, 1, ["gsm8k"]),
+        sweep_of(tmp_path).run(ASTRA, 0.01, 2, []),
+        sweep_of(tmp_path, "calibration.samples=65").run(ASTRA, 0.01, 1, []),
+        sweep_of(tmp_path, recipe="metamath").run(ASTRA, 0.01, 1, []),
+        sweep_of(tmp_path).run(LORA, 0.01, 1, []),
+    ]
+    assert len({run.name for run in changed} | {name}) == 6
+
+
+def test_the_rate_with_the_least_held_out_loss_is_the_rows_own(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    low, high = sweep.choosing(ASTRA).values()
+    assert low.recipe.eval.suites == []  # no score can count
+    assert sweep.own_rate(ASTRA) is None
+    assert list(sweep.scored(ASTRA)) == ["common"]
+    finish(sweep, low, 0.7)
+    assert sweep.own_rate(ASTRA) is None  # the other has not ended
+    finish(sweep, high, 0.5)
+    assert sweep.own_rate(ASTRA) == 0.01
+    assert sweep.own_rate(LORA) is None
+    scored = sweep.scored(ASTRA)
+    assert [run.recipe.train.lr for run in scored["own"]] == [0.01, 0.01]
+    assert [run.recipe.train.seed for run in scored["common"]] == [1, 2]
+
+
+def test_a_diverged_rate_loses_and_the_common_rate_is_not_run_twice(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    low, high = sweep.choosing(ASTRA).values()
+    finish(sweep, low, 0.7)
+    (sweep.folder / high.name).mkdir()
+    (sweep.folder / high.name / "state.json").write_text('{"state": "diverged"}')
+    assert sweep.own_rate(ASTRA) == 1e-3
+    scored = sweep.scored(ASTRA)
+    assert [run.name for run in scored["own"]] == [run.name for run in scored["common"]]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_held_out_loss_that_is_not_finite_is_not_chosen(loss: float, tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    low, high = sweep.choosing(ASTRA).values()
+    finish(sweep, low, loss)  # the first of the grid
+    finish(sweep, high, 0.7)
+    assert sweep.own_rate(ASTRA) == 1e-2
+    for run in sweep.choosing(LORA).values():
+        finish(sweep, run, loss)
+    assert sweep.own_rate(LORA) is None
+
+
+def test_a_rows_rates_may_be_another_multiple(tmp_path: Path) -> None:
+    rows = TABLE["rows"] | {"low": {"rate_factor": 0.1}}
+    assert sweep_of(tmp_path, rows=rows).grid(Unit("low", None)) == [1e-4, 1e-3]
+
+
+def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
+    vary = {"fields": ["adapter.rank", "adapter.alpha"], "values": [2, 4]}
+    sweep = sweep_of(tmp_path, learning_rates=None, vary=vary)
+    assert sweep.units() == [Unit("astra", 2), Unit("astra", 4), Unit("lora", 2), Unit("lora", 4)]
+    recipe = sweep.scored(Unit("lora", 4))["recipe"][0].recipe
+    assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.alpha) == ("lora", 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sets": {}}, "sets: unknown key; did you mean set?"),
+        ({"rows": {"a": {"sett": {}}}}, "rows.a.sett: unknown key; did you mean rows.a.set?"),
+        ({"learning_rates": {"grit": [1]}}, "did you mean learning_rates.grid?"),
+        ({"seeds": [1, 1]}, "seeds: the same value twice"),
+        ({"rows": {"a": {"set": {"adapter.rnk": 3}}}}, "rows.a: adapter.rnk: unknown key; did you mean adapter.rank?"),
+        ({"set": {}}, "data.held_out: learning rates of small are chosen by it"),
+        ({"extends": "mathz"}, "no table or file 'mathz'; did you mean maths?"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(fields: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        sweep_of(tmp_path, **fields)
+    assert message in str(error.value)
+
+
+def test_a_table_may_extend_another_but_not_itself(tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(f"extends: {tmp_path / 'small.yaml'}\nseeds: [7]\n")
+    sweep_of(tmp_path)
+    child = read_table(str(tmp_path / "child.yaml"))
+    assert child.table.seeds == [7]
+    assert list(child.table.rows) == ["astra", "lora"]
+    with pytest.raises(UserError, match="extends itself"):
+        sweep_of(tmp_path, extends=str(tmp_path / "child.yaml"))

@@ -1,0 +1,182 @@
+"""The loss without logits: PyTorch's cross-entropy and its gradients, padded, packed, in any chunks, for any head."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM
+
+from astra import adapter
+from launch.data.batches import Packing, collate, make_share, pack
+from launch.data.tokenize import TokenSet
+from launch.training.loss import AnswerLoss, chunked_cross_entropy
+
+PACKED, FLAT = Packing(capacity=40, flat=False), Packing(capacity=40, flat=True)
+
+
+@given(st.integers(0, 9), st.integers(1, 7), st.integers(2, 11), st.integers(1, 60), st.booleans(), st.integers(0, 99))
+def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(
+    n: int, width: int, vocabulary: int, chunk: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    targets = torch.randint(vocabulary, (n,))
+    inputs = [torch.randn(n, width), torch.randn(vocabulary, width), torch.randn(vocabulary) if bias else None]
+    results = []
+    for loss in (
+        lambda hidden, weight, bias: chunked_cross_entropy(hidden, weight, bias, targets, chunk),
+        lambda hidden, weight, bias: F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum"),
+    ):
+        leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
+        value = loss(*leaves)
+        (value * 0.7).backward()
+        results.append([value.detach(), *(x.grad for x in leaves if x is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenSet:
+    """Nine rows of 3 to 20 tokens."""
+    torch.manual_seed(5)
+    lengths = torch.tensor([3, 20, 7, 12, 5, 16, 4, 9, 11])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(1, 50, (int(offsets[-1]),), dtype=torch.int32)
+    return TokenSet(ids, offsets, torch.tensor([1, 8, 2, 11, 3, 4, 2, 5, 6]), 0, 0)
+
+
+def by_hand(model: nn.Module, tokens: TokenSet) -> Tensor:
+    """Row by row, from whole logits."""
+    losses = []
+    for row, start in enumerate(tokens.answer_starts.tolist()):
+        ids = tokens.tokens[tokens.offsets[row] : tokens.offsets[row + 1]].long()
+        logits = model(input_ids=ids[None]).logits[0]
+        losses.append(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def in_batches(model: nn.Module, tokens: TokenSet, packing: Packing | None, ranks: int, micro_batch: int) -> Tensor:
+    """By the functions of the training loop, all ranks' batches one after another."""
+    rows, objective = range(len(tokens)), AnswerLoss(model)
+    shares = [make_share(rows, tokens.lengths(), rank, ranks, micro_batch, packing) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    batches = [collate(tokens, sequences, packing) for share in shares for sequences in share]
+    return torch.stack([objective(b.input_ids, b.positions, b.targets, b.position_ids) for b in batches]).sum()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+@pytest.mark.parametrize("packing", [None, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_and_packed_rows_have_the_losses_and_gradients_of_single_ones(
+    packing: Packing | None, tied: bool, attention: str, make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
+) -> None:
+    model = make_llama(tied=tied)
+    model.set_attn_implementation(attention)
+    whole = gradients(model, by_hand(model, tokens))  # all weights, the head's included
+    for ranks, micro_batch in ((1, 1), (1, 4), (2, 3), (4, 2)):
+        found = gradients(model, in_batches(model, tokens, packing, ranks, micro_batch))
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_learn_the_same_from_packed_rows(
+    make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
+) -> None:
+    targets = ["q_proj", "v_proj", "down_proj", "lm_head"]  # with an adapter, the head is no plain product
+    for chosen in (targets[:3], targets):
+        model = adapter.attach(make_llama(tied=False), chosen, 3, 6, 0.0)
+        for layer in adapter.lora_layers(model).values():
+            nn.init.normal_(layer.lora_B[adapter.ADAPTER].weight, std=0.3)
+        whole = gradients(model, by_hand(model, tokens))
+        for packing in (None, PACKED):
+            found = gradients(model, in_batches(model, tokens, packing, 2, 2))
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            final_logit_softcapping=2.0,
+            sliding_window=4,
+            initializer_range=0.5,
+        ),
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40, initializer_range=0.5),
+    ],
+    ids=["soft-capped logits, sliding window", "no rotary positions"],
+)
+def test_models_with_more_after_or_less_before_the_head(config: object, tokens: TokenSet) -> None:
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    whole = gradients(model, by_hand(model, tokens))
+    for packing in (None, PACKED):
+        found = gradients(model, in_batches(model, tokens, packing, 1, 3))
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_without_answers_weighs_nothing_but_runs_every_module(
+    make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
+) -> None:
+    model = make_llama(tied=False)
+    called: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    batch = collate(tokens, [None, None], None)
+    loss, *found = gradients(model, AnswerLoss(model)(batch.input_ids, batch.positions, batch.targets))
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in found)
+    assert sorted(called) == sorted(name for name, _ in model.named_modules() if name != "model.layers")
+
+
+def test_no_full_logits_are_held(make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.training.loss.CHUNK_CPU", 100)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (PyTorch's)
+            nonlocal largest
+            out = function(*args, **kwargs or {})
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor) and tensor.shape[-1:] == (50,) and len(tensor) != 16:  # not the weight
+                    largest = max(largest, tensor.numel())
+            return out
+
+    model = make_llama(tied=False).requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    ids = torch.randint(50, (3, 16))
+    with Watch():
+        AnswerLoss(model)(ids, torch.arange(40), ids.flatten()[1:41]).backward()
+    assert 0 < largest <= 100
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60))
+def test_packing_holds_every_row_once_within_the_capacity(lengths: list[int], capacity: int) -> None:
+    ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    packed = pack(ordered, torch.tensor(lengths), capacity)
+    assert sorted(row for rows in packed for row in rows) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= capacity for rows in packed)
+    assert len(packed) <= -(-sum(lengths) // capacity) * 11 / 9 + 1 or len(packed) <= 2 * sum(lengths) / capacity + 1
+
+
+def test_flat_batches_have_no_padding_and_say_where_examples_begin(tokens: TokenSet) -> None:
+    padded, flat = (collate(tokens, [[1, 3], [5]], packing) for packing in (PACKED, FLAT))
+    assert padded.input_ids.shape == (2, 32)
+    assert flat.input_ids.shape == (1, 48)
+    assert flat.position_ids[0].tolist() == [*range(20), *range(12), *range(16)]
+    assert torch.equal(flat.targets, padded.targets)
+    assert torch.equal(flat.input_ids[0][flat.positions + 1], flat.targets)
+    assert padded.position_ids[1].tolist() == [*range(16)] + [0] * 16
