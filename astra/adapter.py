@@ -44,15 +44,23 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
         if not hits:
             continue
         if not isinstance(module, nn.Linear):
-            raise AstraError(f"adapter.targets: {name} is a {type(module).__name__}, not a linear layer; leave it out")
+            raise AstraError(
+                f"adapter.targets: {name} is a {type(module).__name__}, not a linear layer; leave it out"
+            )
         if owners[id(module.weight)] > 1:
-            raise AstraError(f"adapter.targets: the weight of {name} is tied to another module; leave it out")
+            raise AstraError(
+                f"adapter.targets: the weight of {name} is tied to another module; leave it out"
+            )
         matched |= hits
         found[name] = module
     for target in targets:
         if target not in matched:
-            known = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise AstraError(f"adapter.targets: {target!r} matches no module; linear modules here: {', '.join(known)}")
+            known = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            )
+            raise AstraError(
+                f"adapter.targets: {target!r} matches no module; linear modules here: {', '.join(known)}"
+            )
     return found
 
 
@@ -80,7 +88,9 @@ def attach(
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
         if ranks[name] > smaller:
-            raise AstraError(f"adapter.rank: {ranks[name]} is above the smaller side, {smaller}, of {name}; lower it")
+            raise AstraError(
+                f"adapter.rank: {ranks[name]} is above the smaller side, {smaller}, of {name}; lower it"
+            )
     others = {name: number for name, number in ranks.items() if number != rank}
     config = LoraConfig(
         r=rank,
@@ -98,7 +108,11 @@ def attach(
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Base-model module name -> PEFT layer, in the model's order."""
-    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
@@ -113,7 +127,9 @@ def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
 
 
 def initialise(
-    layers: Mapping[str, LoraLayer], factors: Callable[[str, Tensor], tuple[Tensor, Tensor]], weights: Weights
+    layers: Mapping[str, LoraLayer],
+    factors: Callable[[str, Tensor], tuple[Tensor, Tensor]],
+    weights: Weights,
 ) -> float:
     """Set A0, B0 and `W_res = W - s B0 A0` in every layer, in place; of DoRA also its magnitudes, W's row norms.
 
@@ -142,7 +158,9 @@ def initialise(
             worst = max(worst, error.item())
         for vector in layer.lora_magnitude_vector.values():
             # PEFT's own function and dtype, so that its forward pass finds the very same norm: a ratio of exactly 1.
-            weights.write(vector.weight, vector.get_weight_norm(weight, torch.zeros_like(weight), 1))
+            weights.write(
+                vector.weight, vector.get_weight_norm(weight, torch.zeros_like(weight), 1)
+            )
     return worst
 
 
@@ -150,13 +168,16 @@ def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str,
     """The whole A and B of every layer, on the CPU, in their stored dtype. Collective."""
     return {
         name: Factors(
-            weights.read(layer.lora_A[ADAPTER].weight).cpu(), weights.read(layer.lora_B[ADAPTER].weight).cpu()
+            weights.read(layer.lora_A[ADAPTER].weight).cpu(),
+            weights.read(layer.lora_B[ADAPTER].weight).cpu(),
         )
         for name, layer in layers.items()
     }
 
 
-def to_plain_lora(trained: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, Factors]:
+def to_plain_lora(
+    trained: Mapping[str, Factors], initial: Mapping[str, Factors]
+) -> dict[str, Factors]:
     """`s (B A - B0 A0)` as a rank-2r LoRA of the ORIGINAL base: A' = [A; A0], B' = [B, -B0].
 
     Exact: no product is rounded. Its scaling must stay s, so alpha doubles with the rank.
@@ -213,16 +234,26 @@ def load(folder: Path) -> tuple[dict[str, Factors], float]:
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     ends = (".lora_A.weight", ".lora_B.weight")
-    names = [key.removeprefix("base_model.model.").removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
-    factors = {name: Factors(*(tensors[f"base_model.model.{name}{end}"] for end in ends)) for name in names}
-    return factors, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    names = [
+        key.removeprefix("base_model.model.").removesuffix(ends[0])
+        for key in tensors
+        if key.endswith(ends[0])
+    ]
+    factors = {
+        name: Factors(*(tensors[f"base_model.model.{name}{end}"] for end in ends)) for name in names
+    }
+    return factors, config["lora_alpha"] / (
+        math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    )
 
 
 def attach_saved(model: nn.Module, folder: Path) -> PeftModel:
     """`model` with the layers of the PEFT LoRA in `folder`, whose values `write_saved` sets once they have storage."""
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != PeftType.LORA:
-        raise AstraError(f"--adapter: {folder} is a {config.peft_type.value} adapter, not a LoRA; it cannot be loaded")
+        raise AstraError(
+            f"--adapter: {folder} is a {config.peft_type.value} adapter, not a LoRA; it cannot be loaded"
+        )
     config.init_lora_weights = True  # PEFT would change the base for a data-driven initialisation
     return get_peft_model(model, config)
 
@@ -237,14 +268,20 @@ def write_saved(model: PeftModel, folder: Path, weights: Weights) -> None:
         raise AstraError(f"--adapter: {folder} has no {path.name}")
     wanted = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     ends = r"(?:\.weight|(?<=lora_magnitude_vector))$"  # PEFT leaves .weight out after the latter
-    found = {re.sub(ends, f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()}
+    found = {
+        re.sub(ends, f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()
+    }
     if odd := sorted(found.keys() ^ wanted.keys()):
-        raise AstraError(f"--adapter: {path} does not fit the model and adapter_config.json: {odd[0]}")
+        raise AstraError(
+            f"--adapter: {path} does not fit the model and adapter_config.json: {odd[0]}"
+        )
     for name, parameter in wanted.items():
         weights.write(parameter, found[name])
 
 
-def subtract(model: nn.Module, initial: Mapping[str, Factors], scaling: float, weights: Weights) -> None:
+def subtract(
+    model: nn.Module, initial: Mapping[str, Factors], scaling: float, weights: Weights
+) -> None:
     """Turn the original base into `W_res`, rebuilt from the stored A0, B0 as `initialise` made it. Collective."""
     for name, (a0, b0) in initial.items():
         module = model.get_submodule(name)

@@ -16,7 +16,16 @@ from astra.eigen import EigenSelect, Subspace, solve
 from astra.errors import AstraError
 from astra.flops import Decomposed, solve_flops
 from astra.gradients import Gradient, Loss, gradients
-from astra.moments import Batch, Group, Moment, Statistic, accumulating, distributed, forward, reduce
+from astra.moments import (
+    Batch,
+    Group,
+    Moment,
+    Statistic,
+    accumulating,
+    distributed,
+    forward,
+    reduce,
+)
 from astra.output_moment import left_basis, output_moment
 from astra.weights import Weights
 from astra.windows import Plan, Window, only
@@ -35,7 +44,9 @@ class Problem(NamedTuple):
     bias: Tensor | None
     rank: int
     of: Statistic
-    parts: list[Sums]  # of all samples, or of each of two halves; none where the weight alone decides
+    parts: list[
+        Sums
+    ]  # of all samples, or of each of two halves; none where the weight alone decides
 
 
 Find = Callable[[Problem], Found]
@@ -83,7 +94,9 @@ def calibrate(
         owners = share_out(window.groups, linears, ranks, plan.decomposed)
         for of_part in sums:
             reduce(of_part, owners)
-        yield solve_window(window.groups, sums, owners, linears, weights, find, ranks=ranks, progress=progress)
+        yield solve_window(
+            window.groups, sums, owners, linears, weights, find, ranks=ranks, progress=progress
+        )
 
 
 @torch.no_grad()
@@ -157,7 +170,11 @@ def solve_window(
                 of_part[i] = None
     found: dict[str, Found] = {}
     for number in progress(range(max(map(len, queues.values()))), "solve"):
-        here = [(owner, *queue[number]) for owner, queue in sorted(queues.items()) if number < len(queue)]
+        here = [
+            (owner, *queue[number])
+            for owner, queue in sorted(queues.items())
+            if number < len(queue)
+        ]
         problem = None
         for owner, i, name in here:
             weight = weights.read(linears[name].weight)
@@ -180,7 +197,9 @@ def solve_window(
             del problem
         shapes = _shapes_of_all_ranks(solved, error)
         for owner, _, name in here:
-            found[name] = _share(solved if owner == this_rank else None, owner, shapes[owner], device)
+            found[name] = _share(
+                solved if owner == this_rank else None, owner, shapes[owner], device
+            )
     return found
 
 
@@ -235,12 +254,17 @@ def _shapes_of_all_ranks(solved: Found, error: str | None) -> list[dict[str, tor
     return [shapes for shapes, _ in told]
 
 
-def _share(solved: Found | None, owner: int, shapes: Mapping[str, torch.Size], device: torch.device) -> Found:
+def _share(
+    solved: Found | None, owner: int, shapes: Mapping[str, torch.Size], device: torch.device
+) -> Found:
     """`solved`, fp64, of the owner rank, on every rank."""
     if not distributed():
         return solved
     if solved is None:
-        solved = {key: torch.empty(shape, dtype=torch.float64, device=device) for key, shape in shapes.items()}
+        solved = {
+            key: torch.empty(shape, dtype=torch.float64, device=device)
+            for key, shape in shapes.items()
+        }
     for tensor in solved.values():
         dist.broadcast(tensor, owner)
     return solved

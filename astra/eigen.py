@@ -32,7 +32,9 @@ class Checks(NamedTuple):
 
     orthonormality: float  # max |V^T V - I| over 100 d eps64
     residual: float  # largest |C v - lambda v| over 100 d eps64 tr(C)
-    energy: float  # |tr(V^T C V) - sum of the r eigenvalues named| over 1 % of it + 10 d eps64 tr(C)
+    energy: (
+        float  # |tr(V^T C V) - sum of the r eigenvalues named| over 1 % of it + 10 d eps64 tr(C)
+    )
 
 
 Eigenpairs = tuple[Tensor, Callable[[int, int], Tensor]]
@@ -60,7 +62,9 @@ def select_indices(select: EigenSelect, size: int, rank: int, generator: torch.G
         case "random":
             return torch.randperm(size, generator=generator)[:rank].sort().values
         case _:
-            raise AstraError(f"adapter.eigen_select: {select!r} is none of {', '.join(get_args(EigenSelect))}")
+            raise AstraError(
+                f"adapter.eigen_select: {select!r} is none of {', '.join(get_args(EigenSelect))}"
+            )
     return torch.arange(start, start + rank)
 
 
@@ -77,17 +81,26 @@ def tridiagonal_eigenpairs(matrix: Tensor) -> Eigenpairs:
     """
     work, info = lapack.dsytrd_lwork(len(matrix), lower=1)
     # A symmetric matrix is its own transpose: LAPACK's column order costs no copy.
-    reflectors, diagonal, beside, tau, info = lapack.dsytrd(matrix.numpy().T, lower=1, lwork=int(work))
+    reflectors, diagonal, beside, tau, info = lapack.dsytrd(
+        matrix.numpy().T, lower=1, lwork=int(work)
+    )
     if info:
         raise LinAlgError(f"sytrd: info {info}")
 
     def vectors(start: int, end: int) -> Tensor:
         _, turned = eigh_tridiagonal(
-            diagonal, beside, select="i", select_range=(start, end - 1), lapack_driver="stemr", check_finite=False
+            diagonal,
+            beside,
+            select="i",
+            select_range=(start, end - 1),
+            lapack_driver="stemr",
+            check_finite=False,
         )
         below = turned[1:]
         work, info = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, below, lwork=-1)[1:]
-        turned[1:], _, info = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, below, lwork=int(work[0]))
+        turned[1:], _, info = lapack.dormqr(
+            "L", "N", reflectors[1:, :-1], tau, below, lwork=int(work[0])
+        )
         if info:
             raise LinAlgError(f"ormqr: info {info}")
         return torch.from_numpy(turned)
@@ -112,18 +125,24 @@ def _project(directions: Tensor, onto: Callable[[Tensor], Tensor]) -> Tensor:
     In a degenerate null space any basis is optimal; eigensolvers return rounding noise, different on every machine.
     Fixed directions, projected, give a choice that depends smoothly on the null space alone.
     """
-    for _ in range(2):  # the second projection removes what the rounding of the first left (Parlett: twice is enough)
+    for _ in range(
+        2
+    ):  # the second projection removes what the rounding of the first left (Parlett: twice is enough)
         directions = torch.linalg.qr(onto(directions)).Q
     return directions
 
 
 def null_vectors(basis: Basis, count: int, seed: int, name: str) -> Tensor:
     """`count` orthonormal vectors outside of the range of `basis`, (size, count): whatever the moment, C v = 0."""
-    directions = _directions(len(basis.reflectors), count, named_generator(seed, f"{name} outside"), basis.tau.device)
+    directions = _directions(
+        len(basis.reflectors), count, named_generator(seed, f"{name} outside"), basis.tau.device
+    )
     return basis.complement(directions)
 
 
-def solve(basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, seed: int, name: str) -> Subspace:
+def solve(
+    basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, seed: int, name: str
+) -> Subspace:
     """r eigenpairs of `C = basis small basis^T` (see factor.output_moment).
 
     Zero eigenvalues come first: those outside of `basis`, then those of `small` up to `min(1, 10 / r) d eps64 tr(C)`,
@@ -137,10 +156,14 @@ def solve(basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, se
     if rank > size:
         raise AstraError(f"adapter.rank: {rank} is above the {size} outputs of {name}; lower it")
     if not torch.isfinite(small).all():
-        raise AstraError(f"{name}: its calibration moment is not finite; check the model's dtype and the data")
+        raise AstraError(
+            f"{name}: its calibration moment is not finite; check the model's dtype and the data"
+        )
     indices = select_indices(select, size, rank, named_generator(seed, name))
     failure = ""
-    for eigenpairs in (tridiagonal_eigenpairs, dense_eigenpairs)[small.is_cuda or len(small) < SMALL :]:
+    for eigenpairs in (tridiagonal_eigenpairs, dense_eigenpairs)[
+        small.is_cuda or len(small) < SMALL :
+    ]:
         try:
             subspace = _solve(basis, small, indices, eigenpairs(small), seed, name)
         except (LinAlgError, torch.linalg.LinAlgError) as error:
@@ -154,7 +177,12 @@ def solve(basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, se
 
 
 def _solve(
-    basis: Basis | None, small: Tensor, indices: Tensor, eigenpairs: Eigenpairs, seed: int, name: str
+    basis: Basis | None,
+    small: Tensor,
+    indices: Tensor,
+    eigenpairs: Eigenpairs,
+    seed: int,
+    name: str,
 ) -> Subspace:
     spectrum, vectors_of = eigenpairs
     rank, k = len(indices), len(small)
@@ -194,11 +222,15 @@ def _solve(
     return Subspace(vectors, values, spectrum, _check(vectors, values, basis, small, trace))
 
 
-def _check(vectors: Tensor, values: Tensor, basis: Basis | None, small: Tensor, trace: Tensor) -> Tensor:
+def _check(
+    vectors: Tensor, values: Tensor, basis: Basis | None, small: Tensor, trace: Tensor
+) -> Tensor:
     """The tensor of Checks."""
     size, rank = vectors.shape
     inner = vectors.T @ vectors - torch.eye(rank, dtype=torch.float64, device=vectors.device)
-    image = small @ vectors if basis is None else basis.times(small @ basis.transposed_times(vectors))
+    image = (
+        small @ vectors if basis is None else basis.times(small @ basis.transposed_times(vectors))
+    )
     residual = (image - vectors * values).norm(dim=0).max()
     energy = ((vectors * image).sum() - values.sum()).abs()
     rounding = size * EPS * trace

@@ -62,7 +62,9 @@ def gradients(
 
 
 @contextmanager
-def _adding(model: nn.Module, linears: Mapping[str, nn.Linear], sums: Mapping[str, Gradient]) -> Iterator[None]:
+def _adding(
+    model: nn.Module, linears: Mapping[str, nn.Linear], sums: Mapping[str, Gradient]
+) -> Iterator[None]:
     """Within it every backward pass adds to `sums`."""
 
     def from_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

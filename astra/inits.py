@@ -44,7 +44,9 @@ def lora(weight: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tenso
     bound = 1 / math.sqrt(d_in)
     uniform = torch.rand(rank, d_in, generator=named_generator(seed, name), dtype=torch.float64)
     rows = (2 * uniform - 1) * bound
-    return rows.to(weight.device), torch.zeros(d_out, rank, dtype=torch.float64, device=weight.device)
+    return rows.to(weight.device), torch.zeros(
+        d_out, rank, dtype=torch.float64, device=weight.device
+    )
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,9 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return rows[:rank] * (columns * q[:, :rank]).sum(0).sign()[:, None], columns
 
 
-def corda(weight: Tensor, second: Tensor, rank: int, scaling: float, mode: CordaMode) -> tuple[Tensor, Tensor]:
+def corda(
+    weight: Tensor, second: Tensor, rank: int, scaling: float, mode: CordaMode
+) -> tuple[Tensor, Tensor]:
     """Singular triplets of `W C = U S V^T`: `s B0 A0 = U_r S_r V_r^T C^-1` (arXiv 2406.05223, PEFT's corda).
 
     ipm takes the r largest, kpm the r smallest, the smallest first. C is the damped second moment of the layer's
@@ -81,7 +85,9 @@ def corda(weight: Tensor, second: Tensor, rank: int, scaling: float, mode: Corda
     """
     mean = second.diagonal().mean()
     if not (torch.isfinite(second).all() and mean > 0):
-        raise AstraError("its calibration moment is zero or not finite; check the model's dtype and the data")
+        raise AstraError(
+            "its calibration moment is zero or not finite; check the model's dtype and the data"
+        )
     damped = second / mean
     damped.diagonal().add_(DAMPING)
     u, values, v = _svd(weight.double() @ damped)
@@ -116,7 +122,9 @@ def lora_ga(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         AstraError: the gradient has less than 2r singular vectors, is zero or not finite.
     """
     if 2 * rank > min(gradient.shape):
-        raise AstraError(f"adapter.rank: lora_ga takes 2 x {rank} singular vectors and there are {min(gradient.shape)}")
+        raise AstraError(
+            f"adapter.rank: lora_ga takes 2 x {rank} singular vectors and there are {min(gradient.shape)}"
+        )
     if not (torch.isfinite(gradient).all() and gradient.any()):
         raise AstraError("its gradient is zero or not finite; check the model's dtype and the data")
     u, _, v = _svd(gradient)

@@ -37,7 +37,9 @@ class Batch(TypedDict):
     input_ids: Tensor
     counted: Tensor  # bool, False at padding and in dummy rows
     attention_mask: NotRequired[Tensor]  # 0 at padding, where the padding itself is counted
-    labels: NotRequired[Tensor]  # for gradients: the token ids where the loss counts, -100 elsewhere
+    labels: NotRequired[
+        Tensor
+    ]  # for gradients: the token ids where the loss counts, -100 elsewhere
 
 
 @dataclass
@@ -47,7 +49,9 @@ class Moment:
     `sum z z^T` is symmetric: only its lower triangle is summed, kept and sent, in columns of blocks.
     """
 
-    columns: list[Tensor]  # of the rows from i down: (d - i, min(WIDTH, d - i)) for i = 0, WIDTH, 2 WIDTH, ...
+    columns: list[
+        Tensor
+    ]  # of the rows from i down: (d - i, min(WIDTH, d - i)) for i = 0, WIDTH, 2 WIDTH, ...
     total: Tensor  # (d,), sum z
     count: Tensor  # (), number of tokens
 
@@ -106,7 +110,9 @@ class Group(NamedTuple):
 @contextmanager
 def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: ANN001 (a closure over the name)
     handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: hook(name, module, args[0]))
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: hook(name, module, args[0])
+        )
         for name, module in linears.items()
     ]
     try:
@@ -128,7 +134,10 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 @torch.no_grad()
 def find_groups(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch | None, of: Statistic = "output"
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batch: Batch | None,
+    of: Statistic = "output",
 ) -> list[Group]:
     """The statistics to keep of the modules `linears`, in the order they run, seen in a real forward pass.
 
@@ -145,7 +154,9 @@ def find_groups(
 
     def look(name: str, module: nn.Linear, x: Tensor) -> None:
         if any(name in names for names in shared):
-            raise AstraError(f"{name} runs more than once in a forward pass; take it out of adapter.targets")
+            raise AstraError(
+                f"{name} runs more than once in a forward pass; take it out of adapter.targets"
+            )
         if last and _same_memory(x, last[0]):
             shared[-1].append(name)
         else:
@@ -156,35 +167,49 @@ def find_groups(
         forward(model, batch)
     idle = set(linears) - {name for names in shared for name in names}
     if idle:
-        raise AstraError(f"{min(idle)} does not run in a forward pass; take it out of adapter.targets")
+        raise AstraError(
+            f"{min(idle)} does not run in a forward pass; take it out of adapter.targets"
+        )
     groups = []
     for names in shared:
         # The layers' attributes: a sharded weight's own shape may be (0,).
         d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
         if of in ("scaled output", "gradient"):
-            size = {name: linears[name].out_features if of == "scaled output" else 0 for name in names}
+            size = {
+                name: linears[name].out_features if of == "scaled output" else 0 for name in names
+            }
             groups += [Group((name,), of, size[name]) for name in names]
         elif of == "input" or d_in**2 <= sum(d_out**2 for d_out in sizes):
             groups.append(Group(tuple(names), "input", d_in))
         else:
-            groups += [Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)]
+            groups += [
+                Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)
+            ]
     return groups
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two living tensors are the same numbers in the same place; on PyTorch's fake tensors too."""
     same_storage = a.untyped_storage() is b.untyped_storage()
-    return same_storage and (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
+    return same_storage and (a.storage_offset(), a.shape, a.stride()) == (
+        b.storage_offset(),
+        b.shape,
+        b.stride(),
+    )
 
 
 @contextmanager
-def accumulating(linears: Mapping[str, nn.Linear], groups: Sequence[Group], moments: Sequence[Moment]) -> Iterator:
+def accumulating(
+    linears: Mapping[str, nn.Linear], groups: Sequence[Group], moments: Sequence[Moment]
+) -> Iterator:
     """Within it every forward pass adds its tokens to `moments`, one for each of `groups`.
 
     It yields a function that is to be told each batch's `counted` before the batch runs. The hooks run when an engine
     has gathered the module's weight, so `module.weight` is whole in them.
     """
-    by_leader = {group.modules[0]: (group, moment) for group, moment in zip(groups, moments, strict=True)}
+    by_leader = {
+        group.modules[0]: (group, moment) for group, moment in zip(groups, moments, strict=True)
+    }
     counted: list[Tensor] = []
 
     def add(name: str, module: nn.Linear, x: Tensor) -> None:

@@ -37,7 +37,9 @@ class Basis(NamedTuple):
         k = len(self.tau)
         beyond = torch.ormqr(self.reflectors, self.tau, directions, transpose=True)[k:]
         columns = torch.linalg.qr(beyond).Q
-        return torch.ormqr(self.reflectors, self.tau, torch.cat([columns.new_zeros(k, columns.shape[1]), columns]))
+        return torch.ormqr(
+            self.reflectors, self.tau, torch.cat([columns.new_zeros(k, columns.shape[1]), columns])
+        )
 
 
 def extended(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,7 +75,9 @@ def output_moment(
     wide = extended(weight, bias)
     if bias is not None:
         mean = (moment.total / moment.count)[:, None]
-        second = torch.cat([torch.cat([second, mean], 1), torch.cat([mean.T, torch.ones_like(mean[:1])], 1)])
+        second = torch.cat(
+            [torch.cat([second, mean], 1), torch.cat([mean.T, torch.ones_like(mean[:1])], 1)]
+        )
     if wide.shape[0] > wide.shape[1]:
         basis = basis or Basis(*torch.geqrf(wide))
         wide = basis.reflectors[: len(basis.tau)].triu()

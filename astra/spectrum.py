@@ -49,7 +49,9 @@ def allocate(effective: Mapping[str, float], most: Mapping[str, int], rank: int)
     """
     budget = rank * len(effective)
     if sum(most.values()) < budget:
-        raise AstraError(f"adapter.rank: {rank} for each module is above what effective_rank may give; lower it")
+        raise AstraError(
+            f"adapter.rank: {rank} for each module is above what effective_rank may give; lower it"
+        )
     weights = {name: max(math.log1p(value), 1e-12) for name, value in effective.items()}
 
     def shares(scale: float) -> dict[str, float]:
@@ -61,7 +63,9 @@ def allocate(effective: Mapping[str, float], most: Mapping[str, int], rank: int)
         low, high = (middle, high) if sum(shares(middle).values()) < budget else (low, middle)
     real = shares(high)
     ranks = {name: math.floor(value) for name, value in real.items()}
-    by_remainder = sorted((name for name in real if ranks[name] < most[name]), key=lambda n: ranks[n] - real[n])
+    by_remainder = sorted(
+        (name for name in real if ranks[name] < most[name]), key=lambda n: ranks[n] - real[n]
+    )
     for name in by_remainder[: budget - sum(ranks.values())]:
         ranks[name] += 1
     return ranks

@@ -29,12 +29,16 @@ class TorchWeights:
         value = parameter.detach()
         if isinstance(value, DTensor):
             whole = value.full_tensor()
-            return whole.clone() if value.device_mesh.size() == 1 else whole  # one rank's shard is the parameter itself
+            return (
+                whole.clone() if value.device_mesh.size() == 1 else whole
+            )  # one rank's shard is the parameter itself
         return value.clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         value = value.to(parameter.dtype)
         if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=0)
+            value = distribute_tensor(
+                value, parameter.device_mesh, parameter.placements, src_data_rank=0
+            )
         with torch.no_grad():
             parameter.copy_(value)

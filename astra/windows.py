@@ -82,7 +82,9 @@ def make_plan(
     if memory is None or sum(size.values()) + working <= memory:
         return Plan([Window(range(0), list(groups), sum(size.values()))], working, None, decomposed)
     if layers is None:
-        raise AstraError("calibration.memory_gib: this model's targets are not in a list of layers; leave it null")
+        raise AstraError(
+            "calibration.memory_gib: this model's targets are not in a list of layers; leave it null"
+        )
     layer_of = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
     by_layer: list[list[Group]] = [[] for _ in layers]
     for group in groups:
@@ -127,7 +129,9 @@ def statistic_bytes(group: Group, linears: Mapping[str, nn.Linear]) -> int:
             return moment_bytes(group.size)
 
 
-def _working(group: Group, linears: Mapping[str, nn.Linear], tokens: int, decomposed: Decomposed) -> int:
+def _working(
+    group: Group, linears: Mapping[str, nn.Linear], tokens: int, decomposed: Decomposed
+) -> int:
     """Bytes at most in use beside the statistics: while a batch is summed, or while one of the modules is solved."""
     most = 0
     for name in group.modules:
@@ -138,14 +142,18 @@ def _working(group: Group, linears: Mapping[str, nn.Linear], tokens: int, decomp
         # W in its own dtype and in fp64, or the gradient in its place.
         weight = FP64 * d_in * d_out + linears[name].weight.element_size() * d_in * d_out
         match decomposed:
-            case "output":  # W's factorisation, S whole, W S, C; or C, LAPACK's copy and its vectors
+            case (
+                "output"
+            ):  # W's factorisation, S whole, W S, C; or C, LAPACK's copy and its vectors
                 small = FP64 * (min(d_in, d_out) if group.of == "input" else group.size) ** 2
                 forming = weight + (2 * FP64 * d_in * d_out if of_input else 0) + of_input + small
                 solving = 4 * small
             case "input":  # S whole and centred, LAPACK's copy and its vectors
                 forming, solving = weight, 4 * of_input
             case "matrix":  # W S, LAPACK's copy and its two sets of vectors, its workspace; S, damped and factored
-                forming = weight + FP64 * (4 * d_in * d_out + 4 * min(d_in, d_out) ** 2) + 3 * of_input
+                forming = (
+                    weight + FP64 * (4 * d_in * d_out + 4 * min(d_in, d_out) ** 2) + 3 * of_input
+                )
                 solving = 0
         most = max(most, summing, forming, solving)
     return most
@@ -155,7 +163,9 @@ def find_layers(model: nn.Module, linears: Mapping[str, nn.Linear]) -> nn.Module
     """The model's list of decoder layers: the first that has every one of `linears` in its items."""
     wanted = {id(linear) for linear in linears.values()}
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and wanted <= {id(inner) for inner in module.modules()}:
+        if isinstance(module, nn.ModuleList) and wanted <= {
+            id(inner) for inner in module.modules()
+        }:
             return module
     return None
 
@@ -174,13 +184,17 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if not isinstance(hidden_states, Tensor):
-            raise AstraError("calibration.memory_gib: this model's layers do not hand on one tensor; leave it null")
+            raise AstraError(
+                "calibration.memory_gib: this model's layers do not hand on one tensor; leave it null"
+            )
         self.seen = hidden_states
         return hidden_states if self.given is None else self.given.to(hidden_states.device)
 
 
 @contextmanager
-def only(layers: nn.ModuleList | None, window: range, state: Tensor | None) -> Iterator[list[Tensor]]:
+def only(
+    layers: nn.ModuleList | None, window: range, state: Tensor | None
+) -> Iterator[list[Tensor]]:
     """Within it one forward pass of the model runs none of `layers` but those of `window`.
 
     Args:

@@ -51,7 +51,10 @@ def make_layer(shape: str, device, dtype):  # noqa: ANN001, ANN201 (torch is imp
     )
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    for norm in (model.model.layers[0].input_layernorm, model.model.layers[0].post_attention_layernorm):
+    for norm in (
+        model.model.layers[0].input_layernorm,
+        model.model.layers[0].post_attention_layernorm,
+    ):
         norm.weight.copy_(torch.logspace(0, -3.5, hidden)[torch.randperm(hidden)])
     return model
 
@@ -76,13 +79,22 @@ def counted(shape: str) -> dict:
     ours = {
         "numbers": sum(moment_bytes(group.size) for group in groups) // FP64,
         # W x of a group that sums outputs: the model's own forward pass makes it too, in its own dtype.
-        "products": sum(2 * linears[g.modules[0]].in_features * g.size * TOKENS for g in groups if g.of == "output"),
+        "products": sum(
+            2 * linears[g.modules[0]].in_features * g.size * TOKENS
+            for g in groups
+            if g.of == "output"
+        ),
         "sums": sum(sum_flops(group, linears) for group in groups) * TOKENS,
-        "forming": sum(forming_flops(group.of, linears[name]) for group in groups for name in group.modules),
+        "forming": sum(
+            forming_flops(group.of, linears[name]) for group in groups for name in group.modules
+        ),
     }
     triangle = ours["sums"] - ours["products"]
     return {
-        "groups": [[group.of, group.size, [name.rsplit(".", 1)[-1] for name in group.modules]] for group in groups],
+        "groups": [
+            [group.of, group.size, [name.rsplit(".", 1)[-1] for name in group.modules]]
+            for group in groups
+        ],
         "numbers": base["numbers"] / ours["numbers"],
         "bytes": base["numbers"] * 4 / (ours["numbers"] * FP64),
         "sums": base["sums"] / triangle,
@@ -125,7 +137,9 @@ def layer(shape: str, rows: int) -> dict:
         forward(model, batches[0])
         floor, _ = timed(lambda: [forward(model, batch) for batch in batches])
         ours, moments = timed(
-            lambda: second_moments(model, linears, batches, plan.windows[0], plan, [None] * len(batches))
+            lambda: second_moments(
+                model, linears, batches, plan.windows[0], plan, [None] * len(batches)
+            )
         )
         theirs, full = timed(lambda: baseline_moments(model, linears, batches))
     seconds |= {"forward": floor, "sums": ours - floor, "baseline sums": theirs - floor}
@@ -133,22 +147,31 @@ def layer(shape: str, rows: int) -> dict:
     for group, moment in zip(groups, moments, strict=True):
         for name in group.modules:
             weight = linears[name].weight
-            forming, (basis, small) = timed(lambda w=weight, g=group, m=moment: output_moment(g.of, m, w, None))
-            solving, mine = timed(lambda b=basis, s=small, n=name: solve(b, s, RANK, "smallest", 0, n))
+            forming, (basis, small) = timed(
+                lambda w=weight, g=group, m=moment: output_moment(g.of, m, w, None)
+            )
+            solving, mine = timed(
+                lambda b=basis, s=small, n=name: solve(b, s, RANK, "smallest", 0, n)
+            )
             dense, (_, vectors) = timed(lambda n=name: torch.linalg.eigh(full[n]))
             seconds["forming"] += forming
             seconds["solving"] += solving
             seconds["baseline eigh"] += dense
-            energies[name.rsplit(".", 1)[-1]] = _energies(basis, small, mine.vectors, vectors[:, :RANK].double())
+            energies[name.rsplit(".", 1)[-1]] = _energies(
+                basis, small, mine.vectors, vectors[:, :RANK].double()
+            )
             print(f"  {name}: eigenproblem {solving:.2f} s, baseline {dense:.2f} s", flush=True)
             del dense, vectors, full[name]
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores",
         "tokens": rows * 512,
         "seconds": seconds,
         "sums": seconds["baseline sums"] / seconds["sums"],
         "eigenproblems": seconds["baseline eigh"] / seconds["solving"],
-        "eigenproblems and forming": seconds["baseline eigh"] / (seconds["solving"] + seconds["forming"]),
+        "eigenproblems and forming": seconds["baseline eigh"]
+        / (seconds["solving"] + seconds["forming"]),
         "energy over the fp64 minimum": energies,
     }
 
@@ -158,13 +181,19 @@ def baseline_moments(model, linears: dict, batches: list) -> dict:  # noqa: ANN0
     import torch
 
     device = batches[0]["input_ids"].device
-    full = {name: torch.zeros(m.out_features, m.out_features, device=device) for name, m in linears.items()}
+    full = {
+        name: torch.zeros(m.out_features, m.out_features, device=device)
+        for name, m in linears.items()
+    }
 
     def add(name: str, output) -> None:  # noqa: ANN001
         rows = output.flatten(0, 1).float()
         full[name].addmm_(rows.T, rows)
 
-    hooks = [m.register_forward_hook(lambda _m, _i, out, name=name: add(name, out)) for name, m in linears.items()]
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, out, name=name: add(name, out))
+        for name, m in linears.items()
+    ]
     for batch in batches:
         model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
     for hook in hooks:
@@ -181,10 +210,17 @@ def _energies(basis, small, mine, theirs) -> dict[str, float]:  # noqa: ANN001
         return ((small @ inside) * inside).sum().item()
 
     outside = 0 if basis is None else basis.codimension
-    least = torch.linalg.eigvalsh(small)[: RANK - outside].clamp(min=0).sum().item() if outside < RANK else 0.0
+    least = (
+        torch.linalg.eigvalsh(small)[: RANK - outside].clamp(min=0).sum().item()
+        if outside < RANK
+        else 0.0
+    )
     trace = small.diagonal().sum().item()
     if least == 0:
-        return {"ours, share of trace": energy(mine) / trace, "baseline, share of trace": energy(theirs) / trace}
+        return {
+            "ours, share of trace": energy(mine) / trace,
+            "baseline, share of trace": energy(theirs) / trace,
+        }
     return {"ours": energy(mine) / least, "baseline": energy(theirs) / least}
 
 
@@ -210,12 +246,19 @@ def worker(output: Path) -> None:
 
     start()
     torch.manual_seed(0)
-    size = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **size)).eval().requires_grad_(False)
     linears = linears_of(model)
     ids = torch.randint(1000, (48, 256), generator=torch.Generator().manual_seed(1))
     share = deal(list(range(48)), dist.get_rank(), dist.get_world_size(), 1)
-    batches = [{"input_ids": ids[rows], "counted": torch.ones(1, 256, dtype=torch.bool)} for rows in share]
+    batches = [
+        {"input_ids": ids[rows], "counted": torch.ones(1, 256, dtype=torch.bool)} for rows in share
+    ]
     groups = moments.find_groups(model, linears, batches[0])
     plan = make_plan(model, linears, groups, tokens=256)
     ranks = dict.fromkeys(linears, 32)
@@ -235,7 +278,9 @@ def worker(output: Path) -> None:
             part("forward", lambda: [moments.forward(model, batch) for batch in batches])
         found = part(
             "forward and sums",
-            lambda: second_moments(model, linears, batches, plan.windows[0], plan, [None] * len(batches)),
+            lambda: second_moments(
+                model, linears, batches, plan.windows[0], plan, [None] * len(batches)
+            ),
         )
         part("reduction", lambda found=found: reduce(found, owners))
         part(
@@ -264,25 +309,41 @@ def ranks() -> dict:
         output = Path(scratch) / "clock.json"
         for pair in range(PAIRS):
             for number in runs:
-                line = [torchrun, "--standalone", "--nproc_per_node", str(number), __file__, "--worker", str(output)]
+                line = [
+                    torchrun,
+                    "--standalone",
+                    "--nproc_per_node",
+                    str(number),
+                    __file__,
+                    "--worker",
+                    str(output),
+                ]
                 cores = ["taskset", "-c", ",".join(map(str, range(number)))]
                 done = subprocess.run(
-                    cores + line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+                    cores + line,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
                 )
                 if done.returncode:
                     raise RuntimeError(done.stderr[-3000:])
                 runs[number].append(json.loads(output.read_text()))
-            print(f"  pair {pair + 1}: {runs[1][-1]['total']:.2f} s, {runs[2][-1]['total']:.2f} s", flush=True)
+            print(
+                f"  pair {pair + 1}: {runs[1][-1]['total']:.2f} s, {runs[2][-1]['total']:.2f} s",
+                flush=True,
+            )
     ratios = [one["total"] / two["total"] for one, two in zip(*runs.values(), strict=True)]
     parts = {
-        number: {name: statistics.median(run[name] for run in of) for name in of[0]} for number, of in runs.items()
+        number: {name: statistics.median(run[name] for run in of) for name in of[0]}
+        for number, of in runs.items()
     }
     return {
         "speedup": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
         "seconds": parts,
         "of the forward passes": {
-            number: {name: value / part["forward"] for name, value in part.items()} for number, part in parts.items()
+            number: {name: value / part["forward"] for name, value in part.items()}
+            for number, part in parts.items()
         },
     }
 
@@ -300,18 +361,31 @@ def window_worker(budget: float, output: Path) -> None:
     from bench.memory import MIB, Peak, anonymous
 
     torch.manual_seed(0)
-    size = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8}
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **size)).eval().requires_grad_(False)
     linears = linears_of(model)
     ids = torch.randint(1000, (8, 256), generator=torch.Generator().manual_seed(1))
-    batches = [{"input_ids": row[None], "counted": torch.ones(1, 256, dtype=torch.bool)} for row in ids]
+    batches = [
+        {"input_ids": row[None], "counted": torch.ones(1, 256, dtype=torch.bool)} for row in ids
+    ]
     groups = moments.find_groups(model, linears, batches[0])
     ranks = dict.fromkeys(linears, 32)
     torch.linalg.eigh(torch.eye(300, dtype=torch.float64))  # loads what it needs
     plan = make_plan(model, linears, groups, tokens=256, memory=budget * MIB or None)
     before, peak = anonymous(), Peak()
     parts = calibrate(
-        model, linears, [batches], TorchWeights(), plan, lambda p: find_subspace(p, "largest", 0), ranks=ranks
+        model,
+        linears,
+        [batches],
+        TorchWeights(),
+        plan,
+        lambda p: find_subspace(p, "largest", 0),
+        ranks=ranks,
     )
     for number, part in enumerate(parts):  # kept on disk, as a run keeps them
         vectors = {name: of["vectors"] for name, of in part.items()}
@@ -339,17 +413,32 @@ def windows() -> dict:
             vectors = {name: value for file in files for name, value in load_file(file).items()}
             first = first or vectors
             furthest = max((vectors[name] - first[name]).abs().max().item() for name in first)
-            found.append({"budget_mib": budget or None} | json.loads(output.read_text()) | {"furthest": furthest})
+            found.append(
+                {"budget_mib": budget or None}
+                | json.loads(output.read_text())
+                | {"furthest": furthest}
+            )
             print(f"  {found[-1]}", flush=True)
     return {"runs": found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     everything = ["counted", "layer", "ranks", "windows"]
-    parser.add_argument("--parts", nargs="+", choices=everything, default=everything, help="default all")
-    parser.add_argument("--rows", type=int, default=16, help="of 512 tokens, for the layer (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "calibration.json", help="default %(default)s")
+    parser.add_argument(
+        "--parts", nargs="+", choices=everything, default=everything, help="default all"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=16, help="of 512 tokens, for the layer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "calibration.json",
+        help="default %(default)s",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -365,7 +454,11 @@ def main() -> None:
         if part == "counted":
             found[part] = {shape: counted(shape) for shape in SHAPES}
         else:
-            parts = {"layer": lambda: layer("LLaMA2-7B", arguments.rows), "ranks": ranks, "windows": windows}
+            parts = {
+                "layer": lambda: layer("LLaMA2-7B", arguments.rows),
+                "ranks": ranks,
+                "windows": windows,
+            }
             found[part] = parts[part]()
         print(json.dumps(found[part], indent=1), flush=True)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -31,9 +31,17 @@ LIMIT = 120.0  # seconds within which every process of a killed run must be gone
 LAUNCHERS = {
     "python": (sys.executable,),
     "deepspeed": (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"),
-    "torchrun": (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node"),
+    "torchrun": (
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+    ),
 }
-ENGINES = {"zero3": ("deepspeed", 2), "fsdp": ("torchrun", 2), "single": ("python", 1)}  # launcher and ranks
+ENGINES = {
+    "zero3": ("deepspeed", 2),
+    "fsdp": ("torchrun", 2),
+    "single": ("python", 1),
+}  # launcher and ranks
 LAST_WORDS = re.compile(r"^(error|stopped|rank \d|.*(gone|stalled|stopped)).*", re.MULTILINE)
 
 
@@ -58,7 +66,9 @@ FAULTS = [
 ]
 
 
-def command(launcher: str, ranks: int, *arguments: object, script: Path = ROOT / "launch/train.py") -> list[str]:
+def command(
+    launcher: str, ranks: int, *arguments: object, script: Path = ROOT / "launch/train.py"
+) -> list[str]:
     """The command line that trains with `arguments` on `ranks` ranks."""
     start = list(LAUNCHERS[launcher])
     if launcher != "python":
@@ -75,7 +85,11 @@ class Run:
         self.log, self.mark = log, secrets.token_hex(8)
         with log.open("w") as file:
             self.launcher = subprocess.Popen(
-                command, stdout=file, stderr=file, env=ENVIRONMENT | {"FAULTS_RUN": self.mark}, start_new_session=True
+                command,
+                stdout=file,
+                stderr=file,
+                env=ENVIRONMENT | {"FAULTS_RUN": self.mark},
+                start_new_session=True,
             )
 
     def output(self) -> str:
@@ -86,7 +100,10 @@ class Run:
         alive = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("FAULTS_RUN") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("FAULTS_RUN") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     alive.append(process)
             except (psutil.Error, OSError):
                 continue
@@ -130,7 +147,9 @@ class Run:
                 return time.monotonic() - began
             if time.monotonic() - began > limit:
                 self.kill()
-                raise TimeoutError(f"{len(rest)} processes left after {limit} s\n{self.output()[-3000:]}")
+                raise TimeoutError(
+                    f"{len(rest)} processes left after {limit} s\n{self.output()[-3000:]}"
+                )
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -200,23 +219,52 @@ def disturb(command: list[str], folder: Path, fault: Fault, after: float, log: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds and moments (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "faults.json", help="default bench/faults.json")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the kinds and moments (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "faults.json",
+        help="default bench/faults.json",
+    )
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
-    settings = ["train.max_steps=20", "train.checkpoint_every=3", "adapter.dropout=0.1", "eval.suites=[]"]
-    options = ["--recipe", "quickstart", *(word for setting in settings for word in ("--set", setting))]
+    settings = [
+        "train.max_steps=20",
+        "train.checkpoint_every=3",
+        "adapter.dropout=0.1",
+        "eval.suites=[]",
+    ]
+    options = [
+        "--recipe",
+        "quickstart",
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     engines = ("zero3", "fsdp")
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         undisturbed, seconds = {}, {}
-        warm = command(*ENGINES["zero3"], *options, "--set", "train.max_steps=1", "--output", Path(scratch, "warm"))
-        Run(warm, Path(scratch, "log")).wait(limit=1200)  # the first start ever pretrains the quickstart's base
+        warm = command(
+            *ENGINES["zero3"],
+            *options,
+            "--set",
+            "train.max_steps=1",
+            "--output",
+            Path(scratch, "warm"),
+        )
+        Run(warm, Path(scratch, "log")).wait(
+            limit=1200
+        )  # the first start ever pretrains the quickstart's base
         for engine in engines:
             undisturbed[engine] = Path(scratch, engine)
-            line = command(*ENGINES[engine], *options, "--engine", engine, "--output", undisturbed[engine])
+            line = command(
+                *ENGINES[engine], *options, "--engine", engine, "--output", undisturbed[engine]
+            )
             seconds[engine] = Run(line, Path(scratch, "log")).wait()
         while len(records) < arguments.kills:
             number = len(records)
@@ -224,7 +272,9 @@ def main() -> None:
             fault = FAULTS[number // len(engines) % len(FAULTS)]
             folder = Path(scratch, f"run{draw.randrange(10**9)}")
             line = command(*ENGINES[engine], *options, "--engine", engine, "--output", folder)
-            record = disturb(line, folder, fault, draw.uniform(1, seconds[engine]), Path(scratch, "log"))
+            record = disturb(
+                line, folder, fault, draw.uniform(1, seconds[engine]), Path(scratch, "log")
+            )
             if record is None:
                 continue
             record = {"engine": engine} | record | {"same": same(folder, undisturbed[engine])}
@@ -232,7 +282,9 @@ def main() -> None:
             print(json.dumps(record), flush=True)
     worst = max(record["ended_after"] for record in records)
     good = sum(record["same"] for record in records)
-    print(f"{good} of {len(records)} runs equal the undisturbed one bit for bit; the slowest end took {worst} s")
+    print(
+        f"{good} of {len(records)} runs equal the undisturbed one bit for bit; the slowest end took {worst} s"
+    )
     arguments.output.write_text(json.dumps(records, indent=1) + "\n")
 
 

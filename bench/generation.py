@@ -35,13 +35,24 @@ COMMAND = shlex.join(["python", *sys.argv])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a model (default: the quickstart's base)")
-    parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_test.jsonl (default: the quickstart's)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder of a model (default: the quickstart's base)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with gsm8k_test.jsonl (default: the quickstart's)"
+    )
     parser.add_argument("--limit", type=int, default=200, help="problems (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "generation.json", help="default %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "generation.json",
+        help="default %(default)s",
+    )
     arguments = parser.parse_args()
 
     import torch
@@ -55,7 +66,9 @@ def main() -> None:
 
     folder = arguments.model or quickstart.cache_folder()
     if not folder.is_dir():
-        parser.error(f"{folder} is not there; run the quickstart first, or give --model and --data-dir")
+        parser.error(
+            f"{folder} is not there; run the quickstart first, or give --model and --data-dir"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -65,9 +78,13 @@ def main() -> None:
     fitting = [ids for ids in prompts if len(ids) + arguments.max_new_tokens <= context]
     left_out, prompts = len(prompts) - len(fitting), fitting
     if not prompts:
-        parser.error(f"no prompt fits the context of {context} with --max-new-tokens {arguments.max_new_tokens}")
+        parser.error(
+            f"no prompt fits the context of {context} with --max-new-tokens {arguments.max_new_tokens}"
+        )
     end = tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(pad_token_id=end, eos_token_id=end)  # both end at these alone
+    model.generation_config = GenerationConfig(
+        pad_token_id=end, eos_token_id=end
+    )  # both end at these alone
 
     @torch.no_grad()
     def plain(prompts: list[list[int]]) -> list[str]:
@@ -76,8 +93,12 @@ def main() -> None:
             batch = prompts[start : start + arguments.batch_size]
             longest = max(map(len, batch))
             ids = torch.tensor([[end] * (longest - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-            new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=arguments.max_new_tokens)
+            mask = torch.tensor(
+                [[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device
+            )
+            new = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=arguments.max_new_tokens
+            )
             new = new[:, longest:]
             texts += tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
@@ -115,12 +136,17 @@ def main() -> None:
         found = {make: rate(make) for make in order}
         (theirs, plain_texts), (mine, texts) = found[plain], found[ours]
         pairs.append((theirs, mine))
-        print(f"plain {theirs:.0f} tokens/s, ours {mine:.0f} tokens/s: {mine / theirs:.2f} times", flush=True)
+        print(
+            f"plain {theirs:.0f} tokens/s, ours {mine:.0f} tokens/s: {mine / theirs:.2f} times",
+            flush=True,
+        )
     lengths = [tokens(text) for text in texts]
     result = {
         "command": COMMAND,
         "model": str(folder),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": "float32",

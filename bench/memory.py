@@ -60,7 +60,12 @@ class Peak:
 
 
 SIZES = {  # of the model measured, and of the one that shows what the libraries take
-    "model": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 6000},
+    "model": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "vocab_size": 6000,
+    },
     "tiny": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300},
 }
 
@@ -71,9 +76,16 @@ def make_inputs(folder: Path, size: dict) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}}
+    vocabulary = {
+        "<s>": 0,
+        "</s>": 1,
+        **{c: i + 2 for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())},
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder / "base")
     torch.manual_seed(0)
@@ -86,7 +98,10 @@ def make_inputs(folder: Path, size: dict) -> int:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base", max_shard_size="100MB")
-    rows = [{"query": f"What is {i} plus {i}?", "response": "We add the numbers. " * 20} for i in range(8)]
+    rows = [
+        {"query": f"What is {i} plus {i}?", "response": "We add the numbers. " * 20}
+        for i in range(8)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -132,13 +147,17 @@ def worker(folder: Path, engine_name: str) -> None:
         held = 0
         for parameter in (p for p in model.parameters() if not p.requires_grad):
             shard = (
-                parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+                parameter.to_local()
+                if isinstance(parameter, DTensor)
+                else getattr(parameter, "ds_tensor", parameter)
             )
             held += shard.numel() * shard.element_size()
         found[stage] = {"base": held, "peak": peak.take() - before}
 
     base = engine.load(str(inputs.model_path))
-    model = adapter.attach(base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0)
+    model = adapter.attach(
+        base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
+    )
     layers = adapter.lora_layers(model)
     linears = adapter.base_layers(layers)
     with engine.inference(model), model.disable_adapter():
@@ -148,14 +167,24 @@ def worker(folder: Path, engine_name: str) -> None:
         plan = make_plan(model, linears, groups, tokens=LENGTH)
         ranks = dict.fromkeys(linears, recipe.adapter.rank)
         (modules,) = calibrate(
-            model, linears, [batches], engine, plan, lambda p: find_subspace(p, "largest", 0), ranks=ranks
+            model,
+            linears,
+            [batches],
+            engine,
+            plan,
+            lambda p: find_subspace(p, "largest", 0),
+            ranks=ranks,
         )
         end_of("calibration")
-    adapter.initialise(layers, lambda name, weight: inits.astra(weight, as_subspace(modules[name])), engine)
+    adapter.initialise(
+        layers, lambda name, weight: inits.astra(weight, as_subspace(modules[name])), engine
+    )
     modules.clear()
     end_of("initialisation")
     steps = list(step_rows(len(inputs.tokens), 8, 2, 2, 0))
-    list(train(make_stepper(engine, model, recipe.train), inputs.tokens, steps, recipe.train, device))
+    list(
+        train(make_stepper(engine, model, recipe.train), inputs.tokens, steps, recipe.train, device)
+    )
     end_of("training")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     stop()
@@ -165,13 +194,21 @@ def measure(folder: Path, engine: str, ranks: int) -> dict:
     """The largest figure of any rank, in bytes, by stage."""
     for old in folder.glob("rank*.json"):
         old.unlink()
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    launcher = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     line = [*launcher, __file__, "--worker", engine, "--folder", str(folder)]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    return {stage: {kind: max(rank[stage][kind] for rank in found) for kind in ("base", "peak")} for stage in STAGES}
+    return {
+        stage: {kind: max(rank[stage][kind] for rank in found) for kind in ("base", "peak")}
+        for stage in STAGES
+    }
 
 
 def planned(folder: Path, engine: str, ranks: int) -> dict:
@@ -182,9 +219,19 @@ def planned(folder: Path, engine: str, ranks: int) -> dict:
     from launch.planning.estimate import estimate
 
     config = AutoConfig.from_pretrained(folder / "base")
-    found = estimate(config, recipe_of(folder, engine), ranks=ranks, dtype=torch.float32, checkpointing=False, steps=2)
+    found = estimate(
+        config,
+        recipe_of(folder, engine),
+        ranks=ranks,
+        dtype=torch.float32,
+        checkpointing=False,
+        steps=2,
+    )
     memory = {stage: getattr(found, stage).memory for stage in STAGES[1:]}
-    if engine in ("single", "zero2"):  # on CPUs they map the files, and copy a page when it is written
+    if engine in (
+        "single",
+        "zero2",
+    ):  # on CPUs they map the files, and copy a page when it is written
         memory["calibration"]["base"] = 0
     return memory
 
@@ -196,7 +243,11 @@ def table(records: list[dict]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for record in records:
         cells = [record["engine"], str(record["ranks"])]
-        numbers = [record["training"]["base"], record["tiny"]["training"]["peak"], net(record, "load")]
+        numbers = [
+            record["training"]["base"],
+            record["tiny"]["training"]["peak"],
+            net(record, "load"),
+        ]
         cells += [f"{number / MIB:.0f}" for number in numbers]
         for stage in STAGES[1:]:
             measured, plan = net(record, stage), sum(record["planned"][stage].values())
@@ -211,9 +262,18 @@ def net(record: dict, stage: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "memory.json", help="default bench/memory.json")
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES, help="default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "memory.json",
+        help="default bench/memory.json",
+    )
+    parser.add_argument(
+        "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="default all"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -231,13 +291,24 @@ def main() -> None:
         records = []
         for engine in arguments.engines:
             for ranks in (1,) if engine == "single" else RANKS:
-                measured = {name: measure(folder, engine, ranks) for name, folder in folders.items()}
-                records.append({"engine": engine, "ranks": ranks, "tiny": measured["tiny"], **measured["model"]})
+                measured = {
+                    name: measure(folder, engine, ranks) for name, folder in folders.items()
+                }
+                records.append(
+                    {
+                        "engine": engine,
+                        "ranks": ranks,
+                        "tiny": measured["tiny"],
+                        **measured["model"],
+                    }
+                )
                 records[-1]["planned"] = planned(folders["model"], engine, ranks)
                 print(table(records[-1:]).splitlines()[-1], flush=True)
     print(f"\n{total / 1e6:.0f} M parameters, {4 * total / MIB:.0f} MiB in fp32; MiB a rank:\n")
     print(table(records))
-    arguments.output.write_text(json.dumps({"parameters": total, "records": records}, indent=1) + "\n")
+    arguments.output.write_text(
+        json.dumps({"parameters": total, "records": records}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

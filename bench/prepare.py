@@ -27,7 +27,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SYLLABLES = "an ber con da el fi gra ho in ka lo mer na ost per qua ri sta ter ul ven wa xi yo ze".split()
+SYLLABLES = (
+    "an ber con da el fi gra ho in ka lo mer na ost per qua ri sta ter ul ven wa xi yo ze".split()
+)
 VOCABULARY = 32000
 MIB = 2**20
 # Threads of the ranks as on the machine of a test; freed blocks go back at once, so that a peak is of what is in use.
@@ -49,35 +51,60 @@ def write_rows(path: Path, count: int) -> None:
         length = max(3, round(draw.lognormvariate(log_mean, log_deviation)))
         parts = draw.choices(words, weights, k=length)
         for i in range(0, length, 5):  # mathematics is full of numbers
-            parts[i] = draw.choice(["{a} + {b} = {c}", "${a}", "{a}", "\\frac{{{a}}}{{{b}}}", "{c}."]).format(
-                a=draw.randrange(100), b=draw.randrange(1, 100), c=draw.randrange(10000)
-            )
+            parts[i] = draw.choice(
+                ["{a} + {b} = {c}", "${a}", "{a}", "\\frac{{{a}}}{{{b}}}", "{c}."]
+            ).format(a=draw.randrange(100), b=draw.randrange(1, 100), c=draw.randrange(10000))
         return " ".join(parts)
 
     with path.open("w") as file:
         for _ in range(count):
-            question = text(3.55, 0.63)  # of the logarithms of numbers of words, in 3,000 real questions and answers
+            question = text(
+                3.55, 0.63
+            )  # of the logarithms of numbers of words, in 3,000 real questions and answers
             response = f"{text(4.01, 0.60)}\nThe answer is: {draw.randrange(1000)}"
-            row = {"query": question, "response": response, "type": "GSM_made", "original_question": question}
+            row = {
+                "query": question,
+                "response": response,
+                "type": "GSM_made",
+                "original_question": question,
+            }
             file.write(json.dumps(row) + "\n")
 
 
 def make_base(folder: Path, rows: Path) -> None:
     """A tiny Llama, with a tokenizer of Llama 2's kind trained on the first rows."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     with rows.open() as file:
-        texts = [" ".join(json.loads(line).values()) for line, _ in zip(file, range(5000), strict=False)]
+        texts = [
+            " ".join(json.loads(line).values()) for line, _ in zip(file, range(5000), strict=False)
+        ]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = None
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -99,11 +126,20 @@ class Watched:
         self.anonymous: dict[int, int] = {}  # pid -> largest anonymous memory, bytes
         self.peak: dict[int, int] = {}  # pid -> largest resident memory, as the kernel kept it
         self.cpu: dict[int, float] = {}  # pid -> seconds, user and system
-        self.ready: tuple[float, float] | None = None  # wall and CPU seconds until the line about the rows
+        self.ready: tuple[float, float] | None = (
+            None  # wall and CPU seconds until the line about the rows
+        )
         began = time.perf_counter()
-        environment = ENVIRONMENT | {"ASTRA_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
+        environment = ENVIRONMENT | {
+            "ASTRA_CACHE": str(cache),
+            "HF_DATASETS_CACHE": str(cache / "datasets"),
+        }
         process = subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            list(map(str, command)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         sampler = threading.Thread(target=self._sample, args=(psutil.Process(process.pid),))
         sampler.start()
@@ -125,10 +161,16 @@ class Watched:
                     times = process.cpu_times()
                 except (OSError, psutil.Error):
                     continue  # it ended just now
-                sizes = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.endswith(" kB")}
+                sizes = {
+                    line.split(":")[0]: line.split()[1]
+                    for line in status.splitlines()
+                    if line.endswith(" kB")
+                }
                 anonymous = int(sizes.get("RssAnon", 0)) * 1024
                 self.anonymous[process.pid] = max(anonymous, self.anonymous.get(process.pid, 0))
-                self.peak[process.pid] = max(int(sizes.get("VmHWM", 0)) * 1024, self.peak.get(process.pid, 0))
+                self.peak[process.pid] = max(
+                    int(sizes.get("VmHWM", 0)) * 1024, self.peak.get(process.pid, 0)
+                )
                 self.cpu[process.pid] = times.user + times.system
             time.sleep(0.2)
 
@@ -148,14 +190,36 @@ calibration: {{samples: 8}}
 train: {{global_batch: 16, max_steps: 12, checkpoint_every: 100}}
 engine: fsdp
 """)
-    prepare = [sys.executable, ROOT / "launch" / "prepare.py", "--recipe", recipe, "--output", folder / f"made-{count}"]
+    prepare = [
+        sys.executable,
+        ROOT / "launch" / "prepare.py",
+        "--recipe",
+        recipe,
+        "--output",
+        folder / f"made-{count}",
+    ]
     ran = Watched(prepare, cache / "prepare")
-    found = {"prepare": {"wall_s": ran.wall, "cpu_s": sum(ran.cpu.values()), "peak_mib": max(ran.peak.values()) / MIB}}
+    found = {
+        "prepare": {
+            "wall_s": ran.wall,
+            "cpu_s": sum(ran.cpu.values()),
+            "peak_mib": max(ran.peak.values()) / MIB,
+        }
+    }
     found["prepare"]["anonymous_mib"] = max(ran.anonymous.values()) / MIB
     for name in ("first start", "second start"):
         torchrun = Path(sys.executable).with_name("torchrun")
         output = folder / f"{name}-{count}"
-        train = [torchrun, "--nproc_per_node", 2, ROOT / "launch" / "train.py", "--recipe", recipe, "--output", output]
+        train = [
+            torchrun,
+            "--nproc_per_node",
+            2,
+            ROOT / "launch" / "train.py",
+            "--recipe",
+            recipe,
+            "--output",
+            output,
+        ]
         ran = Watched(train, cache)
         found[name] = {
             "wall_s": ran.ready[0],
@@ -164,18 +228,37 @@ engine: fsdp
             "anonymous_mib": max(ran.anonymous.values()) / MIB,
         }
     manifest = json.loads((folder / f"made-{count}" / "manifest.json").read_text())
-    found["tokens"] = {key: manifest[key] for key in ("kept", "cut", "dropped", "tokens", "answer_tokens")}
+    found["tokens"] = {
+        key: manifest[key] for key in ("kept", "cut", "dropped", "tokens", "answer_tokens")
+    }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="default %(default)s")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "prepare.json", help="default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[10_000, 100_000], help="default %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "bench" / "prepare.json", help="default %(default)s"
+    )
     arguments = parser.parse_args()
-    found: dict = {"cores": len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0], "rows": {}}
-    columns = {"wall_s": "wall s", "cpu_s": "CPU s", "anonymous_mib": "anonymous MiB", "peak_mib": "with files MiB"}
-    print(f"| rows | | {' | '.join(columns.values())} |\n|---|---|{'---|' * len(columns)}", flush=True)
+    found: dict = {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "rows": {},
+    }
+    columns = {
+        "wall_s": "wall s",
+        "cpu_s": "CPU s",
+        "anonymous_mib": "anonymous MiB",
+        "peak_mib": "with files MiB",
+    }
+    print(
+        f"| rows | | {' | '.join(columns.values())} |\n|---|---|{'---|' * len(columns)}", flush=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         for count in arguments.rows:
             found["rows"][count] = measured = measure(count, Path(folder))

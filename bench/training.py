@@ -109,7 +109,9 @@ def lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
 def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of random orthonormal vectors: which ones does not change a step's cost."""
     draw = named_generator(SEED, name)
-    vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[0].to(weight.device)
+    vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[
+        0
+    ].to(weight.device)
     return vectors.T @ weight.double(), vectors
 
 
@@ -123,11 +125,15 @@ class Bench:
         self.arguments, self.folder = arguments, folder
         self.device = start()
         self.dtype = torch.bfloat16 if GPU else torch.float32
-        self.settings = Train(global_batch=arguments.rows, micro_batch=arguments.micro_batch, checkpoint_every=1)
+        self.settings = Train(
+            global_batch=arguments.rows, micro_batch=arguments.micro_batch, checkpoint_every=1
+        )
         self.tokens = make_rows(arguments.rows * (arguments.pairs + 1))
         self.peak = None if GPU else Peak()
 
-    def engine_turn(self, name: str, method: str = "lora", held: dict | None = None) -> tuple[Turn, PeftModel]:
+    def engine_turn(
+        self, name: str, method: str = "lora", held: dict | None = None
+    ) -> tuple[Turn, PeftModel]:
         """A training by the functions of the main path."""
         engine = make_engine(name, self.device, self.dtype)
         base = engine.load(str(self.folder))
@@ -161,7 +167,10 @@ class Bench:
                     added[name] = max(added[name], self.memory_peak() - before)
             answers.append(self.tokens.answer_tokens(rows))
         if dist.get_rank() == 0:
-            print({name: [round(second, 2) for second in values] for name, values in seconds.items()}, flush=True)
+            print(
+                {name: [round(second, 2) for second in values] for name, values in seconds.items()},
+                flush=True,
+            )
         return {
             name: {
                 "answer_tokens_per_second": round(sum(answers[1:]) / sum(values), 1),
@@ -188,7 +197,11 @@ def held_bytes(model: nn.Module) -> int:
     """Of the base, on this rank."""
     held = 0
     for parameter in (p for p in model.parameters() if not p.requires_grad):
-        shard = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+        shard = (
+            parameter.to_local()
+            if hasattr(parameter, "to_local")
+            else getattr(parameter, "ds_tensor", parameter)
+        )
         held += shard.numel() * shard.element_size()
     return held
 
@@ -196,7 +209,10 @@ def held_bytes(model: nn.Module) -> int:
 def ratio(found: dict[str, dict], ours: str, theirs: str) -> dict:
     """How many times faster `ours` is than `theirs`, turn by turn."""
     ratios = [b / a for a, b in zip(found[ours]["seconds"], found[theirs]["seconds"], strict=True)]
-    return {"median": round(statistics.median(ratios), 3), "all": [round(value, 3) for value in sorted(ratios)]}
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "all": [round(value, 3) for value in sorted(ratios)],
+    }
 
 
 def hf(bench: Bench) -> dict:
@@ -216,9 +232,15 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
             return len(bench.tokens)
 
         def __getitem__(self, row: int) -> dict:
-            ids = bench.tokens.tokens[bench.tokens.offsets[row] : bench.tokens.offsets[row + 1]].tolist()
+            ids = bench.tokens.tokens[
+                bench.tokens.offsets[row] : bench.tokens.offsets[row + 1]
+            ].tolist()
             begin = int(bench.tokens.answer_starts[row])
-            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * begin + ids[begin:]}
+            return {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                "labels": [-100] * begin + ids[begin:],
+            }
 
     class InTurns(TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
@@ -230,9 +252,15 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
             return SequentialSampler(Rows())
 
     base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
     tokenizer = AutoTokenizer.from_pretrained(bench.folder)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # else it would wrap its model in DistributedDataParallel
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+    ):  # else it would wrap its model in DistributedDataParallel
         os.environ.pop(name)
     trainer = InOrder(
         model,
@@ -276,7 +304,11 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
 def sharded(bench: Bench) -> dict:
     """All three in the same two processes; what they hold of the base is on one of them."""
     held: dict[str, int] = {}
-    base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype).to(bench.device).requires_grad_(False)
+    base = (
+        LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
+        .to(bench.device)
+        .requires_grad_(False)
+    )
     model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
     held["ddp"] = held_bytes(model)
     wrapped = nn.parallel.DistributedDataParallel(objective.AnswerLoss(model))
@@ -288,7 +320,9 @@ def sharded(bench: Bench) -> dict:
     found = bench.compare(turns)
     for name in found:
         found[name]["base_held_mib"] = round(held[name] / MIB, 1)
-    return {"runs": found} | {f"speed_of_ddp.{name}": ratio(found, name, "ddp") for name in ("fsdp", "zero3")}
+    return {"runs": found} | {
+        f"speed_of_ddp.{name}": ratio(found, name, "ddp") for name in ("fsdp", "zero3")
+    }
 
 
 def astra(bench: Bench) -> dict:
@@ -319,7 +353,9 @@ def ablation(bench: Bench) -> dict:
     ) -> Tensor:
         logits = loss.model(input_ids=ids, position_ids=places, use_cache=False).logits
         labels = torch.full_like(ids, -100).flatten().index_put((positions,), targets)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum"
+        )
 
     def checkpointed(rows: list[int]) -> None:
         model.enable_input_require_grads()
@@ -351,12 +387,16 @@ def ablation(bench: Bench) -> dict:
     if bench.arguments.compile:
         turns["compiled"] = compiled
     found = bench.compare(turns)
-    return {"runs": found} | {f"default_against.{name}": ratio(found, "default", name) for name in turns}
+    return {"runs": found} | {
+        f"default_against.{name}": ratio(found, "default", name) for name in turns
+    }
 
 
 def worker(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments, arguments.folder)
-    found = {"hf": hf, "sharded": sharded, "astra": astra, "ablation": ablation}[arguments.worker](bench)
+    found = {"hf": hf, "sharded": sharded, "astra": astra, "ablation": ablation}[arguments.worker](
+        bench
+    )
     for run in found["runs"].values():
         del run["seconds"]
     if dist.get_rank() == 0:
@@ -375,30 +415,57 @@ def measure(part: str, arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def run_worker(
-    part: str, arguments: argparse.Namespace, folder: Path, pairs: int, environment: Mapping[str, str]
+    part: str,
+    arguments: argparse.Namespace,
+    folder: Path,
+    pairs: int,
+    environment: Mapping[str, str],
 ) -> dict:
     """What the ranks of one part found."""
     ranks = PARTS[part]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    options = [f"--rows={arguments.rows}", f"--micro-batch={arguments.micro_batch}", f"--pairs={pairs}"]
+    options = [
+        f"--rows={arguments.rows}",
+        f"--micro-batch={arguments.micro_batch}",
+        f"--pairs={pairs}",
+    ]
     options += ["--compile"] if arguments.compile else []
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    launcher = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     line = [*launcher, __file__, "--worker", part, "--folder", str(folder), *options]
     subprocess.run(line, env=dict(environment) | {"OMP_NUM_THREADS": str(threads)}, check=True)
-    return json.loads((folder / "found.json").read_text()) | {"processes": ranks, "threads_each": threads}
+    return json.loads((folder / "found.json").read_text()) | {
+        "processes": ranks,
+        "threads_each": threads,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
-    parser.add_argument("--size", choices=SHAPES, default="1.6B" if GPU else "100M", help="default %(default)s")
-    parser.add_argument("--rows", type=int, default=8, help="of an optimiser step (default %(default)s)")
+    parser.add_argument(
+        "--size", choices=SHAPES, default="1.6B" if GPU else "100M", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, help="of an optimiser step (default %(default)s)"
+    )
     parser.add_argument("--micro-batch", type=int, default=4, help="default %(default)s")
     parser.add_argument(
-        "--pairs", type=int, default=5, help="turns of each, after one to warm up (default %(default)s)"
+        "--pairs",
+        type=int,
+        default=5,
+        help="turns of each, after one to warm up (default %(default)s)",
     )
     parser.add_argument("--compile", action="store_true", help="ablation: also torch.compile")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "training.json", help="default %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "bench" / "training.json", help="default %(default)s"
+    )
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -411,11 +478,21 @@ def main() -> None:
         make_base(folder, arguments.size)
         write_tokenizer(folder)
         for part in arguments.part or PARTS:
-            settings = {name: getattr(arguments, name) for name in ("size", "rows", "micro_batch", "pairs")}
-            device = torch.cuda.get_device_name() if GPU else f"cpu, {len(os.sched_getaffinity(0))} cores"
+            settings = {
+                name: getattr(arguments, name) for name in ("size", "rows", "micro_batch", "pairs")
+            }
+            device = (
+                torch.cuda.get_device_name()
+                if GPU
+                else f"cpu, {len(os.sched_getaffinity(0))} cores"
+            )
             if part == "ablation":  # many turns to a round
                 arguments.pairs = settings["pairs"] = min(arguments.pairs, 3)
-            found = {"device": device, "dtype": "bfloat16" if GPU else "float32", "torch": torch.__version__}
+            found = {
+                "device": device,
+                "dtype": "bfloat16" if GPU else "float32",
+                "torch": torch.__version__,
+            }
             record[part] = found | settings | measure(part, arguments, folder)
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps({part: record[part]}, indent=1), flush=True)

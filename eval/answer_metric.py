@@ -19,5 +19,7 @@ def info(description: str) -> evaluate.MetricInfo:
 
 def share(grade: Callable[[str, str], bool], outputs: list[str], references: list[str]) -> dict:
     """{accuracy (fraction; None of nothing), n}."""
-    passed = [grade(output, reference) for output, reference in zip(outputs, references, strict=True)]
+    passed = [
+        grade(output, reference) for output, reference in zip(outputs, references, strict=True)
+    ]
     return {"accuracy": sum(passed) / len(passed) if passed else None, "n": len(passed)}

@@ -7,7 +7,9 @@ from eval.statistics import mcnemar, paired_interval
 from eval.tasks.base import Grader
 
 
-def compare(first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict") -> dict[str, dict]:
+def compare(
+    first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict"
+) -> dict[str, dict]:
     """Rows of two generations.jsonl, by suite: accuracies, difference, its 95 % interval, p-value and what changed.
 
     Of several samples the first counts. Only problems that both have are compared, and both numbers are given.
@@ -16,12 +18,18 @@ def compare(first: Sequence[dict], second: Sequence[dict], grader: Grader = "str
         EvalError: they have no graded problem in common, or differ in a problem's reference.
     """
     graded = [
-        {(row["suite"], row["id"]): row for row in rows if row.get("sample", 0) == 0 and grader in row}
+        {
+            (row["suite"], row["id"]): row
+            for row in rows
+            if row.get("sample", 0) == 0 and grader in row
+        }
         for rows in (first, second)
     ]
     common = [key for key in graded[0] if key in graded[1]]
     if not common:
-        raise EvalError("--compare: the two have no graded problem in common; compare folders of launch/evaluate.py")
+        raise EvalError(
+            "--compare: the two have no graded problem in common; compare folders of launch/evaluate.py"
+        )
     found: dict[str, dict] = {}
     for suite in dict.fromkeys(suite for suite, _ in common):
         ids = [problem for of, problem in common if of == suite]
@@ -48,17 +56,35 @@ def compare(first: Sequence[dict], second: Sequence[dict], grader: Grader = "str
 
 def describe(found: dict[str, dict], names: tuple[str, str]) -> str:
     """A Markdown table, and for each suite the problems that changed."""
-    head = ["suite", f"{names[0]} (%)", f"{names[1]} (%)", "difference (points)", "95 % interval", "p (McNemar)", "n"]
+    head = [
+        "suite",
+        f"{names[0]} (%)",
+        f"{names[1]} (%)",
+        "difference (points)",
+        "95 % interval",
+        "p (McNemar)",
+        "n",
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for suite, of in found.items():
         low, high = (100 * end for end in of["interval"])
-        cells = [suite, f"{100 * of['first']:.1f}", f"{100 * of['second']:.1f}", f"{100 * of['difference']:+.1f}"]
+        cells = [
+            suite,
+            f"{100 * of['first']:.1f}",
+            f"{100 * of['second']:.1f}",
+            f"{100 * of['difference']:+.1f}",
+        ]
         cells += [f"{low:+.1f} to {high:+.1f}", f"{of['p']:.3g}", str(of["n"])]
         lines.append(f"| {' | '.join(cells)} |")
     for suite, of in found.items():
         if of["only_in_one"]:
-            lines.append(f"\n{suite}: {of['only_in_one']} problems are in one of the two only, and left out")
-        for change, ids in (("right in the second only", of["won"]), ("right in the first only", of["lost"])):
+            lines.append(
+                f"\n{suite}: {of['only_in_one']} problems are in one of the two only, and left out"
+            )
+        for change, ids in (
+            ("right in the second only", of["won"]),
+            ("right in the first only", of["lost"]),
+        ):
             if ids:
                 lines.append(f"\n{suite}, {change} ({len(ids)}): {', '.join(ids)}")
     return "\n".join(lines)

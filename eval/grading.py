@@ -69,7 +69,9 @@ def problems_of(suite: Suite, rows: Sequence[dict], data_dir: Path | None) -> li
     known = {problem.id: problem for problem in suite.rows(data_dir, None)}
     for number, row in enumerate(rows, start=1):
         if row.get("id") not in known:
-            raise EvalError(f"{suite.name}: response {number} has no id of a problem, such as {next(iter(known))}")
+            raise EvalError(
+                f"{suite.name}: response {number} has no id of a problem, such as {next(iter(known))}"
+            )
     return [known[row["id"]] for row in rows]
 
 
@@ -98,6 +100,8 @@ def summary(passed: Sequence[Sequence[bool]], ks: Iterable[int] = (1, 10, 100)) 
         "interval": list(wilson(first, n)),
     }
     if samples > 1:
-        estimates = {k: [pass_at_k(samples, sum(of), k) for of in passed] for k in ks if k <= samples}
+        estimates = {
+            k: [pass_at_k(samples, sum(of), k) for of in passed] for k in ks if k <= samples
+        }
         found["pass_at"] = {str(k): sum(values) / n for k, values in estimates.items()}
     return found

@@ -17,7 +17,9 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     spread = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
     # The ends are exact for 0 and n, which rounding would miss.
-    return (centre - spread) / scale if correct else 0.0, (centre + spread) / scale if correct < n else 1.0
+    return (centre - spread) / scale if correct else 0.0, (
+        centre + spread
+    ) / scale if correct < n else 1.0
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

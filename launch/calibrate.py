@@ -5,7 +5,9 @@ ranks on its calibration rows, before and after."""
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
@@ -23,12 +25,17 @@ def main() -> None:
     cli.add_recipe(parser, required=False)
     parser.add_argument("--output", type=Path, help="folder of the calibration")
     parser.add_argument(
-        "--after", type=Path, metavar="RUN", help="folder of a finished run to measure; no --recipe then"
+        "--after",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run to measure; no --recipe then",
     )
     arguments = parser.parse_args()
     if arguments.after:
         if arguments.recipe or arguments.set or arguments.output:
-            raise UserError("--after: the run says what is measured and where; only --engine can be given with it")
+            raise UserError(
+                "--after: the run says what is measured and where; only --engine can be given with it"
+            )
         from launch.calibration.effective_rank import measure_run
 
         measure_run(arguments.after, arguments.engine, arguments.stall)
@@ -38,7 +45,9 @@ def main() -> None:
             raise UserError(f"--{name}: is required")
     recipe, _ = cli.read_recipe(arguments)
 
-    from launch.calibration.run import calibrate_alone  # takes seconds, so only when the recipe is known to be good
+    from launch.calibration.run import (
+        calibrate_alone,
+    )  # takes seconds, so only when the recipe is known to be good
 
     calibrate_alone(recipe, arguments.output, arguments.stall)
 

@@ -22,7 +22,10 @@ def parser(description: str, examples: str, fields: bool = False) -> argparse.Ar
     if fields:
         epilog += f"\n\nfields of a recipe (--set FIELD=VALUE):\n{field_help()}"
     result = _Parser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     result.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
@@ -32,9 +35,15 @@ def parser(description: str, examples: str, fields: bool = False) -> argparse.Ar
 
 def add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of a command that runs a recipe."""
-    parser.add_argument("--recipe", required=required, help="name of a file in recipes/, or a path to one")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
+        "--recipe", required=required, help="name of a file in recipes/, or a path to one"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override a field; repeatable",
     )
     parser.add_argument("--engine", help="short for --set engine=ENGINE")
     add_stall(parser)
@@ -55,9 +64,15 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     """The options that name a sweep, for running it and for reporting it."""
     parser.add_argument("--table", help="name of a file in recipes/tables/, or a path to one")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field in every run; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override a field in every run; repeatable",
     )
-    parser.add_argument("--output", type=Path, help="folder of the runs (default runs/tables/TABLE)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the runs (default runs/tables/TABLE)"
+    )
 
 
 def read_recipe(arguments: argparse.Namespace) -> tuple[Recipe, str]:

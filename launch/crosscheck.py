@@ -10,7 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import grading
@@ -35,18 +37,41 @@ def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--scores", type=Path, help="folder of launch/evaluate.py, or a file of responses")
-    what.add_argument("--references", action="store_true", help="the benchmarks' own answers as the responses")
-    add("--suite", action="append", choices=[*TASKS, *GROUPS], help="only these; repeatable (default all of --scores)")
-    add("--data-dir", type=Path, help="folder with the benchmarks' files (default: that of --scores, or the hub)")
-    add("--limit", type=int, help="with --references: problems of each suite, the first so many (default all)")
+    what.add_argument(
+        "--scores", type=Path, help="folder of launch/evaluate.py, or a file of responses"
+    )
+    what.add_argument(
+        "--references", action="store_true", help="the benchmarks' own answers as the responses"
+    )
+    add(
+        "--suite",
+        action="append",
+        choices=[*TASKS, *GROUPS],
+        help="only these; repeatable (default all of --scores)",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        help="folder with the benchmarks' files (default: that of --scores, or the hub)",
+    )
+    add(
+        "--limit",
+        type=int,
+        help="with --references: problems of each suite, the first so many (default all)",
+    )
     add("--revision", default="main", help="hub revision of the model (default main)")
-    add("--output", type=Path, help="folder for differences.jsonl and lm-eval's task files (default: in --scores)")
+    add(
+        "--output",
+        type=Path,
+        help="folder for differences.jsonl and lm-eval's task files (default: in --scores)",
+    )
     arguments = parser.parse_args()
     if arguments.output is None and (arguments.references or arguments.scores.is_file()):
         raise UserError("--output: is required unless --scores is a folder")
     folder = arguments.output or arguments.scores / "crosscheck"
-    rows, results = (_references(arguments), None) if arguments.references else _read(arguments.scores)
+    rows, results = (
+        (_references(arguments), None) if arguments.references else _read(arguments.scores)
+    )
     data_dir = arguments.data_dir or (results and results["settings"]["data_dir"])
     chosen = expand(arguments.suite or list(TASKS))
     of = {suite: [row for row in rows if row["suite"] == suite] for suite in chosen}
@@ -75,18 +100,25 @@ def _read(path: Path) -> tuple[list[dict], dict | None]:
     file = path / GENERATIONS if path.is_dir() else path
     results = json.loads(where.read_text()) if (where := path / "results.json").is_file() else None
     if not file.is_file() or (path.is_dir() and not (results and "settings" in results)):
-        raise UserError(f"--scores: {path} is neither a finished folder of launch/evaluate.py nor a file of responses")
+        raise UserError(
+            f"--scores: {path} is neither a finished folder of launch/evaluate.py nor a file of responses"
+        )
     rows = read_generations(file)
     for number, row in enumerate(rows, start=1):
         if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):
-            raise UserError(f"--scores: row {number} of {file} needs a suite ({', '.join(TASKS)}) and the text output")
+            raise UserError(
+                f"--scores: row {number} of {file} needs a suite ({', '.join(TASKS)}) and the text output"
+            )
     first = [row for row in rows if row.get("sample", 0) == 0]
     return first, results
 
 
 def _references(arguments: argparse.Namespace) -> list[dict]:
     """The benchmarks' own answers as responses, in MetaMath's form, or as a fenced program."""
-    forms = {"gsm8k": "#### {0}\nThe answer is: {0}", **dict.fromkeys(COMMONSENSE, "the correct answer is {0}")}
+    forms = {
+        "gsm8k": "#### {0}\nThe answer is: {0}",
+        **dict.fromkeys(COMMONSENSE, "the correct answer is {0}"),
+    }
     math = "$\\boxed{{{0}}}$\nThe answer is: {0}"
     rows = []
     for suite in expand(arguments.suite or ["gsm8k"]):
@@ -102,7 +134,10 @@ def _graded(suite: str, rows: list[dict], data_dir: Path | None) -> dict[str, di
     problems = grading.problems_of(TASKS[suite], rows, data_dir)
     if not all(grader in row for row in rows for grader in GRADERS):
         given = grading.grade(TASKS[suite], problems, [row["output"] for row in rows])
-        rows = [row | {name: grade.passed for name, grade in of.items()} for row, of in zip(rows, given, strict=True)]
+        rows = [
+            row | {name: grade.passed for name, grade in of.items()}
+            for row, of in zip(rows, given, strict=True)
+        ]
     found = {
         problem.id: row | {"id": problem.id, "reference": problem.reference, "problem": problem}
         for problem, row in zip(problems, rows, strict=True)
@@ -118,7 +153,9 @@ def _same_responses(ours: dict[str, dict[str, dict]], folder: Path) -> list[Comp
     """The other harnesses' graders on our responses."""
     found = []
     tasks = {
-        harness.write_generate(folder / "tasks", suite, [_document(row) for row in ours[suite].values()]): suite
+        harness.write_generate(
+            folder / "tasks", suite, [_document(row) for row in ours[suite].values()]
+        ): suite
         for suite in ours
         if suite in harness.GRADED
     }
@@ -128,32 +165,47 @@ def _same_responses(ours: dict[str, dict[str, dict]], folder: Path) -> list[Comp
         if TASKS[suite].kind == "code":
             rows = list(ours[suite].values())
             problems = [row["problem"] for row in rows]
-            texts = [TASKS[suite].to_program(row["output"], row["problem"], "strict") for row in rows]
+            texts = [
+                TASKS[suite].to_program(row["output"], row["problem"], "strict") for row in rows
+            ]
             verdicts = dict(zip(ours[suite], programs.check(suite, problems, texts), strict=True))
             theirs = {problem: passed for problem, passed in verdicts.items() if passed is not None}
             if len(theirs) < len(verdicts):
                 left_out = [problem for problem in verdicts if problem not in theirs]
-                print(f"{suite}: left out, evalplus cannot run their tests ({len(left_out)}): {', '.join(left_out)}")
+                print(
+                    f"{suite}: left out, evalplus cannot run their tests ({len(left_out)}): {', '.join(left_out)}"
+                )
             found.append(Comparison(suite, "evalplus, base tests", theirs))
     return found
 
 
 def _document(row: dict, prompt: str = "") -> dict[str, str]:
-    return {"id": row["id"], "prompt": prompt or "-", "reference": row["reference"], "output": row["output"]}
+    return {
+        "id": row["id"],
+        "prompt": prompt or "-",
+        "reference": row["reference"],
+        "output": row["output"],
+    }
 
 
-def _by_rule(judged: list[harness.Judged], tasks: dict[str, str], name: str = "{}") -> list[Comparison]:
+def _by_rule(
+    judged: list[harness.Judged], tasks: dict[str, str], name: str = "{}"
+) -> list[Comparison]:
     """lm-eval's verdicts, one comparison for each task and rule. `tasks`: task -> suite."""
     rules = dict.fromkeys((row.task, row.rule) for row in judged)
     return [
         Comparison(
-            tasks[task], "lm-eval " + name.format(rule), {j.id: j.passed for j in judged if j[:2] == (task, rule)}
+            tasks[task],
+            "lm-eval " + name.format(rule),
+            {j.id: j.passed for j in judged if j[:2] == (task, rule)},
         )
         for task, rule in rules
     ]
 
 
-def _same_model(ours: dict[str, dict[str, dict]], results: dict, revision: str, folder: Path) -> list[Comparison]:
+def _same_model(
+    ours: dict[str, dict[str, dict]], results: dict, revision: str, folder: Path
+) -> list[Comparison]:
     """The model of the results run by lm-eval: its own responses, and its likelihoods of commonsense choices."""
     if "url" in results:
         print("the responses came from a server: the model itself is not run again")
@@ -165,9 +217,13 @@ def _same_model(ours: dict[str, dict[str, dict]], results: dict, revision: str, 
         documents, new_tokens = _fitting(suite, ours[suite], settings, Path(model["pretrained"]))
         if documents:
             stops = TASKS[suite].stops if settings["prompt"] == "literature" else ()
-            responses[harness.write_generate(folder / "model", suite, documents, stops, new_tokens)] = suite
+            responses[
+                harness.write_generate(folder / "model", suite, documents, stops, new_tokens)
+            ] = suite
         if suite in COMMONSENSE:
-            problems = [row["problem"]._replace(question=row["question"]) for row in ours[suite].values()]
+            problems = [
+                row["problem"]._replace(question=row["question"]) for row in ours[suite].values()
+            ]
             tasks[harness.write_likelihood(folder / "model", suite, problems)] = suite
     judged = harness.run(folder / "model", [*responses, *tasks], model, settings["batch_size"])
     found = []
@@ -187,15 +243,23 @@ def _model(results: dict, revision: str) -> dict:
     base, adapter = results["base"], results["adapter"]
     path = Path(fetch_model(base["name"], revision))
     if weights_hash(path) != base["weights_sha256"]:
-        raise UserError(f"--scores: {base['name']} has other weights now than were scored; give its --revision")
+        raise UserError(
+            f"--scores: {base['name']} has other weights now than were scored; give its --revision"
+        )
     if adapter and (made_for := export.read_base(Path(adapter))) and made_for["on"] == "residual":
         raise UserError(
             f"--scores: {adapter} is for the residual base, which lm-eval cannot make; evaluate lora/ instead"
         )
-    return {"pretrained": str(path), "dtype": results["dtype"], **({"peft": adapter} if adapter else {})}
+    return {
+        "pretrained": str(path),
+        "dtype": results["dtype"],
+        **({"peft": adapter} if adapter else {}),
+    }
 
 
-def _fitting(suite: str, rows: dict[str, dict], settings: dict, folder: Path) -> tuple[list[dict], int]:
+def _fitting(
+    suite: str, rows: dict[str, dict], settings: dict, folder: Path
+) -> tuple[list[dict], int]:
     """The documents that lm-eval runs as we do, and the new tokens: it cuts the beginning of a prompt that with those
     is longer than the context, where we write fewer. The number of those left out is printed."""
     from transformers import AutoConfig
@@ -206,9 +270,15 @@ def _fitting(suite: str, rows: dict[str, dict], settings: dict, folder: Path) ->
     new_tokens = settings["max_new_tokens"] or TASKS[suite].max_new_tokens
     ask = prompt if settings["prompt"] == "recipe" else TASKS[suite].literature_prompt
     documents = [_document(row, ask(row["question"])) for row in rows.values()]
-    lengths = map(len, encode(load_tokenizer(folder), [document["prompt"] for document in documents]))
+    lengths = map(
+        len, encode(load_tokenizer(folder), [document["prompt"] for document in documents])
+    )
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
-    fitting = [document for document, length in zip(documents, lengths, strict=True) if length + new_tokens <= context]
+    fitting = [
+        document
+        for document, length in zip(documents, lengths, strict=True)
+        if length + new_tokens <= context
+    ]
     if len(fitting) < len(documents):
         print(
             f"{suite}: left out of lm-eval's own responses, longer than the context of {context} tokens with "
@@ -223,8 +293,14 @@ def _report(comparisons: list[Comparison], ours: dict[str, dict[str, dict]], fol
         if suite not in compared:
             print(f"{suite}: no other harness has a grader of these responses")
     if comparisons:
-        differences = [row for comparison in comparisons for row in differing(comparison, ours[comparison.suite])]
-        write_text(folder / "differences.jsonl", "".join(json.dumps(row) + "\n" for row in differences))
+        differences = [
+            row
+            for comparison in comparisons
+            for row in differing(comparison, ours[comparison.suite])
+        ]
+        write_text(
+            folder / "differences.jsonl", "".join(json.dumps(row) + "\n" for row in differences)
+        )
         table = describe(comparisons, ours)
         write_text(folder / "crosscheck.md", table + "\n")
         print(f"{table}\nproblems on which they differ: {folder / 'differences.jsonl'}")

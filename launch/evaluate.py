@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.tasks import GROUPS, TASKS
@@ -29,32 +31,94 @@ def main() -> None:
     defaults = Eval()
     parser = cli.parser(__doc__, EXAMPLES)
     add = parser.add_argument
-    add("--model", help="base model: hub id, local folder, or quickstart; with a server, its name there")
+    add(
+        "--model",
+        help="base model: hub id, local folder, or quickstart; with a server, its name there",
+    )
     add("--revision", default="main", help="hub revision of the model (default main)")
-    add("--adapter", type=Path, help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base")
-    add("--suite", action="append", choices=[*TASKS, *GROUPS], help="benchmark; repeatable (default gsm8k)")
+    add(
+        "--adapter",
+        type=Path,
+        help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base",
+    )
+    add(
+        "--suite",
+        action="append",
+        choices=[*TASKS, *GROUPS],
+        help="benchmark; repeatable (default gsm8k)",
+    )
     add("--data-dir", help="folder with the benchmarks' files (default: the hub), or quickstart")
     add("--limit", type=int, help="problems of each suite, the first so many (default all)")
-    add("--prompt", default=defaults.prompt, choices=["recipe", "literature"], help="default %(default)s")
+    add(
+        "--prompt",
+        default=defaults.prompt,
+        choices=["recipe", "literature"],
+        help="default %(default)s",
+    )
     add("--max-new-tokens", type=int, help="default: each benchmark's published number")
-    add("--batch-size", type=int, default=defaults.batch_size, help="on each rank, default %(default)s")
-    add("--samples", type=int, default=1, help="responses to each problem, for pass@k (default %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        help="on each rank, default %(default)s",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=1,
+        help="responses to each problem, for pass@k (default %(default)s)",
+    )
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of samples (default %(default)s)")
-    add("--timeout", type=float, default=defaults.timeout, help="seconds of a generated program (default %(default)s)")
-    add("--allow-unsandboxed", action="store_true", help="run programs even where nothing can box them in")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default %(default)s")
+    add(
+        "--timeout",
+        type=float,
+        default=defaults.timeout,
+        help="seconds of a generated program (default %(default)s)",
+    )
+    add(
+        "--allow-unsandboxed",
+        action="store_true",
+        help="run programs even where nothing can box them in",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="default %(default)s",
+    )
     add(
         "--engine",
         default="single",
         choices=["single", "zero3", "fsdp"],
         help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards (default %(default)s)",
     )
-    add("--backend", default="transformers", choices=["transformers", "openai"], help="default %(default)s")
+    add(
+        "--backend",
+        default="transformers",
+        choices=["transformers", "openai"],
+        help="default %(default)s",
+    )
     add("--url", help="of an OpenAI-compatible server, up to and with /v1")
-    add("--concurrency", type=int, default=16, help="requests to the server at once (default %(default)s)")
-    add("--grade", type=Path, metavar="FILE", help="grade the rows of FILE again: suite, output, and reference or id")
-    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations: the paired difference")
+    add(
+        "--concurrency",
+        type=int,
+        default=16,
+        help="requests to the server at once (default %(default)s)",
+    )
+    add(
+        "--grade",
+        type=Path,
+        metavar="FILE",
+        help="grade the rows of FILE again: suite, output, and reference or id",
+    )
+    add(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="folders of two evaluations: the paired difference",
+    )
     add("--output", type=Path, help="folder for results.json and generations.jsonl")
     cli.add_stall(parser)
     arguments = parser.parse_args()
@@ -70,7 +134,16 @@ def main() -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Eval:
-    fields = ("data_dir", "limit", "prompt", "max_new_tokens", "batch_size", "samples", "temperature", "seed")
+    fields = (
+        "data_dir",
+        "limit",
+        "prompt",
+        "max_new_tokens",
+        "batch_size",
+        "samples",
+        "temperature",
+        "seed",
+    )
     fields += ("timeout", "allow_unsandboxed")
     values = {name: getattr(arguments, name) for name in fields}
     return section(Eval, suites=arguments.suite or ["gsm8k"], **values)
@@ -113,7 +186,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     stop()
 
 
-def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
+def _with_model(
+    arguments: argparse.Namespace, settings: Eval, problems: dict, device
+) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the model itself, on all ranks. Collective."""
     import torch.distributed as dist
 
@@ -133,9 +208,13 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
     fetched = on_each_node(fetch)  # disks need not be shared
     path, _ = fetched[dist.get_rank()]
     if len({content for _, content in fetched}) > 1:
-        raise UserError(f"--model: the weights of {arguments.model} differ between the nodes; copy one's to all")
+        raise UserError(
+            f"--model: the weights of {arguments.model} differ between the nodes; copy one's to all"
+        )
     base = {"name": arguments.model, "weights_sha256": fetched[0][1]}
-    made_for = on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
+    made_for = (
+        on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
+    )
     adapter_hash = on_rank0(lambda: weights_hash(arguments.adapter)) if arguments.adapter else None
     tokenizer = load_tokenizer(path)
     engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
@@ -153,10 +232,14 @@ def _with_model(arguments: argparse.Namespace, settings: Eval, problems: dict, d
     identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
     with engine.inference(model):  # FSDP2 shards and loads a base without adapter here
         watch.stage("scoring", timed=True)
-        return identity, score(engine, model, tokenizer, problems, settings, arguments.output, identity)
+        return identity, score(
+            engine, model, tokenizer, problems, settings, arguments.output, identity
+        )
 
 
-def _with_server(arguments: argparse.Namespace, settings: Eval, problems: dict, device) -> tuple[dict, dict]:  # noqa: ANN001
+def _with_server(
+    arguments: argparse.Namespace, settings: Eval, problems: dict, device
+) -> tuple[dict, dict]:  # noqa: ANN001
     """What the responses depend on, and the scores; by the server at --url."""
     from eval.generation.server import complete
     from launch.runtime import watchdog as watch
@@ -189,23 +272,31 @@ def _grade_again(arguments: argparse.Namespace) -> None:
     if not path.is_file():
         raise UserError(f"--grade: no file {path}")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        raise UserError(f"--grade: the last line of {path} has no end; it may be cut short: complete or remove it")
+        raise UserError(
+            f"--grade: the last line of {path} has no end; it may be cut short: complete or remove it"
+        )
     rows = read_generations(path)
     if not rows:
         raise UserError(f"--grade: {path} has no rows")
     options = {"timeout": arguments.timeout, "allow_unsandboxed": arguments.allow_unsandboxed}
     for number, row in enumerate(rows, start=1):
         if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):
-            raise UserError(f"--grade: row {number} of {path} needs a suite ({', '.join(TASKS)}) and the text output")
+            raise UserError(
+                f"--grade: row {number} of {path} needs a suite ({', '.join(TASKS)}) and the text output"
+            )
     scores, graded = {}, []
     for name in dict.fromkeys(row["suite"] for row in rows):
         suite, of = TASKS[name], [row for row in rows if row["suite"] == name]
-        problems = grading.problems_of(suite, of, Path(arguments.data_dir) if arguments.data_dir else None)
+        problems = grading.problems_of(
+            suite, of, Path(arguments.data_dir) if arguments.data_dir else None
+        )
         grades = list(grading.grade(suite, problems, [row["output"] for row in of], **options))
         for row, given in zip(of, grades, strict=True):
             reason = {"reason": given["strict"].reason} if suite.kind == "code" else {}
             graded.append(row | {grader: grade.passed for grader, grade in given.items()} | reason)
-        found = {grader: grading.summary([[g[grader].passed] for g in grades]) for grader in grades[0]}
+        found = {
+            grader: grading.summary([[g[grader].passed] for g in grades]) for grader in grades[0]
+        }
         scores[name] = found["strict"] | {"literature": found["literature"], "prompt": ""}
     output = arguments.output or path.parent
     output.mkdir(parents=True, exist_ok=True)
@@ -221,7 +312,9 @@ def _compare(first: Path, second: Path) -> None:
 
     for folder in (first, second):
         if not (folder / GENERATIONS).is_file():
-            raise UserError(f"--compare: {folder} has no {GENERATIONS}; give folders of launch/evaluate.py or of runs")
+            raise UserError(
+                f"--compare: {folder} has no {GENERATIONS}; give folders of launch/evaluate.py or of runs"
+            )
     rows = [read_generations(folder / GENERATIONS) for folder in (first, second)]
     print(describe(compare(*rows), (str(first), str(second))))
 

@@ -37,7 +37,12 @@ from launch.training.profiling import profiled
 
 
 def fine_tune(
-    recipe: Recipe, name: str, folder: Path, stall: float, profile: bool = False, peak_tflops: float | None = None
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    stall: float,
+    profile: bool = False,
+    peak_tflops: float | None = None,
 ) -> None:
     """Run `recipe`, called `name` in the results, into the run folder. Every rank of a launcher calls it.
 
@@ -50,7 +55,9 @@ def fine_tune(
     device = start(stall)
     world_size = dist.get_world_size()
     if recipe.engine == "single" and world_size > 1:
-        raise UserError(f"engine: single trains in one process, not {world_size}; set engine=zero3 or start one rank")
+        raise UserError(
+            f"engine: single trains in one process, not {world_size}; set engine=zero3 or start one rank"
+        )
     if on_rank0(lambda: open_run(folder, recipe)):
         say(f"{folder} holds this run, finished; see {folder / 'results.json'}")
     else:
@@ -59,7 +66,9 @@ def fine_tune(
             run_stages(recipe, name, folder, device, profile, peak_tflops)
         except USER_ERRORS as error:
             if dist.get_rank() == 0:
-                with contextlib.suppress(OSError):  # a full disk, say: the error itself is what the user is to see
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk, say: the error itself is what the user is to see
                     write_state(folder, "diverged" if isinstance(error, DivergedError) else "error")
             raise
     stop()
@@ -88,7 +97,11 @@ def run_stages(
     measured, other_text = _measured(recipe, inputs, tokenizer)
     saved = on_rank0(lambda: _resumable(folder, inputs))
     total = num_steps(len(tokens), settings.global_batch, settings.epochs, settings.max_steps)
-    steps = list(step_rows(len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed))
+    steps = list(
+        step_rows(
+            len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
+        )
+    )
     dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
     say(
         f"{len(tokens)} rows ({tokens.num_cut} cut at {recipe.data.max_length} tokens, "
@@ -109,7 +122,9 @@ def run_stages(
 
     # 3. A0, B0 and W_res into the sharded model: from a calibration, or as a checkpoint has them.
     if saved is None:
-        facts = _initialise(recipe, inputs, engine, model, layers, tokenizer, problems, measured, folder)
+        facts = _initialise(
+            recipe, inputs, engine, model, layers, tokenizer, problems, measured, folder
+        )
         history = []
     else:
         say(f"going on after step {saved.step} of {total}, from {saved.folder}")
@@ -125,7 +140,9 @@ def run_stages(
     # 4. Train.
     if recipe.data.packing:
         kernels.require_packing(engine, model)
-    if settings.gradient_checkpointing is True or (settings.gradient_checkpointing == "auto" and device.type == "cuda"):
+    if settings.gradient_checkpointing is True or (
+        settings.gradient_checkpointing == "auto" and device.type == "cuda"
+    ):
         model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     compiled = kernels.compile_layers(base) if settings.compile else []
@@ -134,7 +151,17 @@ def run_stages(
         checkpoint.restore(saved, parameters, stepper, device)
     watch.stage("training", timed=True, in_steps=True)
     peak = peak_tflops * 1e12 if peak_tflops else device_peak(device, inputs.dtype)
-    training = train(stepper, tokens, steps, settings, device, history, packing_of(recipe, base), work_of(base), peak)
+    training = train(
+        stepper,
+        tokens,
+        steps,
+        settings,
+        device,
+        history,
+        packing_of(recipe, base),
+        work_of(base),
+        peak,
+    )
     if profile:
         training = profiled(training, total - len(history), folder, rank)
     with trackers.opened(recipe, folder, len(history)) as log:
@@ -142,7 +169,9 @@ def run_stages(
             history.append(metrics)
             step = metrics["step"]
             if step % settings.checkpoint_every == 0 and step < total:
-                checkpoint.save(folder, step, parameters, initial, stepper, facts, history, settings.keep)
+                checkpoint.save(
+                    folder, step, parameters, initial, stepper, facts, history, settings.keep
+                )
     done = len(history)
     if saved is None or done > saved.step:
         checkpoint.save(folder, done, parameters, initial, stepper, facts, history, settings.keep)
@@ -158,7 +187,11 @@ def run_stages(
     exported = trainable.export(folder, model, engine, inputs, initial)
     on_rank0(lambda: figures.plot({folder.name: history}, folder))
     watch.stage("scoring", timed=True)
-    made_by = {"base": inputs.base, "adapter": f"after step {total}", "dtype": export.dtype_name(inputs.dtype)}
+    made_by = {
+        "base": inputs.base,
+        "adapter": f"after step {total}",
+        "dtype": export.dtype_name(inputs.dtype),
+    }
     scores = score(engine, model, tokenizer, problems, recipe.eval, folder, made_by)
     after = measure.predictions(engine, model, measured)
     memory, trained = measure.peak_memory(device), measure.trained_parameters(model)
@@ -188,10 +221,14 @@ def run_stages(
             "residual_rounding": facts["residual_rounding"],
             "engine": recipe.engine,
             "dtype": export.dtype_name(inputs.dtype),
-            "seconds": {"calibration": facts["calibration_seconds"], "training": history[-1]["seconds"]},
+            "seconds": {
+                "calibration": facts["calibration_seconds"],
+                "training": history[-1]["seconds"],
+            },
             "baseline": facts["baseline"],
             "scores": scores,
-            "conditions": tracking.conditions(world_size, device) | {"peak_tflops": peak and peak / 1e12},
+            "conditions": tracking.conditions(world_size, device)
+            | {"peak_tflops": peak and peak / 1e12},
         }
         (folder / "README.md").write_text(export.model_card(folder, recipe, results))
         write_json(folder / "results.json", results)
@@ -215,7 +252,9 @@ def _measured(
     return measured | {"other_text": text}, source
 
 
-def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> dict[str, int] | None:
+def _allocated_ranks(
+    recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path
+) -> dict[str, int] | None:
     """Ranks that follow from a calibration, which is then to be there before the adapters are; None if all are alike.
 
     It is made on a base of its own: FSDP2 cannot take in adapters once the base is sharded.
@@ -224,7 +263,9 @@ def _allocated_ranks(recipe: Recipe, inputs: Inputs, device: torch.device, folde
         return None
     path = recipe.calibration.path
     source = Path(path).expanduser() if path else folder / "calibration"
-    calibration.make_from_base(recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), source)
+    calibration.make_from_base(
+        recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), source
+    )
     return calibration.allocated_ranks(recipe, source)
 
 
@@ -258,26 +299,41 @@ def _initialise(
     tokens, device = inputs.tokens, engine.device
     baseline: dict = {}
     with engine.inference(model), trainable.untrained(model):
-        source = calibration.obtain(recipe, inputs, engine, model, adapter.base_layers(layers), folder / "calibration")
+        source = calibration.obtain(
+            recipe, inputs, engine, model, adapter.base_layers(layers), folder / "calibration"
+        )
         probe = calibration.probe(tokens, engine)
         logits = calibration.logits(model, probe)
         before = measure.predictions(engine, model, measured)
         if recipe.eval.baseline:
             watch.stage("scoring the base", timed=True)
-            made_by = {"base": inputs.base, "adapter": None, "dtype": export.dtype_name(inputs.dtype)}
-            baseline = score(engine, model, tokenizer, problems, recipe.eval, folder / "baseline", made_by)
+            made_by = {
+                "base": inputs.base,
+                "adapter": None,
+                "dtype": export.dtype_name(inputs.dtype),
+            }
+            baseline = score(
+                engine, model, tokenizer, problems, recipe.eval, folder / "baseline", made_by
+            )
 
     # The logits may move by rounding only.
     watch.stage("initialisation")
     ranks = {name: layer.r[adapter.ADAPTER] for name, layer in layers.items()}
-    rounding = adapter.initialise(layers, methods.initialiser(recipe, source, ranks, device), engine)
+    rounding = adapter.initialise(
+        layers, methods.initialiser(recipe, source, ranks, device), engine
+    )
     with engine.inference(model):
         moved = (calibration.logits(model, probe) - logits).abs().max() / logits.abs().max()
     drift = all_reduce_max(moved.item(), device)
-    say(f"step 0: logits moved by at most {drift:.1e} of their largest, weights by {rounding:.1e} of their norm")
+    say(
+        f"step 0: logits moved by at most {drift:.1e} of their largest, weights by {rounding:.1e} of their norm"
+    )
     return {
         "ranks": ranks if recipe.adapter.rank_allocation != "uniform" else None,
-        "inputs": {"model.name": inputs.base["weights_sha256"], "data.path": inputs.data["tokens_sha256"]},
+        "inputs": {
+            "model.name": inputs.base["weights_sha256"],
+            "data.path": inputs.data["tokens_sha256"],
+        },
         "calibration_seconds": on_rank0(lambda: artifact.seconds(source)) if source else 0.0,
         "logit_drift": drift,
         "residual_rounding": rounding,

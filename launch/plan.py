@@ -8,7 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
@@ -25,25 +27,45 @@ GIB = 2**30
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The options that describe the GPUs."""
     options = parser.add_argument_group("the machine that is planned for")
-    options.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks in all (default %(default)s)")
     options.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="GiB of each GPU; without it nothing is judged"
+        "--gpus", type=int, default=1, metavar="N", help="ranks in all (default %(default)s)"
     )
     options.add_argument(
-        "--tflops", type=float, default=989, help="peak of a GPU in the base's dtype (default %(default)s, an H100's)"
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="GiB of each GPU; without it nothing is judged",
     )
-    options.add_argument("--fp64-tflops", type=float, default=67, help="peak in fp64 (default %(default)s, an H100's)")
     options.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of the peak that is reached (default %(default)s)"
+        "--tflops",
+        type=float,
+        default=989,
+        help="peak of a GPU in the base's dtype (default %(default)s, an H100's)",
     )
-    options.add_argument("--rows", type=int, help="training rows, where the recipe has no data.limit")
+    options.add_argument(
+        "--fp64-tflops",
+        type=float,
+        default=67,
+        help="peak in fp64 (default %(default)s, an H100's)",
+    )
+    options.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.4,
+        help="share of the peak that is reached (default %(default)s)",
+    )
+    options.add_argument(
+        "--rows", type=int, help="training rows, where the recipe has no data.limit"
+    )
 
 
 def show(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Print the plan of `recipe` on the machine of add_machine's options. Raises UserError; exits with 1: no fit."""
     import torch
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from inside transformers, every call
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # from inside transformers, every call
     from launch.data.inputs import resolve_dtype
     from launch.data.tokenize import num_steps
     from launch.planning.estimate import estimate
@@ -55,15 +77,33 @@ def show(recipe: Recipe, arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: must be above 0")
     ranks, settings = arguments.gpus, recipe.train
     if recipe.engine == "single" and ranks > 1:
-        raise UserError(f"engine: single trains in one process, not {ranks}; set engine=zero3 or --gpus 1")
+        raise UserError(
+            f"engine: single trains in one process, not {ranks}; set engine=zero3 or --gpus 1"
+        )
     of_quickstart = recipe.model.name == quickstart.NAME
-    config = quickstart.make_config() if of_quickstart else fetch_config(recipe.model.name, recipe.model.revision)
-    rows = arguments.rows or recipe.data.limit or (quickstart.TRAIN_PROBLEMS if of_quickstart else None)
+    config = (
+        quickstart.make_config()
+        if of_quickstart
+        else fetch_config(recipe.model.name, recipe.model.revision)
+    )
+    rows = (
+        arguments.rows
+        or recipe.data.limit
+        or (quickstart.TRAIN_PROBLEMS if of_quickstart else None)
+    )
     if rows is None and settings.max_steps is None:
-        raise UserError("--rows: how many training rows there are; the recipe sets neither data.limit nor max_steps")
-    steps = num_steps(rows or settings.global_batch, settings.global_batch, settings.epochs, settings.max_steps)
+        raise UserError(
+            "--rows: how many training rows there are; the recipe sets neither data.limit nor max_steps"
+        )
+    steps = num_steps(
+        rows or settings.global_batch, settings.global_batch, settings.epochs, settings.max_steps
+    )
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
-    print(f"planning {recipe.model.name}: running its layers without numbers", file=sys.stderr, flush=True)
+    print(
+        f"planning {recipe.model.name}: running its layers without numbers",
+        file=sys.stderr,
+        flush=True,
+    )
     found = estimate(
         config,
         recipe,
@@ -73,19 +113,32 @@ def show(recipe: Recipe, arguments: argparse.Namespace) -> None:
         steps=steps,
     )
 
-    print(f"{recipe.model.name}, {recipe.engine} on {ranks} ranks, {str(dtype).removeprefix('torch.')} base")
-    print(f"parameters: {found.parameters / 1e9:.3f} B of the base, {found.trainable / 1e6:.2f} M trainable")
+    print(
+        f"{recipe.model.name}, {recipe.engine} on {ranks} ranks, {str(dtype).removeprefix('torch.')} base"
+    )
+    print(
+        f"parameters: {found.parameters / 1e9:.3f} B of the base, {found.trainable / 1e6:.2f} M trainable"
+    )
     print("\nmemory of each GPU in GiB, at the stage's peak:")
-    stages = {"calibration": found.calibration, "initialisation": found.initialisation, "training": found.training}
+    stages = {
+        "calibration": found.calibration,
+        "initialisation": found.initialisation,
+        "training": found.training,
+    }
     for name, stage in stages.items():
         parts = ", ".join(f"{part} {size / GIB:.3g}" for part, size in stage.memory.items() if size)
         print(f"  {name:<15} {stage.peak / GIB:8.3g}  = {parts}")
     if found.windows:
         print(f"\n{found.windows.describe()}")
         if found.hidden_states:
-            print(f"hidden states between windows: {found.hidden_states / GIB:.3g} GiB on the CPU, on each rank")
+            print(
+                f"hidden states between windows: {found.hidden_states / GIB:.3g} GiB on the CPU, on each rank"
+            )
 
-    rate, rate64 = (peak * arguments.efficiency * 1e12 * ranks for peak in (arguments.tflops, arguments.fp64_tflops))
+    rate, rate64 = (
+        peak * arguments.efficiency * 1e12 * ranks
+        for peak in (arguments.tflops, arguments.fp64_tflops)
+    )
     peaks = f"{arguments.tflops:g} and {arguments.fp64_tflops:g} TFLOP/s"
     print(f"\nfloating-point operations, and time at {arguments.efficiency:.0%} of {peaks}:")
     print(f"  calibration, forward passes   {_work(found.calibration.flops, rate)}")
@@ -102,7 +155,9 @@ def show(recipe: Recipe, arguments: argparse.Namespace) -> None:
         peak = max(stage.peak for stage in stages.values())
         print(f"\nit fits: at most {peak / GIB:.3g} of {arguments.gpu_memory:g} GiB")
         return
-    print(f"\nit does not fit in {arguments.gpu_memory:g} GiB: {', '.join(short)}; {_advice(found, short, arguments)}")
+    print(
+        f"\nit does not fit in {arguments.gpu_memory:g} GiB: {', '.join(short)}; {_advice(found, short, arguments)}"
+    )
     sys.exit(1)
 
 

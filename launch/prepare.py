@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval.tasks import GROUPS, TASKS
@@ -23,7 +25,9 @@ EXAMPLES = """\
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
     cli.add_recipe(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the tokens and of report.md")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the tokens and of report.md"
+    )
     parser.add_argument(
         "--check-overlap",
         nargs="+",
@@ -37,11 +41,15 @@ def main() -> None:
     if recipe.data.prepared is not None:
         raise UserError("data.prepared: is what --output makes; leave it out here")
 
-    from launch.quickstart import base as quickstart  # takes seconds, so only when the recipe is known to be good
+    from launch.quickstart import (
+        base as quickstart,
+    )  # takes seconds, so only when the recipe is known to be good
     from launch.runtime.distributed import on_rank0, start, stop
 
     recipe = quickstart.resolve(recipe, start(arguments.stall))
-    on_rank0(lambda: prepare(recipe, arguments.output, arguments.check_overlap))  # a fast tokenizer uses all cores
+    on_rank0(
+        lambda: prepare(recipe, arguments.output, arguments.check_overlap)
+    )  # a fast tokenizer uses all cores
     stop()
 
 
@@ -57,7 +65,9 @@ def prepare(recipe: Recipe, folder: Path, suites: list[str]) -> None:
     path = rows.fetch(recipe.data)
     manifest = prepared.make(folder, recipe.data, model_path, path, verify=True).manifest
     kept_overlap = folder / "overlap.json"
-    overlaps = json.loads(kept_overlap.read_text(encoding="utf-8")) if kept_overlap.is_file() else {}
+    overlaps = (
+        json.loads(kept_overlap.read_text(encoding="utf-8")) if kept_overlap.is_file() else {}
+    )
     if suites:
         overlaps |= overlap.check(recipe, suites)
         write_json(kept_overlap, overlaps)
@@ -70,7 +80,11 @@ def prepare(recipe: Recipe, folder: Path, suites: list[str]) -> None:
 def describe(recipe: Recipe, manifest: dict, overlaps: dict[str, dict]) -> str:
     """The report, in Markdown."""
     data, source = recipe.data, manifest["made_from"]["source"]
-    revision = f"commit {source['commit']}" if "commit" in source else f"revision {data.revision}, unverified"
+    revision = (
+        f"commit {source['commit']}"
+        if "commit" in source
+        else f"revision {data.revision}, unverified"
+    )
     lines = [
         f"# Tokens of {data.path}",
         "",
@@ -80,7 +94,10 @@ def describe(recipe: Recipe, manifest: dict, overlaps: dict[str, dict]) -> str:
         "|---|---|",
         f"| read | {manifest['read']} |",
         f"| passed over: not in data.keep | {manifest['read'] - manifest['selected']} |",
-        *(f"| dropped: {reason} | {count} |" for reason, count in sorted(manifest["dropped"].items())),
+        *(
+            f"| dropped: {reason} | {count} |"
+            for reason, count in sorted(manifest["dropped"].items())
+        ),
         f"| kept | {manifest['kept']} |",
         f"| of them, answer cut at {data.max_length} tokens | {manifest['cut']} |",
         "",
@@ -96,14 +113,19 @@ def describe(recipe: Recipe, manifest: dict, overlaps: dict[str, dict]) -> str:
         ]
     if overlaps:
         lines += ["", "## Overlap with evaluation suites", ""]
-        lines += ["| suite | rows | share a question | share 13 words only | problems met | left out as phrases |"]
+        lines += [
+            "| suite | rows | share a question | share 13 words only | problems met | left out as phrases |"
+        ]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
             f"| {name} | {of['rows']} | {of['question']} | {of['13-gram']} | {of['problems']} of {of['of']} | "
             f"{of['phrases']} 13-grams |"
             for name, of in overlaps.items()
         ]
-        lines += ["", *(_example(example) for of in overlaps.values() for example in of["examples"])]
+        lines += [
+            "",
+            *(_example(example) for of in overlaps.values() for example in of["examples"]),
+        ]
     return "\n".join(lines) + "\n"
 
 

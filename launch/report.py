@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
@@ -30,7 +32,9 @@ def read_results(folder: Path) -> dict:
 
 def method(results: dict) -> str:
     """The method with its variant, such as the end of the spectrum, which is never left out."""
-    return " ".join(filter(None, (results["method"], results.get("variant", results["eigen_select"]))))
+    return " ".join(
+        filter(None, (results["method"], results.get("variant", results["eigen_select"])))
+    )
 
 
 def table(folders: list[Path]) -> str:
@@ -38,10 +42,19 @@ def table(folders: list[Path]) -> str:
     rows = [read_results(folder) for folder in folders]
     suites = sorted({suite for row in rows for key in ("baseline", "scores") for suite in row[key]})
     head = ["run", "method", "rank", "lr", "seed", "steps", "final loss"]
-    head += [f"{suite} {when}" for suite in suites for when in ("before", "after")] + ["training (s)"]
+    head += [f"{suite} {when}" for suite in suites for when in ("before", "after")] + [
+        "training (s)"
+    ]
     lines = [head, ["---"] * len(head)]
     for folder, row in zip(folders, rows, strict=True):
-        cells = [folder.resolve().name, method(row), row["rank"] or "", f"{row['lr']:g}", row["seed"], row["steps"]]
+        cells = [
+            folder.resolve().name,
+            method(row),
+            row["rank"] or "",
+            f"{row['lr']:g}",
+            row["seed"],
+            row["steps"],
+        ]
         cells.append(f"{row['final_loss']:.4f}")
         cells += [_score(row[key].get(suite)) for suite in suites for key in ("baseline", "scores")]
         cells.append(f"{row['seconds']['training']:.0f}")
@@ -81,19 +94,30 @@ def _of_table(arguments: argparse.Namespace) -> None:
     print(shown)
     if arguments.write:
         arguments.write.mkdir(parents=True, exist_ok=True)
-        texts = {"md": shown, "tex": render.latex(sweep, groups), "csv": render.to_csv(sweep, groups)}
+        texts = {
+            "md": shown,
+            "tex": render.latex(sweep, groups),
+            "csv": render.to_csv(sweep, groups),
+        }
         for end, text in texts.items():
             write_text(arguments.write / f"{sweep.name}.{end}", text)
     if arguments.figures:
         arguments.figures.mkdir(parents=True, exist_ok=True)
-        print("figures: " + " ".join(map(str, table_figures.draw(sweep, groups, arguments.figures))))
+        print(
+            "figures: " + " ".join(map(str, table_figures.draw(sweep, groups, arguments.figures)))
+        )
 
 
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
     cli.add_table(parser)
-    parser.add_argument("--write", type=Path, metavar="DIR", help="also write TABLE.md, TABLE.tex and TABLE.csv there")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="DIR",
+        help="also write TABLE.md, TABLE.tex and TABLE.csv there",
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw the figures there")
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.table):

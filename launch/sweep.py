@@ -16,7 +16,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tqdm import tqdm
@@ -58,10 +60,16 @@ def jobs_of(sweep: Sweep, unit: Unit) -> list[Job]:
         jobs[of.name] = Job(of.name, command, folder / "results.json", logs / f"{of.name}.log")
     if sweep.table.spectra:
         first = scored.get("own", scored.get("recipe", []))[:1]
-        for folder in (sweep.folder / of.name for of in first if (sweep.folder / of.name / "results.json").is_file()):
+        for folder in (
+            sweep.folder / of.name
+            for of in first
+            if (sweep.folder / of.name / "results.json").is_file()
+        ):
             name = f"{folder.name}-after"
             command = (str(LAUNCH / "calibrate.py"), "--after", str(folder))
-            jobs[name] = Job(name, command, folder / "after" / "effective_rank.json", logs / f"{name}.log")
+            jobs[name] = Job(
+                name, command, folder / "after" / "effective_rank.json", logs / f"{name}.log"
+            )
     return list(jobs.values())
 
 
@@ -122,8 +130,12 @@ def run_jobs(
 
 def _start(job: Job, slots: int, launcher: list[str]) -> subprocess.Popen:
     environment = dict(os.environ)
-    if slots > 1:  # runs side by side share the cores; a single one shares them out among its ranks itself
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots)))
+    if (
+        slots > 1
+    ):  # runs side by side share the cores; a single one shares them out among its ranks itself
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots))
+        )
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         log = files.enter_context(job.log.open("a"))
@@ -145,7 +157,9 @@ def _end_with_parent() -> None:
 
 
 def _reason(job: Job, code: int) -> str:
-    lines = [line.strip() for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [
+        line.strip() for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     last = next((line for line in reversed(lines) if line), "")
     return f"exit code {code}: {last}"
 
@@ -162,7 +176,9 @@ def sweep_all(sweep: Sweep, units: list[Unit], slots: int, launcher: list[str]) 
     print(f"{sweep.name}: {done} runs of {_total(sweep, units)} are in {sweep.folder}", flush=True)
     started, new = time.monotonic(), 0
     terminal = sys.stderr.isatty()
-    with tqdm(total=_total(sweep, units), initial=done, desc=sweep.name, unit="run", disable=not terminal) as bar:
+    with tqdm(
+        total=_total(sweep, units), initial=done, desc=sweep.name, unit="run", disable=not terminal
+    ) as bar:
         for job, why in run_jobs(list_jobs, slots, launcher, stop):
             new += 1
             if why and not stop.asked:
@@ -172,21 +188,30 @@ def sweep_all(sweep: Sweep, units: list[Unit], slots: int, launcher: list[str]) 
             bar.update()
             if not terminal:
                 left = (total - done - new) * (time.monotonic() - started) / new / 60
-                print(f"{done + new}/{total} {job.name}: {why or 'done'}; {left:.0f} min left", flush=True)
+                print(
+                    f"{done + new}/{total} {job.name}: {why or 'done'}; {left:.0f} min left",
+                    flush=True,
+                )
     for unit in units if not stop.asked else []:
         if (
             sweep.grid(unit)
             and sweep.own_rate(unit) is None
             and not any(of.name in failed for of in sweep.choosing(unit).values())
         ):
-            failed[unit.label] = "every learning rate of its grid diverged; give the row a lower grid"
+            failed[unit.label] = (
+                "every learning rate of its grid diverged; give the row a lower grid"
+            )
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     if stop.asked:
         print("stopped; the same command goes on", file=sys.stderr, flush=True)
         return STOPPED
     if failed:
-        print(f"{len(failed)} failed; logs are in {sweep.folder / 'logs'}", file=sys.stderr, flush=True)
+        print(
+            f"{len(failed)} failed; logs are in {sweep.folder / 'logs'}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     return 0
 
@@ -218,13 +243,26 @@ def write_slurm(path: Path, sweep: Sweep, arguments: list[str]) -> None:
 def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES)
     cli.add_table(parser)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, on CPUs (default 1)")
     parser.add_argument(
-        "--launch", default=sys.executable, help='what starts a run, such as "deepspeed --num_gpus 8" (default python)'
+        "--jobs", type=int, default=1, metavar="N", help="runs side by side, on CPUs (default 1)"
     )
-    parser.add_argument("--only", type=int, metavar="INDEX", help="only this row of --list, as a task of an array does")
-    parser.add_argument("--list", action="store_true", help="print the rows and their runs, and run nothing")
-    parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a batch script with a task for each row")
+    parser.add_argument(
+        "--launch",
+        default=sys.executable,
+        help='what starts a run, such as "deepspeed --num_gpus 8" (default python)',
+    )
+    parser.add_argument(
+        "--only",
+        type=int,
+        metavar="INDEX",
+        help="only this row of --list, as a task of an array does",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the rows and their runs, and run nothing"
+    )
+    parser.add_argument(
+        "--slurm", type=Path, metavar="FILE", help="write a batch script with a task for each row"
+    )
     arguments = parser.parse_args()
     if arguments.table is None:
         raise UserError("--table: is required")

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not launch/, is where imports are looked up
+if (
+    not __package__
+):  # run as a script: the repository root, not launch/, is where imports are looked up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli, plan
@@ -20,12 +22,18 @@ def main() -> None:
     parser = cli.parser(__doc__, EXAMPLES, fields=True)
     cli.add_recipe(parser)
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
-    parser.add_argument("--plan", action="store_true", help="only say what the run would take (see launch/plan.py)")
     parser.add_argument(
-        "--profile", action="store_true", help="record a few steps: a trace, and the costliest operations"
+        "--plan", action="store_true", help="only say what the run would take (see launch/plan.py)"
     )
     parser.add_argument(
-        "--peak-tflops", type=float, help="peak of a device, for its utilisation (known for many GPUs with a bf16 base)"
+        "--profile",
+        action="store_true",
+        help="record a few steps: a trace, and the costliest operations",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="peak of a device, for its utilisation (known for many GPUs with a bf16 base)",
     )
     plan.add_machine(parser)
     arguments = parser.parse_args()
@@ -36,7 +44,9 @@ def main() -> None:
         plan.show(recipe, arguments)
         return
 
-    from launch.pipeline import fine_tune  # takes seconds, so only when the recipe is known to be good
+    from launch.pipeline import (
+        fine_tune,
+    )  # takes seconds, so only when the recipe is known to be good
 
     folder = arguments.output or Path("runs") / name
     fine_tune(recipe, name, folder, arguments.stall, arguments.profile, arguments.peak_tflops)

@@ -30,7 +30,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """A factory of tiny seeded Llamas: grouped-query attention, biases drawn rather than zero, head tied or not."""
 
-    def make(dtype: torch.dtype = torch.float32, bias: bool = True, tied: bool = True) -> LlamaForCausalLM:
+    def make(
+        dtype: torch.dtype = torch.float32, bias: bool = True, tied: bool = True
+    ) -> LlamaForCausalLM:
         torch.manual_seed(11)
         config = LlamaConfig(
             vocab_size=50,

@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("sweep", "report", "ended"), [(0, 0, None), (1, 0, 1), (75, 0, 75), (0, 3, 3)])
+@pytest.mark.parametrize(
+    ("sweep", "report", "ended"), [(0, 0, None), (1, 0, 1), (75, 0, 75), (0, 3, 3)]
+)
 def test_miniature_reports_and_ends_as_the_sweep_did(
     sweep: int, report: int, ended: int | None, tmp_path: Path
 ) -> None:
@@ -17,7 +19,9 @@ def test_miniature_reports_and_ends_as_the_sweep_did(
     (tmp_path / "requirements.txt").touch()
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\necho "$@" >> log\ncase $1 in */sweep.py) exit {sweep};; *) exit {report};; esac\n')
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> log\ncase $1 in */sweep.py) exit {sweep};; *) exit {report};; esac\n'
+    )
     python.chmod(0o755)
     (tmp_path / ".venv" / "installed").touch()  # set up already
     line = ["make", "miniature", "TABLE=t", "OPTIONS=--set a=b"]

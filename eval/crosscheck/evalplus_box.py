@@ -12,7 +12,12 @@ import resource
 import sys
 import time
 
-LIMITS = {resource.RLIMIT_FSIZE: 16 << 20, resource.RLIMIT_NPROC: 64, resource.RLIMIT_CPU: 90, resource.RLIMIT_CORE: 0}
+LIMITS = {
+    resource.RLIMIT_FSIZE: 16 << 20,
+    resource.RLIMIT_NPROC: 64,
+    resource.RLIMIT_CPU: 90,
+    resource.RLIMIT_CORE: 0,
+}
 
 
 def record(job: dict) -> list[tuple]:
@@ -27,7 +32,9 @@ def record(job: dict) -> list[tuple]:
         calls.append((given, copy.deepcopy(value), time.time() - start))
         return value
 
-    names = dict(own)  # a namespace of the tests: the reference's own calls of itself are not recorded
+    names = dict(
+        own
+    )  # a namespace of the tests: the reference's own calls of itself are not recorded
     exec(job["setup"], names)
     names[job["entry_point"]] = recorded
     exec(job["tests"], names)
@@ -53,7 +60,9 @@ def main() -> None:
         name = job["entry_point"]
         if job["dataset"] == "mbpp" and name in MBPP_OUTPUT_NOT_NONE_TASKS:
             expected = [value is not None for value in expected]
-        atol = 1e-4 if name == "find_zero" else 0  # HumanEval/32's own tolerance; evalplus adds 1e-6 for floats
+        atol = (
+            1e-4 if name == "find_zero" else 0
+        )  # HumanEval/32's own tolerance; evalplus adds 1e-6 for floats
         status, _ = untrusted_check(
             job["dataset"], job["program"], inputs, name, expected, atol, seconds, fast_check=True
         )

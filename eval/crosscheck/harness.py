@@ -49,7 +49,11 @@ _GSM8K = {
         {
             "name": "flexible-extract",
             "filter": [
-                {"function": "regex", "group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+                {
+                    "function": "regex",
+                    "group_select": -1,
+                    "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)",
+                },
                 {"function": "take_first"},
             ],
         },
@@ -98,7 +102,9 @@ def write_likelihood(folder: Path, suite: str, problems: Sequence[Problem]) -> s
     blank = suite == "winogrande"
     config = {
         "output_type": "multiple_choice",
-        "doc_to_text": "gold" if blank else "query",  # a number: the choices are beginnings, the target is the rest
+        "doc_to_text": "gold"
+        if blank
+        else "query",  # a number: the choices are beginnings, the target is the rest
         "doc_to_target": "suffix" if blank else "gold",
         "doc_to_choice": "choices",
         "metric_list": [_mean(metric) for metric in likelihood.VIEWS[suite].metrics],
@@ -106,11 +112,17 @@ def write_likelihood(folder: Path, suite: str, problems: Sequence[Problem]) -> s
     return _write(folder, f"astra_{suite}_likelihood", config, documents)
 
 
-def _write(folder: Path, task: str, config: dict, documents: Sequence[dict], minerva: bool = False) -> str:
+def _write(
+    folder: Path, task: str, config: dict, documents: Sequence[dict], minerva: bool = False
+) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     data = (folder / f"{task}.jsonl").resolve()
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    where = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    where = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+    }
     text = yaml.safe_dump({"task": task, **where, "num_fewshot": 0, **config}, sort_keys=False)
     if minerva:
         shutil.copy(Path(__file__).with_name("minerva.py"), folder)

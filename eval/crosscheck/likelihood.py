@@ -39,20 +39,38 @@ def document(suite: str, problem: Problem) -> dict:
     """
     view = VIEWS[suite]
     if suite == "boolq":
-        query = view.prompt.format(problem.question.partition("question: ")[2].partition("\n\nAnswer format:")[0][:-1])
+        query = view.prompt.format(
+            problem.question.partition("question: ")[2].partition("\n\nAnswer format:")[0][:-1]
+        )
         return {"query": query, "choices": ["no", "yes"], "gold": int(problem.reference == "true")}
     body, _, labels = problem.question.rpartition("Answer format:")
     head, *choices = (part.strip() for part in re.split(rf"\s*\b{view.word}\d: ?", body))
-    stem, count, gold = head.partition(": ")[2], labels.count("/") + 1, int(problem.reference[-1]) - 1
+    stem, count, gold = (
+        head.partition(": ")[2],
+        labels.count("/") + 1,
+        int(problem.reference[-1]) - 1,
+    )
     if not stem or len(choices) != count or gold >= count:
-        raise EvalError(f"{problem.id}: its question does not list {count} choices as {view.word}1: ...; leave it out")
-    if suite == "winogrande":  # partial scoring: how likely is what follows the blank, after each option in it
+        raise EvalError(
+            f"{problem.id}: its question does not list {count} choices as {view.word}1: ...; leave it out"
+        )
+    if (
+        suite == "winogrande"
+    ):  # partial scoring: how likely is what follows the blank, after each option in it
         before, blank, suffix = stem.partition("_")
         if not blank:
             raise EvalError(f"{problem.id}: its sentence has no blank _; leave it out")
-        return {"choices": [before + choice for choice in choices], "suffix": suffix.strip(), "gold": gold}
+        return {
+            "choices": [before + choice for choice in choices],
+            "suffix": suffix.strip(),
+            "gold": gold,
+        }
     clean: Callable[[str], str] = _hellaswag if suite == "hellaswag" else str
-    return {"query": view.prompt.format(clean(stem)), "choices": list(map(clean, choices)), "gold": gold}
+    return {
+        "query": view.prompt.format(clean(stem)),
+        "choices": list(map(clean, choices)),
+        "gold": gold,
+    }
 
 
 def _hellaswag(text: str) -> str:

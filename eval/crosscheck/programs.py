@@ -26,10 +26,14 @@ def check(suite: str, problems: Sequence[Problem], programs: Sequence[str]) -> l
     Raises EvalError where bubblewrap does not work, or evalplus does not in it.
     """
     modules = [importlib.util.find_spec(name) for name in ("evalplus", "numpy", "psutil")]
-    folders = tuple(dict.fromkeys(str(Path(module.origin).resolve().parents[1]) for module in modules))
+    folders = tuple(
+        dict.fromkeys(str(Path(module.origin).resolve().parents[1]) for module in modules)
+    )
     one = partial(_one, suite.partition("_")[0], folders)
     if one(problems[0], problems[0].reference) == "no verdict":
-        raise EvalError(f"evalplus: it does not run in the box; can every user read {', '.join(folders)}?")
+        raise EvalError(
+            f"evalplus: it does not run in the box; can every user read {', '.join(folders)}?"
+        )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(one, problems, programs))
     return [None if status == "fault" else status == "pass" for status in found]
@@ -38,7 +42,13 @@ def check(suite: str, problems: Sequence[Problem], programs: Sequence[str]) -> l
 def _one(dataset: str, folders: tuple[str, ...], problem: Problem, program: str) -> str:
     """evalplus' status (pass, fail, timeout), "fault" where it cannot check the problem, or "no verdict"."""
     tests = {key: problem.tests[key] for key in ("entry_point", "setup", "tests")}
-    job = {"folders": folders, "dataset": dataset, "program": program, "reference": problem.reference, **tests}
+    job = {
+        "folders": folders,
+        "dataset": dataset,
+        "program": program,
+        "reference": problem.reference,
+        **tests,
+    }
     out = sandbox.run(_WORKER, json.dumps(job).encode(), TIMEOUT, folders)
     try:
         answer = json.loads(out or b"")

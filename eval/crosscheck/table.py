@@ -25,8 +25,20 @@ def differing(comparison: Comparison, ours: dict[str, dict]) -> list[dict]:
         row = ours[problem]
         if theirs != (True if comparison.texts else row["strict"]):
             kept = {key: row[key] for key in ("id", "reference", "output", "strict", "literature")}
-            other = {"their_output": comparison.outputs[problem]} if problem in comparison.outputs else {}
-            found.append({"suite": comparison.suite, "against": comparison.against, **kept, "theirs": theirs, **other})
+            other = (
+                {"their_output": comparison.outputs[problem]}
+                if problem in comparison.outputs
+                else {}
+            )
+            found.append(
+                {
+                    "suite": comparison.suite,
+                    "against": comparison.against,
+                    **kept,
+                    "theirs": theirs,
+                    **other,
+                }
+            )
     return found
 
 
@@ -37,9 +49,18 @@ def describe(comparisons: Iterable[Comparison], ours: dict[str, dict[str, dict]]
     for comparison in comparisons:
         rows = [ours[comparison.suite][problem] for problem in comparison.theirs]
         theirs = list(comparison.theirs.values())
-        cells = [comparison.suite, comparison.against, *(_percent([row[g] for row in rows]) for g in _GRADERS)]
-        cells += [f"{sum(theirs)} same texts" if comparison.texts else _percent(theirs), str(len(rows))]
-        lines.append(f"| {' | '.join([*cells, str(len(differing(comparison, ours[comparison.suite])))])} |")
+        cells = [
+            comparison.suite,
+            comparison.against,
+            *(_percent([row[g] for row in rows]) for g in _GRADERS),
+        ]
+        cells += [
+            f"{sum(theirs)} same texts" if comparison.texts else _percent(theirs),
+            str(len(rows)),
+        ]
+        lines.append(
+            f"| {' | '.join([*cells, str(len(differing(comparison, ours[comparison.suite])))])} |"
+        )
     return "\n".join(lines)
 
 

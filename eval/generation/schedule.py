@@ -37,13 +37,17 @@ class _Running(NamedTuple):
 class _Roomy(DynamicLayer):
     """Keys and values with free columns at the right, so that a step writes its own and copies none of the others."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.room[0].shape[-2] < end:
-            self.room = tuple(pad(part, (0, 0, 0, end - start + ROOM)) for part in (self.keys, self.values))
+            self.room = tuple(
+                pad(part, (0, 0, 0, end - start + ROOM)) for part in (self.keys, self.values)
+            )
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[..., start:end, :] = new
         self.keys, self.values = (room[..., :end, :] for room in self.room)
@@ -51,7 +55,10 @@ class _Roomy(DynamicLayer):
 
     def keep(self, rows: Tensor, width: int) -> None:
         """Only some rows, and of these only the last `width` columns."""
-        self.room = self.keys, self.values = self.keys[rows, :, -width:], self.values[rows, :, -width:]
+        self.room = self.keys, self.values = (
+            self.keys[rows, :, -width:],
+            self.values[rows, :, -width:],
+        )
 
 
 @torch.no_grad()
@@ -93,7 +100,11 @@ def generate(
     if full := too_long(model, prompts):
         yield dict.fromkeys(full, "")
     limits = [min(max_new_tokens, _context(model) - len(prompt)) for prompt in prompts]
-    waiting = deque(sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: (-len(prompts[i]), i)))
+    waiting = deque(
+        sorted(
+            (i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: (-len(prompts[i]), i)
+        )
+    )
     # Every rank knows what each of them runs and how far it is, so all take the same steps without asking.
     running: list[list[int]] = [[] for _ in range(world_size)]
     made = [0] * len(prompts)
@@ -105,18 +116,27 @@ def generate(
     def choose(logits: Tensor, rows: list[int], step: int) -> Tensor:
         if not temperature:
             return logits.argmax(-1)
-        drawn = [_draw(of, temperature, seeds[i], made[i] + step) for of, i in zip(logits, rows, strict=True)]
+        drawn = [
+            _draw(of, temperature, seeds[i], made[i] + step)
+            for of, i in zip(logits, rows, strict=True)
+        ]
         return torch.stack(drawn)
 
     while waiting or any(running):
-        new = _admit(waiting, running, batch_size) if refills or not any(running) else [[] for _ in running]
+        new = (
+            _admit(waiting, running, batch_size)
+            if refills or not any(running)
+            else [[] for _ in running]
+        )
         if state:
             # A sharded rank without a prompt of its own steps along with one that has ended, or that another runs.
             keep = [at for at, i in enumerate(state.rows) if i in mine] or [0] * sharded
             state = _select(state, keep, refills) if keep else None
         mine |= {i: [] for i in new[rank]}
         if admitted := new[rank] or [i for part in new for i in part][:1] * sharded:
-            fresh = _prefill(forward, admitted, prompts, _cache() if refills else None, choose, device)
+            fresh = _prefill(
+                forward, admitted, prompts, _cache() if refills else None, choose, device
+            )
             for i, token in zip(fresh.rows, fresh.last.tolist(), strict=True):
                 if i in new[rank]:
                     mine[i].append(token)
@@ -194,14 +214,18 @@ def _forward(model: nn.Module) -> Forward:
     takes, end = inspect.signature(_base(model).forward).parameters, _context(model) - 1
     if "past_key_values" not in takes:
         kind = type(_base(model)).__name__
-        raise EvalError(f"--model: {kind} keeps no keys and values to go on from; serve it, and use --backend openai")
+        raise EvalError(
+            f"--model: {kind} keeps no keys and values to go on from; serve it, and use --backend openai"
+        )
 
     def forward(ids: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         # Past the context's end run only rows that have ended, until the next look.
         positions = (mask.cumsum(1) - 1).clamp(0, end)[:, -ids.shape[1] :]
         options = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in takes}
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        out = model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+        )
         return out.logits[:, -1].float(), out.past_key_values
 
     return forward
@@ -218,13 +242,19 @@ def _prefill(
     """Read prompts, and choose the first token of each."""
     longest = max(len(prompts[i]) for i in rows)
     padding = [longest - len(prompts[i]) for i in rows]
-    ids = torch.tensor([[0] * by + prompts[i] for i, by in zip(rows, padding, strict=True)], device=device)
-    mask = (torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+    ids = torch.tensor(
+        [[0] * by + prompts[i] for i, by in zip(rows, padding, strict=True)], device=device
+    )
+    mask = (
+        torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]
+    ).long()
     logits, cache = forward(ids, mask, cache)
     return _Running(rows, cache, mask, choose(logits, rows, 0))
 
 
-def _decode(forward: Forward, state: _Running, steps: int, choose: Choose) -> tuple[_Running, list[list[int]]]:
+def _decode(
+    forward: Forward, state: _Running, steps: int, choose: Choose
+) -> tuple[_Running, list[list[int]]]:
     """Run `steps` forward passes; the tokens that each row got. The device is waited for once, at the end."""
     rows, cache, mask, last = state
     found = [last.new_empty(len(rows), 0)]

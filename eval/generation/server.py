@@ -11,7 +11,16 @@ from urllib3.util import Retry
 from eval.errors import EvalError
 
 RETRIES = 5
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses of a server that may do better later
+RETRIED = (
+    408,
+    409,
+    425,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # HTTP statuses of a server that may do better later
 
 
 def complete(
@@ -40,7 +49,13 @@ def complete(
         EvalError: the server refuses, or does not answer after the repetitions; the message has its words.
     """
     place = f"{url.rstrip('/')}/completions"
-    retry = Retry(RETRIES, backoff_factor=pause, status_forcelist=RETRIED, allowed_methods=None, raise_on_status=False)
+    retry = Retry(
+        RETRIES,
+        backoff_factor=pause,
+        status_forcelist=RETRIED,
+        allowed_methods=None,
+        raise_on_status=False,
+    )
     with requests.Session() as session, ThreadPoolExecutor(concurrency) as pool:
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
@@ -48,13 +63,20 @@ def complete(
             session.headers["Authorization"] = f"Bearer {key}"
 
         def one(index: int) -> str:
-            body = {"model": model, "prompt": prompts[index], "max_tokens": max_new_tokens, "temperature": temperature}
+            body = {
+                "model": model,
+                "prompt": prompts[index],
+                "max_tokens": max_new_tokens,
+                "temperature": temperature,
+            }
             body |= {"stop": list(stops[:4])} if stops else {}
             body |= {"seed": seeds[index] % 2**31} if temperature else {}
             try:
                 answer = session.post(place, json=body, timeout=timeout)
             except requests.RequestException as error:
-                raise EvalError(f"--url: {place} does not answer ({type(error).__name__}); check the server") from None
+                raise EvalError(
+                    f"--url: {place} does not answer ({type(error).__name__}); check the server"
+                ) from None
             text = _text(answer)
             return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
 
@@ -68,11 +90,15 @@ def complete(
 
 def _text(answer: requests.Response) -> str:
     if answer.status_code != 200:
-        raise EvalError(f"--url: {answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}; check --model")
+        raise EvalError(
+            f"--url: {answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}; check --model"
+        )
     try:
         text = answer.json()["choices"][0]["text"]
     except (ValueError, KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise EvalError(f"--url: {answer.url} answers with no choices[0].text; is it a completions server?")
+        raise EvalError(
+            f"--url: {answer.url} answers with no choices[0].text; is it a completions server?"
+        )
     return text

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 SCRATCH = 64 << 20  # bytes of the private /tmp
 LEVELS = ("bubblewrap", "namespaces")
-NOBODY = "65534"  # the user that the box has outside where we are root, whom no limit on processes binds
+NOBODY = (
+    "65534"  # the user that the box has outside where we are root, whom no limit on processes binds
+)
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 # Fixed hashes: a solution that returns list(set(words)) has one verdict, not one a run. They need the environment, so
 # not -I, but all else that it means: the environment holds nothing else, and no folder is on the path but the library.
@@ -77,7 +79,12 @@ def find(level: str, folders: tuple[str, ...] = ()) -> Box | None:
     for before, source, prefix, interpreter in ways:
         box = Box(level, [*before, *build(source, prefix), interpreter, *FLAGS])
         try:
-            ran = subprocess.run([*box.command, "-c", "import json"], env=ENVIRONMENT, capture_output=True, timeout=20)
+            ran = subprocess.run(
+                [*box.command, "-c", "import json"],
+                env=ENVIRONMENT,
+                capture_output=True,
+                timeout=20,
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         if ran.returncode == 0:

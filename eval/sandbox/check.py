@@ -31,7 +31,9 @@ MEMORY = 1 << 30  # bytes of address space, for the solution and for the judge
 PROCESSES = 32  # of the solution, threads included
 _ROOT = str(Path(__file__).resolve().parents[2])
 # Both are imported here for their compiled files, which spare each judge 10 ms.
-_JUDGE = f"import sys; sys.path.append({_ROOT!r}); from {sandbox_judge.__name__} import main; main()"
+_JUDGE = (
+    f"import sys; sys.path.append({_ROOT!r}); from {sandbox_judge.__name__} import main; main()"
+)
 _RUNNER = Path(sandbox_runner.__file__).read_text(encoding="utf-8")
 
 
@@ -90,7 +92,13 @@ def check(
     box = _box(allow_unsandboxed)
     shown = box.level + (", tests in the box" if in_box else "")
     cpu = int(timeout) + 2  # seconds; the deadline comes first, this is for what it could not end
-    fields = {"solution": solution, "tests": tests, "setup": setup, "entry_point": entry_point, "in_box": in_box}
+    fields = {
+        "solution": solution,
+        "tests": tests,
+        "setup": setup,
+        "entry_point": entry_point,
+        "in_box": in_box,
+    }
     answer, errors = _run(box, json.dumps(fields).encode(), cpu, time.monotonic() + timeout)
     if answer is None:
         return Verdict(False, f"timed out after {timeout:g} s", shown)
@@ -100,9 +108,13 @@ def check(
     if verdict["fault"]:
         raise EvalError(verdict["fault"])
     if not verdict["started"]:
-        raise EvalError(f"the sandbox ({box.level}) did not start: {errors or 'no message'}; see if memory is short")
+        raise EvalError(
+            f"the sandbox ({box.level}) did not start: {errors or 'no message'}; see if memory is short"
+        )
     # One line that a terminal can show: the text may be the solution's.
-    words = "".join(c if c.isprintable() else "?" for c in " ".join(verdict["reason"].split()))[:200]
+    words = "".join(c if c.isprintable() else "?" for c in " ".join(verdict["reason"].split()))[
+        :200
+    ]
     return Verdict(verdict["passed"], words, shown)
 
 
@@ -172,7 +184,9 @@ def run(program: str, job: bytes, timeout: float, folders: tuple[str, ...]) -> b
 def _with_folders(folders: tuple[str, ...]) -> Box:
     box = find("bubblewrap", folders)
     if box is None:
-        raise EvalError("the sandbox needs bubblewrap here (Debian: apt-get install bubblewrap), and user namespaces")
+        raise EvalError(
+            "the sandbox needs bubblewrap here (Debian: apt-get install bubblewrap), and user namespaces"
+        )
     return box
 
 
@@ -184,9 +198,22 @@ def _run(box: Box, job: bytes, cpu: int, deadline: float) -> tuple[bytes | None,
     out: bytes | None = None
     try:
         try:
-            inside = _start(box, ["-c", _RUNNER, str(cpu), str(MEMORY), str(PROCESSES)], asked, answered)
+            inside = _start(
+                box, ["-c", _RUNNER, str(cpu), str(MEMORY), str(PROCESSES)], asked, answered
+            )
             judge = subprocess.Popen(
-                [python(), "-I", "-S", "-B", "-c", _JUDGE, str(answers), str(asks), str(cpu), str(MEMORY)],
+                [
+                    python(),
+                    "-I",
+                    "-S",
+                    "-B",
+                    "-c",
+                    _JUDGE,
+                    str(answers),
+                    str(asks),
+                    str(cpu),
+                    str(MEMORY),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -244,13 +271,19 @@ def _end(outer: subprocess.Popen, level: str) -> str:
 def _kill(process: int) -> None:
     try:
         os.kill(process, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # PermissionError: a session of which only another user's is left
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # PermissionError: a session of which only another user's is left
         return
 
 
 def _children(process: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [
+            int(child)
+            for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        ]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -273,10 +306,14 @@ def _box(allow_unsandboxed: bool) -> Box:
     """The best level that works, found once; EvalError where there is none and the caller did not allow that."""
     global _chosen
     if not sys.platform.startswith("linux"):
-        raise EvalError("the sandbox for model-written programs needs Linux; run this benchmark there")
+        raise EvalError(
+            "the sandbox for model-written programs needs Linux; run this benchmark there"
+        )
     with _lock:
         if _chosen is None:
-            _chosen = next((box for level in LEVELS if (box := find(level))), Box("none", [python(), *FLAGS]))
+            _chosen = next(
+                (box for level in LEVELS if (box := find(level))), Box("none", [python(), *FLAGS])
+            )
     if _chosen.level == "none" and not allow_unsandboxed:
         raise EvalError(
             "no sandbox works here to run model-written programs in: install bubblewrap (Debian: apt-get install "

@@ -15,7 +15,16 @@ from typing import Any
 
 from eval.sandbox.runner import decode, encode, failed_line, limit, read, said, write
 
-_BROKEN = (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError, ArithmeticError)
+_BROKEN = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    ArithmeticError,
+)
 
 
 class Stop(BaseException):
@@ -59,7 +68,9 @@ class Channel:
         match message:
             case ["failed", str(reason)]:
                 raise self.stop(reason)
-            case ["ready"] | ["value", _] | ["raised", str(), str()] | ["passed", str()] | "started":
+            case (
+                ["ready"] | ["value", _] | ["raised", str(), str()] | ["passed", str()] | "started"
+            ):
                 return message
         raise self.stop("the program wrote on the channel")
 
@@ -73,7 +84,9 @@ class Channel:
             try:
                 plain = [encode(arguments, strict=True), encode(keywords, strict=True)]
             except TypeError as error:
-                raise Fault(f"the tests pass {error}, which is no plain data; run them with in_box=True") from None
+                raise Fault(
+                    f"the tests pass {error}, which is no plain data; run them with in_box=True"
+                ) from None
             self.send(["call", *plain])
             answer = self.receive()
             match answer:
@@ -124,7 +137,9 @@ def grade(channel: Channel, job: dict[str, Any]) -> str | None:
     if job["in_box"]:
         token = os.urandom(16).hex()  # the secrets module takes 10 ms to import
         channel.send(["tests", job["setup"], job["tests"], token])
-        return None if channel.receive() == ["passed", token] else "the program wrote on the channel"
+        return (
+            None if channel.receive() == ["passed", token] else "the program wrote on the channel"
+        )
     names[job["entry_point"]] = channel.function()
     try:
         exec(codes["tests"], names)

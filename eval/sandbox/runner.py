@@ -18,7 +18,13 @@ from typing import Any
 DEPTH = 100  # nested containers
 SIZE = 8 << 20  # bytes of one message
 ITEMS = 100_000  # of an iterator, which may be endless
-_SEQUENCES = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", collections.deque: "deque"}
+_SEQUENCES = {
+    list: "list",
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    collections.deque: "deque",
+}
 _MAPPINGS = {
     dict: "dict",
     collections.defaultdict: "dict",
@@ -30,9 +36,11 @@ _SEQUENCE_OF = {tag: kind for kind, tag in _SEQUENCES.items()} | {
     "keys": lambda items: dict.fromkeys(items).keys(),
     "values": lambda items: dict(enumerate(items)).values(),
 }
-_MAPPING_OF = {"dict": dict, "OrderedDict": collections.OrderedDict, "Counter": collections.Counter} | {
-    "items": lambda pairs: dict(pairs).items()
-}
+_MAPPING_OF = {
+    "dict": dict,
+    "OrderedDict": collections.OrderedDict,
+    "Counter": collections.Counter,
+} | {"items": lambda pairs: dict(pairs).items()}
 _compile, _exec = compile, exec  # these, also after a solution has put others in their place
 
 
@@ -53,7 +61,9 @@ def encode(value: Any, strict: bool = False, depth: int = 0) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if kind is int:  # in hexadecimal where it is long: decimal digits take quadratic time, and Python refuses 4301
+    if (
+        kind is int
+    ):  # in hexadecimal where it is long: decimal digits take quadratic time, and Python refuses 4301
         return value if value.bit_length() < 64 else ["int", hex(value)]
     if depth > DEPTH:
         raise ValueError(f"a value nested deeper than {DEPTH}")
@@ -176,13 +186,17 @@ def said(error: BaseException) -> str:
 
 def _builtin_name(error: BaseException) -> str:
     """The nearest builtin class, which the tests may catch."""
-    return next(kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
+    return next(
+        kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind
+    )
 
 
 def serve(source: int, sink: int) -> None:
     """Runs the solution that the first message holds, then what the judge asks for, until it closes the channel."""
     text, entry_point = read(source)
-    module = type(sys)("solution")  # not __main__: what a program does as a script is no part of the task
+    module = type(sys)(
+        "solution"
+    )  # not __main__: what a program does as a script is no part of the task
     sys.modules["solution"] = module
     try:
         _exec(_compile(text, "<solution>", "exec"), module.__dict__)

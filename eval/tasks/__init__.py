@@ -4,7 +4,8 @@ from eval.tasks import commonsense, gsm8k, humaneval, math, mbpp
 from eval.tasks.base import Suite
 
 TASKS: dict[str, Suite] = {
-    suite.name: suite for suite in (gsm8k.SUITE, *math.SUITES, humaneval.SUITE, *mbpp.SUITES, *commonsense.SUITES)
+    suite.name: suite
+    for suite in (gsm8k.SUITE, *math.SUITES, humaneval.SUITE, *mbpp.SUITES, *commonsense.SUITES)
 }
 GROUPS = {"commonsense": tuple(commonsense.TASKS)}
 

@@ -15,7 +15,9 @@ def strict(output: str, entry_point: str, prompt: str = "") -> str:
     left out. Nothing else is: a program that asserts is not cut at its asserts.
     """
     blocks = [
-        block for language, block in _FENCE.findall(output) if language.lower() in ("", "python", "py", "python3")
+        block
+        for language, block in _FENCE.findall(output)
+        if language.lower() in ("", "python", "py", "python3")
     ]
     for text in (*blocks, output):
         program = _parsable(_before_prose(text) if text is output else text)
@@ -59,7 +61,12 @@ def _parse(program: str) -> ast.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in the program's strings
             return ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: NUL bytes, lone surrogates
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # ValueError: NUL bytes, lone surrogates
         return None
 
 
@@ -67,7 +74,8 @@ def _defines(program: str, name: str) -> bool:
     tree = _parse(program)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return any(isinstance(node, kinds) and node.name == name for node in tree.body) or any(
-        isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+        isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
         for node in tree.body
     )
 
@@ -75,14 +83,25 @@ def _defines(program: str, name: str) -> bool:
 def _before_prose(text: str) -> str:
     """`text` from its first line of code on."""
     lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if re.match(r"(?:def|class|import|from|@|async def)\b", line)), 0)
+    start = next(
+        (
+            i
+            for i, line in enumerate(lines)
+            if re.match(r"(?:def|class|import|from|@|async def)\b", line)
+        ),
+        0,
+    )
     return "\n".join(lines[start:])
 
 
 def _indented(body: str) -> str:
     """A function body, whose first line may have lost its indentation."""
     lines = [line for line in body.splitlines() if line.strip()]
-    if lines and not lines[0].startswith((" ", "\t")) and all(line.startswith((" ", "\t")) for line in lines[1:]):
+    if (
+        lines
+        and not lines[0].startswith((" ", "\t"))
+        and all(line.startswith((" ", "\t")) for line in lines[1:])
+    ):
         body = "    " + body.lstrip("\n")
     elif lines and not any(line.startswith((" ", "\t")) for line in lines):
         body = "\n".join(f"    {line}" for line in body.splitlines())
@@ -92,5 +111,9 @@ def _indented(body: str) -> str:
 def _imports(prompt: str) -> str:
     """The import statements at the head of `prompt`, which a program that repeats the function may have left out."""
     tree = _parse(prompt) or _parse(prompt + "    pass\n")
-    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)] if tree else []
+    nodes = (
+        [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if tree
+        else []
+    )
     return "".join(ast.unparse(node) + "\n" for node in nodes)

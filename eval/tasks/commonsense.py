@@ -32,7 +32,9 @@ class Task(NamedTuple):
 
 def _numbered(word: str, options: list[str], between: str = " ") -> str:
     """`Answer1: ... Answer2: ...` and the line that names the labels."""
-    listed = between.join(f"{word.capitalize()}{i}: {option}" for i, option in enumerate(options, start=1))
+    listed = between.join(
+        f"{word.capitalize()}{i}: {option}" for i, option in enumerate(options, start=1)
+    )
     return f"{listed}\n\nAnswer format: {_format(word, len(options))}"
 
 
@@ -64,9 +66,7 @@ def _hellaswag(row: dict) -> tuple[str, str]:
 
 
 def _winogrande(row: dict) -> tuple[str, str]:
-    question = (
-        f"Please choose the correct answer to fill in the blank to complete the given sentence: {row['sentence']}"
-    )
+    question = f"Please choose the correct answer to fill in the blank to complete the given sentence: {row['sentence']}"
     options = f"Option1: {row['option1']} Option2: {row['option2']} Answer format: option1/option2"
     return f"{question}\n\n{options}", f"option{int(row['answer'])}"
 
@@ -85,24 +85,43 @@ def _labels(word: str, count: int) -> tuple[str, ...]:
 TASKS = {
     "boolq": Task(("true", "false"), "boolq", ("google/boolq", None, "validation"), _boolq),
     "piqa": Task(_labels("solution", 2), "piqa", ("baber/piqa", None, "validation"), _piqa),
-    "siqa": Task(_labels("answer", 3), "social_i_qa", ("lighteval/siqa", None, "validation"), _siqa),
-    "hellaswag": Task(_labels("ending", 4), "hellaswag", ("Rowan/hellaswag", None, "validation"), _hellaswag),
+    "siqa": Task(
+        _labels("answer", 3), "social_i_qa", ("lighteval/siqa", None, "validation"), _siqa
+    ),
+    "hellaswag": Task(
+        _labels("ending", 4), "hellaswag", ("Rowan/hellaswag", None, "validation"), _hellaswag
+    ),
     "winogrande": Task(
-        _labels("option", 2), "winogrande", ("allenai/winogrande", "winogrande_xl", "validation"), _winogrande
+        _labels("option", 2),
+        "winogrande",
+        ("allenai/winogrande", "winogrande_xl", "validation"),
+        _winogrande,
     ),
     # One ARC-Easy question has five choices.
-    "arc_easy": Task(_labels("answer", 5), "ARC-Easy", ("allenai/ai2_arc", "ARC-Easy", "test"), _choices),
-    "arc_challenge": Task(
-        _labels("answer", 5), "ARC-Challenge", ("allenai/ai2_arc", "ARC-Challenge", "test"), _choices
+    "arc_easy": Task(
+        _labels("answer", 5), "ARC-Easy", ("allenai/ai2_arc", "ARC-Easy", "test"), _choices
     ),
-    "openbookqa": Task(_labels("answer", 4), "openbookqa", ("allenai/openbookqa", "main", "test"), _choices),
+    "arc_challenge": Task(
+        _labels("answer", 5),
+        "ARC-Challenge",
+        ("allenai/ai2_arc", "ARC-Challenge", "test"),
+        _choices,
+    ),
+    "openbookqa": Task(
+        _labels("answer", 4), "openbookqa", ("allenai/openbookqa", "main", "test"), _choices
+    ),
 }
 
 
 def source(task: str) -> Source:
     folder, (hub_id, config, split) = TASKS[task].folder, TASKS[task].hub
     names = dict.fromkeys((folder, task))
-    files = [f"{place}{name}/test.{kind}" for place in ("commonsense_test/", "") for name in names for kind in KINDS]
+    files = [
+        f"{place}{name}/test.{kind}"
+        for place in ("commonsense_test/", "")
+        for name in names
+        for kind in KINDS
+    ]
     return Source(task, tuple(files), hub_id, config, split)
 
 
@@ -112,7 +131,10 @@ def rows(task: str, data_dir: Path | None, limit: int | None = None) -> list[Pro
     problems = []
     for number, row in enumerate(islice(read(where, data_dir), limit), start=1):
         if "instruction" in row:
-            instruction, reference = text(row, "instruction", where, number), text(row, "answer", where, number)
+            instruction, reference = (
+                text(row, "instruction", where, number),
+                text(row, "answer", where, number),
+            )
         else:
             try:
                 instruction, reference = TASKS[task].raw(row)
@@ -141,7 +163,10 @@ def grade(output: str, reference: str, task: str, protocol: Grader = "strict") -
         match = re.search("|".join(labels), output)
         return match is not None and match.group() == reference
     response = output.partition("###")[0]
-    words = [re.sub(r"(?=\\d|\d)", r"\\s?", label, count=1) if label[-1].isdigit() else label for label in labels]
+    words = [
+        re.sub(r"(?=\\d|\d)", r"\\s?", label, count=1) if label[-1].isdigit() else label
+        for label in labels
+    ]
     pattern = re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
     for stated in reversed(list(re.finditer(r"\banswer is\b", response, re.IGNORECASE))):
         named = pattern.search(response, stated.end())

@@ -35,7 +35,10 @@ def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
     """
     problems = []
     for number, row in enumerate(islice(read(SOURCE, data_dir), limit), start=1):
-        question, answer = text(row, "question", SOURCE, number), text(row, "answer", SOURCE, number)
+        question, answer = (
+            text(row, "question", SOURCE, number),
+            text(row, "answer", SOURCE, number),
+        )
         _, marker, reference = answer.rpartition("####")
         if not marker or _value(reference) is None:
             raise EvalError(
@@ -71,9 +74,15 @@ def _literature(output: str, reference: str) -> bool:
         return False
     try:
         top, slash, bottom = match.group().replace(",", "").partition("/")
-        value = round(float(Fraction(int(top), int(bottom)) if slash and bottom != "0" else float(top)))
+        value = round(
+            float(Fraction(int(top), int(bottom)) if slash and bottom != "0" else float(top))
+        )
         return float(value) == float(reference.replace(",", ""))
-    except (ValueError, ZeroDivisionError, OverflowError):  # "3/00" ended MetaMath's whole evaluation
+    except (
+        ValueError,
+        ZeroDivisionError,
+        OverflowError,
+    ):  # "3/00" ended MetaMath's whole evaluation
         return False
 
 
@@ -82,13 +91,17 @@ def extract(output: str) -> Fraction | None:
     markers = list(_MARKER.finditer(output))
     boxes = _BOXED.findall(output)
     if markers:
-        text = next((after for marker in reversed(markers) if (after := output[marker.end() :].strip())), "")
+        text = next(
+            (after for marker in reversed(markers) if (after := output[marker.end() :].strip())), ""
+        )
         boxes = _BOXED.findall(text)
         if boxes and not re.search(r"\d", text.partition("\\boxed")[0]):
             text = boxes[0]
     elif boxes:
         text = boxes[-1]
-    elif len(output) <= MAX_DIGITS and re.fullmatch(r"[^\w\s]?\s*-?[\d.,/ ]+[^\w\s]?", output.strip()):
+    elif len(output) <= MAX_DIGITS and re.fullmatch(
+        r"[^\w\s]?\s*-?[\d.,/ ]+[^\w\s]?", output.strip()
+    ):
         text = output
     else:
         return None
@@ -102,7 +115,9 @@ def _value(text: str) -> Fraction | None:
     text = text.replace("{,}", ",").replace(",\\!", ",").replace("\\!", "")
     text = _NOISE.sub("", text)
     text = re.sub(r"(?<=\d)[, '\u2019\u202f](?=\d{3}(?!\d))", "", text)
-    text = re.split(r"\.(?:\s|$)|[;!?]|,\s+(?=[A-Za-z])|\b(?:because|since|as)\b", text, maxsplit=1)[0]
+    text = re.split(
+        r"\.(?:\s|$)|[;!?]|,\s+(?=[A-Za-z])|\b(?:because|since|as)\b", text, maxsplit=1
+    )[0]
     if len(text) > MAX_DIGITS or re.match(r"\W*not\b", text):
         return None
     for side in reversed(text.split("=")):  # "20 - 2 = 18" and "18 = 20 - 2"

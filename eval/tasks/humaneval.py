@@ -20,7 +20,9 @@ def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
     problems = []
     for number, row in enumerate(islice(read(SOURCE, data_dir), limit), start=1):
         fields = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-        task_id, prompt, name, solution, tests = (text(row, field, SOURCE, number) for field in fields)
+        task_id, prompt, name, solution, tests = (
+            text(row, field, SOURCE, number) for field in fields
+        )
         code = {
             "entry_point": name,
             "setup": f"{prompt}\n    pass\n",  # three tests call helpers that the prompt defines

@@ -80,7 +80,9 @@ def _hub(source: Source) -> Iterator[dict]:
 
     try:
         for config in source.config if isinstance(source.config, tuple) else (source.config,):
-            yield from datasets.load_dataset(source.hub_id, config, split=source.split, revision=source.revision)
+            yield from datasets.load_dataset(
+                source.hub_id, config, split=source.split, revision=source.revision
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise EvalError(

@@ -23,7 +23,13 @@ SUBJECTS = (
 FILES = ("math_test.jsonl", "math/test.jsonl", "math_test_1000.jsonl")
 SOURCES = {
     "math": Source("math", FILES, "EleutherAI/hendrycks_math", SUBJECTS, "test"),
-    "math500": Source("math500", ("math500_test.jsonl", "math500/test.jsonl"), "HuggingFaceH4/MATH-500", None, "test"),
+    "math500": Source(
+        "math500",
+        ("math500_test.jsonl", "math500/test.jsonl"),
+        "HuggingFaceH4/MATH-500",
+        None,
+        "test",
+    ),
 }
 MAX_LENGTH = 2000  # characters; longer answers are no answers
 _MARKER = re.compile(r"(?:final\s+)?answer\s*(?:is\b\s*:?|:)", re.IGNORECASE)
@@ -40,7 +46,9 @@ def rows(suite: str, data_dir: Path | None, limit: int | None = None) -> list[Pr
         if not isinstance(reference, str):
             reference = last_boxed(text(row, "solution", source, number))
         if not reference:
-            raise EvalError(f"{suite}: row {number} has neither an answer nor a \\boxed{{}} in its solution")
+            raise EvalError(
+                f"{suite}: row {number} has neither an answer nor a \\boxed{{}} in its solution"
+            )
         problems.append(Problem(f"{suite}/{number - 1}", question, reference))
     return problems
 
@@ -111,16 +119,30 @@ def clean(answer: str) -> str:
     """`answer` without what markup and units add to it."""
     answer = answer.strip().rstrip(".").strip()
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if answer.startswith(left) and answer.endswith(right) and len(answer) > len(left) + len(right) - 1:
+        if (
+            answer.startswith(left)
+            and answer.endswith(right)
+            and len(answer) > len(left) + len(right) - 1
+        ):
             answer = answer[len(left) : len(answer) - len(right)].strip().rstrip(".").strip()
     answer = (
-        answer.replace("\u2212", "-").replace("{,}", ",").replace(r"\!", "").replace(r"\$", "").replace("^\\circ", "")
+        answer.replace("\u2212", "-")
+        .replace("{,}", ",")
+        .replace(r"\!", "")
+        .replace(r"\$", "")
+        .replace("^\\circ", "")
     )
     answer = (
-        answer.replace("^{\\circ}", "").replace(r"\left", "").replace(r"\right", "").replace(r"\%", "").replace("%", "")
+        answer.replace("^{\\circ}", "")
+        .replace(r"\left", "")
+        .replace(r"\right", "")
+        .replace(r"\%", "")
+        .replace("%", "")
     )
     answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    answer = re.sub(r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", ""), answer)
+    answer = re.sub(
+        r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", ""), answer
+    )
     answer = re.sub(
         rf"(?<=[\d}}])\s*\\?(?:\\(?:text|mbox|mathrm)\s*{{\s*[^{{}}]*}}|{_UNITS}\b)(?:\s*\^\s*{{?\d}}?)?\.?$",
         "",
@@ -128,7 +150,9 @@ def clean(answer: str) -> str:
     )
     answer = re.sub(r"(\d)\s*\\frac\s*{(\d+)}\s*{(\d+)}", _mixed, answer)
     if _comparable_prefix(answer):
-        answer = re.sub(r"^\s*(?:[a-zA-Z](?:\([a-z]\))?\s*=|[a-zA-Z]\s*\\in(?![a-z]))\s*", "", answer)
+        answer = re.sub(
+            r"^\s*(?:[a-zA-Z](?:\([a-z]\))?\s*=|[a-zA-Z]\s*\\in(?![a-z]))\s*", "", answer
+        )
     return answer.strip()
 
 
@@ -137,7 +161,9 @@ def _comparable_prefix(answer: str) -> bool:
     name, equals, value = answer.partition("=")
     if not equals:
         return True
-    return "=" not in value and (not re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", value) or "(" in name)
+    return "=" not in value and (
+        not re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", value) or "(" in name
+    )
 
 
 def _mixed(match: re.Match) -> str:
@@ -162,7 +188,9 @@ def _depth(answer: str) -> int:
 
 def _comparable(answer: str, wanted: str) -> bool:
     """False where math-verify would be too kind: a word that is another word, a number in another base."""
-    words = [re.fullmatch(r"\s*\\(?:text|mbox|mathrm)\s*{.*}\s*", side) for side in (answer, wanted)]
+    words = [
+        re.fullmatch(r"\s*\\(?:text|mbox|mathrm)\s*{.*}\s*", side) for side in (answer, wanted)
+    ]
     bases = [re.search(r"\d_{?\d", side) for side in (answer, wanted)]
     return not any(words) and bool(bases[0]) == bool(bases[1]) and not any(bases)
 
@@ -178,7 +206,12 @@ def _literature(output: str, reference: str) -> bool:
 def _hendrycks(answer: str) -> str:
     """Hendrycks et al.'s normalisation, by its effects; an answer that it would fail on stays as it is."""
     text = answer.replace("\n", "").replace(r"\!", "").replace("\\\\", "\\")
-    text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace(r"\left", "").replace(r"\right", "")
+    text = (
+        text.replace("tfrac", "frac")
+        .replace("dfrac", "frac")
+        .replace(r"\left", "")
+        .replace(r"\right", "")
+    )
     text = text.replace(r"^{\circ}", "").replace(r"^\circ", "").replace(r"\$", "")
     if text.count("\\text{ ") == 1:  # a unit on the right
         text = text.partition("\\text{ ")[0]

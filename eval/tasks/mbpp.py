@@ -30,7 +30,12 @@ IN_BOX = (367, 533, 601, 927)
 
 def rows(suite: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:
     """The first `limit` test problems. Raises EvalError for a row that is not one."""
-    return list(islice((p for p in everything(suite, data_dir) if int(p.id.rpartition("/")[2]) in TEST_IDS), limit))
+    return list(
+        islice(
+            (p for p in everything(suite, data_dir) if int(p.id.rpartition("/")[2]) in TEST_IDS),
+            limit,
+        )
+    )
 
 
 def everything(suite: str, data_dir: Path | None):  # noqa: ANN201 (an iterator of Problem)
@@ -39,7 +44,9 @@ def everything(suite: str, data_dir: Path | None):  # noqa: ANN201 (an iterator 
         text = row.get("text", row.get("prompt"))
         tests = row.get("test_list")
         if not isinstance(text, str) or not isinstance(row.get("code"), str) or not tests:
-            raise EvalError(f"{suite}: row {number} needs the fields task_id, text (or prompt), code and test_list")
+            raise EvalError(
+                f"{suite}: row {number} needs the fields task_id, text (or prompt), code and test_list"
+            )
         solution = row["code"].replace("\r\n", "\n")
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
         code = {
@@ -60,11 +67,15 @@ def _called(tests: list[str], solution: str, suite: str, number: int) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in their strings
             program, asserts = ast.parse(solution), [ast.parse(test) for test in tests]
-        defined = {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined = {
+            node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
         calls = [node for tree in asserts for node in ast.walk(tree) if isinstance(node, ast.Call)]
         called = [node.func.id for node in calls if isinstance(node.func, ast.Name)]
     except SyntaxError as error:
-        raise EvalError(f"{suite}: row {number}: its code or tests are not Python: {error}") from None
+        raise EvalError(
+            f"{suite}: row {number}: its code or tests are not Python: {error}"
+        ) from None
     names = [name for name in called if name in defined]
     if not names:
         raise EvalError(f"{suite}: row {number}: its tests call nothing that its code defines")
@@ -74,7 +85,9 @@ def _called(tests: list[str], solution: str, suite: str, number: int) -> str:
 def to_program(output: str, problem: Problem, protocol: Grader) -> str:
     """The program in `output` that is run."""
     return (
-        program.literature(output) if protocol == "literature" else program.strict(output, problem.tests["entry_point"])
+        program.literature(output)
+        if protocol == "literature"
+        else program.strict(output, problem.tests["entry_point"])
     )
 
 

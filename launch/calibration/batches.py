@@ -38,7 +38,11 @@ def sample_ids(recipe: Recipe, inputs: Inputs) -> list[int]:
         return []
     rows = len(tokens)
     if settings.statistics == "reference":  # it has rows too that are too long to be trained on
-        rows += sum(count for reason, count in inputs.data["dropped"].items() if reason not in (NOT_TEXT, EMPTY))
+        rows += sum(
+            count
+            for reason, count in inputs.data["dropped"].items()
+            if reason not in (NOT_TEXT, EMPTY)
+        )
     return choose(rows, settings.samples, settings.seed)
 
 
@@ -49,7 +53,9 @@ def lengths(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:
     return inputs.tokens.lengths()[samples]
 
 
-def parts(recipe: Recipe, inputs: Inputs, samples: list[int], device: torch.device) -> list[list[Batch]]:
+def parts(
+    recipe: Recipe, inputs: Inputs, samples: list[int], device: torch.device
+) -> list[list[Batch]]:
     """This rank's batches of the samples, or of each of their halves; no part without samples. Collective."""
     if not samples:
         return []
@@ -60,7 +66,9 @@ def parts(recipe: Recipe, inputs: Inputs, samples: list[int], device: torch.devi
         raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
     if recipe.calibration.statistics == "reference":
         encoded = on_rank0(lambda: _encode_reference(recipe.data, inputs.model_path, samples))
-        return [_reference_batches(encoded, half, recipe.data.max_length, device) for half in halves]
+        return [
+            _reference_batches(encoded, half, recipe.data.max_length, device) for half in halves
+        ]
     return [_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
 
 
@@ -77,13 +85,19 @@ def _encode_reference(data: Data, model_path: Path, samples: list[int]) -> dict:
     tokenizer = load_tokenizer(model_path)
     rows = [row for chunk in select(load(data, fetch(data)), data) for row in chunk.rows]
     texts = [
-        REFERENCE.format(instruction="\n".join(filter(None, (row.instruction, row.input))), answer=row.answer)
+        REFERENCE.format(
+            instruction="\n".join(filter(None, (row.instruction, row.input))), answer=row.answer
+        )
         for row in (rows[i] for i in samples)
     ]
-    return dict(zip(samples, encode(tokenizer, texts), strict=True)) | {"eos": tokenizer.eos_token_id}
+    return dict(zip(samples, encode(tokenizer, texts), strict=True)) | {
+        "eos": tokenizer.eos_token_id
+    }
 
 
-def _reference_batches(encoded: dict, samples: list[int], length: int, device: torch.device) -> list[Batch]:
+def _reference_batches(
+    encoded: dict, samples: list[int], length: int, device: torch.device
+) -> list[Batch]:
     made = []
     for (row,) in deal(samples, dist.get_rank(), dist.get_world_size(), 1):
         text = encoded[samples[0] if row is None else row][:length]

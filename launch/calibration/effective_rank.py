@@ -19,7 +19,11 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
 
 RESULT = "effective_rank.json"
-EXPORTS = ("model", "lora", "adapter")  # of a run, the first that is there: `adapter` alone is on the original base
+EXPORTS = (
+    "model",
+    "lora",
+    "adapter",
+)  # of a run, the first that is there: `adapter` alone is on the original base
 
 
 def measure_run(run: Path, engine: str | None, stall: float) -> None:
@@ -49,7 +53,9 @@ def measure_run(run: Path, engine: str | None, stall: float) -> None:
             _calibrate(inputs, make_engine(recipe.engine, device, inputs.dtype), trained, folder)
     if dist.get_rank() == 0:
         _write(run / "after", recipe.adapter.targets)
-        say(f"effective ranks before and after: {run / 'after' / RESULT} and {run / 'after' / 'effective_rank.png'}")
+        say(
+            f"effective ranks before and after: {run / 'after' / RESULT} and {run / 'after' / 'effective_rank.png'}"
+        )
     stop()
 
 
@@ -57,7 +63,12 @@ def _measuring(recipe: Recipe, engine: str | None) -> Recipe:
     """`recipe` with a calibration that sees every eigenvalue, whatever the run's method needed of it."""
     kept = recipe.calibration.model_dump(include={"samples", "batch_size", "seed", "memory_gib"})
     values = recipe.model_dump(include={"model", "data", "train", "engine"})
-    values["adapter"] = {"method": "astra", "eigen_select": "largest", "rank": 1, "targets": recipe.adapter.targets}
+    values["adapter"] = {
+        "method": "astra",
+        "eigen_select": "largest",
+        "rank": 1,
+        "targets": recipe.adapter.targets,
+    }
     return validate(values | {"calibration": kept} | ({"engine": engine} if engine else {}))
 
 

@@ -31,13 +31,20 @@ def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int) -
         modules[name] = figures(found["spectrum"], found["values"]) | {
             "reach": reach[name],
             "checks": Checks(*found["checks"].tolist())._asdict(),
-            "largest_angle": math.degrees(found["angles"].max().item()) if len(found["angles"]) else None,
-            "median_angle": math.degrees(found["angles"].median().item()) if len(found["angles"]) else None,
+            "largest_angle": math.degrees(found["angles"].max().item())
+            if len(found["angles"])
+            else None,
+            "median_angle": math.degrees(found["angles"].median().item())
+            if len(found["angles"])
+            else None,
             "curve": _curve(found["spectrum"]),
         }
-    worst = {key: max(module["checks"][key] for module in modules.values()) for key in Checks._fields}
+    worst = {
+        key: max(module["checks"][key] for module in modules.values()) for key in Checks._fields
+    }
     lines = [
-        "worst check, 1 being let pass: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()),
+        "worst check, 1 being let pass: "
+        + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()),
         *doubts(modules, tokens, recipe),
     ]
     write_json(
@@ -49,7 +56,10 @@ def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int) -
             "modules": modules,
         },
     )
-    plots = [_plot_curves(spectra, modules, folder), _plot_by_layer("effective_rank", modules, folder)]
+    plots = [
+        _plot_curves(spectra, modules, folder),
+        _plot_by_layer("effective_rank", modules, folder),
+    ]
     if recipe.calibration.split_half:
         plots.append(_plot_by_layer("largest_angle", modules, folder))
     write_text(folder / "README.md", _page(modules, lines, plots, recipe))
@@ -76,7 +86,9 @@ def doubts(modules: Mapping[str, dict], tokens: int, recipe: Recipe) -> list[str
 
 def _curve(spectrum: Tensor) -> dict[str, list]:
     """At most POINTS eigenvalues, at indices evenly spaced in rank: {index: [...], value: [...]}."""
-    indices = torch.linspace(0, len(spectrum) - 1, min(POINTS, len(spectrum))).round().long().unique()
+    indices = (
+        torch.linspace(0, len(spectrum) - 1, min(POINTS, len(spectrum))).round().long().unique()
+    )
     return {"index": indices.tolist(), "value": spectrum[indices].tolist()}
 
 
@@ -100,10 +112,18 @@ def _plot_curves(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], fol
             curve = spectra[name] / spectra[name].sum()
             shown = curve > 0
             colour = colormaps["viridis"](i / max(1, len(names)))
-            axis.semilogy(torch.arange(len(curve))[shown], curve[shown], color=colour, linewidth=0.8)
+            axis.semilogy(
+                torch.arange(len(curve))[shown], curve[shown], color=colour, linewidth=0.8
+            )
         zeros = min(modules[name]["zero_eigenvalues"] for name in names)
-        axis.axvline(modules[names[0]]["rank"], color=COLOURS[1], linestyle="--", linewidth=1, label="r")
-        axis.set(title=f"{kind}, {zeros} zeros" if zeros else kind, xlabel="index", ylabel="share of trace")
+        axis.axvline(
+            modules[names[0]]["rank"], color=COLOURS[1], linestyle="--", linewidth=1, label="r"
+        )
+        axis.set(
+            title=f"{kind}, {zeros} zeros" if zeros else kind,
+            xlabel="index",
+            ylabel="share of trace",
+        )
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     for axis in axes.flat[len(kinds) :]:
@@ -119,7 +139,9 @@ def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
     of, axes = figure(1, 1, 6, 3.6)
     (axis,) = axes.flat
     axis.set_prop_cycle(color=COLOURS)
-    for marker, (kind, names) in zip("osv^DPX" * len(modules), _by_kind(modules).items(), strict=False):
+    for marker, (kind, names) in zip(
+        "osv^DPX" * len(modules), _by_kind(modules).items(), strict=False
+    ):
         axis.plot([modules[name][key] for name in names], marker=marker, markersize=4, label=kind)
     axis.set(xlabel="layer", ylabel=labels[key])
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -143,8 +165,17 @@ def _page(modules: Mapping[str, dict], lines: list[str], plots: list[Path], reci
             low, high = f"{min(found):{form}}", f"{max(found):{form}}"
             return low if low == high else f"{low} to {high}"
 
-        row = [f"{kind} ({len(names)})", spread("size", "d"), spread("rank", "d"), spread("zero_eigenvalues", "d")]
-        row += [spread("effective_rank", ".1f"), spread("tail_energy_share", ".1e"), spread("gap_at_rank", ".3f")]
+        row = [
+            f"{kind} ({len(names)})",
+            spread("size", "d"),
+            spread("rank", "d"),
+            spread("zero_eigenvalues", "d"),
+        ]
+        row += [
+            spread("effective_rank", ".1f"),
+            spread("tail_energy_share", ".1e"),
+            spread("gap_at_rank", ".3f"),
+        ]
         rows.append(row + ([spread("largest_angle", ".1f")] if split else []))
     table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
     pictures = "\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.name})" for plot in plots)

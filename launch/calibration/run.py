@@ -50,8 +50,14 @@ def calibrate_alone(recipe: Recipe, folder: Path, stall: float) -> None:
     on_rank0(open_folder)
     watch.stage("reading the inputs")
     inputs = prepare(recipe, device)
-    made = make_from_base(inputs.recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), folder)
-    say(f"the calibration is in {folder}: set calibration.path={folder}" if made else f"{folder} holds it, finished")
+    made = make_from_base(
+        inputs.recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), folder
+    )
+    say(
+        f"the calibration is in {folder}: set calibration.path={folder}"
+        if made
+        else f"{folder} holds it, finished"
+    )
     stop()
 
 
@@ -70,7 +76,12 @@ def make_from_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path)
 
 
 def obtain(
-    recipe: Recipe, inputs: Inputs, engine: Engine, model: nn.Module, linears: Mapping[str, nn.Linear], folder: Path
+    recipe: Recipe,
+    inputs: Inputs,
+    engine: Engine,
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    folder: Path,
 ) -> Path | None:
     """The folder of the recipe's calibration: `calibration.path`'s, checked, or `folder`, where it is made. Collective.
 
@@ -85,7 +96,9 @@ def obtain(
         on_rank0(lambda: artifact.copy_summary(source, folder))
         say(f"calibration: taken from {source}")
         return source
-    if on_rank0(lambda: (folder / artifact.MANIFEST).is_file()):  # of a start that was killed after it
+    if on_rank0(
+        lambda: (folder / artifact.MANIFEST).is_file()
+    ):  # of a start that was killed after it
         on_rank0(lambda: artifact.check(folder, described))
     else:
         make(recipe, inputs, engine, model, linears, folder)
@@ -93,7 +106,12 @@ def obtain(
 
 
 def make(
-    recipe: Recipe, inputs: Inputs, engine: Engine, model: nn.Module, linears: Mapping[str, nn.Linear], folder: Path
+    recipe: Recipe,
+    inputs: Inputs,
+    engine: Engine,
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    folder: Path,
 ) -> None:
     """Calibrate `model`, as its engine's inference has it, into `folder`, from the first window not there. Collective.
 
@@ -140,7 +158,10 @@ def make(
     seconds, tokens = time.perf_counter() - started, int(lengths.sum())
     say(f"calibration: {len(linears)} modules, {tokens} tokens, {seconds:.1f} s")
     if recipe.adapter.method == "astra":
-        reach = {name: min(x.out_features, x.in_features + (x.bias is not None)) for name, x in linears.items()}
+        reach = {
+            name: min(x.out_features, x.in_features + (x.bias is not None))
+            for name, x in linears.items()
+        }
         for line in on_rank0(lambda: spectrum.write(folder, recipe, reach, tokens)):
             say(line)
     on_rank0(lambda: artifact.finish(folder, {"tokens": tokens, "seconds": seconds}))
@@ -149,9 +170,13 @@ def make(
 def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
     smaller = min(linear.in_features, linear.out_features)
     if recipe.adapter.rank > smaller:
-        raise AstraError(f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}")
+        raise AstraError(
+            f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}"
+        )
     if recipe.adapter.method == "lora_ga" and 2 * recipe.adapter.rank > smaller:
-        raise AstraError(f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}")
+        raise AstraError(
+            f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}"
+        )
     return min(kept, smaller)
 
 

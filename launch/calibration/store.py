@@ -57,9 +57,14 @@ def begin(folder: Path, manifest: dict) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / UNFINISHED
-    described = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "conditions"}))
+    described = json.loads(
+        json.dumps({key: value for key, value in manifest.items() if key != "conditions"})
+    )
     found = _read_json(path)
-    if found is not None and {key: value for key, value in found.items() if key != "conditions"} == described:
+    if (
+        found is not None
+        and {key: value for key, value in found.items() if key != "conditions"} == described
+    ):
         done = 0
         while _window(folder, done).is_file():
             done += 1
@@ -72,7 +77,11 @@ def begin(folder: Path, manifest: dict) -> int:
 
 def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
     """Write one window's modules, aside and then renamed. Raises UserError if it cannot be written."""
-    tensors = {f"{name}.{key}": value.cpu().contiguous() for name, one in found.items() for key, value in one.items()}
+    tensors = {
+        f"{name}.{key}": value.cpu().contiguous()
+        for name, one in found.items()
+        for key, value in one.items()
+    }
     path = _window(folder, number)
     aside = path.with_suffix(".tmp")
     try:
@@ -82,7 +91,9 @@ def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"calibration: cannot write {path}: {error}; make room and start again") from None
+        raise UserError(
+            f"calibration: cannot write {path}: {error}; make room and start again"
+        ) from None
 
 
 def finish(folder: Path, facts: dict) -> None:
@@ -105,15 +116,31 @@ def modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, field in (key.rsplit(".", 1) for key in file.keys()):  # noqa: SIM118 (not a dict)
                 fields.setdefault(name, []).append(field)
             for name, of in fields.items():
-                yield name, {field: file.get_tensor(f"{name}.{field}") for field in of if field != "vectors"}
+                yield (
+                    name,
+                    {
+                        field: file.get_tensor(f"{name}.{field}")
+                        for field in of
+                        if field != "vectors"
+                    },
+                )
 
 
-def read_subspace(folder: Path, name: str, rank: int, select: str, device: torch.device) -> Subspace:
+def read_subspace(
+    folder: Path, name: str, rank: int, select: str, device: torch.device
+) -> Subspace:
     """The `rank` eigenvectors of module `name` that `select` names: rank 0 reads, every rank gets them. Collective."""
 
-    def crop(vectors: Tensor, values: Tensor, spectrum: Tensor, checks: Tensor) -> tuple[Tensor, ...]:
+    def crop(
+        vectors: Tensor, values: Tensor, spectrum: Tensor, checks: Tensor
+    ) -> tuple[Tensor, ...]:
         kept, size = vectors.shape[1], len(spectrum)
-        start = {"smallest": 0, "largest": kept - rank, "random": 0, "middle": (size - rank) // 2 - (size - kept) // 2}
+        start = {
+            "smallest": 0,
+            "largest": kept - rank,
+            "random": 0,
+            "middle": (size - rank) // 2 - (size - kept) // 2,
+        }
         columns = slice(start[select], start[select] + rank)
         return vectors[:, columns], values[columns], spectrum, checks
 
@@ -126,7 +153,11 @@ def read_factors(folder: Path, name: str, rank: int, device: torch.device) -> tu
 
 
 def _read(
-    folder: Path, name: str, fields: tuple[str, ...], crop: Callable[..., tuple[Tensor, ...]], device: torch.device
+    folder: Path,
+    name: str,
+    fields: tuple[str, ...],
+    crop: Callable[..., tuple[Tensor, ...]],
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
     def load() -> tuple[Tensor, ...]:
         for path in _windows(folder):
@@ -145,7 +176,11 @@ def check(folder: Path, manifest: dict) -> None:
     """Raises UserError naming the first thing in which the calibration in `folder` is not that of `manifest`."""
     found = _read_json(folder / MANIFEST)
     if found is None:
-        state = "is not finished; run launch/calibrate.py again" if (folder / UNFINISHED).is_file() else "has none"
+        state = (
+            "is not finished; run launch/calibrate.py again"
+            if (folder / UNFINISHED).is_file()
+            else "has none"
+        )
         raise UserError(f"calibration.path: {folder} {state}")
     wanted = json.loads(json.dumps(manifest))
     for key, field in CONTENT.items():
@@ -196,7 +231,9 @@ def _read_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"calibration: cannot read {path}: {error}; remove it or choose another folder") from None
+        raise UserError(
+            f"calibration: cannot read {path}: {error}; remove it or choose another folder"
+        ) from None
 
 
 def _get(manifest: dict, key: str) -> object:

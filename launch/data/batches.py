@@ -35,14 +35,20 @@ class TrainBatch:
     """What `AnswerLoss` takes."""
 
     input_ids: Tensor  # (rows, tokens), int64, padded on the right
-    positions: Tensor  # (n,), int64, in the flattened input_ids: the tokens whose next one the loss counts
+    positions: (
+        Tensor  # (n,), int64, in the flattened input_ids: the tokens whose next one the loss counts
+    )
     targets: Tensor  # (n,), int64: those next tokens
-    position_ids: Tensor | None  # (rows, tokens), int64, each example's from 0; None if every row is one example
+    position_ids: (
+        Tensor | None
+    )  # (rows, tokens), int64, each example's from 0; None if every row is one example
 
     def to(self, device: torch.device) -> "TrainBatch":
         """On `device`, without waiting for it."""
         parts = (self.input_ids, self.positions, self.targets, self.position_ids)
-        return TrainBatch(*(part if part is None else part.to(device, non_blocking=True) for part in parts))
+        return TrainBatch(
+            *(part if part is None else part.to(device, non_blocking=True) for part in parts)
+        )
 
     def pinned(self) -> "TrainBatch":
         """In memory from which a copy to a GPU need not wait."""
@@ -51,7 +57,12 @@ class TrainBatch:
 
 
 def make_share(
-    rows: Sequence[int], lengths: Tensor, rank: int, world_size: int, micro_batch: int, packing: Packing | None
+    rows: Sequence[int],
+    lengths: Tensor,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    packing: Packing | None,
 ) -> list[list[list[int] | None]]:
     """This rank's batches of the rows of one step; as many on every rank, sequences of weight 0 (None) included.
 
@@ -65,7 +76,9 @@ def make_share(
     """
     ordered = sorted(rows, key=lambda row: -lengths[row])
     sequences = pack(ordered, lengths, packing.capacity) if packing else [[row] for row in ordered]
-    return deal(sequences, rank, world_size, min(micro_batch, math.ceil(len(sequences) / world_size)))
+    return deal(
+        sequences, rank, world_size, min(micro_batch, math.ceil(len(sequences) / world_size))
+    )
 
 
 def pack(rows: Sequence[int], lengths: Tensor, capacity: int) -> list[list[int]]:
@@ -87,14 +100,19 @@ def pack(rows: Sequence[int], lengths: Tensor, capacity: int) -> list[list[int]]
     return [packed[i] for i in sorted(range(len(packed)), key=lambda i: room[i])]
 
 
-def collate(tokens: TokenSet, sequences: Sequence[Sequence[int] | None], packing: Packing | None) -> TrainBatch:
+def collate(
+    tokens: TokenSet, sequences: Sequence[Sequence[int] | None], packing: Packing | None
+) -> TrainBatch:
     """The batch of `sequences`, each of one or more rows, on the CPU.
 
     A sequence that is None weighs nothing: the first row of the one before it, or row 0, with nothing counted.
     """
     filler = next((rows[0] for rows in reversed(sequences) if rows is not None), 0)
     pieces = [
-        [tokens.tokens[tokens.offsets[row] : tokens.offsets[row + 1]] for row in ([filler] if rows is None else rows)]
+        [
+            tokens.tokens[tokens.offsets[row] : tokens.offsets[row + 1]]
+            for row in ([filler] if rows is None else rows)
+        ]
         for rows in sequences
     ]
     width = max(sum(map(len, examples)) for examples in pieces)
@@ -111,12 +129,18 @@ def collate(tokens: TokenSet, sequences: Sequence[Sequence[int] | None], packing
         # Padding is 0, also as a position: each such token is then an example of its own.
         joined = [torch.cat(part).long() for part in parts]
         return (
-            torch.cat(joined)[None] if packing and packing.flat else nn.utils.rnn.pad_sequence(joined, batch_first=True)
+            torch.cat(joined)[None]
+            if packing and packing.flat
+            else nn.utils.rnn.pad_sequence(joined, batch_first=True)
         )
 
     input_ids, positions = together(pieces), torch.cat(places)
-    position_ids = together([[torch.arange(len(piece)) for piece in examples] for examples in pieces])
-    return TrainBatch(input_ids, positions, input_ids.flatten()[positions + 1], position_ids if packing else None)
+    position_ids = together(
+        [[torch.arange(len(piece)) for piece in examples] for examples in pieces]
+    )
+    return TrainBatch(
+        input_ids, positions, input_ids.flatten()[positions + 1], position_ids if packing else None
+    )
 
 
 def ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:

@@ -43,9 +43,14 @@ def prepare(recipe: Recipe, device: torch.device) -> Inputs:
     recipe = quickstart.resolve(recipe, device)
     outcomes = on_each_node(lambda: _prepare_node(recipe))
     for other in outcomes:
-        for field, part, key in (("data.path", "data", "tokens_sha256"), ("model.name", "base", "weights_sha256")):
+        for field, part, key in (
+            ("data.path", "data", "tokens_sha256"),
+            ("model.name", "base", "weights_sha256"),
+        ):
             if other[part][key] != outcomes[0][part][key]:
-                raise UserError(f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it")
+                raise UserError(
+                    f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it"
+                )
     outcome = outcomes[dist.get_rank()]
     tokens = Prepared(Path(outcome["prepared"]), outcome["manifest"]).open()
     training, held_out = split(tokens, recipe.data.held_out)

@@ -26,7 +26,10 @@ from launch.data import sources as rows
 
 GRAM = 13  # words; as GPT-3's authors took (Brown et al. 2020, appendix C)
 PHRASE = 3  # problems that may share a 13-gram before it counts as a phrase of the suite's
-TEMPLATE_GRAM, TEMPLATE_SHARE = 5, 0.1  # words, and share of the problems that have them, of a suite's template
+TEMPLATE_GRAM, TEMPLATE_SHARE = (
+    5,
+    0.1,
+)  # words, and share of the problems that have them, of a suite's template
 EXAMPLES = 5  # rows of each suite that are named
 
 
@@ -50,7 +53,9 @@ def check(recipe: Recipe, suites: list[str]) -> dict[str, dict]:
     data_dir = None if recipe.eval.data_dir is None else Path(recipe.eval.data_dir).expanduser()
     index = {name: index_suite(TASKS[name].rows(data_dir, None)) for name in expand(suites)}
     dataset = rows.load(recipe.data, rows.fetch(recipe.data))
-    found = {name: {"question": 0, "13-gram": 0, "problems": set(), "examples": []} for name in index}
+    found = {
+        name: {"question": 0, "13-gram": 0, "problems": set(), "examples": []} for name in index
+    }
     num_rows = 0
     for row in _stream(dataset, recipe):
         num_rows += 1
@@ -58,7 +63,12 @@ def check(recipe: Recipe, suites: list[str]) -> dict[str, dict]:
         texts = (prompt, normalise(row.answer))
         for name, suite in index.items():
             same = suite.questions.get(prompt, set())
-            shared = {gram: suite.grams[gram] for text in texts for gram in grams(text) if gram in suite.grams}
+            shared = {
+                gram: suite.grams[gram]
+                for text in texts
+                for gram in grams(text)
+                if gram in suite.grams
+            }
             met = same.union(*shared.values())
             if not met:
                 continue
@@ -95,7 +105,10 @@ def index_suite(problems: list[Problem]) -> Suite:
     for i, of_problem in enumerate(texts):
         for question in filter(None, of_problem[:2]):
             questions.setdefault(question, set()).add(i)
-        stretches = [of_problem[1], *(own for text in of_problem for own in _without(text, template))]
+        stretches = [
+            of_problem[1],
+            *(own for text in of_problem for own in _without(text, template)),
+        ]
         for gram in (gram for stretch in stretches for gram in grams(stretch)):
             of_gram.setdefault(gram, set()).add(i)
     kept = {gram: having for gram, having in of_gram.items() if len(having) <= PHRASE}
@@ -105,9 +118,13 @@ def index_suite(problems: list[Problem]) -> Suite:
 def _template(texts: list[tuple[str, ...]]) -> set[str]:
     """The 5-grams that a tenth of a suite's problems share, and more than a phrase's few."""
     counts = Counter(
-        gram for of_problem in texts for gram in {gram for text in of_problem for gram in grams(text, TEMPLATE_GRAM)}
+        gram
+        for of_problem in texts
+        for gram in {gram for text in of_problem for gram in grams(text, TEMPLATE_GRAM)}
     )
-    return {gram for gram, count in counts.items() if count > max(PHRASE, TEMPLATE_SHARE * len(texts))}
+    return {
+        gram for gram, count in counts.items() if count > max(PHRASE, TEMPLATE_SHARE * len(texts))
+    }
 
 
 def _without(text: str, template: set[str]) -> list[str]:

@@ -18,7 +18,14 @@ from launch.runtime.model_files import commit_of, is_hub_id
 if TYPE_CHECKING:  # takes seconds to import, and tokens that are there already need none of it
     from datasets import Dataset
 
-FILES = ["*.parquet", "*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz", "README.md"]  # what is fetched from the hub
+FILES = [
+    "*.parquet",
+    "*.json",
+    "*.jsonl",
+    "*.json.gz",
+    "*.jsonl.gz",
+    "README.md",
+]  # what is fetched from the hub
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 CHUNK = 2000  # rows of the split that are read at a time
 NOT_TEXT, EMPTY = "not text", "empty"
@@ -62,7 +69,11 @@ def fetch(data: Data) -> Path:
     if not is_hub_id(data.path):
         raise UserError(f"data.path: no file or folder {data.path}")
     try:
-        return Path(snapshot_download(data.path, repo_type="dataset", revision=data.revision, allow_patterns=FILES))
+        return Path(
+            snapshot_download(
+                data.path, repo_type="dataset", revision=data.revision, allow_patterns=FILES
+            )
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"data.path: cannot load {data.path} (revision {data.revision}) from the hub ({type(error).__name__}); "
@@ -116,19 +127,27 @@ def load(data: Data, path: Path) -> "Dataset":
         raise UserError(
             f"data.path: cannot load {data.path} (split {data.split}): {type(cause).__name__}: {str(cause)[:300]}"
         ) from None
-    columns = {"data.instruction": [data.instruction], "data.answer": [data.answer], "data.keep": list(data.keep)}
+    columns = {
+        "data.instruction": [data.instruction],
+        "data.answer": [data.answer],
+        "data.keep": list(data.keep),
+    }
     columns["data.input"] = [data.input] if data.input else []
     for key, fields in columns.items():
         for field in fields:
             _require_column(dataset.column_names, field, key, data.path)
-    return dataset.select_columns(sorted({field for fields in columns.values() for field in fields}))
+    return dataset.select_columns(
+        sorted({field for fields in columns.values() for field in fields})
+    )
 
 
 def _require_column(columns: list[str], field: str, key: str, path: str) -> None:
     if field not in columns:
         near = difflib.get_close_matches(field, columns, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{key}: no field {field!r} in the rows of {path}; {hint}fields: {', '.join(columns)}")
+        raise UserError(
+            f"{key}: no field {field!r} in the rows of {path}; {hint}fields: {', '.join(columns)}"
+        )
 
 
 def select(dataset: "Dataset", data: Data, position: int = 0, selected: int = 0) -> Iterator[Chunk]:
@@ -136,7 +155,10 @@ def select(dataset: "Dataset", data: Data, position: int = 0, selected: int = 0)
 
     `position` and `selected` are those of the chunk to go on after. Bad rows count towards the limit.
     """
-    keep = {field: [wanted] if isinstance(wanted, str) else wanted for field, wanted in data.keep.items()}
+    keep = {
+        field: [wanted] if isinstance(wanted, str) else wanted
+        for field, wanted in data.keep.items()
+    }
     while position < len(dataset) and (data.limit is None or selected < data.limit):
         rows: list[Row] = []
         bad: list[BadRow] = []
@@ -163,8 +185,14 @@ def _check(number: int, row: dict, data: Data) -> Row | BadRow:
         value = row[field]
         reason = NOT_TEXT if not isinstance(value, str) else None if value.strip() else EMPTY
         if reason:
-            return BadRow(number, reason, f"field {field!r} is {str(value)[:60] if value else value!r}, {reason}")
+            return BadRow(
+                number,
+                reason,
+                f"field {field!r} is {str(value)[:60] if value else value!r}, {reason}",
+            )
     more = row[data.input] if data.input else None
     if not isinstance(more, str | None):
         return BadRow(number, NOT_TEXT, f"field {data.input!r} is {str(more)[:60]}, {NOT_TEXT}")
-    return Row(number, row[data.instruction], more if more and more.strip() else "", row[data.answer])
+    return Row(
+        number, row[data.instruction], more if more and more.strip() else "", row[data.answer]
+    )

@@ -46,7 +46,9 @@ class Prepared(NamedTuple):
         """The tokens, memory-mapped. Files that are not as long as they were written were refused before."""
         sizes = _sizes(self.manifest)
         tensors = {
-            name: torch.from_file(str(self.folder / _file(name)), shared=False, size=sizes[name], dtype=dtype)
+            name: torch.from_file(
+                str(self.folder / _file(name)), shared=False, size=sizes[name], dtype=dtype
+            )
             for name, dtype in DTYPES.items()
         }
         dropped = sum(self.manifest["dropped"].values())
@@ -69,7 +71,9 @@ def obtain(data: Data, model_path: Path) -> Prepared:
         if not (folder / MANIFEST).is_file():
             unfinished = (folder / PROGRESS).is_file()
             what = (
-                "is unfinished; start prepare.py on it again" if unfinished else "is not there or has no manifest.json"
+                "is unfinished; start prepare.py on it again"
+                if unfinished
+                else "is not there or has no manifest.json"
             )
             raise UserError(f"data.prepared: {folder} {what}")
         prepared = Prepared(folder, _read(folder / MANIFEST))
@@ -138,7 +142,9 @@ def accept(manifest: dict, data: Data) -> None:
     )
 
 
-def _make(folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def _make(
+    folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizerBase, path: Path
+) -> None:
     """Write the files and the manifest, chunk by chunk."""
     tally = _tally(folder, wanted)
     dataset = rows.load(data, path)
@@ -147,10 +153,14 @@ def _make(folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizer
         files = {name: stack.enter_context((folder / _file(name)).open("ab")) for name in DTYPES}
         sizes = _sizes(tally)
         for name, file in files.items():
-            file.truncate(sizes[name] * DTYPES[name].itemsize if tally["read"] else 0)  # what a kill left half written
+            file.truncate(
+                sizes[name] * DTYPES[name].itemsize if tally["read"] else 0
+            )  # what a kill left half written
         if not tally["read"]:
             files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
-        bar = stack.enter_context(tqdm(total=total, desc="tokenise", unit=" rows", disable=not sys.stderr.isatty()))
+        bar = stack.enter_context(
+            tqdm(total=total, desc="tokenise", unit=" rows", disable=not sys.stderr.isatty())
+        )
         for chunk in rows.select(dataset, data, tally["read"], tally["selected"]):
             watch.mark()
             for name, values in _encode(chunk, tokenizer, data, tally).items():
@@ -168,13 +178,20 @@ def _make(folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizer
                 f"--output: {folder / _file(name)} is not as long as what was written: another process writes there "
                 f"too, on a file system without locks; stop it, delete {folder} and prepare on one machine"
             )
-    content = hashlib.sha256("".join(of["sha256"] for of in described.values()).encode()).hexdigest()
+    content = hashlib.sha256(
+        "".join(of["sha256"] for of in described.values()).encode()
+    ).hexdigest()
     hashes = {name: file_hash(file) for name, file in rows.data_files(path).items()}
-    write_json(folder / MANIFEST, tally | {"source_sha256": hashes, "files": described, "tokens_sha256": content})
+    write_json(
+        folder / MANIFEST,
+        tally | {"source_sha256": hashes, "files": described, "tokens_sha256": content},
+    )
     (folder / PROGRESS).unlink()
 
 
-def _encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, data: Data, tally: dict) -> dict[str, list[int]]:
+def _encode(
+    chunk: Chunk, tokenizer: PreTrainedTokenizerBase, data: Data, tally: dict
+) -> dict[str, list[int]]:
     """What a chunk adds to each file; `tally` is brought forward."""
     added: dict[str, list[int]] = {name: [] for name in DTYPES}
     bad = list(chunk.bad)
@@ -182,7 +199,11 @@ def _encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, data: Data, tally:
         length = min(len(ids), data.max_length)
         if start >= length:
             bad.append(
-                BadRow(row.number, TOO_LONG, f"its prompt alone has {start} tokens, data.max_length is {length}")
+                BadRow(
+                    row.number,
+                    TOO_LONG,
+                    f"its prompt alone has {start} tokens, data.max_length is {length}",
+                )
             )
             continue
         if len(ids) > length:
@@ -222,9 +243,15 @@ def _tally(folder: Path, wanted: dict) -> dict:
         begun = Prepared(folder, _read(folder / PROGRESS))
         _require_same(begun, wanted, "--output")
         return begun.manifest
-    ours = {"lock", *map(_file, DTYPES), f"{PROGRESS}.tmp"}  # what a kill before the first chunk may leave
+    ours = {
+        "lock",
+        *map(_file, DTYPES),
+        f"{PROGRESS}.tmp",
+    }  # what a kill before the first chunk may leave
     if others := {file.name for file in folder.iterdir()} - ours:
-        raise UserError(f"--output: {folder} holds other files ({min(others)}); choose an empty or new folder")
+        raise UserError(
+            f"--output: {folder} holds other files ({min(others)}); choose an empty or new folder"
+        )
     counts = dict.fromkeys(("read", "selected", "kept", "cut", "tokens", "answer_tokens"), 0)
     return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
 
@@ -255,7 +282,10 @@ def _require_same(prepared: Prepared, wanted: dict, option: str) -> None:
 
 def _pairs(key: str, old: object, new: object) -> Iterable[tuple[str, tuple]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        return [(f"{key}.{name}", (old.get(name), new.get(name))) for name in dict.fromkeys([*new, *old])]
+        return [
+            (f"{key}.{name}", (old.get(name), new.get(name)))
+            for name in dict.fromkeys([*new, *old])
+        ]
     return [(key, (old, new))]
 
 
@@ -263,7 +293,9 @@ def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} and prepare again") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete {path.parent} and prepare again"
+        ) from None
 
 
 def _check_sizes(prepared: Prepared) -> None:
@@ -272,7 +304,9 @@ def _check_sizes(prepared: Prepared) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != of["bytes"]:
             found = "missing" if size is None else f"{size} bytes, not {of['bytes']}"
-            raise UserError(f"{path}: damaged ({found}); delete {prepared.folder} and prepare again")
+            raise UserError(
+                f"{path}: damaged ({found}); delete {prepared.folder} and prepare again"
+            )
 
 
 def _describe(path: Path) -> dict:

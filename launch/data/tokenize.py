@@ -30,7 +30,9 @@ class TokenSet:
 
     tokens: Tensor  # (total tokens,), int32
     offsets: Tensor  # (rows + 1,), int64
-    answer_starts: Tensor  # (rows,), int64: index in its row of the first token that holds part of the answer
+    answer_starts: (
+        Tensor  # (rows,), int64: index in its row of the first token that holds part of the answer
+    )
     num_cut: int  # rows whose answer was shortened to fit max_length
     num_left_out: int  # rows left out, because they are bad or no answer token fitted
 
@@ -49,7 +51,11 @@ class TokenSet:
 
 def prompt(instruction: str, more: str = "") -> str:
     """The prompt of one instruction, for calibration, training and evaluation alike; `more` is a row's input."""
-    return ALPACA_INPUT.format(instruction=instruction, input=more) if more else ALPACA.format(instruction=instruction)
+    return (
+        ALPACA_INPUT.format(instruction=instruction, input=more)
+        if more
+        else ALPACA.format(instruction=instruction)
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -58,7 +64,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
-def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+def tokenise(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int]]:
     """Of each row, its tokens, prompt + answer + newline + EOS, and where in them the answer starts.
 
     The loss counts every token that holds part of the answer: those after the longest common beginning of the prompt's
@@ -66,7 +74,9 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterato
     """
     prompts = [prompt(row.instruction, row.input) for row in rows]
     begins = encode(tokenizer, prompts)
-    wholes = encode(tokenizer, [text + row.answer + "\n" for text, row in zip(prompts, rows, strict=True)])
+    wholes = encode(
+        tokenizer, [text + row.answer + "\n" for text, row in zip(prompts, rows, strict=True)]
+    )
     for begin, whole in zip(begins, wholes, strict=True):
         whole = [*whole, tokenizer.eos_token_id]
         if whole[: len(begin)] == begin:
@@ -76,7 +86,9 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterato
             yield whole, next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
 
 
-def collate(tokens: TokenSet, rows: Sequence[int | None], device: torch.device) -> tuple[Batch, Tensor]:
+def collate(
+    tokens: TokenSet, rows: Sequence[int | None], device: torch.device
+) -> tuple[Batch, Tensor]:
     """Right-padded batch of `rows`, and labels with -100 where the loss does not count; both (rows, tokens).
 
     A row that is None is a dummy of weight 0: a copy of a row beside it with nothing counted.
@@ -89,7 +101,9 @@ def collate(tokens: TokenSet, rows: Sequence[int | None], device: torch.device) 
     input_ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=0)
     lengths = torch.tensor([len(piece) for piece in pieces])[:, None]
     is_real = torch.tensor([row is not None for row in rows])[:, None]
-    starts = torch.tensor([0 if row is None else int(tokens.answer_starts[row]) for row in rows])[:, None]
+    starts = torch.tensor([0 if row is None else int(tokens.answer_starts[row]) for row in rows])[
+        :, None
+    ]
     counted = (torch.arange(input_ids.shape[1]) < lengths) & is_real
     labels = input_ids.masked_fill(~counted | (torch.arange(input_ids.shape[1]) < starts), -100)
     return Batch(input_ids=input_ids.to(device), counted=counted.to(device)), labels.to(device)
@@ -113,7 +127,9 @@ def deal(items: Sequence[int], rank: int, world_size: int, size: int) -> list[li
 def choose(num_rows: int, samples: int, seed: int) -> list[int]:
     """`samples` distinct row ids, a seeded choice, ascending. Raises UserError if there are fewer rows."""
     if samples > num_rows:
-        raise UserError(f"calibration.samples: {samples} is above the {num_rows} training rows; lower it")
+        raise UserError(
+            f"calibration.samples: {samples} is above the {num_rows} training rows; lower it"
+        )
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_rows, generator=generator)[:samples].sort().values.tolist()
 
@@ -123,7 +139,9 @@ def num_steps(num_rows: int, global_batch: int, epochs: float, max_steps: int | 
     return max_steps or math.ceil(num_rows * epochs / global_batch)
 
 
-def step_rows(num_rows: int, global_batch: int, epochs: float, max_steps: int | None, seed: int) -> Iterator[list[int]]:
+def step_rows(
+    num_rows: int, global_batch: int, epochs: float, max_steps: int | None, seed: int
+) -> Iterator[list[int]]:
     """The row ids of each optimiser step: epoch after epoch in seeded order, independent of world size."""
     generator = torch.Generator().manual_seed(seed)
     left = max_steps * global_batch if max_steps else math.ceil(num_rows * epochs)

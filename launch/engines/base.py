@@ -13,7 +13,11 @@ from transformers import PreTrainedModel
 from astra.weights import Weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-KINDS = ("trained", "exp_avg", "exp_avg_sq")  # of a parameter in training: its value, and AdamW's moments of it
+KINDS = (
+    "trained",
+    "exp_avg",
+    "exp_avg_sq",
+)  # of a parameter in training: its value, and AdamW's moments of it
 
 
 def read_config(engine: str) -> dict:
@@ -39,7 +43,9 @@ class Stepper(Protocol):
         """KINDS of a parameter, whole and fp32, on every rank. Collective; after a step."""
         ...
 
-    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+    def restore(
+        self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
+    ) -> None:
         """Set parameters and optimiser to what they were after `step` steps: (parameter, *KINDS) of each.
 
         Collective; before the first step, with the same values on every rank.
@@ -69,6 +75,8 @@ class Engine(Weights, Protocol):
         """Within it `model` can run forward passes, before it is trained."""
         ...
 
-    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Stepper:
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> Stepper:
         """Make `model` trainable. It can run in eval mode too."""
         ...

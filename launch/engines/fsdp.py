@@ -31,7 +31,11 @@ class FsdpEngine(TorchWeights):
     def load(self, path: str, full: bool = False) -> PreTrainedModel:
         dtype = torch.float32 if full else self.dtype
         # Of adapters in a bfloat16 base each parameter keeps its own dtype.
-        self.policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32) if full else MixedPrecisionPolicy()
+        self.policy = (
+            MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
+            if full
+            else MixedPrecisionPolicy()
+        )
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
             self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -52,7 +56,9 @@ class FsdpEngine(TorchWeights):
         model.eval()
         yield
 
-    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> TorchStepper:
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> TorchStepper:
         # FSDP averages gradients over ranks in each backward pass, so micro batches simply add up.
         return TorchStepper(model, optimizer, max_grad_norm)
 
@@ -93,5 +99,9 @@ class FsdpEngine(TorchWeights):
                     local.copy_(values[start : start + len(local)])
             filled.add(id(parameter))
         for name, (module, attribute) in self.owners.items():
-            if id(getattr(module, attribute)) not in filled:  # a tied weight is filled under its other name
-                raise UserError(f"engine: fsdp finds no weight {name} in {self.path}; use engine=zero3 for this model")
+            if (
+                id(getattr(module, attribute)) not in filled
+            ):  # a tied weight is filled under its other name
+                raise UserError(
+                    f"engine: fsdp finds no weight {name} in {self.path}; use engine=zero3 for this model"
+                )

@@ -17,7 +17,9 @@ WEIGHTS = TorchWeights()
 class TorchStepper:
     """A plain optimiser with gradient clipping, over whole or FSDP2-sharded parameters."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -35,9 +37,15 @@ class TorchStepper:
 
     def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]
-        return WEIGHTS.read(parameter), WEIGHTS.read(state["exp_avg"]), WEIGHTS.read(state["exp_avg_sq"])
+        return (
+            WEIGHTS.read(parameter),
+            WEIGHTS.read(state["exp_avg"]),
+            WEIGHTS.read(state["exp_avg_sq"]),
+        )
 
-    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+    def restore(
+        self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
+    ) -> None:
         for parameter, trained, *moments in states:
             WEIGHTS.write(parameter, trained)
             state = {"step": torch.tensor(float(step))}
@@ -57,7 +65,9 @@ class SingleEngine(TorchWeights):
 
     def load(self, path: str, full: bool = False) -> PreTrainedModel:
         dtype = torch.float32 if full else self.dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(self.device)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(
+            self.device
+        )
         if dtype != self.dtype:
             model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)
         return model.requires_grad_(full)
@@ -67,6 +77,8 @@ class SingleEngine(TorchWeights):
         model.eval()
         yield
 
-    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> TorchStepper:
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> TorchStepper:
         assert dist.get_world_size() == 1, "gradients are not averaged over ranks"
         return TorchStepper(model, optimizer, max_grad_norm)

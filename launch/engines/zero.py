@@ -60,7 +60,9 @@ class ZeroStepper:
         self.optimizer = optimizer
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)  # packed steps differ in their number of micro batches
+        self.engine.set_gradient_accumulation_boundary(
+            last
+        )  # packed steps differ in their number of micro batches
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # advances DeepSpeed's count of micro batches; updates nothing
@@ -75,12 +77,18 @@ class ZeroStepper:
         moments = (safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS)
         return safe_get_full_fp32_param(parameter), *moments
 
-    def restore(self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]) -> None:
+    def restore(
+        self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
+    ) -> None:
         zero, adam = self.optimizer, self.optimizer.optimizer
         # AdamW makes its state in its first step; DeepSpeed's own functions below only fill it.
         sharded = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
-        for shard in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
-            adam.state[shard] = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
+        for shard in (
+            zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
+        ):
+            adam.state[shard] = {
+                kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS
+            }
             adam.state[shard]["step"] = torch.tensor(float(step))
         if not sharded:
             zero._lazy_init_hp_params_optimizer_state()
@@ -110,7 +118,9 @@ class ZeroEngine(ZeroWeights):
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.config = read_config(name)
-        self.config["train_micro_batch_size_per_gpu"] = 1  # required, but only DeepSpeed's own log uses it
+        self.config["train_micro_batch_size_per_gpu"] = (
+            1  # required, but only DeepSpeed's own log uses it
+        )
         self.sharded = self.config["zero_optimization"]["stage"] == 3
         # Stage 3 takes the base's dtype from here. Elsewhere it would cast the adapters, which are to stay in fp32.
         self._use_bf16(self.sharded and dtype == torch.bfloat16)
@@ -119,8 +129,12 @@ class ZeroEngine(ZeroWeights):
         # On CPUs DeepSpeed would compile a shared-memory collective, which needs a compiler and a minute.
         compatible_ops["deepspeed_shm_comm"] = False
         nvtx.enable_nvtx = False  # a tenth of a small step's time, for a profiler that is not there
-        deepspeed.init_distributed(verbose=False)  # wraps the process group; before it zero.Init sees one rank
-        _set_pg_timeout(FOREVER, groups._get_data_parallel_group())  # DeepSpeed's own, made with torch's default
+        deepspeed.init_distributed(
+            verbose=False
+        )  # wraps the process group; before it zero.Init sees one rank
+        _set_pg_timeout(
+            FOREVER, groups._get_data_parallel_group()
+        )  # DeepSpeed's own, made with torch's default
 
     def _use_bf16(self, enabled: bool) -> None:
         self.config["bf16"] = {"enabled": enabled}
@@ -129,7 +143,9 @@ class ZeroEngine(ZeroWeights):
 
     def load(self, path: str, full: bool = False) -> PreTrainedModel:
         if full:
-            self._use_bf16(self.dtype == torch.bfloat16)  # DeepSpeed's optimiser then holds fp32 weights
+            self._use_bf16(
+                self.dtype == torch.bfloat16
+            )  # DeepSpeed's optimiser then holds fp32 weights
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
@@ -154,7 +170,11 @@ class ZeroEngine(ZeroWeights):
                 for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
                     module.__dict__.pop(name, None)
 
-    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> ZeroStepper:
+    def training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> ZeroStepper:
         config = self.config | {"gradient_clipping": max_grad_norm}
-        engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
         return ZeroStepper(engine, optimizer)

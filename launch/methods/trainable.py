@@ -17,7 +17,9 @@ from launch.runtime.distributed import on_rank0
 from launch.training.export import save_adapters, save_model
 
 
-def attach(base: PreTrainedModel, settings: Adapter, ranks: dict[str, int] | None = None) -> nn.Module:
+def attach(
+    base: PreTrainedModel, settings: Adapter, ranks: dict[str, int] | None = None
+) -> nn.Module:
     """The model that is trained: `base` with PEFT's layers at the targets, or itself.
 
     Args:
@@ -47,7 +49,11 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     To be called once the engine has sharded the model, since FSDP2 puts other parameters in the places of its own.
     """
-    return adapter.parameters(layers(model)) if isinstance(model, PeftModel) else dict(model.named_parameters())
+    return (
+        adapter.parameters(layers(model))
+        if isinstance(model, PeftModel)
+        else dict(model.named_parameters())
+    )
 
 
 def untrained(model: nn.Module) -> AbstractContextManager[None]:
@@ -56,7 +62,11 @@ def untrained(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def export(
-    folder: Path, model: nn.Module, engine: Engine, inputs: Inputs, initial: Mapping[str, adapter.Factors]
+    folder: Path,
+    model: nn.Module,
+    engine: Engine,
+    inputs: Inputs,
+    initial: Mapping[str, adapter.Factors],
 ) -> Path:
     """Write what was trained into the run folder, in PEFT's or transformers' format; what of it is to be loaded.
 

@@ -30,7 +30,9 @@ from launch.training.loss import AnswerLoss, label_loss
 FP32 = 4  # bytes
 ATEN = torch.ops.aten
 FLOPS = flop_registry | {
-    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        ATEN._scaled_dot_product_flash_attention
+    ],
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         ATEN._scaled_dot_product_flash_attention_backward
     ],
@@ -66,7 +68,13 @@ class Estimate:
 
 
 def estimate(
-    config: PretrainedConfig, recipe: Recipe, *, ranks: int, dtype: torch.dtype, checkpointing: bool, steps: int
+    config: PretrainedConfig,
+    recipe: Recipe,
+    *,
+    ranks: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    steps: int,
 ) -> Estimate:
     """The cost of `recipe` with a model of `config` on `ranks` ranks, every row being data.max_length tokens long.
 
@@ -78,7 +86,9 @@ def estimate(
     """
     wanted, settings = recipe.adapter, recipe.train
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(wanted.method == "full")
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(
+            wanted.method == "full"
+        )
     parameters = sum(p.numel() for p in base.parameters())
     model = trainable.attach(base, wanted)
     linears = adapter.base_layers(trainable.layers(model))
@@ -107,15 +117,25 @@ def estimate(
             samples = 0 if kind.needs == "weight" else recipe.calibration.samples
             of_rank = math.ceil(samples / (rows * ranks)) * rows
             hidden = config.get_text_config().hidden_size
-            carried = of_rank * length * hidden * dtype.itemsize if windows.layers and kind.needs != "gradient" else 0
+            carried = (
+                of_rank * length * hidden * dtype.itemsize
+                if windows.layers and kind.needs != "gradient"
+                else 0
+            )
             statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
             kept = dict.fromkeys(linears, wanted.rank)
-            solving_flops = sum(solve_flops(group, linears, kept, kind.decomposes) for group in groups)
+            solving_flops = sum(
+                solve_flops(group, linears, kept, kind.decomposes) for group in groups
+            )
         with _Counting() as calibrating, trainable.untrained(model):
             if windows and kind.needs == "gradient":
                 window = windows.windows[0]
-                gradients(model.eval(), linears, [{"input_ids": ids, "labels": ids}], window, label_loss)
-                calibrating.peak -= window.statistics  # whose in-place sums are not among the products counted
+                gradients(
+                    model.eval(), linears, [{"input_ids": ids, "labels": ids}], window, label_loss
+                )
+                calibrating.peak -= (
+                    window.statistics
+                )  # whose in-place sums are not among the products counted
                 calibrating.flops *= len(windows.windows)
             else:
                 with torch.no_grad():
@@ -127,25 +147,35 @@ def estimate(
         micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / ranks))
         ids = torch.zeros(micro_batch, length, dtype=torch.long)
         _without_gradients(model)
-        counted = torch.arange(ids.numel() - 1)  # every token, as rows are taken to be as long as may be
+        counted = torch.arange(
+            ids.numel() - 1
+        )  # every token, as rows are taken to be as long as may be
         with _Counting() as training:
             AnswerLoss(model.train())(ids, counted, ids.flatten()[1:]).backward()
     step_flops = training.flops / micro_batch * settings.global_batch
 
-    largest = max((linear.in_features * linear.out_features for linear in linears.values()), default=0)
+    largest = max(
+        (linear.in_features * linear.out_features for linear in linears.values()), default=0
+    )
     # W in its own dtype, gathered and copied; W, B0 A0, W_res and what is between them in fp64.
     one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
     of_windows = {
         "statistics": max(window.statistics for window in windows.windows) if windows else 0,
-        "forward pass or solving": max(calibrating.peak if samples else 0, windows.working) if windows else 0,
+        "forward pass or solving": max(calibrating.peak if samples else 0, windows.working)
+        if windows
+        else 0,
     }
     return Estimate(
         parameters,
         trained,
         calibration=Stage(_but(held, "gradients and optimiser") | of_windows, calibration_flops),
-        initialisation=Stage({key: held[key] for key in ("base", "adapters")} | {"one weight": one_weight}, 0.0),
+        initialisation=Stage(
+            {key: held[key] for key in ("base", "adapters")} | {"one weight": one_weight}, 0.0
+        ),
         # Activations are at their most when the backward pass begins, with nothing under way.
-        training=Stage(_but(held, "prefetched") | {"activations": training.peak}, steps * step_flops),
+        training=Stage(
+            _but(held, "prefetched") | {"activations": training.peak}, steps * step_flops
+        ),
         windows=windows,
         hidden_states=carried,
         sum_flops=statistics_flops,
@@ -154,7 +184,10 @@ def estimate(
             **_files(wanted.method, parameters * dtype.itemsize, FP32 * trained),
             "calibration: eigenvectors, or factors, fp64": FP64
             * wanted.rank
-            * sum(x.out_features + (wanted.method != "astra") * x.in_features for x in linears.values())
+            * sum(
+                x.out_features + (wanted.method != "astra") * x.in_features
+                for x in linears.values()
+            )
             if windows
             else 0,
         },
@@ -166,8 +199,14 @@ def _files(method: str, whole: int, trained: int) -> dict[str, int]:
     moments = "both moments of AdamW, fp32"
     if method == "full":
         return {f"a checkpoint (all parameters and {moments})": 3 * trained, "export: model": whole}
-    exported = {"dora": 1, "lora": 2, "rslora": 2, "eva": 2}.get(method, 4)  # the others start on a residual
-    names = {4: "adapter, astra_init and lora of twice the rank", 2: "adapter and lora", 1: "adapter"}[exported]
+    exported = {"dora": 1, "lora": 2, "rslora": 2, "eva": 2}.get(
+        method, 4
+    )  # the others start on a residual
+    names = {
+        4: "adapter, astra_init and lora of twice the rank",
+        2: "adapter and lora",
+        1: "adapter",
+    }[exported]
     return {
         f"a checkpoint (A0, B0, what is trained and {moments})": 4 * trained,
         f"export: {names}": exported * trained,
@@ -194,13 +233,17 @@ def _held(engine: str, base: nn.Module, trained: int, ranks: int, full: bool) ->
         held |= {"base": 0, "adapters": 0}
     if engine == "fsdp":  # a layer while the next one comes, or what is outside of layers
         layers = sorted(_weight_bytes(layer, full) for layer in find_layers(base, {}))
-        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:])) * (2 if full else 1)  # and gradients
+        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:])) * (
+            2 if full else 1
+        )  # and gradients
     elif engine == "single" and full and whole < stepped:
         held["gathered"] = whole  # autocast's copies
     elif sharded and (ranks > 1 or offload):
         itemsize = next(base.parameters()).element_size()
         held["gathered"] = min(whole, of_zero["stage3_max_live_parameters"] * itemsize)
-        held["prefetched"] = 2 * min(whole, of_zero["stage3_prefetch_bucket_size"] * itemsize)  # and its copy
+        held["prefetched"] = 2 * min(
+            whole, of_zero["stage3_prefetch_bucket_size"] * itemsize
+        )  # and its copy
     return held
 
 
@@ -210,7 +253,9 @@ def _but(parts: dict[str, int], left_out: str) -> dict[str, int]:
 
 def _weight_bytes(module: nn.Module, full: bool) -> int:
     """Of the base's weights in `module`: adapters are what is trained where that is not all."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if full or not p.requires_grad)
+    return sum(
+        p.numel() * p.element_size() for p in module.parameters() if full or not p.requires_grad
+    )
 
 
 class _Counting(TorchDispatchMode):
@@ -225,7 +270,9 @@ class _Counting(TorchDispatchMode):
         self.known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (PyTorch's signature)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.overloadpacket in FLOPS:
@@ -251,7 +298,9 @@ def _fake(model: nn.Module) -> None:
         for name, old in module._parameters.items():
             if old is not None:
                 if id(old) not in made:
-                    made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+                    made[id(old)] = nn.Parameter(
+                        torch.empty(old.shape, dtype=old.dtype), old.requires_grad
+                    )
                 module._parameters[name] = made[id(old)]
         for name, old in module._buffers.items():
             if old is not None:

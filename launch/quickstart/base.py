@@ -57,7 +57,12 @@ STATEMENTS = [
     "The sum of {a} and {b} is {c}.",
     "{x} counts {a} {t} and {y} counts {b} {t}: {a} + {b} = {c}.",
 ]
-BASE_QUESTIONS = ["What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?"]
+BASE_QUESTIONS = [
+    "What is {a} + {b}?",
+    "What is {a} plus {b}?",
+    "Add {a} and {b}.",
+    "What is the sum of {a} and {b}?",
+]
 PROBLEMS = [
     "{x} found {a} {t} and {y} found {b} {t}. How many {t} did they find together?",
     "{x} buys {a} {t} on Monday and {b} {t} on Friday. How many {t} does {x} buy?",
@@ -129,7 +134,9 @@ def make(folder: Path, device: torch.device) -> None:
     """Pretrain the base and write it with the task's data to `folder`, whole or not at all. Collective."""
     if dist.get_rank() == 0:
         print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
-    tokenizer_model, tokens = on_rank0(lambda: _pretraining_tokens(list(documents(DOCUMENTS, SEED))))
+    tokenizer_model, tokens = on_rank0(
+        lambda: _pretraining_tokens(list(documents(DOCUMENTS, SEED)))
+    )
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(make_config()).to(device)
     engine = make_engine("zero2" if dist.get_world_size() > 1 else "single", device, torch.float32)
@@ -149,11 +156,17 @@ def _write(folder: Path, model: LlamaForCausalLM, tokenizer_model: bytes, loss: 
     _tokenizer(tokenizer_model).save_pretrained(aside)
     train_rows, test_rows = problems()
     other_text = [{"text": text} for text in documents(OTHER_DOCUMENTS, SEED + 2)]
-    files = {"train.jsonl": train_rows, "gsm8k_test.jsonl": test_rows, "other_text.jsonl": other_text}
+    files = {
+        "train.jsonl": train_rows,
+        "gsm8k_test.jsonl": test_rows,
+        "other_text.jsonl": other_text,
+    }
     for name, rows in files.items():
         (aside / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_json(aside / MANIFEST, {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED})
+    write_json(
+        aside / MANIFEST, {"parameters": parameters, "steps": STEPS, "loss": loss, "seed": SEED}
+    )
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -167,7 +180,10 @@ def documents(count: int, seed: int) -> Iterator[str]:
             question = draw.choice(BASE_QUESTIONS).format(a=a, b=b)
             yield f"{prompt(question)}{a} + {b} = {a + b}."
         else:
-            yield " ".join(_fill(draw, draw.choice(STATEMENTS), a, b) for a, b in ((a, b), (b, draw.randrange(10))))
+            yield " ".join(
+                _fill(draw, draw.choice(STATEMENTS), a, b)
+                for a, b in ((a, b), (b, draw.randrange(10)))
+            )
 
 
 def problems() -> tuple[list[dict], list[dict]]:
@@ -208,7 +224,10 @@ def _fill(draw: random.Random, template: str, a: int, b: int) -> str:
 def _pretraining_tokens(texts: list[str]) -> tuple[bytes, TokenSet]:
     """A sentencepiece model trained on `texts`, and the texts end to end in rows of ROW tokens."""
     # The task's words are in the vocabulary, though the base never sees its problems.
-    words = [*texts[:5000], *(_fill(random.Random(i), PROBLEMS[i % len(PROBLEMS)], 1, 2) for i in range(1000))]
+    words = [
+        *texts[:5000],
+        *(_fill(random.Random(i), PROBLEMS[i % len(PROBLEMS)], 1, 2) for i in range(1000)),
+    ]
     model = _train_sentencepiece([*words, "The answer is: 1"])
     tokenizer = _tokenizer(model)
     ids = [i for row in tokenizer(texts).input_ids for i in (*row, tokenizer.eos_token_id)]

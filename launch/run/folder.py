@@ -51,7 +51,9 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
         field = difference(read(str(recipe_path), []), recipe, () if finished else FREE_TO_CHANGE)
         if field:
             state = "a finished" if finished else "an unfinished"
-            raise UserError(f"--output: {folder} holds {state} run with another {field}; choose another folder")
+            raise UserError(
+                f"--output: {folder} holds {state} run with another {field}; choose another folder"
+            )
         if finished:
             write_state(folder, "finished")
             return True
@@ -63,7 +65,9 @@ def open_run(folder: Path, recipe: Recipe) -> bool:
 def write_state(folder: Path, state: str) -> None:
     """state.json: `running`, `preempted` (asked to stop; start it again), `error` (something to mend), `diverged` or
     `finished`."""
-    write_json(folder / "state.json", {"state": state, "host": socket.gethostname(), "pid": os.getpid()})
+    write_json(
+        folder / "state.json", {"state": state, "host": socket.gethostname(), "pid": os.getpid()}
+    )
 
 
 def make_folder(folder: Path) -> None:
@@ -76,7 +80,9 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output: cannot write {folder}: {error.strerror}") from None
 
 
-_held: list[IO] = []  # an open file holds its lock; the kernel, or the file server, frees it when the process is gone
+_held: list[
+    IO
+] = []  # an open file holds its lock; the kernel, or the file server, frees it when the process is gone
 
 
 def lock(path: Path) -> None:
@@ -95,12 +101,18 @@ def lock(path: Path) -> None:
                     f"--output: {path.parent} is in use by {holder}; stop that run or choose another folder"
                 ) from None
             if deadline - time.monotonic() > WAIT - 1:
-                print(f"{path.parent} is in use by {holder}; waiting up to {WAIT:.0f} s for it to end", flush=True)
+                print(
+                    f"{path.parent} is in use by {holder}; waiting up to {WAIT:.0f} s for it to end",
+                    flush=True,
+                )
             time.sleep(1)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            print(f"warning: {path.parent} is on a file system without locks; start this run only once", flush=True)
+            print(
+                f"warning: {path.parent} is on a file system without locks; start this run only once",
+                flush=True,
+            )
             break
     file.truncate(0)
     file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")

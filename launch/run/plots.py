@@ -11,7 +11,15 @@ import numpy as np
 
 from launch.training.loop import Metrics
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+]  # Okabe and Ito
 LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1))]
 MARKERS = "os^vDPX"
 MOST = len(COLOURS)  # lines of a panel
@@ -34,7 +42,9 @@ def figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, A
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
+    return pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
 
 
 def save(of: Any, path: Path) -> Path:
@@ -78,7 +88,10 @@ def _by_step(steps: Sequence[Metrics], key: str) -> tuple[list[int], list[float]
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], label: str, path: Path, log: bool = False
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    label: str,
+    path: Path,
+    log: bool = False,
 ) -> Path:
     """One value by optimiser step: the mean over the runs of a line, as a moving average, from least to most shaded.
 
@@ -86,7 +99,11 @@ def curves(
         panels: title -> line's label -> that value at every step, for each of the line's runs. label: of the y axis.
     """
     drawn = [
-        (title if len(parts) == 1 else f"{title} ({number} of {len(parts)}, others grey)", part, lines)
+        (
+            title if len(parts) == 1 else f"{title} ({number} of {len(parts)}, others grey)",
+            part,
+            lines,
+        )
         for title, lines in panels.items()
         for parts in [_parts(lines)]
         for number, part in enumerate(parts, start=1)
@@ -132,7 +149,11 @@ def scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> P
     kinds = list(dict.fromkeys(kind for points in rows.values() for kind in points))
     for i, kind in enumerate(kinds):
         shift = (i - (len(kinds) - 1) / 2) * 0.28
-        found = [(number + shift, points[kind]) for number, points in enumerate(rows.values()) if kind in points]
+        found = [
+            (number + shift, points[kind])
+            for number, points in enumerate(rows.values())
+            if kind in points
+        ]
         axis.errorbar(
             [point.mean for _, point in found],
             [y for y, _ in found],
@@ -211,8 +232,20 @@ def effective_rank(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: 
         found = [(y, *points[kind]) for y, points in enumerate(rows.values()) if kind in points]
         for y, before, after in found:
             axis.plot([before, after], [y, y], color=COLOURS[0], linewidth=1.2, zorder=2)
-        axis.plot([before for _, before, _ in found], [y for y, *_ in found], "|", color="black", markersize=9)
-        axis.plot([after for *_, after in found], [y for y, *_ in found], "o", color=COLOURS[1], markersize=4.5)
+        axis.plot(
+            [before for _, before, _ in found],
+            [y for y, *_ in found],
+            "|",
+            color="black",
+            markersize=9,
+        )
+        axis.plot(
+            [after for *_, after in found],
+            [y for y, *_ in found],
+            "o",
+            color=COLOURS[1],
+            markersize=4.5,
+        )
         axis.set_yticks(range(len(rows)), list(rows) if number % columns == 0 else [])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_title(kind, fontsize="medium")
@@ -221,11 +254,16 @@ def effective_rank(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: 
         axis.set_axisbelow(True)
     for axis in list(axes.flat)[len(kinds) :]:
         axis.set_visible(False)
-    of.supxlabel("effective rank of the outputs on the calibration rows: | before, dot after", fontsize="medium")
+    of.supxlabel(
+        "effective rank of the outputs on the calibration rows: | before, dot after",
+        fontsize="medium",
+    )
     return save(of, path)
 
 
-def by_layer(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, tuple[float, float]]]:
+def by_layer(
+    modules: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, tuple[float, float]]]:
     """effective_rank.json of a run as rows by layer: the how-manieth of its kind a module is."""
     rows: dict[str, dict[str, tuple[float, float]]] = {}
     seen: dict[str, int] = {}
@@ -256,14 +294,18 @@ def _smooth(runs: Sequence[Sequence[float]]) -> tuple[np.ndarray, ...]:
     """Steps, and of the moving averages of `runs` their mean, least and most."""
     length = min(map(len, runs))
     window = min(WINDOW, length)
-    averaged = np.array([np.convolve(run[:length], np.ones(window) / window, mode="valid") for run in runs])
+    averaged = np.array(
+        [np.convolve(run[:length], np.ones(window) / window, mode="valid") for run in runs]
+    )
     steps = np.arange(averaged.shape[1]) + 1 + (window - 1) / 2
     return steps, averaged.mean(0), averaged.min(0), averaged.max(0)
 
 
 def _legend(axis: Any) -> None:
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small", frameon=False)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small", frameon=False
+    )
 
 
 def _share_limits(axes: Sequence[Any]) -> None:

@@ -40,7 +40,9 @@ def start(stall: float = STALL) -> torch.device:
     Raises:
         RankError: the ranks did not find each other, or a network that was named.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from inside deepspeed and transformers, every call
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # from inside deepspeed and transformers, every call
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -57,7 +59,9 @@ def start(stall: float = STALL) -> torch.device:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-        threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")  # LAPACK, in eigenproblems
+        threadpoolctl.threadpool_limits(
+            torch.get_num_threads(), user_api="blas"
+        )  # LAPACK, in eigenproblems
     dist.ProcessGroupGloo.__init__ = _one_thread
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     watch.start(rank, world_size)
@@ -65,10 +69,14 @@ def start(stall: float = STALL) -> torch.device:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=stall)))
         store = watch.connect(store, stall)
     except dist.DistError as error:
-        raise RankError(f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}") from None
+        raise RankError(
+            f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}"
+        ) from None
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER
+        )
         dist.barrier()  # rank 0 holds the store: were it to end at once, the others would not know why
     except dist.DistError as error:
         raise RankError(
@@ -79,7 +87,11 @@ def start(stall: float = STALL) -> torch.device:
 
 
 def _one_thread(
-    self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta = FOREVER
+    self: dist.ProcessGroupGloo,
+    store: dist.Store,
+    rank: int,
+    size: int,
+    timeout: timedelta = FOREVER,
 ) -> None:
     """Make a gloo group, an engine's own too, whose collectives run in one thread, one after another.
 
@@ -110,15 +122,27 @@ def _only_rank() -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
 
 
 def _slurm_ranks() -> dict[str, str]:
     """One rank a task of `srun`."""
     of = os.environ
     if "MASTER_ADDR" not in of and int(of.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        raise UserError("MASTER_ADDR: set it to the first node's name before srun (see launch/cluster/slurm.sbatch)")
-    tasks = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        raise UserError(
+            "MASTER_ADDR: set it to the first node's name before srun (see launch/cluster/slurm.sbatch)"
+        )
+    tasks = {
+        "RANK": "SLURM_PROCID",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+        "LOCAL_RANK": "SLURM_LOCALID",
+    }
     found = {name: of[variable] for name, variable in tasks.items()}
     of_nodes = []
     for part in of["SLURM_STEP_TASKS_PER_NODE"].split(","):  # "4", "4(x2)" or "4(x2),1"
@@ -126,7 +150,10 @@ def _slurm_ranks() -> dict[str, str]:
         of_nodes += [count] * int(nodes or 1)
     found["LOCAL_WORLD_SIZE"] = of_nodes[int(of["SLURM_NODEID"])]
     port = 20000 + int(of["SLURM_JOB_ID"]) % 20000
-    return found | {"MASTER_ADDR": of.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": of.get("MASTER_PORT", str(port))}
+    return found | {
+        "MASTER_ADDR": of.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": of.get("MASTER_PORT", str(port)),
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -166,7 +193,10 @@ def on_each_node(function: Callable[[], T]) -> list[T]:
     places: list = [None for _ in world]
     dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
     # Hosts may share a name (containers); then the nearest below is the one of the same host.
-    owners = [max((i for i in range(of + 1) if places[i] == (places[of][0], 0)), default=of) for of in world]
+    owners = [
+        max((i for i in range(of + 1) if places[i] == (places[of][0], 0)), default=of)
+        for of in world
+    ]
     outcomes: list = [None for _ in world]
     dist.all_gather_object(outcomes, _outcome(function) if owners[rank] == rank else None)
     for owner in owners:
@@ -183,7 +213,9 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
     except OSError as error:
         return None, f"{error.filename or 'file'}: {error.strerror or error}"
-    except SafetensorError as error:  # what safetensors makes of an OSError, without the file's name
+    except (
+        SafetensorError
+    ) as error:  # what safetensors makes of an OSError, without the file's name
         return None, f"cannot write or read a file: {error}"
 
 
@@ -191,7 +223,11 @@ def broadcast_tensor(value: torch.Tensor | None, device: torch.device) -> torch.
     """Rank 0's `value`, on every rank's `device`; the others pass None. Collective."""
     like = [None if value is None else (value.shape, value.dtype)]
     dist.broadcast_object_list(like)
-    value = torch.empty(like[0][0], dtype=like[0][1], device=device) if value is None else value.to(device).contiguous()
+    value = (
+        torch.empty(like[0][0], dtype=like[0][1], device=device)
+        if value is None
+        else value.to(device).contiguous()
+    )
     dist.broadcast(value, 0)
     return value
 

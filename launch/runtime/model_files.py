@@ -46,13 +46,19 @@ def fetch_model(name: str, revision: str, weights: bool = True) -> Path:
         if not is_hub_id(name):
             raise UserError(f"model.name: no folder {name}")
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES if weights else FILES[1:]))
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=FILES if weights else FILES[1:]
+                )
+            )
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
                 f"model.name: cannot get {name} (revision {revision}) from the hub ({type(error).__name__}); check the "
                 "name and the network, log in if the model is gated, or give a local folder"
             ) from None
-    if not (folder / "config.json").is_file() or (weights and not list(folder.glob("*.safetensors"))):
+    if not (folder / "config.json").is_file() or (
+        weights and not list(folder.glob("*.safetensors"))
+    ):
         raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
     return folder
 
@@ -65,7 +71,9 @@ def fetch_config(name: str, revision: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name: cannot get the config of {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.name: cannot get the config of {name}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -73,9 +81,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name: cannot load the tokenizer in {folder}: {str(error)[:200]}") from None
+        raise UserError(
+            f"model.name: cannot load the tokenizer in {folder}: {str(error)[:200]}"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name: the tokenizer in {folder} has no end-of-sequence token; set one")
+        raise UserError(
+            f"model.name: the tokenizer in {folder} has no end-of-sequence token; set one"
+        )
     return tokenizer
 
 
@@ -86,7 +98,9 @@ def weights_hash(folder: Path) -> str:
 
 def tokenizer_hash(folder: Path) -> str:
     """SHA-256 of the names and contents of a model folder's tokenizer files."""
-    return _files_hash({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+    return _files_hash(
+        {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    )
 
 
 def _files_hash(paths: Iterable[Path]) -> str:
@@ -107,4 +121,8 @@ def file_hash(path: Path) -> str:
 
 def commit_of(folder: Path) -> str | None:
     """The hub commit of a folder in the hub's cache, or None for any other: no hash is invented."""
-    return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+    return (
+        folder.name
+        if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+        else None
+    )

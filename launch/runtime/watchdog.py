@@ -30,12 +30,20 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a wrong option is to be 
 
 ROOT = str(Path(__file__).resolve().parents[2])
 BEAT = 1.0  # seconds between two reports
-SILENCE = 60.0  # seconds without a report, after which a rank is given up: its machine or network is gone
-SHORT_SILENCE = 6.0  # the same once a collective has failed, or a launcher stops the ranks because one is gone
+SILENCE = (
+    60.0  # seconds without a report, after which a rank is given up: its machine or network is gone
+)
+SHORT_SILENCE = (
+    6.0  # the same once a collective has failed, or a launcher stops the ranks because one is gone
+)
 PAUSE = 5.0  # seconds between two looks of a thread here that mean that this process itself stood still meanwhile
 UNTIMED = 7200.0  # seconds without progress, or 10 times --stall if that is more, in stages that do not promise any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/")  # code that waits for other ranks
+COLLECTIVES = (
+    "torch/distributed/",
+    "deepspeed/comm/",
+    "deepspeed/runtime/",
+)  # code that waits for other ranks
 WAITS = ", waits for other ranks"
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
 
@@ -57,7 +65,9 @@ class _State:
     quiet: bool = False  # an orderly end: watch no more
     reached: float | None = None  # when the store was last reached
     on_preempted: Callable[[], None] | None = None
-    waker: socket.socket | None = None  # the kernel's end of the guard's socket; open as long as signals may come
+    waker: socket.socket | None = (
+        None  # the kernel's end of the guard's socket; open as long as signals may come
+    )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -160,8 +170,16 @@ def _report(state: _State, store: "dist.PrefixStore", name: str, stall: float) -
     try:
         while not state.quiet:
             tick += 1
-            report = {key: getattr(state, key) for key in ("where", "timed", "in_steps", "marks", "stop", "failed")}
-            report |= {"tick": tick, "at": _frame(), "host": socket.gethostname(), "pid": os.getpid()}
+            report = {
+                key: getattr(state, key)
+                for key in ("where", "timed", "in_steps", "marks", "stop", "failed")
+            }
+            report |= {
+                "tick": tick,
+                "at": _frame(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
             store.set(f"watch/{state.rank}", json.dumps(report))
             others = range(state.world_size) if state.rank == 0 else [0]
             arrived = [rank for rank in others if store.check([f"watch/{rank}"])]
@@ -170,24 +188,33 @@ def _report(state: _State, store: "dist.PrefixStore", name: str, stall: float) -
             if now - looked > PAUSE:
                 seen.pause(now - looked)
             looked = now
-            seen.update({rank: json.loads(value) for rank, value in zip(arrived, values, strict=True)})
+            seen.update(
+                {rank: json.loads(value) for rank, value in zip(arrived, values, strict=True)}
+            )
             absent = [rank for rank in others if rank not in seen.reports]
             if state.rank == 0:
                 for rank in absent:
                     _tell(store.underlying_store, rank, name)
                 verdict = (
-                    seen.missing(absent, stall) or seen.silent(state) or seen.stalled(stall) or seen.asked_to_stop()
+                    seen.missing(absent, stall)
+                    or seen.silent(state)
+                    or seen.stalled(stall)
+                    or seen.asked_to_stop()
                 )
                 if verdict:
                     store.set("watch/verdict", json.dumps(verdict))
-                    time.sleep(3 * BEAT)  # rank 0 may be the store's host: let the others read first
+                    time.sleep(
+                        3 * BEAT
+                    )  # rank 0 may be the store's host: let the others read first
                     _end(state, **verdict)
             elif store.check(["watch/verdict"]):
                 _end(state, **json.loads(store.get("watch/verdict")))
             elif verdict := seen.silent(state):
                 _end(state, **verdict, rank0_is_gone=True)
             time.sleep(0.1 * BEAT if absent else BEAT)
-    except RuntimeError:  # the store is gone; so it is at an orderly end, but then `quiet` comes in time
+    except (
+        RuntimeError
+    ):  # the store is gone; so it is at an orderly end, but then `quiet` comes in time
         time.sleep(BEAT)
         rank0 = seen.list([0]) if 0 in seen.reports else f"rank 0 ({os.environ.get('MASTER_ADDR')})"
         _end(state, 1, f"{rank0}: gone; its store closed", rank0_is_gone=True)
@@ -206,7 +233,10 @@ class _Seen:
         self.began = time.monotonic()
         self.reports: dict[int, dict] = {}
         self.heard: dict[int, float] = {}  # rank -> when its tick last advanced
-        self.marks, self.progress = -1, time.monotonic()  # all marks together, and when they last advanced
+        self.marks, self.progress = (
+            -1,
+            time.monotonic(),
+        )  # all marks together, and when they last advanced
         self.asked: float | None = None  # since when a rank is asked to stop
 
     def update(self, reports: dict[int, dict]) -> None:
@@ -235,7 +265,9 @@ class _Seen:
 
     def silent(self, this: _State) -> dict | None:
         trouble = (
-            this.failed or this.stop or any(report["failed"] or report["stop"] for report in self.reports.values())
+            this.failed
+            or this.stop
+            or any(report["failed"] or report["stop"] for report in self.reports.values())
         )
         limit = SHORT_SILENCE if trouble else SILENCE
         gone = [rank for rank, heard in self.heard.items() if time.monotonic() - heard > limit]
@@ -251,7 +283,9 @@ class _Seen:
             return None
         # The one that the others wait for does not report at all, or is not inside a collective.
         frozen = [rank for rank, heard in self.heard.items() if time.monotonic() - heard > 4 * BEAT]
-        busy = [rank for rank, report in self.reports.items() if not report["at"].endswith(f"{WAITS})")]
+        busy = [
+            rank for rank, report in self.reports.items() if not report["at"].endswith(f"{WAITS})")
+        ]
         ranks = frozen or busy or list(self.reports)
         return {"code": 1, "line": f"{self.list(ranks)}: stalled; no progress for {quiet:.0f} s"}
 
@@ -263,7 +297,9 @@ class _Seen:
         # A launcher also sends signals when a rank has died: then it is not heard of now, and soon `silent`.
         now = time.monotonic()
         self.asked = self.asked or now
-        if now - self.asked < 4 * BEAT or any(now - heard > 3 * BEAT for heard in self.heard.values()):
+        if now - self.asked < 4 * BEAT or any(
+            now - heard > 3 * BEAT for heard in self.heard.values()
+        ):
             return None
         return {"code": 0, "line": f"stopped in {self.reports[0]['where']}: {reasons[0]}"}
 
@@ -284,7 +320,9 @@ def _guard(state: _State, signals: socket.socket, launchers: list[psutil.Process
     while not state.quiet:
         ready, _, _ = select.select([signals], [], [], BEAT)
         before, looked = looked, time.monotonic()
-        if state.reached and looked - before > PAUSE:  # suspended: the other thread could not reach the store either
+        if (
+            state.reached and looked - before > PAUSE
+        ):  # suspended: the other thread could not reach the store either
             state.reached = min(state.reached + looked - before, looked)
         if ready:
             number = signals.recv(1)[0]
@@ -299,7 +337,12 @@ def _guard(state: _State, signals: socket.socket, launchers: list[psutil.Process
             _end(state, 1, f"stopped while the ranks look for each other: {state.stop}")
         if state.reached and time.monotonic() - state.reached > SILENCE and not state.quiet:
             address = os.environ.get("MASTER_ADDR")
-            _end(state, 1, f"no contact with rank 0 at {address} for {SILENCE:.0f} s, at {state.where}", True)
+            _end(
+                state,
+                1,
+                f"no contact with rank 0 at {address} for {SILENCE:.0f} s, at {state.where}",
+                True,
+            )
 
 
 def _launchers() -> list[psutil.Process]:
@@ -324,8 +367,12 @@ def _orphaned(launchers: list[psutil.Process]) -> bool:
     """Whether the launcher was gone already before this rank began to watch it."""
     with contextlib.suppress(psutil.Error):
         if launchers:  # `deepspeed` starts its launch module, which starts the ranks
-            return "deepspeed.launcher.launch" in launchers[-1].cmdline() and launchers[-1].ppid() == 1
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or any(word.startswith("--local_rank") for word in sys.argv)
+            return (
+                "deepspeed.launcher.launch" in launchers[-1].cmdline() and launchers[-1].ppid() == 1
+            )
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or any(
+            word.startswith("--local_rank") for word in sys.argv
+        )
         return launched and os.getppid() == 1
     return False
 
@@ -362,8 +409,14 @@ def _end(state: _State, code: int, line: str, rank0_is_gone: bool = False) -> No
                 code = 143
             elif code == 0 and state.rank == 0:
                 state.on_preempted()
-            if (state.speaker and not (rank0_is_gone and state.rank == 0)) or (rank0_is_gone and state.deputy):
-                again = "; the same command goes on from the last checkpoint" if state.on_preempted else ""
+            if (state.speaker and not (rank0_is_gone and state.rank == 0)) or (
+                rank0_is_gone and state.deputy
+            ):
+                again = (
+                    "; the same command goes on from the last checkpoint"
+                    if state.on_preempted
+                    else ""
+                )
                 print(f"{'error: ' if code == 1 else ''}{line}{again}", file=sys.stderr, flush=True)
             sys.stdout.flush()
         os._exit(code)

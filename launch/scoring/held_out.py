@@ -29,7 +29,9 @@ def split(tokens: TokenSet, held_out: int) -> tuple[TokenSet, TokenSet | None]:
         return tokens, None
     left = len(tokens) - held_out
     if left < 1:
-        raise UserError(f"data.held_out: {held_out} of {len(tokens)} rows leave none to train on; lower it")
+        raise UserError(
+            f"data.held_out: {held_out} of {len(tokens)} rows leave none to train on; lower it"
+        )
     edge = tokens.offsets[left]
     parts = {
         "tokens": (tokens.tokens[:edge], tokens.tokens[edge:]),
@@ -37,10 +39,14 @@ def split(tokens: TokenSet, held_out: int) -> tuple[TokenSet, TokenSet | None]:
         "answer_starts": (tokens.answer_starts[:left], tokens.answer_starts[left:]),
     }
     first, second = ({name: of[side] for name, of in parts.items()} for side in (0, 1))
-    return dataclasses.replace(tokens, **first), dataclasses.replace(tokens, **second, num_cut=0, num_left_out=0)
+    return dataclasses.replace(tokens, **first), dataclasses.replace(
+        tokens, **second, num_cut=0, num_left_out=0
+    )
 
 
-def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[TokenSet, dict]:
+def read_text(
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[TokenSet, dict]:
     """Text outside the task: `text` of every row of a JSONL file, or the whole of a .txt file; and what it is.
 
     A text is taken in pieces of at most `max_length` tokens, in each of which every token but the first counts. Raises
@@ -57,10 +63,16 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             try:
                 texts.append(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"eval.other_text: row {number} of {path} has no field 'text'; mend it") from None
+                raise UserError(
+                    f"eval.other_text: row {number} of {path} has no field 'text'; mend it"
+                ) from None
     elif path.suffix != ".txt":
         raise UserError(f"eval.other_text: {path} is neither .jsonl nor .txt")
-    rows = [ids[i : i + max_length] for ids in encode(tokenizer, texts) for i in range(0, len(ids), max_length)]
+    rows = [
+        ids[i : i + max_length]
+        for ids in encode(tokenizer, texts)
+        for i in range(0, len(ids), max_length)
+    ]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise UserError(f"eval.other_text: {path} has no text")
@@ -82,18 +94,32 @@ def prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> dict[str, 
         names; tokens: how many.
     """
     loss = right = count = 0.0
-    for rows in deal(range(len(tokens)), dist.get_rank(), dist.get_world_size(), BATCH):  # as many passes on each rank
+    for rows in deal(
+        range(len(tokens)), dist.get_rank(), dist.get_world_size(), BATCH
+    ):  # as many passes on each rank
         batch, labels = collate(tokens, rows, engine.device)
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        logits = (
+            model(input_ids=batch["input_ids"], use_cache=False)
+            .logits[:, :-1]
+            .flatten(0, 1)
+            .float()
+        )
         wanted = labels[:, 1:].flatten()
-        loss += F.cross_entropy(logits, wanted, ignore_index=-100, reduction="none").double().sum().item()
+        loss += (
+            F.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
+            .double()
+            .sum()
+            .item()
+        )
         right += (logits.argmax(-1) == wanted).sum().item()
         count += (wanted != -100).sum().item()
     loss, right, count = all_reduce_sum([loss, right, count], engine.device)
     return {"loss": loss / count, "accuracy": right / count, "tokens": int(count)}
 
 
-def predictions(engine: Engine, model: nn.Module, sets: dict[str, TokenSet]) -> dict[str, dict[str, float]]:
+def predictions(
+    engine: Engine, model: nn.Module, sets: dict[str, TokenSet]
+) -> dict[str, dict[str, float]]:
     """`prediction` of each of `sets`, by name. Collective."""
     model.eval()
     return {name: prediction(engine, model, tokens) for name, tokens in sets.items()}

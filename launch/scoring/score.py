@@ -74,7 +74,9 @@ def score(
     def responses(suite: Suite, requests: list[Request]) -> Iterable[dict[int, str]]:
         prompts = encode(tokenizer, [request.prompt for request in requests])
         if full := too_long(model, prompts):
-            say(f"warning: {suite.name}: {len(full)} of {len(prompts)} prompts fill the model's context: no response")
+            say(
+                f"warning: {suite.name}: {len(full)} of {len(prompts)} prompts fill the model's context: no response"
+            )
         return generate(
             model,
             tokenizer,
@@ -92,7 +94,11 @@ def score(
 
 
 def score_responses(
-    responses: Responses, problems: dict[str, list[Problem]], settings: Eval, folder: Path, identity: dict
+    responses: Responses,
+    problems: dict[str, list[Problem]],
+    settings: Eval,
+    folder: Path,
+    identity: dict,
 ) -> dict[str, dict]:
     """Get and grade the responses to every suite; collective. Rank 0 keeps each in `folder`/generations.jsonl.
 
@@ -106,7 +112,9 @@ def score_responses(
         Suite -> the strict grader's eval.grading.summary, and {literature: the literature's, prompt, max_new_tokens,
         temperature, empty (responses), data_sha256, seconds} and, of code, isolation: verdicts by what boxed them in.
     """
-    made_with = identity | {key: getattr(settings, key) for key in ("prompt", "max_new_tokens", "temperature", "seed")}
+    made_with = identity | {
+        key: getattr(settings, key) for key in ("prompt", "max_new_tokens", "temperature", "seed")
+    }
     kept = on_rank0(lambda: _open(folder, made_with)) if problems else {}
     scores = {}
     for name, rows in problems.items():
@@ -116,9 +124,16 @@ def score_responses(
             for row in rows
             for sample in range(settings.samples)
         ]
-        requests = [request for request in wanted if (name, request.problem.id, request.sample) not in kept]
-        for part in _shown(responses(suite, requests) if requests else [], suite, requests, len(wanted)):
-            found = {(name, requests[i].problem.id, requests[i].sample): output for i, output in part.items()}
+        requests = [
+            request for request in wanted if (name, request.problem.id, request.sample) not in kept
+        ]
+        for part in _shown(
+            responses(suite, requests) if requests else [], suite, requests, len(wanted)
+        ):
+            found = {
+                (name, requests[i].problem.id, requests[i].sample): output
+                for i, output in part.items()
+            }
             kept |= found
             on_rank0(lambda found=found: _keep(folder, found))
         outputs = [kept[name, request.problem.id, request.sample] for request in wanted]
@@ -136,7 +151,11 @@ def score_responses(
 
 def _ask(suite: Suite, problem: Problem, sample: int, settings: Eval) -> tuple[str, int]:
     """The prompt of one response, and its seed."""
-    asked = prompt(problem.question) if settings.prompt == "recipe" else suite.literature_prompt(problem.question)
+    asked = (
+        prompt(problem.question)
+        if settings.prompt == "recipe"
+        else suite.literature_prompt(problem.question)
+    )
     digest = hashlib.sha256(f"{settings.seed} {problem.id} {sample}".encode()).digest()
     return asked, int.from_bytes(digest[:8], "big")
 
@@ -154,7 +173,9 @@ def _shown(
 
     for part in progress_of(parts, done, total, suite.name, rank, note):
         if rank == 0 and suite.kind == "answer":
-            graded += [suite.grade(output, requests[i].problem, "strict") for i, output in part.items()]
+            graded += [
+                suite.grade(output, requests[i].problem, "strict") for i, output in part.items()
+            ]
         yield part
 
 
@@ -162,12 +183,19 @@ def _open(folder: Path, made_with: dict) -> dict[tuple[str, str, int], str]:
     """The responses that `folder` holds, if they were made with the same: (suite, problem, sample) -> response."""
     folder.mkdir(parents=True, exist_ok=True)
     path, note = folder / GENERATIONS, folder / MADE_WITH
-    if path.is_file() and not (note.is_file() and json.loads(note.read_text()) == json.loads(json.dumps(made_with))):
+    if path.is_file() and not (
+        note.is_file() and json.loads(note.read_text()) == json.loads(json.dumps(made_with))
+    ):
         path.replace(folder / "generations.previous.jsonl")
-        print(f"{path} was made with other settings, and is generations.previous.jsonl now", flush=True)
+        print(
+            f"{path} was made with other settings, and is generations.previous.jsonl now",
+            flush=True,
+        )
     write_json(note, made_with)
     rows = read_generations(path) if path.is_file() else []
-    write_text(path, "".join(_line(row) for row in rows))  # without a last line that a kill cut short
+    write_text(
+        path, "".join(_line(row) for row in rows)
+    )  # without a last line that a kill cut short
     return {(row["suite"], row["id"], row["sample"]): row["output"] for row in rows}
 
 
@@ -182,15 +210,21 @@ def read_generations(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from None
+            raise UserError(
+                f"line {number} of {path} is not JSON ({error}); mend or remove it"
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path} is not an object with fields; mend or remove it")
+            raise UserError(
+                f"line {number} of {path} is not an object with fields; mend or remove it"
+            )
         rows.append(row)
     return rows
 
 
 def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=True) + "\n"  # escaped: a response may hold half of a surrogate pair
+    return (
+        json.dumps(row, ensure_ascii=True) + "\n"
+    )  # escaped: a response may hold half of a surrogate pair
 
 
 def _keep(folder: Path, found: dict[tuple[str, str, int], str]) -> None:
@@ -201,23 +235,38 @@ def _keep(folder: Path, found: dict[tuple[str, str, int], str]) -> None:
         os.fsync(file.fileno())
 
 
-def _grade(suite: Suite, requests: list[Request], outputs: list[str], settings: Eval, folder: Path) -> dict:
+def _grade(
+    suite: Suite, requests: list[Request], outputs: list[str], settings: Eval, folder: Path
+) -> dict:
     """Grade one suite on rank 0, note each grade beside its response, and sum up."""
     problems = [request.problem for request in requests]
     options = {"timeout": settings.timeout, "allow_unsandboxed": settings.allow_unsandboxed}
-    grades = list(progress(grade(suite, problems, outputs, **options), len(outputs), f"grade {suite.name}", 0))
+    grades = list(
+        progress(grade(suite, problems, outputs, **options), len(outputs), f"grade {suite.name}", 0)
+    )
     noted = []
     for request, output, of in zip(requests, outputs, grades, strict=True):
         row = {"suite": suite.name, "id": request.problem.id, "sample": request.sample}
-        row |= {"question": request.problem.question, "reference": request.problem.reference, "output": output}
+        row |= {
+            "question": request.problem.question,
+            "reference": request.problem.reference,
+            "output": output,
+        }
         row |= {grader: given.passed for grader, given in of.items()}
         if suite.kind == "code":
             row |= {"reason": of["strict"].reason, "isolation": of["strict"].isolation}
         noted.append(row)
     others = [row for row in read_generations(folder / GENERATIONS) if row["suite"] != suite.name]
     write_text(folder / GENERATIONS, "".join(map(_line, [*others, *noted])))
-    found = {grader: _summary([of[grader].passed for of in grades], settings.samples) for grader in GRADERS}
-    boxes = {"isolation": dict(Counter(of["strict"].isolation for of in grades))} if suite.kind == "code" else {}
+    found = {
+        grader: _summary([of[grader].passed for of in grades], settings.samples)
+        for grader in GRADERS
+    }
+    boxes = (
+        {"isolation": dict(Counter(of["strict"].isolation for of in grades))}
+        if suite.kind == "code"
+        else {}
+    )
     return found["strict"] | {"grader": "strict", "literature": found["literature"]} | boxes
 
 
@@ -227,7 +276,10 @@ def _summary(passed: list[bool], samples: int) -> dict:
 
 def describe(scores: dict[str, dict]) -> str:
     """A Markdown table, one row a suite: both graders' accuracies in percent, with the 95 % interval and n."""
-    lines = ["| suite | strict (%) | 95 % interval | literature (%) | n | prompt |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| suite | strict (%) | 95 % interval | literature (%) | n | prompt |",
+        "|---|---|---|---|---|---|",
+    ]
     for suite, of in scores.items():
         low, high = of["interval"]
         literature = of["literature"]["accuracy"]
@@ -239,11 +291,14 @@ def describe(scores: dict[str, dict]) -> str:
         ]
         lines.append(f"| {' | '.join([*cells, str(of['n']), of['prompt']])} |")
         for k, value in of.get("pass_at", {}).items():
-            lines.append(f"| {suite} pass@{k} | {100 * value:.1f} | | | {of['n']} | {of['prompt']} |")
+            lines.append(
+                f"| {suite} pass@{k} | {100 * value:.1f} | | | {of['n']} | {of['prompt']} |"
+            )
     commonsense = [scores[suite] for suite in expand(["commonsense"]) if suite in scores]
     if len(commonsense) == len(expand(["commonsense"])):
         means = [
-            sum(part["accuracy"] for part in of) / 8 for of in (commonsense, [of["literature"] for of in commonsense])
+            sum(part["accuracy"] for part in of) / 8
+            for of in (commonsense, [of["literature"] for of in commonsense])
         ]
         lines.append(f"| mean of the eight | {100 * means[0]:.1f} | | {100 * means[1]:.1f} | | |")
     return "\n".join(lines)

@@ -27,14 +27,22 @@ def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
         of = [group for group in there if group.rate == rate]
         end = f"_{rate}" if len(rates) > 1 else ""
         for key, label in figures.LABELS.items():
-            made.append(figures.curves(_panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"))
+            made.append(
+                figures.curves(
+                    _panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"
+                )
+            )
     for column in table_columns(sweep, there):
         what = column.title.removesuffix(" (%)").replace(" ", "_")
         wanted = what in (*columns(sweep.table), "mean", "held-out_loss")
         if not wanted or not any(group.numbers(column) for group in there):
             continue
         if sweep.table.vary:
-            made.append(_against(sweep, [group for group in there if group.rate == rates[0]], column, path(what)))
+            made.append(
+                _against(
+                    sweep, [group for group in there if group.rate == rates[0]], column, path(what)
+                )
+            )
         else:
             made.append(figures.scores(_points(there, column), column.title, path(what)))
     ranks = {
@@ -49,11 +57,15 @@ def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
     return made
 
 
-def _panels(sweep: Sweep, groups: Sequence[Group], key: str, rate: str) -> dict[str, dict[str, list]]:
+def _panels(
+    sweep: Sweep, groups: Sequence[Group], key: str, rate: str
+) -> dict[str, dict[str, list]]:
     """Title -> line -> that metric by step of each seed: rows are panels where something varies, else lines."""
     panels: dict[str, dict[str, list]] = {}
     for group in groups:
-        title, line = (group.label, str(group.value)) if sweep.table.vary else (RATES[rate], group.label)
+        title, line = (
+            (group.label, str(group.value)) if sweep.table.vary else (RATES[rate], group.label)
+        )
         runs = [read_metrics(Path(group.folders[seed])) for seed in group.results]
         panels.setdefault(title, {})[line] = [[step[key] for step in run] for run in runs]
     return panels

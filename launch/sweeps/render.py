@@ -19,9 +19,13 @@ TEST = (
     "against the next best gives p < 0.05 (paired t-test over common seeds, else Welch's), without correction for the "
     "number of columns. An empty cell has not been run."
 )
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"} | {
-    character: f"\\{character}" for character in "&%$#_{}"
-}
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+} | {character: f"\\{character}" for character in "&%$#_{}"}
 
 
 class Cell(NamedTuple):
@@ -49,7 +53,10 @@ def blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[Cell]]]
             for column, winner in zip(shown, winners, strict=True):
                 point = mean_interval(list(group.numbers(column).values()))
                 row.append(Cell(_text(point, column), winner == place))
-            row += [Cell(f"{known[suite]['value']:.2f}" if suite in known else "") for suite in with_published]
+            row += [
+                Cell(f"{known[suite]['value']:.2f}" if suite in known else "")
+                for suite in with_published
+            ]
             rows.append(row)
         found[heading] = rows
     return found
@@ -72,7 +79,11 @@ def _rate(group: Group) -> str:
 
 def _seeds(group: Group) -> str:
     """How many are in, of how many."""
-    count = f"{len(group.results)}" if len(group.results) == group.wanted else f"{len(group.results)} of {group.wanted}"
+    count = (
+        f"{len(group.results)}"
+        if len(group.results) == group.wanted
+        else f"{len(group.results)} of {group.wanted}"
+    )
     return count + (f", {group.diverged} diverged" if group.diverged else "")
 
 
@@ -93,12 +104,20 @@ def notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
         lines.append(
             f"A row's own learning rate has the least held-out loss of its grid on seed {rates.seed}; no score counts."
         )
-    sizes = sorted({f"{suite}: n = {score['n']}" for of in results for suite, score in of["scores"].items()})
+    sizes = sorted(
+        {f"{suite}: n = {score['n']}" for of in results for suite, score in of["scores"].items()}
+    )
     revisions = sorted({of["conditions"]["git_revision"] or "no revision" for of in results})
-    machines = sorted({f"{of['conditions']['world_size']} x {of['conditions']['device']}" for of in results})
+    machines = sorted(
+        {f"{of['conditions']['world_size']} x {of['conditions']['device']}" for of in results}
+    )
     if results:
         lines.append(f"{'; '.join([*sizes, *machines])}; revision {', '.join(revisions)}.")
-    sources = {of["source"] for suites in published(groups, columns(sweep.table)).values() for of in suites.values()}
+    sources = {
+        of["source"]
+        for suites in published(groups, columns(sweep.table)).values()
+        for of in suites.values()
+    }
     if sources:
         lines.append(f"Published: {'; '.join(sorted(sources))}.")
     return lines
@@ -128,11 +147,19 @@ def latex(sweep: Sweep, groups: Sequence[Group]) -> str:
 
     lines = ["% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide tabular fit"]
     for heading, (head, *rows) in blocks(sweep, groups).items():
-        lines += [f"\\noindent {escape(heading)}:\\\\*", f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
+        lines += [
+            f"\\noindent {escape(heading)}:\\\\*",
+            f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            "\\toprule",
+        ]
         lines += [f"{' & '.join(map(text, head))} \\\\", "\\midrule"]
         lines += [f"{' & '.join(map(text, row))} \\\\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}", "\\par"]
-    lines += ["{\\footnotesize", *(f"\\noindent {escape(note)}\\par" for note in notes(sweep, groups)), "}"]
+    lines += [
+        "{\\footnotesize",
+        *(f"\\noindent {escape(note)}\\par" for note in notes(sweep, groups)),
+        "}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -145,14 +172,32 @@ def to_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
     """One line a group and column that has a number: unrounded mean, its interval, n, published number and source."""
     file = io.StringIO()
     out = csv.writer(file, lineterminator="\n")
-    out.writerow(["row", "value", "rate", "learning_rate", "column", "mean", "low", "high", "n", "published", "source"])
+    out.writerow(
+        [
+            "row",
+            "value",
+            "rate",
+            "learning_rate",
+            "column",
+            "mean",
+            "low",
+            "high",
+            "n",
+            "published",
+            "source",
+        ]
+    )
     numbers = published(groups, columns(sweep.table))
     for i, group in enumerate(groups):
         for column in table_columns(sweep, groups):
             point = mean_interval(list(group.numbers(column).values()))
             if point is None:
                 continue
-            ends = ["", ""] if point.half is None else [point.mean - point.half, point.mean + point.half]
+            ends = (
+                ["", ""]
+                if point.half is None
+                else [point.mean - point.half, point.mean + point.half]
+            )
             known = numbers.get(i, {}).get(column.title.removesuffix(" (%)"), {})
             of = ["" if group.value is None else group.value, group.rate, group.lr, column.title]
             last = [len(group.numbers(column)), known.get("value", ""), known.get("source", "")]

@@ -72,7 +72,11 @@ def differ(first: dict[int, float], second: dict[int, float]) -> bool:
     if min(len(first), len(second)) < 2:
         return False
     paired = first.keys() == second.keys()
-    samples = [[first[seed] - second[seed] for seed in first]] if paired else [[*first.values()], [*second.values()]]
+    samples = (
+        [[first[seed] - second[seed] for seed in first]]
+        if paired
+        else [[*first.values()], [*second.values()]]
+    )
     size = max(map(abs, [*first.values(), *second.values()]))
     if all(max(of) - min(of) <= ROUNDING * size for of in samples):  # no spread to test against
         return False
@@ -84,7 +88,9 @@ def best(groups: Sequence[Group], column: Column) -> int | None:
     """Index of the group whose mean is best and differs from the next best; None if there is none."""
     numbers = {i: found for i, group in enumerate(groups) if (found := group.numbers(column))}
     means = {i: mean_interval(list(found.values())).mean for i, found in numbers.items()}
-    order = sorted((i for i in means if math.isfinite(means[i])), key=means.get)  # NaN has no place in an order
+    order = sorted(
+        (i for i in means if math.isfinite(means[i])), key=means.get
+    )  # NaN has no place in an order
     if column.better is None or len(order) < 2:
         return None
     first, second = order[:2] if column.better == "low" else order[:-3:-1]
@@ -101,7 +107,11 @@ def collect(sweep: Sweep) -> list[Group]:
     for unit in sweep.units():
         for rate, runs in sweep.scored(unit).items():
             folders = {run.recipe.train.seed: sweep.folder / run.name for run in runs}
-            found = {seed: results for seed, folder in folders.items() if (results := read_results(folder))}
+            found = {
+                seed: results
+                for seed, folder in folders.items()
+                if (results := read_results(folder))
+            }
             grid, recipe = sweep.grid(unit), runs[0].recipe
             groups.append(
                 Group(
@@ -109,7 +119,9 @@ def collect(sweep: Sweep) -> list[Group]:
                     value=unit.value,
                     rate=rate,
                     lr=recipe.train.lr,
-                    at_edge=rate == "own" and len(grid) > 1 and recipe.train.lr in (min(grid), max(grid)),
+                    at_edge=rate == "own"
+                    and len(grid) > 1
+                    and recipe.train.lr in (min(grid), max(grid)),
                     wanted=len(runs),
                     diverged=sum(map(diverged, folders.values())),
                     results=found,
@@ -124,7 +136,10 @@ def collect(sweep: Sweep) -> list[Group]:
 def _check_inputs(sweep: Sweep) -> None:
     seen: dict[str, tuple[str, Path]] = {}
     for unit in sweep.units():
-        for run in (*sweep.choosing(unit).values(), *(run for of in sweep.scored(unit).values() for run in of)):
+        for run in (
+            *sweep.choosing(unit).values(),
+            *(run for of in sweep.scored(unit).values() for run in of),
+        ):
             folder = sweep.folder / run.name
             for name, fields, content in _inputs(run.recipe, read_results(folder) or {}):
                 if content is None:  # made before this was recorded, or without it
@@ -142,11 +157,23 @@ def _inputs(recipe: Recipe, results: dict) -> Iterator[tuple[str, list, str | No
     model, data, settings = recipe.model, recipe.data, recipe.eval
     weights = [model.name, model.revision]
     yield f"content of model.name {model.name}", weights, _at(results, "base", "weights_sha256")
-    yield f"content of data.path {data.path}", [weights, data.of_tokens()], _at(results, "data", "tokens_sha256")
+    yield (
+        f"content of data.path {data.path}",
+        [weights, data.of_tokens()],
+        _at(results, "data", "tokens_sha256"),
+    )
     yield "dtype", [model.dtype], results.get("dtype")
-    yield f"content of eval.other_text {settings.other_text}", [], _at(results, "other_text_source", "sha256")
+    yield (
+        f"content of eval.other_text {settings.other_text}",
+        [],
+        _at(results, "other_text_source", "sha256"),
+    )
     for suite, score in results.get("scores", {}).items():
-        yield f"content of suite {suite}", [settings.data_dir, settings.limit], score.get("data_sha256")
+        yield (
+            f"content of suite {suite}",
+            [settings.data_dir, settings.limit],
+            score.get("data_sha256"),
+        )
 
 
 def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
@@ -156,11 +183,29 @@ def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
         for suite in columns(sweep.table)
     ]
     if len(suites) > 1:
-        suites.append(Column("mean (%)", lambda results: _mean_score(results, columns(sweep.table)), ".1f", "high"))
+        suites.append(
+            Column(
+                "mean (%)",
+                lambda results: _mean_score(results, columns(sweep.table)),
+                ".1f",
+                "high",
+            )
+        )
     others = [
-        Column("held-out loss", lambda results: _at(results, "held_out", "after", "loss"), ".4f", "low"),
-        Column("other-text loss before", lambda results: _at(results, "other_text", "before", "loss"), ".3f"),
-        Column("other-text loss after", lambda results: _at(results, "other_text", "after", "loss"), ".3f", "low"),
+        Column(
+            "held-out loss", lambda results: _at(results, "held_out", "after", "loss"), ".4f", "low"
+        ),
+        Column(
+            "other-text loss before",
+            lambda results: _at(results, "other_text", "before", "loss"),
+            ".3f",
+        ),
+        Column(
+            "other-text loss after",
+            lambda results: _at(results, "other_text", "after", "loss"),
+            ".3f",
+            "low",
+        ),
         Column(
             "other-text accuracy before (%)",
             lambda results: _percent(results, "other_text", "before", "accuracy"),
@@ -172,10 +217,18 @@ def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
             ".1f",
             "high",
         ),
-        Column("trained parameters (M)", lambda results: _scaled(results.get("trained_parameters"), 1e6), ".3f"),
+        Column(
+            "trained parameters (M)",
+            lambda results: _scaled(results.get("trained_parameters"), 1e6),
+            ".3f",
+        ),
         Column("calibration (s)", lambda results: results["seconds"]["calibration"], ".1f"),
         Column("training (s)", lambda results: results["seconds"]["training"], ".1f"),
-        Column("peak memory (GiB)", lambda results: _scaled(max(results.get("peak_memory") or [0]), GIB), ".2f"),
+        Column(
+            "peak memory (GiB)",
+            lambda results: _scaled(max(results.get("peak_memory") or [0]), GIB),
+            ".2f",
+        ),
     ]
     return suites + [column for column in others if any(group.numbers(column) for group in groups)]
 
@@ -191,8 +244,13 @@ def published(groups: Sequence[Group], suites: Sequence[str]) -> dict[int, dict[
                 and entry["method"] == method_of(group.adapter)
                 and entry["rank"] == group.adapter["rank"]
             ):
-                of = {suite: {"value": value, "source": entry["source"]} for suite, value in entry["scores"].items()}
-                found.setdefault(i, {}).update({suite: of[suite] for suite in suites if suite in of})
+                of = {
+                    suite: {"value": value, "source": entry["source"]}
+                    for suite, value in entry["scores"].items()
+                }
+                found.setdefault(i, {}).update(
+                    {suite: of[suite] for suite in suites if suite in of}
+                )
     return found
 
 

@@ -16,7 +16,18 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from eval.tasks import GROUPS, TASKS, expand
-from launch.config.schema import RECIPES, Name, Number, Recipe, Section, find, load, read, section, to_yaml
+from launch.config.schema import (
+    RECIPES,
+    Name,
+    Number,
+    Recipe,
+    Section,
+    find,
+    load,
+    read,
+    section,
+    to_yaml,
+)
 from launch.runtime.errors import UserError
 
 TABLES = RECIPES / "tables"
@@ -26,19 +37,27 @@ Rate = Literal["recipe", "own", "common"]
 
 
 class Row(Section):
-    recipe: Name | None = Field(None, description="file in recipes/, or a path; the table's when null")
+    recipe: Name | None = Field(
+        None, description="file in recipes/, or a path; the table's when null"
+    )
     set: dict[Name, Any] = Field({}, description="overrides of the recipe, field: value")
-    rate_factor: Number = Field(1.0, gt=0, description="the row's learning rates to choose from, over the table's")
+    rate_factor: Number = Field(
+        1.0, gt=0, description="the row's learning rates to choose from, over the table's"
+    )
 
 
 class LearningRates(Section):
-    grid: list[Number] = Field(min_length=1, description="learning rates to choose each row's own from")
+    grid: list[Number] = Field(
+        min_length=1, description="learning rates to choose each row's own from"
+    )
     seed: int = Field(ge=0, description="of the runs it is chosen by, by their held-out loss")
     common: Number = Field(gt=0, description="learning rate that every row is also run at")
 
 
 class Vary(Section):
-    fields: list[Name] = Field(min_length=1, description="fields of the recipe that take each of the values together")
+    fields: list[Name] = Field(
+        min_length=1, description="fields of the recipe that take each of the values together"
+    )
     values: list[Any] = Field(min_length=1, description="every row is run at each")
 
 
@@ -48,15 +67,24 @@ class Table(Section):
     recipe: Name = Field(description="file in recipes/, or a path")
     set: dict[Name, Any] = Field({}, description="overrides for every row, field: value")
     seeds: list[int] = Field(min_length=1, description="each sets train.seed and calibration.seed")
-    learning_rates: LearningRates | None = Field(None, description="how rates are chosen; the recipe's when null")
+    learning_rates: LearningRates | None = Field(
+        None, description="how rates are chosen; the recipe's when null"
+    )
     vary: Vary | None = Field(None, description="a further dimension, such as the rank")
-    suites: list[Literal[*TASKS, *GROUPS]] = Field(description="columns: benchmarks to score; none is only losses")
-    spectra: bool = Field(False, description="also the effective ranks before and after, of the first seed's runs")
+    suites: list[Literal[*TASKS, *GROUPS]] = Field(
+        description="columns: benchmarks to score; none is only losses"
+    )
+    spectra: bool = Field(
+        False, description="also the effective ranks before and after, of the first seed's runs"
+    )
     rows: dict[Name, Row] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _distinct(self) -> "Table":
-        for name, values in (("seeds", self.seeds), ("vary.values", self.vary.values if self.vary else [])):
+        for name, values in (
+            ("seeds", self.seeds),
+            ("vary.values", self.vary.values if self.vary else []),
+        ):
             if len({json.dumps(value) for value in values}) < len(values):
                 raise ValueError(f"{name}: the same value twice")
         return self
@@ -95,7 +123,9 @@ class Sweep:
     def grid(self, unit: Unit) -> list[float]:
         """The learning rates that the unit's own is chosen from; none where rates are the recipe's."""
         rates, factor = self.table.learning_rates, self.table.rows[unit.label].rate_factor
-        return [float(f"{rate * factor:.6g}") for rate in rates.grid] if rates else []  # 0.1 x 2e-3 is 2e-4
+        return (
+            [float(f"{rate * factor:.6g}") for rate in rates.grid] if rates else []
+        )  # 0.1 x 2e-3 is 2e-4
 
     def run(self, unit: Unit, lr: float | None, seed: int, suites: Sequence[str]) -> Run:
         """The run of a unit. Later settings win: seed, table, row, command line, varied value, rate, suites."""
@@ -104,17 +134,32 @@ class Sweep:
         last = dict.fromkeys(vary.fields, unit.value) if vary else {}
         last |= {"train.lr": lr} if lr is not None else {}
         last |= {"eval.suites": list(suites)}
-        overrides = [*map(_override, settings.items()), *self.overrides, *map(_override, last.items())]
+        overrides = [
+            *map(_override, settings.items()),
+            *self.overrides,
+            *map(_override, last.items()),
+        ]
         source = row.recipe or self.table.recipe
         recipe = read(source, overrides)
-        words = [unit.label, *([] if unit.value is None else [unit.value]), f"lr{recipe.train.lr:g}", f"seed{seed}"]
+        words = [
+            unit.label,
+            *([] if unit.value is None else [unit.value]),
+            f"lr{recipe.train.lr:g}",
+            f"seed{seed}",
+        ]
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, words))).strip("-")
-        arguments = ("--recipe", source, *(word for override in overrides for word in ("--set", override)))
+        arguments = (
+            "--recipe",
+            source,
+            *(word for override in overrides for word in ("--set", override)),
+        )
         return Run(f"{slug}-{identity(recipe)}", recipe, arguments)
 
     def choosing(self, unit: Unit) -> dict[float, Run]:
         """The runs by which the unit's learning rate is chosen, by rate: without suites, so that no score can count."""
-        return {lr: self.run(unit, lr, self.table.learning_rates.seed, []) for lr in self.grid(unit)}
+        return {
+            lr: self.run(unit, lr, self.table.learning_rates.seed, []) for lr in self.grid(unit)
+        }
 
     def own_rate(self, unit: Unit) -> float | None:
         """The rate of the grid with the least held-out loss; None until its runs are done, or if all have diverged."""
@@ -124,7 +169,9 @@ class Sweep:
             if results is None and not diverged(self.folder / run.name):
                 return None
             loss = results["held_out"]["after"]["loss"] if results else math.inf
-            losses[lr] = loss if math.isfinite(loss) else math.inf  # min() keeps a NaN that comes first
+            losses[lr] = (
+                loss if math.isfinite(loss) else math.inf
+            )  # min() keeps a NaN that comes first
         best = min(losses, key=losses.get, default=None)
         return None if best is None or losses[best] == math.inf else best
 
@@ -164,11 +211,16 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
     sweep = Sweep(path.stem, table, tuple(overrides), output or Path("runs") / "tables" / path.stem)
     for unit in sweep.units():
         try:
-            of = [*sweep.choosing(unit).values(), sweep.run(unit, None, table.seeds[0], table.suites)]
+            of = [
+                *sweep.choosing(unit).values(),
+                sweep.run(unit, None, table.seeds[0], table.suites),
+            ]
         except UserError as error:
             raise UserError(f"rows.{unit.label}: {error}") from None
         if sweep.grid(unit) and not all(run.recipe.data.held_out for run in of):
-            raise UserError(f"data.held_out: learning rates of {path.stem} are chosen by it; set it in the table")
+            raise UserError(
+                f"data.held_out: learning rates of {path.stem} are chosen by it; set it in the table"
+            )
     return sweep
 
 

@@ -101,17 +101,26 @@ def newest(run: Path) -> Checkpoint | None:
             _damaged.add(path)
             continue
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        return Checkpoint(path, manifest["step"], manifest["facts"], [json.loads(line) for line in lines])
+        return Checkpoint(
+            path, manifest["step"], manifest["facts"], [json.loads(line) for line in lines]
+        )
     return None
 
 
-def initial(checkpoint: Checkpoint, device: torch.device) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+def initial(
+    checkpoint: Checkpoint, device: torch.device
+) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
     """(module name, W) -> (A0, B0): rank 0 reads them, every rank gets them. Collective, in order of calls."""
-    return lambda name, _: tuple(_read(checkpoint, f"{name}.{side}.initial", device) for side in "AB")
+    return lambda name, _: tuple(
+        _read(checkpoint, f"{name}.{side}.initial", device) for side in "AB"
+    )
 
 
 def restore(
-    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], stepper: Stepper, device: torch.device
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    stepper: Stepper,
+    device: torch.device,
 ) -> None:
     """The trained parameters, and AdamW's moments of them, as they were after the checkpoint's step. Collective."""
     if checkpoint.step == 0:
@@ -133,7 +142,9 @@ def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
     return broadcast_tensor(value, device)
 
 
-def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]) -> None:
+def _write(
+    folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
+) -> None:
     path = folder / f"step-{step:07d}"
     aside = folder / f"tmp-{path.name}"
     try:
@@ -141,7 +152,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, his
             shutil.rmtree(left)
         aside.mkdir(parents=True)
         save_file(tensors, aside / TENSORS)
-        (aside / METRICS).write_text("".join(json.dumps(metrics) + "\n" for metrics in history), encoding="utf-8")
+        (aside / METRICS).write_text(
+            "".join(json.dumps(metrics) + "\n" for metrics in history), encoding="utf-8"
+        )
         for name in (TENSORS, METRICS):
             sync(aside / name)
         sums = {name: _sha256(aside / name) for name in (TENSORS, METRICS)}
@@ -162,7 +175,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, his
 
 def _prune(folder: Path, step: int, keep: int) -> None:
     """Remove all but the `keep` newest whole ones up to `step`, which is one."""
-    older = sorted(path for path in folder.glob(STEPS) if int(path.name.removeprefix("step-")) <= step)
+    older = sorted(
+        path for path in folder.glob(STEPS) if int(path.name.removeprefix("step-")) <= step
+    )
     kept = [path for path in older if path not in _damaged][-keep:]
     for path in older:
         if path not in kept:

@@ -70,7 +70,9 @@ def save_model(folder: Path, model: PreTrainedModel, engine: Engine, inputs: Inp
     for name, parameter in model.named_parameters():  # a tied one once
         value = engine.read(parameter)
         if dist.get_rank() == 0:
-            tensors[name] = torch.empty(value.shape, dtype=inputs.dtype).copy_(value)  # without FSDP2's padding
+            tensors[name] = torch.empty(value.shape, dtype=inputs.dtype).copy_(
+                value
+            )  # without FSDP2's padding
     kept = model.state_dict().keys()
     tensors |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
 
@@ -104,9 +106,15 @@ def model_card(folder: Path, recipe: Recipe, results: dict) -> str:
         for suite, score in part.items()
     )
     table = (
-        f"| suite | training | accuracy (%) | 95 % interval | n |\n|---|---|---|---|---|\n{scores}\n" if scores else ""
+        f"| suite | training | accuracy (%) | 95 % interval | n |\n|---|---|---|---|---|\n{scores}\n"
+        if scores
+        else ""
     )
-    trained = f"Rank {results['rank']}, alpha {results['alpha']:g}" if results["rank"] else "All parameters trained"
+    trained = (
+        f"Rank {results['rank']}, alpha {results['alpha']:g}"
+        if results["rank"]
+        else "All parameters trained"
+    )
     rounding = ""
     if results["dtype"] == "bfloat16" and "astra_init" in parts:
         rounding = (

@@ -40,7 +40,11 @@ class Work:
     def of(self, lengths: Tensor, answer_tokens: int) -> float:
         """Of rows of these `lengths` with so many counted tokens in all."""
         squares = float(lengths.double().square().sum())
-        return self.token * int(lengths.sum()) + self.answer_token * answer_tokens + self.square * squares
+        return (
+            self.token * int(lengths.sum())
+            + self.answer_token * answer_tokens
+            + self.square * squares
+        )
 
 
 def work_of(base: PreTrainedModel) -> Work | None:
@@ -54,16 +58,29 @@ def work_of(base: PreTrainedModel) -> Work | None:
     anew. The first layer counts as if its input's gradient were computed.
     """
     head, config = base.get_output_embeddings(), base.config.get_text_config()
-    of_head = set() if head is None else set(head.modules())  # an adapter's parts too, if there is one
+    of_head = (
+        set() if head is None else set(head.modules())
+    )  # an adapter's parts too, if there is one
     token, answer_token = 0, 0
     for module in base.modules():
-        own = [p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) > 1]
+        own = [
+            p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) > 1
+        ]
         if isinstance(module, nn.Linear):
-            flops = (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
-            token, answer_token = (token, answer_token + flops) if module in of_head else (token + flops, answer_token)
+            flops = (
+                (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
+            )
+            token, answer_token = (
+                (token, answer_token + flops)
+                if module in of_head
+                else (token + flops, answer_token)
+            )
         elif own and not isinstance(module, nn.Embedding):
             return None
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    heads, layers = (
+        getattr(config, "num_attention_heads", None),
+        getattr(config, "num_hidden_layers", None),
+    )
     if head is None or not heads or not layers:
         return None
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

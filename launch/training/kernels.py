@@ -22,16 +22,24 @@ def require(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     gpu = device.type == "cuda"
     if recipe.model.attention == "flash_attention_2":
         if dtype != torch.bfloat16 or not gpu:
-            raise UserError("model.attention: flash_attention_2 needs a GPU and model.dtype=bfloat16; set sdpa")
+            raise UserError(
+                "model.attention: flash_attention_2 needs a GPU and model.dtype=bfloat16; set sdpa"
+            )
         if not is_flash_attn_2_available():
-            raise UserError("model.attention: flash_attention_2 is not installed; pip install flash-attn, or set sdpa")
+            raise UserError(
+                "model.attention: flash_attention_2 is not installed; pip install flash-attn, or set sdpa"
+            )
     if recipe.train.compile and not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("train.compile: needs a C++ compiler; apt-get install g++, or set train.compile=false")
+        raise UserError(
+            "train.compile: needs a C++ compiler; apt-get install g++, or set train.compile=false"
+        )
     if recipe.train.liger:
         if not gpu:
             raise UserError("train.liger: its kernels need a GPU; set train.liger=false")
         if importlib.util.find_spec("liger_kernel") is None:
-            raise UserError("train.liger: not installed; pip install liger-kernel, or set train.liger=false")
+            raise UserError(
+                "train.liger: not installed; pip install liger-kernel, or set train.liger=false"
+            )
 
 
 def require_packing(engine: Engine, model: nn.Module) -> None:
@@ -60,13 +68,17 @@ def put_in(base: PreTrainedModel, recipe: Recipe) -> None:
     try:  # the loss stays ours, which computes fewer logits
         apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     except (ImportError, TypeError) as error:
-        raise UserError(f"train.liger: not for this model: {error}; set train.liger=false") from None
+        raise UserError(
+            f"train.liger: not for this model: {error}; set train.liger=false"
+        ) from None
 
 
 def compile_layers(base: PreTrainedModel) -> list[nn.Module]:
     """Have each decoder layer compiled when it first runs, alike for rows of all lengths; the layers."""
     layers = [
-        module for module in base.modules() if type(module).__name__.removeprefix("FSDP") in base._no_split_modules
+        module
+        for module in base.modules()
+        if type(module).__name__.removeprefix("FSDP") in base._no_split_modules
     ]
     for layer in layers:
         layer.compile(dynamic=True)

@@ -34,7 +34,9 @@ class Metrics(TypedDict):
     all_tokens: int  # of prompts and answers, over all ranks
     tokens_per_second: float  # answer tokens, per device
     all_tokens_per_second: float  # per device
-    tflops: float | None  # 1e12 floating-point operations a second, per device (launch.training.flops.work_of)
+    tflops: (
+        float | None
+    )  # 1e12 floating-point operations a second, per device (launch.training.flops.work_of)
     utilisation: float | None  # their share of the device's peak; None if one of them is unknown
     peak_memory_gib: float  # of rank 0 so far
     data_wait: float  # seconds of the step that rank 0 waited for a batch
@@ -51,7 +53,9 @@ class _Launched:
     answer_tokens: int
     lengths: Tensor  # of its rows
     data_wait: float
-    numbers: Callable[[], list[float]]  # summed loss and requests to stop, over all ranks, and the gradient norm
+    numbers: Callable[
+        [], list[float]
+    ]  # summed loss and requests to stop, over all ranks, and the gradient norm
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -137,7 +141,9 @@ def train(
             seconds_left=seconds / (this.step + 1) * (len(steps) - this.step - 1),
         )
 
-    batches = ahead(_batches(tokens, lengths, steps[len(done) :], settings.micro_batch, packing, device), device)
+    batches = ahead(
+        _batches(tokens, lengths, steps[len(done) :], settings.micro_batch, packing, device), device
+    )
     with contextlib.closing(batches):
         for step, rows in enumerate(steps[len(done) :], start=len(done)):
             watch.mark(f"training step {step + 1}")
@@ -150,7 +156,9 @@ def train(
                 batch, last = next(batches)
                 waited += time.perf_counter() - asked
                 batch = batch.to(device)
-                loss = stepper.model(batch.input_ids, batch.positions, batch.targets, batch.position_ids)
+                loss = stepper.model(
+                    batch.input_ids, batch.positions, batch.targets, batch.position_ids
+                )
                 stepper.backward(loss * (world_size / answer_tokens), last)
                 numbers[0] += loss.detach()
             lr = learning_rate(step, len(steps), settings.lr, settings.warmup_ratio)
@@ -158,14 +166,22 @@ def train(
             numbers[1].fill_(float(watch.stopping()))
             dist.all_reduce(numbers)
             numbers = _to_host(torch.cat([numbers, grad_norm.to(numbers).reshape(1)]))
-            launched.append(_Launched(step, lr, answer_tokens, lengths[torch.as_tensor(rows)], waited, numbers))
-            at_once = device.type != "cuda" or (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps)
+            launched.append(
+                _Launched(step, lr, answer_tokens, lengths[torch.as_tensor(rows)], waited, numbers)
+            )
+            at_once = (
+                device.type != "cuda"
+                or (step + 1) % settings.checkpoint_every == 0
+                or step + 1 == len(steps)
+            )
             while len(launched) > (0 if at_once or stopping else 1):
                 yield finish(launched.popleft())
             if stopping:
                 return
             if not launched:
-                before = time.perf_counter()  # what the caller does between steps (a checkpoint) is not training
+                before = (
+                    time.perf_counter()
+                )  # what the caller does between steps (a checkpoint) is not training
 
 
 def _batches(
@@ -203,4 +219,6 @@ def _to_host(values: Tensor) -> Callable[[], list[float]]:
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """Of one step on one rank: a run that goes on from a checkpoint draws what the undisturbed one would have."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big", signed=True)
+    return int.from_bytes(
+        hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big", signed=True
+    )

@@ -32,7 +32,11 @@ class AnswerLoss(nn.Module):
         self.in_chunks = type(model.get_output_embeddings()) is nn.Linear
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy summed over n counted positions: a scalar, fp32, nats; 0 for n = 0.
 
@@ -51,7 +55,10 @@ class AnswerLoss(nn.Module):
         head = base.get_output_embeddings()
         if head is None:
             return _cross_entropy(self.model(**inputs).logits.flatten(0, 1)[positions], targets)
-        if self.in_chunks and (loss := self._chunked(base, head, positions, targets, inputs)) is not None:
+        if (
+            self.in_chunks
+            and (loss := self._chunked(base, head, positions, targets, inputs)) is not None
+        ):
             return loss
         self.in_chunks = False
         whole = head.forward
@@ -66,7 +73,9 @@ class AnswerLoss(nn.Module):
 
         def answer_loss(hidden: Tensor) -> Tensor:
             chunk = CHUNK_CPU if hidden.device.type == "cpu" else CHUNK_GPU
-            return chunked_cross_entropy(hidden.flatten(0, 1)[positions], head.weight, head.bias, targets, chunk)
+            return chunked_cross_entropy(
+                hidden.flatten(0, 1)[positions], head.weight, head.bias, targets, chunk
+            )
 
         def watched(*args: object, **kwargs: object) -> object:
             output = whole(*args, **kwargs)
@@ -75,7 +84,9 @@ class AnswerLoss(nn.Module):
 
         with _forward_of(head, answer_loss), _forward_of(base, watched):
             # Registered last, this hook sees what the engine's own hooks make of the head's output.
-            hook = head.register_forward_hook(lambda _module, _inputs, output: of_head.append(output))
+            hook = head.register_forward_hook(
+                lambda _module, _inputs, output: of_head.append(output)
+            )
             try:
                 output = self.model(**inputs)
             finally:
@@ -93,7 +104,10 @@ def leak(model: nn.Module, device: torch.device) -> float:
         ids = torch.cat([torch.full((8,), other), example]).to(device)
         losses.append(
             AnswerLoss(model)(
-                ids[None], torch.arange(8, 15, device=device), ids[9:], torch.arange(8, device=device).repeat(2)[None]
+                ids[None],
+                torch.arange(8, 15, device=device),
+                ids[9:],
+                torch.arange(8, device=device).repeat(2)[None],
             )
         )
     return float((losses[0] - losses[1]).abs() / losses[0])
@@ -122,10 +136,14 @@ def label_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
     Both are (rows, tokens), int64; labels of -100 do not count.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # -100 is what PyTorch leaves out
+    return _cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )  # -100 is what PyTorch leaves out
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")` with few logits at a time.
 
     Args:
@@ -139,7 +157,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
     ) -> Tensor:
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if to_hidden else None
@@ -156,7 +179,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not any((to_hidden, to_weight, to_bias)):
                 continue
             # The gradient with respect to the logits, in the dtype that they have.
-            d_logits = log_p.exp_().scatter_add_(1, at, log_p.new_full(at.shape, -1)).to(hidden.dtype)
+            d_logits = (
+                log_p.exp_().scatter_add_(1, at, log_p.new_full(at.shape, -1)).to(hidden.dtype)
+            )
             if to_hidden:
                 d_hidden[start : start + rows] = d_logits @ weight
             if to_weight:

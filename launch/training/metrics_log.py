@@ -34,11 +34,18 @@ def progress(items: Iterable, total: int, description: str, rank: int) -> Iterat
 
 
 def progress_of(
-    parts: Iterable[dict], done: int, total: int, description: str, rank: int, note: Callable[[], str]
+    parts: Iterable[dict],
+    done: int,
+    total: int,
+    description: str,
+    rank: int,
+    note: Callable[[], str],
 ) -> Iterator[dict]:
     """`parts`, whose lengths add up to `total` with the `done` of earlier starts; `note` is shown beside the bar."""
     terminal, shown = sys.stderr.isatty(), 10 * done // max(1, total)
-    with tqdm(total=total, initial=done, desc=description, disable=rank != 0 or not terminal) as bar:
+    with tqdm(
+        total=total, initial=done, desc=description, disable=rank != 0 or not terminal
+    ) as bar:
         for part in parts:
             yield part
             done += len(part)
@@ -122,7 +129,9 @@ def conditions(world_size: int, device: torch.device) -> dict:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "world_size": world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()})",
         "threads_per_rank": torch.get_num_threads(),
     }
 
@@ -134,7 +143,16 @@ def read_metrics(folder: Path) -> list[Metrics]:
 
 def git_revision() -> str | None:
     """The repository's commit, with `-dirty` where files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(REPOSITORY),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -20,7 +20,9 @@ def profiled(metrics: Iterator[Metrics], left: int, folder: Path, rank: int) -> 
 
     Writes TRACE (Chrome's JSON: chrome://tracing, ui.perfetto.dev) and TABLE. `left`: steps that there will be.
     """
-    skipped = min(WARM_UP, left - 2)  # one more is recorded and thrown away: the profiler's own warm-up
+    skipped = min(
+        WARM_UP, left - 2
+    )  # one more is recorded and thrown away: the profiler's own warm-up
     if rank != 0 or skipped < 0:
         if skipped < 0:
             say("--profile: fewer than 2 steps are left; nothing is recorded")
@@ -37,12 +39,19 @@ def profiled(metrics: Iterator[Metrics], left: int, folder: Path, rank: int) -> 
             (of for of in averages if not of.is_user_annotation), use_device="cuda" if gpu else None
         )
         write_text(folder / TABLE, operations.table(sort_by=order, row_limit=OPERATIONS) + "\n")
-        print(f"profile of {recorded} steps: {folder / TRACE}, and by operation: {folder / TABLE}", flush=True)
+        print(
+            f"profile of {recorded} steps: {folder / TRACE}, and by operation: {folder / TABLE}",
+            flush=True,
+        )
 
     recorded = min(STEPS, left - skipped - 1)
-    schedule = torch.profiler.schedule(skip_first=skipped, wait=0, warmup=1, active=recorded, repeat=1)
+    schedule = torch.profiler.schedule(
+        skip_first=skipped, wait=0, warmup=1, active=recorded, repeat=1
+    )
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profiler:
+    with torch.profiler.profile(
+        activities=activities, schedule=schedule, on_trace_ready=write
+    ) as profiler:
         for step in metrics:
             yield step
             profiler.step()

@@ -39,7 +39,9 @@ def opened(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     with contextlib.ExitStack() as stack:
 
         def start() -> None:
-            logs.extend(stack.enter_context(makers[name](recipe, folder, done)) for name in recipe.tracking)
+            logs.extend(
+                stack.enter_context(makers[name](recipe, folder, done)) for name in recipe.tracking
+            )
 
         on_rank0(start)
         yield log
@@ -70,11 +72,17 @@ def _wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
         kept.write_text(secrets.token_hex(4))
     to = {"id": kept.read_text(), "resume": "allow", "mode": mode}
     try:
-        run = wandb.init(project="astra-recipes", name=folder.name, dir=folder, config=recipe.model_dump(), **to)
+        run = wandb.init(
+            project="astra-recipes", name=folder.name, dir=folder, config=recipe.model_dump(), **to
+        )
     except wandb.Error as error:
-        raise UserError(f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline") from None
+        raise UserError(
+            f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline"
+        ) from None
     with run:
-        yield lambda step: run.log({f"train/{key}": value for key, value in step.items()}, step=step["step"])
+        yield lambda step: run.log(
+            {f"train/{key}": value for key, value in step.items()}, step=step["step"]
+        )
 
 
 def _reached() -> bool:

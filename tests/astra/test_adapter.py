@@ -43,14 +43,20 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS).logits.double()
 
 
-def start(base: nn.Module, rank: int, alpha: float, select: str) -> tuple[PeftModel, dict, dict[str, Subspace], float]:
+def start(
+    base: nn.Module, rank: int, alpha: float, select: str
+) -> tuple[PeftModel, dict, dict[str, Subspace], float]:
     """An Astra adapter on `base`: PEFT model, its layers, the subspaces and the reported rounding."""
     model = adapter.attach(base, TARGETS, rank, alpha, 0.0).eval()
     layers = adapter.lora_layers(model)
     batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
     with model.disable_adapter():
-        found = subspaces_of(model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1)
-    rounding = adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
+        found = subspaces_of(
+            model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1
+        )
+    rounding = adapter.initialise(
+        layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN
+    )
     return model, layers, found, rounding
 
 
@@ -72,7 +78,11 @@ def test_nothing_moves_at_step_0_for_any_scaling(select: str, rank: int, alpha: 
     model, layers, _, rounding = start(base, rank, alpha, select)
     assert 0 <= rounding < 1e-6
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
-    changed = [n for n, m in adapter.base_layers(layers).items() if not torch.equal(m.weight, original[f"{n}.weight"])]
+    changed = [
+        n
+        for n, m in adapter.base_layers(layers).items()
+        if not torch.equal(m.weight, original[f"{n}.weight"])
+    ]
     if select == "largest":  # not passed by B = 0: every A0 and W_res - W is there
         assert len(changed) == len(layers) == 10
     factors = adapter.read_factors(layers, PLAIN)
@@ -89,7 +99,9 @@ def test_bf16_residual_is_within_its_rounding() -> None:
     assert layers["model.layers.0.self_attn.q_proj"].base_layer.weight.dtype == torch.bfloat16
 
 
-def test_rows_of_a0_are_zero_where_the_weight_does_not_reach_and_not_where_tokens_were_few() -> None:
+def test_rows_of_a0_are_zero_where_the_weight_does_not_reach_and_not_where_tokens_were_few() -> (
+    None
+):
     _, layers, found, _ = start(make_base(), 8, 8, "smallest")
     gate = "model.layers.1.mlp.gate_proj"  # 56 outputs of 24 inputs: at least 32 zero eigenvalues
     assert (found[gate].values == 0).all()
@@ -100,7 +112,9 @@ def test_rows_of_a0_are_zero_where_the_weight_does_not_reach_and_not_where_token
 
 
 @pytest.mark.parametrize("alpha", [8, 20])
-def test_residual_with_adapter_equals_plain_lora_on_the_base_and_its_merge(tmp_path: Path, alpha: float) -> None:
+def test_residual_with_adapter_equals_plain_lora_on_the_base_and_its_merge(
+    tmp_path: Path, alpha: float
+) -> None:
     model, layers, _, _ = start(make_base(), 8, alpha, "largest")
     initial = adapter.read_factors(layers, PLAIN)
     train_a_bit(layers)
@@ -131,17 +145,25 @@ def test_load_gives_back_what_save_wrote(tmp_path: Path) -> None:
     again, scaling = adapter.load(tmp_path)
     assert scaling == 1.5
     assert again.keys() == factors.keys()
-    assert all(torch.equal(a, b) for name in factors for a, b in zip(again[name], factors[name], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for name in factors
+        for a, b in zip(again[name], factors[name], strict=True)
+    )
 
 
 def test_targets_that_cannot_be_adapted_are_named() -> None:
-    with pytest.raises(AstraError, match=r"'qproj' matches no module; linear modules here: .*q_proj"):
+    with pytest.raises(
+        AstraError, match=r"'qproj' matches no module; linear modules here: .*q_proj"
+    ):
         adapter.find_targets(make_base(), ["q_proj", "qproj"])
     with pytest.raises(AstraError, match="lm_head is tied"):
         adapter.find_targets(make_base(), ["lm_head"])
     with pytest.raises(AstraError, match="is a LlamaMLP, not a linear layer"):
         adapter.find_targets(make_base(), ["mlp"])
-    with pytest.raises(AstraError, match=r"adapter\.rank: 13 is above the smaller side, 12, of .*k_proj"):
+    with pytest.raises(
+        AstraError, match=r"adapter\.rank: 13 is above the smaller side, 12, of .*k_proj"
+    ):
         adapter.attach(make_base(), ["q_proj", "k_proj"], 13, 13, 0.0)
     assert list(adapter.find_targets(make_base(tied=False), ["lm_head"])) == ["lm_head"]
 
@@ -159,7 +181,12 @@ def test_plain_lora_draws_from_seed_and_name() -> None:
 
 ARCHITECTURES = {
     "opt": {"hidden_size": 24, "ffn_dim": 40, "num_attention_heads": 4, "word_embed_proj_dim": 24},
-    "qwen2": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "gemma2": {
         "hidden_size": 24,
         "intermediate_size": 40,
@@ -181,10 +208,16 @@ LINEARS = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(architecture: str) -> None:
+def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(
+    architecture: str,
+) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        architecture, vocab_size=60, num_hidden_layers=2, max_position_embeddings=32, **ARCHITECTURES[architecture]
+        architecture,
+        vocab_size=60,
+        num_hidden_layers=2,
+        max_position_embeddings=32,
+        **ARCHITECTURES[architecture],
     )
     base = AutoModelForCausalLM.from_config(config).eval()
     before = logits(base)
@@ -214,7 +247,9 @@ def test_the_bf16_residual_is_rounded_once_from_the_stored_factors_and_rebuilt_b
         product = scaling * b0.double() @ a0.double()
         assert torch.equal(residual, (weight - product).bfloat16()), name
         worst = max(worst, ((product + residual.double() - weight).norm() / weight.norm()).item())
-    assert rounding == pytest.approx(worst, rel=1e-9)  # the reported figure is the largest, recomputed
+    assert rounding == pytest.approx(
+        worst, rel=1e-9
+    )  # the reported figure is the largest, recomputed
     assert rounding <= 2**-8
     adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
     rebuilt = make_base(torch.bfloat16)
@@ -226,13 +261,21 @@ def test_the_bf16_residual_is_rounded_once_from_the_stored_factors_and_rebuilt_b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_lora_leaves_the_base_as_it_is(dtype: torch.dtype) -> None:
     base = make_base(dtype)
-    before, original = logits(base), {name: p.detach().clone() for name, p in base.named_parameters()}
+    before, original = (
+        logits(base),
+        {name: p.detach().clone() for name, p in base.named_parameters()},
+    )
     model = adapter.attach(base, TARGETS, 4, 10, 0.0).eval()
     layers = adapter.lora_layers(model)
-    rounding = adapter.initialise(layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN)
+    rounding = adapter.initialise(
+        layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN
+    )
     assert rounding == 0
     assert torch.equal(logits(model), before)
-    assert all(torch.equal(m.weight, original[f"{n}.weight"]) for n, m in adapter.base_layers(layers).items())
+    assert all(
+        torch.equal(m.weight, original[f"{n}.weight"])
+        for n, m in adapter.base_layers(layers).items()
+    )
     assert all(a.any() and not b.any() for a, b in adapter.read_factors(layers, PLAIN).values())
 
 
@@ -243,12 +286,17 @@ def test_what_is_saved_is_a_plain_lora_that_names_its_base_and_keeps_its_scaling
     model, layers, _, _ = start(make_base(), rank, alpha, "largest")
     factors = adapter.read_factors(layers, PLAIN)
     config = model.peft_config[adapter.ADAPTER]
-    for folder, saved, grown in (("one", factors, 1), ("two", adapter.to_plain_lora(factors, factors), 2)):
+    for folder, saved, grown in (
+        ("one", factors, 1),
+        ("two", adapter.to_plain_lora(factors, factors), 2),
+    ):
         adapter.save(tmp_path / folder, config, "owner/base", saved)
         written = json.loads((tmp_path / folder / "adapter_config.json").read_text())
         assert (written["r"], written["lora_alpha"]) == (grown * rank, grown * alpha)
         assert written["base_model_name_or_path"] == "owner/base"
-        assert written["init_lora_weights"] is True  # a data-driven one would make PEFT change the base
+        assert (
+            written["init_lora_weights"] is True
+        )  # a data-driven one would make PEFT change the base
         assert not written["use_rslora"]
         assert adapter.load(tmp_path / folder)[1] == alpha / rank
     assert (config.r, config.lora_alpha) == (rank, alpha)
@@ -261,12 +309,19 @@ def test_a_plain_lora_before_any_training_is_no_change_at_all() -> None:
     for name, (a, b) in adapter.to_plain_lora(initial, initial).items():
         assert (a.shape[0], b.shape[1]) == (8, 8)
         product = b.double() @ a.double()
-        assert product.abs().max() < 1e-15 * (initial[name].b.double() @ initial[name].a.double()).norm()
+        assert (
+            product.abs().max()
+            < 1e-15 * (initial[name].b.double() @ initial[name].a.double()).norm()
+        )
 
 
 def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
     base = make_base()
-    found = list(adapter.find_targets(base, ["up_proj", "self_attn.q_proj", "q_proj", "model.layers.1.mlp.down_proj"]))
+    found = list(
+        adapter.find_targets(
+            base, ["up_proj", "self_attn.q_proj", "q_proj", "model.layers.1.mlp.down_proj"]
+        )
+    )
     assert found == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.up_proj",
@@ -276,7 +331,10 @@ def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
     ]
     with pytest.raises(AstraError, match="proj"):
         adapter.find_targets(base, ["proj"])  # a part of a part is no match
-    assert list(adapter.lora_layers(adapter.attach(base, ["up_proj", "q_proj"], 12, 12, 0.0))) == found[:4]
+    assert (
+        list(adapter.lora_layers(adapter.attach(base, ["up_proj", "q_proj"], 12, 12, 0.0)))
+        == found[:4]
+    )
 
 
 def test_only_the_factors_can_be_trained() -> None:
@@ -287,13 +345,19 @@ def test_only_the_factors_can_be_trained() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
-def test_the_same_values_in_pefts_own_layers_give_the_same_logits(method: str, tmp_path: Path) -> None:
+def test_the_same_values_in_pefts_own_layers_give_the_same_logits(
+    method: str, tmp_path: Path
+) -> None:
     variant = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[method]
-    model = adapter.attach(make_base(), TARGETS, 4, 10, 0.0, rslora=method == "rslora", dora=method == "dora").eval()
+    model = adapter.attach(
+        make_base(), TARGETS, 4, 10, 0.0, rslora=method == "rslora", dora=method == "dora"
+    ).eval()
     layers = adapter.lora_layers(model)
     adapter.initialise(layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN)
     original = logits(make_base())
-    assert torch.equal(logits(model), original)  # DoRA's magnitudes are the norms that its forward pass finds
+    assert torch.equal(
+        logits(model), original
+    )  # DoRA's magnitudes are the norms that its forward pass finds
     train_a_bit(layers)
     for layer in layers.values():
         for vector in layer.lora_magnitude_vector.values():
@@ -301,7 +365,10 @@ def test_the_same_values_in_pefts_own_layers_give_the_same_logits(method: str, t
     reached = logits(model)
     tolerance = 1e-5 * original.abs().max()
     assert (reached - original).abs().max() > 100 * tolerance
-    factors, magnitudes = adapter.read_factors(layers, PLAIN), adapter.read_magnitudes(layers, PLAIN)
+    factors, magnitudes = (
+        adapter.read_factors(layers, PLAIN),
+        adapter.read_magnitudes(layers, PLAIN),
+    )
     adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors, magnitudes)
 
     config = LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, **variant)
@@ -316,4 +383,6 @@ def test_the_same_values_in_pefts_own_layers_give_the_same_logits(method: str, t
     adapter.write_saved(ours, tmp_path, PLAIN)
     assert (logits(ours.eval()) - reached).abs().max() < tolerance
     scaling = {"lora": 2.5, "rslora": 5.0, "dora": 2.5}[method]
-    assert adapter.load(tmp_path)[1] == scaling == next(iter(layers.values())).scaling[adapter.ADAPTER]
+    assert (
+        adapter.load(tmp_path)[1] == scaling == next(iter(layers.values())).scaling[adapter.ADAPTER]
+    )

@@ -30,13 +30,19 @@ def batches_of(lengths: Sequence[int], size: int) -> list[Batch]:
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=9)
-        counted = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True).bool()
+        counted = nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in chunk], batch_first=True
+        ).bool()
         made.append(Batch(input_ids=ids, counted=counted))
     return made
 
 
-def run(model: nn.Module, batches: list[Batch], select: str, rank: int = RANK) -> dict[str, Subspace]:
-    return subspaces_of(model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED)
+def run(
+    model: nn.Module, batches: list[Batch], select: str, rank: int = RANK
+) -> dict[str, Subspace]:
+    return subspaces_of(
+        model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED
+    )
 
 
 def outputs_of(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
@@ -48,7 +54,9 @@ def outputs_of(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
 
         def hook(module: nn.Linear, args: tuple, name: str = name) -> None:
             bias = 0 if module.bias is None else module.bias.double()
-            kept.setdefault(name, []).append((args[0].double() @ module.weight.double().T + bias)[counted])
+            kept.setdefault(name, []).append(
+                (args[0].double() @ module.weight.double().T + bias)[counted]
+            )
 
         handles.append(linear.register_forward_pre_hook(hook))
     with torch.no_grad():
@@ -80,7 +88,9 @@ def test_every_module_gets_the_named_eigenvectors_of_its_outputs(
         assert (vectors.dtype, values.dtype) == (torch.float64, torch.float64)
         torch.testing.assert_close(values, spectrum[indices], rtol=1e-9, atol=slack, msg=name)
         torch.testing.assert_close(second @ vectors, vectors * values, rtol=0, atol=slack, msg=name)
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(RANK, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            vectors.T @ vectors, torch.eye(RANK, dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
 
 def test_fewer_tokens_than_dimensions_leave_eigenvalues_that_are_exactly_zero(
@@ -104,7 +114,9 @@ def test_the_batch_size_does_not_change_the_energy(
     model, lengths = make_llama(dtype), [5, 9, 13, 6, 11, 7, 12]
     one, many = (run(model, batches_of(lengths, size), "largest") for size in (1, 4))
     for name in one:
-        torch.testing.assert_close(one[name].values.sum(), many[name].values.sum(), rtol=tolerance, atol=0)
+        torch.testing.assert_close(
+            one[name].values.sum(), many[name].values.sum(), rtol=tolerance, atol=0
+        )
 
 
 def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_was(
@@ -112,7 +124,9 @@ def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_
 ) -> None:
     model, batches = make_llama(), batches_of([5, 9, 13, 6, 11], 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    dummy = Batch(input_ids=batches[0]["input_ids"], counted=torch.zeros_like(batches[0]["counted"]))
+    dummy = Batch(
+        input_ids=batches[0]["input_ids"], counted=torch.zeros_like(batches[0]["counted"])
+    )
     alone, padded = run(model, batches, "random"), run(model, [*batches, dummy], "random")
     for name in alone:
         assert torch.equal(alone[name].vectors, padded[name].vectors), name
@@ -121,7 +135,9 @@ def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_each_batch_is_run_once_through_the_progress_bar(make_llama: Callable[..., nn.Module]) -> None:
+def test_each_batch_is_run_once_through_the_progress_bar(
+    make_llama: Callable[..., nn.Module],
+) -> None:
     model, batches, seen = make_llama(), batches_of([5, 9, 13], 1), []
 
     def progress(items: Sequence[Batch], name: str) -> Iterator[Batch]:
@@ -131,7 +147,9 @@ def test_each_batch_is_run_once_through_the_progress_bar(make_llama: Callable[..
             yield item
 
     plan = plan_of(model, linears_of(model), batches)
-    moments = second_moments(model, linears_of(model), batches, plan.windows[0], plan, [None] * 3, progress)
+    moments = second_moments(
+        model, linears_of(model), batches, plan.windows[0], plan, [None] * 3, progress
+    )
     assert seen == [5, 9, 13]
     assert {int(moment.count) for moment in moments} == {27}
 
@@ -148,7 +166,9 @@ def test_a_module_that_cannot_be_solved_is_named(make_llama: Callable[..., nn.Mo
     assert "\n" not in str(error.value)
 
 
-def test_calibration_without_a_single_token_is_refused(make_llama: Callable[..., nn.Module]) -> None:
+def test_calibration_without_a_single_token_is_refused(
+    make_llama: Callable[..., nn.Module],
+) -> None:
     model, batch = make_llama(), batches_of([5], 1)[0]
     batch["counted"] = torch.zeros_like(batch["counted"])
     with pytest.raises(AstraError):

@@ -16,7 +16,9 @@ SELECTS = ("smallest", "largest", "middle", "random")
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    q = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    ).Q
     second = q @ torch.diag(values.double()) @ q.T
     return (second + second.T) / 2
 
@@ -30,7 +32,9 @@ def check_contract(subspace: Subspace, second: Tensor, rank: int, select: str) -
     spectrum = torch.linalg.eigvalsh(second).clamp(min=0)
     slack = 10 * size * EPS * second.trace().item()
     inner = subspace.vectors.T @ subspace.vectors
-    torch.testing.assert_close(inner, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12 * size)
+    torch.testing.assert_close(
+        inner, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12 * size
+    )
     assert (subspace.values.diff() >= 0).all()
     if select == "smallest":
         assert energy(subspace, second) <= 1.01 * spectrum[:rank].sum() + slack
@@ -40,7 +44,9 @@ def check_contract(subspace: Subspace, second: Tensor, rank: int, select: str) -
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(2, 24).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size), st.integers(0, size))),
+    st.integers(2, 24).flatmap(
+        lambda size: st.tuples(st.just(size), st.integers(1, size), st.integers(0, size))
+    ),
     st.sampled_from(SELECTS),
     st.integers(0, 9),
     st.floats(-9, 9),
@@ -79,7 +85,9 @@ def test_the_null_space_of_a_tall_weight_is_exact_and_independent_of_the_data() 
     weight = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     basis = left_basis(weight, None)
     r = basis.reflectors[:6].triu()
-    first, second = (r @ with_spectrum(torch.logspace(0, -e, 6, dtype=torch.float64), e) @ r.T for e in (1, 5))
+    first, second = (
+        r @ with_spectrum(torch.logspace(0, -e, 6, dtype=torch.float64), e) @ r.T for e in (1, 5)
+    )
     a = solve(basis, first, 8, "smallest", 3, "layer")
     b = solve(basis, second, 8, "smallest", 3, "layer")
     assert (a.values == 0).all()
@@ -97,7 +105,10 @@ def test_a_tiny_change_of_the_moment_moves_a_degenerate_tail_by_as_little() -> N
     torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-9)
 
 
-@given(st.integers(1, 50).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))), st.integers(0, 5))
+@given(
+    st.integers(1, 50).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size))),
+    st.integers(0, 5),
+)
 def test_indices_are_those_of_the_definition(sizes: tuple[int, int], seed: int) -> None:
     size, rank = sizes
     pick = {s: select_indices(s, size, rank, named_generator(seed, "m")).tolist() for s in SELECTS}
@@ -134,13 +145,19 @@ def test_what_cannot_be_solved_is_named() -> None:
 
 
 @pytest.mark.parametrize("select", SELECTS)
-@pytest.mark.parametrize("spectrum", [(7, -4), (0, -2), (4, 4)], ids=["1e7 to 1e-4", "mild", "all alike"])
-def test_the_vectors_are_the_eigenvectors_at_the_named_indices(select: str, spectrum: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "spectrum", [(7, -4), (0, -2), (4, 4)], ids=["1e7 to 1e-4", "mild", "all alike"]
+)
+def test_the_vectors_are_the_eigenvectors_at_the_named_indices(
+    select: str, spectrum: tuple[int, int]
+) -> None:
     values = torch.logspace(spectrum[1], spectrum[0], 40, dtype=torch.float64)
     second = with_spectrum(values, 8)
     subspace = solve(None, second, 7, select, 5, "layer")
     indices = select_indices(select, 40, 7, named_generator(5, "layer"))
-    slack = 40 * EPS * second.trace().item()  # what rounding the matrix itself moves its eigenvalues by
+    slack = (
+        40 * EPS * second.trace().item()
+    )  # what rounding the matrix itself moves its eigenvalues by
     torch.testing.assert_close(subspace.values, values[indices], rtol=0, atol=slack)
     residual = second @ subspace.vectors - subspace.vectors * subspace.values
     assert residual.abs().max() <= slack
@@ -148,7 +165,9 @@ def test_the_vectors_are_the_eigenvectors_at_the_named_indices(select: str, spec
 
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("rank", [5, 18])
-def test_a_tall_weights_small_problem_gives_what_the_whole_matrix_gives(select: str, rank: int) -> None:
+def test_a_tall_weights_small_problem_gives_what_the_whole_matrix_gives(
+    select: str, rank: int
+) -> None:
     """20 outputs of 6 inputs: all four choices straddle or fill the null space of dimension 14 at one of the ranks."""
     weight = torch.randn(20, 6, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
     basis = left_basis(weight, None)
@@ -157,14 +176,22 @@ def test_a_tall_weights_small_problem_gives_what_the_whole_matrix_gives(select: 
     second = weight @ moment @ weight.T
     by_basis = solve(basis, r @ moment @ r.T, rank, select, 2, "layer")
     whole = solve(None, second, rank, select, 2, "layer")
-    torch.testing.assert_close(by_basis.values, whole.values, rtol=1e-9, atol=0)  # zeros are zeros in both
+    torch.testing.assert_close(
+        by_basis.values, whole.values, rtol=1e-9, atol=0
+    )  # zeros are zeros in both
     assert (by_basis.values == 0).any() or (select == "largest" and rank == 5)
     positive = by_basis.values > 0
     # Distinct eigenvalues with gaps above 1e-3 of the trace or so: their vectors agree to rounding over the gap.
-    torch.testing.assert_close(by_basis.vectors[:, positive], whole.vectors[:, positive], rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        by_basis.vectors[:, positive], whole.vectors[:, positive], rtol=0, atol=1e-8
+    )
     for found in (by_basis, whole):
-        torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(rank, dtype=torch.float64))
-        assert (second @ found.vectors - found.vectors * found.values).abs().max() < 1e-12 * second.trace()
+        torch.testing.assert_close(
+            found.vectors.T @ found.vectors, torch.eye(rank, dtype=torch.float64)
+        )
+        assert (
+            second @ found.vectors - found.vectors * found.values
+        ).abs().max() < 1e-12 * second.trace()
 
 
 def test_which_random_eigenvectors_depends_on_seed_and_name_and_not_on_the_moment() -> None:
@@ -190,10 +217,14 @@ def test_solving_twice_gives_the_same_bits() -> None:
 def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy() -> None:
     subspace = solve(None, torch.zeros(6, 6, dtype=torch.float64), 3, "smallest", 0, "layer")
     assert not subspace.values.any()
-    torch.testing.assert_close(subspace.vectors.T @ subspace.vectors, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        subspace.vectors.T @ subspace.vectors, torch.eye(3, dtype=torch.float64)
+    )
 
 
-def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Eigenvalues that run into the rounding of the trace: separate calls of stemr gave vectors 1e-6 from orthogonal,
     and every such module fell back to the dense solver."""
 

@@ -19,7 +19,9 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 def batches_of(size: int) -> list[Batch]:
     """Seven ragged rows, `size` to a right-padded batch, the first tokens of each row being no labels."""
     generator = torch.Generator().manual_seed(6)
-    rows = [torch.randint(50, (length,), generator=generator) for length in (5, 9, 13, 6, 11, 7, 12)]
+    rows = [
+        torch.randint(50, (length,), generator=generator) for length in (5, 9, 13, 6, 11, 7, 12)
+    ]
     made = []
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -32,14 +34,20 @@ def batches_of(size: int) -> list[Batch]:
 
 def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_they_are_autograds_whatever_the_batch(size: int, make_llama: Callable[..., nn.Module]) -> None:
+def test_they_are_autograds_whatever_the_batch(
+    size: int, make_llama: Callable[..., nn.Module]
+) -> None:
     model = make_llama(torch.float64).requires_grad_(False)
     linears, batches = linears_of(model), batches_of(size)
-    plan = make_plan(model, linears, find_groups(model, linears, batches[0], "gradient"), tokens=13 * size)
+    plan = make_plan(
+        model, linears, find_groups(model, linears, batches[0], "gradient"), tokens=13 * size
+    )
     (window,) = plan.windows
     found = gradients(model, linears, batches, window, loss)
     assert sum(8 * (t.numel()) for g in found for t in g.tensors()) == window.statistics
@@ -48,13 +56,17 @@ def test_they_are_autograds_whatever_the_batch(size: int, make_llama: Callable[.
 
     model.requires_grad_(True)
     tokens = sum(len(row) - 3 for batch in batches_of(1) for row in batch["input_ids"])
-    (sum(loss(model, batch["input_ids"], batch["labels"]) for batch in batches_of(1)) / tokens).backward()
+    (
+        sum(loss(model, batch["input_ids"], batch["labels"]) for batch in batches_of(1)) / tokens
+    ).backward()
     for group, gradient in zip(window.groups, found, strict=True):
         (name,) = group.modules
         assert gradient.count == tokens
         wanted = linears[name].weight.grad
         # Llama's norms work in fp32, whatever the model's dtype.
-        torch.testing.assert_close(gradient.mean(), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            gradient.mean(), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item(), msg=name
+        )
 
 
 def test_windows_give_the_same_bits(make_llama: Callable[..., nn.Module]) -> None:
@@ -66,7 +78,13 @@ def test_windows_give_the_same_bits(make_llama: Callable[..., nn.Module]) -> Non
     plan = make_plan(model, linears, groups, tokens=26, memory=memory, decomposed="matrix")
     assert [len(window.groups) for window in plan.windows] == [7, 7]
     assert "a forward and a backward pass in each" in plan.describe()
-    apart = [gradient for window in plan.windows for gradient in gradients(model, linears, batches, window, loss)]
-    for one, other in zip(apart, gradients(model, linears, batches, whole.windows[0], loss), strict=True):
+    apart = [
+        gradient
+        for window in plan.windows
+        for gradient in gradients(model, linears, batches, window, loss)
+    ]
+    for one, other in zip(
+        apart, gradients(model, linears, batches, whole.windows[0], loss), strict=True
+    ):
         assert torch.equal(one.total, other.total)
         assert one.total.any()

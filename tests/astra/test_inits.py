@@ -42,8 +42,12 @@ def test_astra_is_v_and_its_projection_of_the_weight_in_fp64(dtype: torch.dtype)
 
 
 # 20 outputs of 6 inputs: eigenvalues 0 to 13 are zero. Middle 10 are indices 5 to 14, of which one is not.
-@pytest.mark.parametrize(("select", "rank", "zero"), [("smallest", 16, 14), ("middle", 10, 9), ("largest", 8, 2)])
-def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(select: str, rank: int, zero: int) -> None:
+@pytest.mark.parametrize(
+    ("select", "rank", "zero"), [("smallest", 16, 14), ("middle", 10, 9), ("largest", 8, 2)]
+)
+def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(
+    select: str, rank: int, zero: int
+) -> None:
     weight = random(20, 6)
     subspace = subspace_of(weight, 50, rank, select)
     a0, b0 = inits.astra(weight, subspace)
@@ -63,7 +67,12 @@ def test_all_eigenvectors_together_give_the_whole_weight_back() -> None:
 def test_plain_lora_is_kaiming_uniform_like_pefts() -> None:
     weight = torch.zeros(8, 400)
     a0, b0 = inits.lora(weight, 50, 7, "m")
-    assert (a0.shape, b0.shape, a0.dtype, b0.dtype) == ((50, 400), (8, 50), torch.float64, torch.float64)
+    assert (a0.shape, b0.shape, a0.dtype, b0.dtype) == (
+        (50, 400),
+        (8, 50),
+        torch.float64,
+        torch.float64,
+    )
     bound = 400**-0.5
     assert a0.abs().max() <= bound
     # 20,000 uniform draws: the mean's standard error is bound / 245, the variance's relative one 0.6 %.
@@ -95,14 +104,22 @@ class Net(nn.Module):
         return self.layer(x)
 
 
-def peft_factors(net: nn.Module, init: str | bool, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+def peft_factors(
+    net: nn.Module, init: str | bool, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
     """(A0, B0, W_res) as PEFT makes them, in fp32."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"], init_lora_weights=init, **options)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["layer"], init_lora_weights=init, **options
+    )
     layer = get_peft_model(net, config).base_model.model.layer
-    return tuple(p.detach() for p in (layer.lora_A.default.weight, layer.lora_B.default.weight, layer.weight))
+    return tuple(
+        p.detach() for p in (layer.lora_A.default.weight, layer.lora_B.default.weight, layer.weight)
+    )
 
 
-def assert_same_up_to_sign(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], tolerance: float) -> None:
+def assert_same_up_to_sign(
+    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], tolerance: float
+) -> None:
     """Row i of A0 and column i of B0 may change sign together; B0 = 0 leaves A0's rows to do so."""
     (a, b), (a_theirs, b_theirs) = ours, (factor.double() for factor in theirs)
     signs = (a * a_theirs).sum(1).sign()
@@ -113,7 +130,10 @@ def assert_same_up_to_sign(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Te
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("init", "ours"),
-    [("pissa", lambda weight: inits.pissa(weight, RANK, SCALING)), ("olora", lambda weight: inits.olora(weight, RANK))],
+    [
+        ("pissa", lambda weight: inits.pissa(weight, RANK, SCALING)),
+        ("olora", lambda weight: inits.olora(weight, RANK)),
+    ],
     ids=["pissa", "olora"],
 )
 def test_factors_of_the_weight_are_pefts(init: str, ours: Callable, shape: tuple[int, int]) -> None:
@@ -125,7 +145,9 @@ def test_factors_of_the_weight_are_pefts(init: str, ours: Callable, shape: tuple
     torch.testing.assert_close(weight - SCALING * (b0 @ a0).float(), residual, rtol=0, atol=1e-5)
 
 
-sizes = st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 99), st.floats(0.25, 4))
+sizes = st.tuples(
+    st.integers(2, 9), st.integers(2, 9), st.integers(1, 8), st.integers(0, 99), st.floats(0.25, 4)
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,11 +159,17 @@ def test_pissa_and_milora_share_out_the_weight_between_them(drawn: tuple) -> Non
     weight = random(d_out, d_in, seed=seed)
     values = torch.linalg.svdvals(weight)
     top, rest = inits.pissa(weight, rank, scaling), inits.milora(weight, smaller - rank, scaling)
-    torch.testing.assert_close(scaling * (top[1] @ top[0] + rest[1] @ rest[0]), weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        scaling * (top[1] @ top[0] + rest[1] @ rest[0]), weight, rtol=0, atol=1e-12
+    )
     least_a, least_b = inits.milora(weight, rank, scaling)
     # Of all parts of rank r the largest and the smallest: their norms are the singular values that they take.
-    torch.testing.assert_close(scaling * (top[1] @ top[0]).norm(), values[:rank].norm(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(scaling * (least_b @ least_a).norm(), values[-rank:].norm(), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(
+        scaling * (top[1] @ top[0]).norm(), values[:rank].norm(), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        scaling * (least_b @ least_a).norm(), values[-rank:].norm(), rtol=1e-9, atol=1e-13
+    )
     for a0, b0 in (top, rest, (least_a, least_b)):  # shared out evenly
         torch.testing.assert_close(a0.norm(dim=1), b0.norm(dim=0), rtol=1e-9, atol=1e-13)
 
@@ -175,7 +203,9 @@ def tokens_for(d_in: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_cordas_factors_are_pefts_on_the_same_inputs(mode: inits.CordaMode, shape: tuple[int, int]) -> None:
+def test_cordas_factors_are_pefts_on_the_same_inputs(
+    mode: inits.CordaMode, shape: tuple[int, int]
+) -> None:
     net, x = Net(*shape), tokens_for(shape[1])
     weight = net.layer.weight.detach().clone()
     config = LoraConfig(
@@ -193,7 +223,10 @@ def test_cordas_factors_are_pefts_on_the_same_inputs(mode: inits.CordaMode, shap
     share = second.diagonal().mean().sqrt()
     if mode == "kpm":  # PEFT has the smallest last
         a0, b0 = a0.flip(0), b0.flip(1)
-    theirs = layer.lora_A.default.weight.detach() * share, layer.lora_B.default.weight.detach() / share
+    theirs = (
+        layer.lora_A.default.weight.detach() * share,
+        layer.lora_B.default.weight.detach() / share,
+    )
     assert_same_up_to_sign((a0, b0), theirs, 2e-4)  # PEFT inverts in fp32
     residual = weight - SCALING * (b0 @ a0).float()
     torch.testing.assert_close(residual, layer.weight.detach(), rtol=0, atol=2e-4)
@@ -226,7 +259,10 @@ def test_evas_factors_are_pefts_on_the_same_inputs(shape: tuple[int, int]) -> No
     rank = d_in // 2  # then PEFT's randomised decomposition is a whole one
     net, x = Net(d_out, d_in), tokens_for(d_in)
     config = LoraConfig(
-        r=rank, target_modules=["layer"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.999)
+        r=rank,
+        target_modules=["layer"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=1.0, tau=0.999),
     )
     found = get_eva_state_dict(
         net,
@@ -243,7 +279,9 @@ def test_evas_factors_are_pefts_on_the_same_inputs(shape: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(shape: tuple[int, int]) -> None:
+def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(
+    shape: tuple[int, int],
+) -> None:
     net = Net(*shape)
     rank = min(shape) // 4  # then PEFT's randomised decomposition is a whole one
     config = LoraConfig(
@@ -264,14 +302,21 @@ def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(shape: tu
     none = torch.zeros(1, rank)
     assert_same_up_to_sign((a0 / scale, none.double()), (a_peft, none), 1e-4)
     assert_same_up_to_sign((b0.T * values[:, None], none.double()), (b_peft.T, none), 1e-4)
-    torch.testing.assert_close(a0 @ a0.T, scale**2 * torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
-    torch.testing.assert_close(b0.T @ b0, scale**2 * torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        a0 @ a0.T, scale**2 * torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        b0.T @ b0, scale**2 * torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: inits.lora_ga(random(7, 9), 4), "adapter.rank: lora_ga takes 2 x 4 singular vectors and there are 7"),
+        (
+            lambda: inits.lora_ga(random(7, 9), 4),
+            "adapter.rank: lora_ga takes 2 x 4 singular vectors and there are 7",
+        ),
         (lambda: inits.lora_ga(torch.zeros(9, 9), 2), "gradient is zero"),
         (lambda: inits.corda(random(3, 4), torch.zeros(4, 4), 2, 1.0, "ipm"), "moment is zero"),
     ],

@@ -57,7 +57,9 @@ def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Ba
     return made
 
 
-def measure(model: nn.Module, batches: list[Batch], of: Statistic = "output") -> list[tuple[Group, Moment]]:
+def measure(
+    model: nn.Module, batches: list[Batch], of: Statistic = "output"
+) -> list[tuple[Group, Moment]]:
     linears = linears_of(model)
     groups = find_groups(model, linears, batches[0], of)
     plan = make_plan(model, linears, groups, tokens=100)
@@ -176,7 +178,10 @@ def test_the_moment_is_of_the_exact_output_and_not_of_the_models_rounded_one() -
     """In bf16 the rounded output is off by 1e-3; W x + b of the stored values in fp64 is what counts (method.md)."""
     model, rows = make_model(True, torch.bfloat16), make_rows()
     found, wanted = output_moments(model, measure(model, batches_of(rows, 1))), oracle(model, rows)
-    for name, second in wanted.items():  # the same bf16 forward, row by row: only fp64 rounding is left
+    for (
+        name,
+        second,
+    ) in wanted.items():  # the same bf16 forward, row by row: only fp64 rounding is left
         assert (found[name] - second).norm() <= 1e-12 * second.norm(), name
 
 
@@ -204,7 +209,9 @@ def test_any_tokens_may_be_left_out_and_only_those_are() -> None:
         y = torch.cat(kept[name])
         assert 0 < len(y) < sum(map(len, rows))
         torch.testing.assert_close(second, y.T @ y / len(y), rtol=1e-12, atol=1e-12, msg=name)
-    assert {int(moment.count) for _, moment in statistics} == {len(torch.cat(kept[name])) for name in kept}
+    assert {int(moment.count) for _, moment in statistics} == {
+        len(torch.cat(kept[name])) for name in kept
+    }
 
 
 def test_the_reference_moment_by_hand() -> None:
@@ -214,7 +221,9 @@ def test_the_reference_moment_by_hand() -> None:
         def __init__(self) -> None:
             super().__init__()
             # What the linear layer makes of token 0, the padding, is (-1, -1); of the others (3, -4), (1, 2), (-2, -4).
-            self.table = nn.Embedding.from_pretrained(torch.tensor([[0.0, -2], [-3, 2], [3, 0], [-3, -3]]))
+            self.table = nn.Embedding.from_pretrained(
+                torch.tensor([[0.0, -2], [-3, 2], [3, 0], [-3, -3]])
+            )
             self.linear = nn.Linear(2, 2).requires_grad_(False)
             self.linear.weight.copy_(torch.tensor([[0.0, 1], [1, 0]]))
             self.linear.bias.copy_(torch.tensor([1.0, -1]))
@@ -224,9 +233,14 @@ def test_the_reference_moment_by_hand() -> None:
 
     model = Table()
     samples = [torch.tensor([[1, 2, 0]]), torch.tensor([[3, 0, 0]])]  # whose max(y) are 3 and -1
-    batches = [Batch(input_ids=ids, counted=torch.ones_like(ids).bool(), attention_mask=ids.sign()) for ids in samples]
+    batches = [
+        Batch(input_ids=ids, counted=torch.ones_like(ids).bool(), attention_mask=ids.sign())
+        for ids in samples
+    ]
     linears, moment = {"linear": model.linear}, Moment.zeros(2, torch.device("cpu"))
-    with accumulating(linears, find_groups(model, linears, batches[0], "scaled output"), [moment]) as count:
+    with accumulating(
+        linears, find_groups(model, linears, batches[0], "scaled output"), [moment]
+    ) as count:
         for batch in batches:
             count(batch["counted"])
             forward(model, batch)
@@ -241,10 +255,18 @@ def test_the_reference_moments_of_a_model_are_those_of_its_padded_samples(bias: 
     wanted: dict[str, list[Tensor]] = {name: [] for name in linears_of(model)}
     for batch in batches_of(make_rows(), 1, extra_padding=4):
         mask = batch["counted"].long()
-        batches.append(Batch(input_ids=batch["input_ids"], counted=torch.ones_like(mask).bool(), attention_mask=mask))
+        batches.append(
+            Batch(
+                input_ids=batch["input_ids"],
+                counted=torch.ones_like(mask).bool(),
+                attention_mask=mask,
+            )
+        )
     statistics = measure(model, batches, "scaled output")
     for name, linear in linears_of(model).items():
-        linear.register_forward_hook(lambda _, args, y, name=name: wanted[name].append(y[0] / abs(y.max().item())))
+        linear.register_forward_hook(
+            lambda _, args, y, name=name: wanted[name].append(y[0] / abs(y.max().item()))
+        )
     with torch.no_grad():
         for batch in batches:
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -258,13 +280,18 @@ def test_the_reference_moments_of_a_model_are_those_of_its_padded_samples(bias: 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("d_out", "d_in", "tokens"), [(4, 9, 30), (9, 9, 30), (9, 4, 30), (9, 4, 2), (4, 9, 2), (5, 4, 30)]
+    ("d_out", "d_in", "tokens"),
+    [(4, 9, 30), (9, 9, 30), (9, 4, 30), (9, 4, 2), (4, 9, 2), (5, 4, 30)],
 )
-def test_both_statistics_give_the_moment_of_the_outputs(d_out: int, d_in: int, tokens: int, bias: bool) -> None:
+def test_both_statistics_give_the_moment_of_the_outputs(
+    d_out: int, d_in: int, tokens: int, bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(d_out)
     weight = torch.randn(d_out, d_in, generator=generator)
     offset = torch.randn(d_out, generator=generator) if bias else None
-    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) + 1  # a mean, or b m^T would vanish
+    x = (
+        torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) + 1
+    )  # a mean, or b m^T would vanish
     y = x @ weight.double().T + (0 if offset is None else offset.double())
     for of, vectors in (("input", x), ("output", y)):
         moment = Moment.zeros(vectors.shape[1], torch.device("cpu"))
@@ -284,11 +311,15 @@ def test_the_lower_triangle_in_columns_is_the_whole_outer_product(size: int) -> 
     for moment, parts in zip(moments, ([a], [b], [a, b]), strict=True):
         for part in parts:
             moment.add(part)
-    for moment, z in zip([moments[2], moments[0] + moments[1]], 2 * [torch.cat([a, b])], strict=True):
+    for moment, z in zip(
+        [moments[2], moments[0] + moments[1]], 2 * [torch.cat([a, b])], strict=True
+    ):
         outer = moment.outer()
         assert torch.equal(outer, outer.T)
         torch.testing.assert_close(outer, z.T @ z, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(moment.total, z.sum(0), rtol=1e-13, atol=1e-13)
         assert moment.count == 40
     assert moment_bytes(size) == sum(tensor.nbytes for tensor in moments[0].tensors())
-    assert sum(column.numel() for column in moments[0].columns) <= size * (size + WIDTH) / 2 + WIDTH**2
+    assert (
+        sum(column.numel() for column in moments[0].columns) <= size * (size + WIDTH) / 2 + WIDTH**2
+    )

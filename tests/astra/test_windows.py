@@ -31,9 +31,16 @@ def make_model(kind: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    layers = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]  # looked up by layer while it runs
+    layers = ["full_attention", "sliding_attention"] * 2 + [
+        "full_attention"
+    ]  # looked up by layer while it runs
     config = Qwen3Config(
-        **SIZES, head_dim=4, layer_types=layers, sliding_window=3, use_sliding_window=True, max_window_layers=0
+        **SIZES,
+        head_dim=4,
+        layer_types=layers,
+        sliding_window=3,
+        use_sliding_window=True,
+        max_window_layers=0,
     )
     return Qwen3ForCausalLM(config).eval()
 
@@ -53,12 +60,32 @@ def make_batches(count: int = 4) -> list[Batch]:
 
 def plan_of(model: nn.Module, memory: float | None = None, parts: int = 1) -> Plan:
     linears, batches = linears_of(model), make_batches()
-    return make_plan(model, linears, find_groups(model, linears, batches[0]), tokens=24, parts=parts, memory=memory)
+    return make_plan(
+        model,
+        linears,
+        find_groups(model, linears, batches[0]),
+        tokens=24,
+        parts=parts,
+        memory=memory,
+    )
 
 
-def run(model: nn.Module, parts: list[list[Batch]], plan: Plan, start: int = 0) -> list[dict[str, Found]]:
+def run(
+    model: nn.Module, parts: list[list[Batch]], plan: Plan, start: int = 0
+) -> list[dict[str, Found]]:
     linears, ranks = linears_of(model), dict.fromkeys(linears_of(model), 3)
-    return list(calibrate(model, linears, parts, TorchWeights(), plan, finder("smallest", 0), ranks=ranks, start=start))
+    return list(
+        calibrate(
+            model,
+            linears,
+            parts,
+            TorchWeights(),
+            plan,
+            finder("smallest", 0),
+            ranks=ranks,
+            start=start,
+        )
+    )
 
 
 def budget(layers: int, plan: Plan, parts: int = 1) -> float:
@@ -74,7 +101,9 @@ def test_windows_give_the_same_bits_as_one_window(kind: str, layers: int, window
     assert len(plan.windows) == windows
     assert plan.peak <= budget(layers, whole)
     (wanted,) = run(model, [make_batches()], whole)
-    found = {name: one for window in run(model, [make_batches()], plan) for name, one in window.items()}
+    found = {
+        name: one for window in run(model, [make_batches()], plan) for name, one in window.items()
+    }
     assert found.keys() == wanted.keys()
     assert len(found) == 5 * 7
     for name, one in wanted.items():
@@ -123,18 +152,24 @@ def test_halves_give_the_whole_and_the_angle_between_their_tails() -> None:
 
 
 def test_principal_angles_are_exact_at_both_ends() -> None:
-    basis = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
     angles = torch.tensor([1e-12, 1e-3, 0.7, math.pi / 2], dtype=torch.float64)
     a = basis[:, :4]
     b = a * angles.cos() + basis[:, 4:8] * angles.sin()
-    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    turned = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ).Q
     torch.testing.assert_close(principal_angles(a, b @ turned), angles, rtol=1e-3, atol=1e-15)
 
 
 def test_a_budget_that_no_layer_fits_is_refused_with_what_would_do() -> None:
     model = make_model()
     least = budget(1, plan_of(model))
-    with pytest.raises(AstraError, match=r"calibration\.memory_gib: .* is below the .* GiB that one layer takes"):
+    with pytest.raises(
+        AstraError, match=r"calibration\.memory_gib: .* is below the .* GiB that one layer takes"
+    ):
         plan_of(model, least - 1)
     assert len(plan_of(model, least).windows) == 5
 
@@ -157,7 +192,9 @@ def test_targets_outside_of_a_list_of_layers_cannot_be_taken_in_windows() -> Non
         make_plan(model, linears, groups, tokens=24, memory=100)
 
 
-def test_layers_that_are_not_in_the_window_are_put_back_after_a_fault(make_llama: Callable[..., nn.Module]) -> None:
+def test_layers_that_are_not_in_the_window_are_put_back_after_a_fault(
+    make_llama: Callable[..., nn.Module],
+) -> None:
     model = make_llama()
     layers = list(model.model.layers)
     with pytest.raises(RuntimeError, match="planted"), only(model.model.layers, range(1), None):

@@ -44,16 +44,24 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         forked.start_server()
 
     def run(
-        script: str | Path, *arguments: object, ranks: int = 1, launcher: str | None = None, check: bool = True
+        script: str | Path,
+        *arguments: object,
+        ranks: int = 1,
+        launcher: str | None = None,
+        check: bool = True,
     ) -> subprocess.CompletedProcess:
         words, folder = [str(argument) for argument in arguments], tmp_path_factory.mktemp("cwd")
         if launcher is None:
             done = forked.launch(ROOT / script, words, ranks, folder)
         else:
             line = command(launcher, ranks, *words, script=ROOT / script)
-            done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540)
+            done = subprocess.run(
+                line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540
+            )
         if check and done.returncode:
-            pytest.fail(f"{done.args} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            pytest.fail(
+                f"{done.args} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
         return done
 
     return run
@@ -82,7 +90,10 @@ def rows() -> list[dict]:
         a, b = draw.randrange(100), draw.randrange(100)
         why = " ".join(["We add the numbers."] * draw.randrange(4))
         made.append(
-            {"query": f"What is {a} plus {b}?", "response": f"{why} {a} + {b} = {a + b}.\nThe answer is: {a + b}"}
+            {
+                "query": f"What is {a} plus {b}?",
+                "response": f"{why} {a} + {b} = {a + b}.\nThe answer is: {a + b}",
+            }
         )
     return made
 
@@ -132,7 +143,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
     """train.jsonl, gsm8k_test.jsonl with 7 problems (a number that no world size here divides), and other text."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = [{"question": row["query"], "answer": "#### " + row["response"].split()[-1]} for row in rows[:7]]
+    problems = [
+        {"question": row["query"], "answer": "#### " + row["response"].split()[-1]}
+        for row in rows[:7]
+    ]
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     texts = [{"text": f"{number} " * (number + 1)} for number in range(19)]
     (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
@@ -155,7 +169,9 @@ eval: {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_n
 
 
 @pytest.fixture(scope="session")
-def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def trained(
+    launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """The run folder of a launch of train.py; launched once for each set of arguments.
 
     With `along`, lists of settings of which this is one: all of them are run in one launch (workers/train.py).
@@ -163,21 +179,33 @@ def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFacto
     made: dict[tuple, Path] = {}
 
     def run(
-        ranks: int, *settings: str, launcher: str | None = None, along: Sequence[Sequence[str]] | None = None
+        ranks: int,
+        *settings: str,
+        launcher: str | None = None,
+        along: Sequence[Sequence[str]] | None = None,
     ) -> Path:
         key = (ranks, settings, launcher)
         if key not in made and along is None:
             made[key] = tmp_path_factory.mktemp("run")
             options = [option for setting in settings for option in ("--set", setting)]
             launch(
-                "launch/train.py", "--recipe", recipe, *options, "--output", made[key], ranks=ranks, launcher=launcher
+                "launch/train.py",
+                "--recipe",
+                recipe,
+                *options,
+                "--output",
+                made[key],
+                ranks=ranks,
+                launcher=launcher,
             )
         elif key not in made:
             cases = [(list(other), str(tmp_path_factory.mktemp("run"))) for other in along]
             made.update({(ranks, tuple(other), launcher): Path(folder) for other, folder in cases})
             path = tmp_path_factory.mktemp("cases") / "cases.json"
             path.write_text(json.dumps(cases))
-            launch("tests/distributed/workers/train.py", recipe, path, ranks=ranks, launcher=launcher)
+            launch(
+                "tests/distributed/workers/train.py", recipe, path, ranks=ranks, launcher=launcher
+            )
         return made[key]
 
     return run
@@ -185,7 +213,11 @@ def trained(launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def arguments(recipe: Path) -> list[object]:
-    return ["--recipe", recipe, *(word for setting in FAULT_SETTINGS for word in ("--set", setting))]
+    return [
+        "--recipe",
+        recipe,
+        *(word for setting in FAULT_SETTINGS for word in ("--set", setting)),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -39,30 +39,49 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Before anything heavy is imported: a wrong recipe answers at once.
 QUICK = [
     (["--recipe", "metamth"], "--recipe: no recipe or file 'metamth'; did you mean metamath?"),
-    (["--recipe", "{recipe}", "--set", "adapter.rnk=3"], "adapter.rnk: unknown key; did you mean adapter.rank?"),
+    (
+        ["--recipe", "{recipe}", "--set", "adapter.rnk=3"],
+        "adapter.rnk: unknown key; did you mean adapter.rank?",
+    ),
     (["--recipe", "{recipe}", "--set", "train.lr=fast"], "train.lr: 'fast' is not valid"),
-    (["--recipe", "{recipe}", "--set", "eval.suites=[gsm9k]"], "eval.suites.0: 'gsm9k' is not valid"),
-    (["--recipe", "{recipe}", "--set", "train.lr"], "--set: 'train.lr' is not of the form a.b=value"),
+    (
+        ["--recipe", "{recipe}", "--set", "eval.suites=[gsm9k]"],
+        "eval.suites.0: 'gsm9k' is not valid",
+    ),
+    (
+        ["--recipe", "{recipe}", "--set", "train.lr"],
+        "--set: 'train.lr' is not of the form a.b=value",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("options", "message"), QUICK, ids=lambda value: value[:20] if isinstance(value, str) else None
 )
-def test_a_wrong_recipe_answers_at_once(options: list[str], message: str, launch: Callable, recipe: Path) -> None:
+def test_a_wrong_recipe_answers_at_once(
+    options: list[str], message: str, launch: Callable, recipe: Path
+) -> None:
     options = [option.format(recipe=recipe) for option in options]
-    assert error_of(launch("launch/train.py", *options, launcher="python", check=False)).startswith(message)
+    assert error_of(launch("launch/train.py", *options, launcher="python", check=False)).startswith(
+        message
+    )
 
 
 # One rank is enough for what rank 0 alone finds out.
 SLOW = [
     ("model.name=/no/such/folder", "model.name: no folder /no/such/folder"),
-    ("model.name=someone/absent", "model.name: cannot get someone/absent (revision main) from the hub"),
+    (
+        "model.name=someone/absent",
+        "model.name: cannot get someone/absent (revision main) from the hub",
+    ),
     ("data.path=someone/absent", "data.path: cannot load someone/absent"),
     ("data.path={files}/absent.jsonl", "data.path: no file or folder"),
     ("data.path={files}/empty.jsonl", "data.path: {files}/empty.jsonl is empty"),
     ("data.path={files}/broken.jsonl", "data.path: cannot load {files}/broken.jsonl"),
-    ("data.path={files}/notes.txt", "data.path: {files}/notes.txt is none of .json, .jsonl, .parquet"),
+    (
+        "data.path={files}/notes.txt",
+        "data.path: {files}/notes.txt is none of .json, .jsonl, .parquet",
+    ),
     ("data.answer=reponse", "data.answer: no field 'reponse'"),
     ("data.max_length=513", "data.max_length: 513 is above the 512 positions"),
     ("data.max_length=5", "data.max_length: no row has an answer token within it"),
@@ -74,12 +93,21 @@ SLOW = [
 def test_wrong_inputs_are_named(
     setting: str, message: str, launch: Callable, recipe: Path, files: Path, tmp_path: Path
 ) -> None:
-    options = ["--recipe", recipe, "--set", setting.format(files=files), "--output", tmp_path / "run"]
+    options = [
+        "--recipe",
+        recipe,
+        "--set",
+        setting.format(files=files),
+        "--output",
+        tmp_path / "run",
+    ]
     done = launch("launch/train.py", *options, check=False)
     assert error_of(done).startswith(message.format(files=files))
 
 
-def test_a_folder_with_other_files_is_not_touched(launch: Callable, recipe: Path, files: Path) -> None:
+def test_a_folder_with_other_files_is_not_touched(
+    launch: Callable, recipe: Path, files: Path
+) -> None:
     done = launch("launch/train.py", "--recipe", recipe, "--output", files / "used", check=False)
     assert error_of(done).startswith("--output:")
     assert [path.name for path in (files / "used").iterdir()] == ["thesis.tex"]
@@ -87,10 +115,19 @@ def test_a_folder_with_other_files_is_not_touched(launch: Callable, recipe: Path
 
 # Found by rank 0, by every rank in the model, and before the process group: no rank is left hanging.
 RANKS = [
-    ("data.path={files}/gap.jsonl", "data.path: row 2 of {files}/gap.jsonl: field 'response' is None"),
-    ("adapter.rank=999", "adapter.rank: 999 is above the smaller side, 32, of model.layers.0.self_attn.q_proj"),
+    (
+        "data.path={files}/gap.jsonl",
+        "data.path: row 2 of {files}/gap.jsonl: field 'response' is None",
+    ),
+    (
+        "adapter.rank=999",
+        "adapter.rank: 999 is above the smaller side, 32, of model.layers.0.self_attn.q_proj",
+    ),
     ("adapter.targets=[qproj]", "adapter.targets: 'qproj' matches no module"),
-    ("adapter.eigenselect=largest", "adapter.eigenselect: unknown key; did you mean adapter.eigen_select?"),
+    (
+        "adapter.eigenselect=largest",
+        "adapter.eigenselect: unknown key; did you mean adapter.eigen_select?",
+    ),
     ("engine=single", "engine: single trains in one process, not 2"),
     ("train.lr=1e12", "step 3: loss "),
 ]
@@ -100,7 +137,14 @@ RANKS = [
 def test_no_rank_hangs_and_rank_0_alone_speaks(
     setting: str, message: str, launch: Callable, recipe: Path, files: Path, tmp_path: Path
 ) -> None:
-    options = ["--recipe", recipe, "--set", setting.format(files=files), "--output", tmp_path / "run"]
+    options = [
+        "--recipe",
+        recipe,
+        "--set",
+        setting.format(files=files),
+        "--output",
+        tmp_path / "run",
+    ]
     launcher = "deepspeed" if setting == RANKS[0][0] else None
     done = launch("launch/train.py", *options, ranks=2, launcher=launcher, check=False)
     assert error_of(done).startswith(message.format(files=files))
@@ -113,7 +157,11 @@ def test_commands_import_the_evaluate_library_and_not_launch_evaluate() -> None:
         "import evaluate; print(evaluate.load.__module__)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "launch")], capture_output=True, text=True, env=os.environ, check=True
+        [sys.executable, "-c", code, str(ROOT / "launch")],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=True,
     )
     assert done.stdout.strip() == "evaluate.loading"
 
@@ -129,5 +177,7 @@ def test_help_teaches(command: str, launch: Callable) -> None:
 def test_run_scripts_pass_launcher_and_arguments_on(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"LAUNCH": sys.executable}
     command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--set", "adapter.rnk=1"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert error_of(done).startswith("adapter.rnk: unknown key")

@@ -24,7 +24,12 @@ from tests.support.plain import load_base
 pytestmark = pytest.mark.xdist_group("calibration")
 
 WORKER = Path(__file__).parent / "workers" / "fault.py"
-WINDOWS = ["--set", "calibration.memory_gib=0.00037", "--set", "calibration.split_half=true"]  # a layer a window
+WINDOWS = [
+    "--set",
+    "calibration.memory_gib=0.00037",
+    "--set",
+    "calibration.split_half=true",
+]  # a layer a window
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,11 @@ def whole(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted(folder.glob("window-*.safetensors")) for k, v in load_file(path).items()}
+    return {
+        k: v
+        for path in sorted(folder.glob("window-*.safetensors"))
+        for k, v in load_file(path).items()
+    }
 
 
 def test_what_there_is_to_see(whole: Path) -> None:
@@ -66,7 +75,11 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_window(
     folder = tmp_path / "calibration"
     line = ["--recipe", recipe, *WINDOWS, "--engine", "fsdp", "--output", folder]
     assert launch(WORKER, "window", *line, ranks=2, check=False).returncode != 0
-    assert {path.name for path in folder.iterdir()} == {"unfinished.json", "window-0000.safetensors", "lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        "unfinished.json",
+        "window-0000.safetensors",
+        "lock",
+    }
     first = (folder / "window-0000.safetensors").read_bytes()
 
     again = launch("launch/calibrate.py", *line, ranks=2)
@@ -76,7 +89,9 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_window(
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():  # FSDP's and ZeRO-3's hidden states agree to fp32 rounding
         if name.endswith(".spectrum"):
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * value.max().item(), msg=name)
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-3, atol=1e-5 * value.max().item(), msg=name
+            )
 
     assert "holds it, finished" in launch("launch/calibrate.py", *line, ranks=2).stdout
 
@@ -84,12 +99,22 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_window(
 def test_a_run_takes_it_and_names_what_differs(
     launch: Callable, trained: Callable[..., Path], whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    options = ["--set", f"calibration.path={whole}", "--set", "train.max_steps=2", "--set", "eval.suites=[]"]
-    done = launch("launch/train.py", "--recipe", recipe, *options, "--output", tmp_path / "run", ranks=2)
+    options = [
+        "--set",
+        f"calibration.path={whole}",
+        "--set",
+        "train.max_steps=2",
+        "--set",
+        "eval.suites=[]",
+    ]
+    done = launch(
+        "launch/train.py", "--recipe", recipe, *options, "--output", tmp_path / "run", ranks=2
+    )
     assert f"calibration: taken from {whole}" in done.stdout
     own = trained(2)
     for a, b in zip(
-        *(sorted((run / "astra_init").rglob("*.safetensors")) for run in (tmp_path / "run", own)), strict=True
+        *(sorted((run / "astra_init").rglob("*.safetensors")) for run in (tmp_path / "run", own)),
+        strict=True,
     ):
         made, taken = load_file(b), load_file(a)
         assert made.keys() == taken.keys()
@@ -99,7 +124,16 @@ def test_a_run_takes_it_and_names_what_differs(
     assert not list((tmp_path / "run" / "calibration").glob("window-*"))
 
     differs = ["--set", f"calibration.path={whole}", "--set", "adapter.eigen_select=largest"]
-    refused = launch("launch/train.py", "--recipe", recipe, *differs, "--output", tmp_path / "x", ranks=2, check=False)
+    refused = launch(
+        "launch/train.py",
+        "--recipe",
+        recipe,
+        *differs,
+        "--output",
+        tmp_path / "x",
+        ranks=2,
+        check=False,
+    )
     assert refused.returncode != 0
     assert "error: adapter.eigen_select: the calibration in" in refused.stderr + refused.stdout
 
@@ -108,12 +142,19 @@ def test_a_run_takes_it_and_names_what_differs(
 def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     engine: str, trained: Callable[..., Path], base: Path
 ) -> None:
-    settings = ("adapter.rank_allocation=effective_rank", "train.max_steps=3", "eval.suites=[]", "adapter.rank=6")
+    settings = (
+        "adapter.rank_allocation=effective_rank",
+        "train.max_steps=3",
+        "eval.suites=[]",
+        "adapter.rank=6",
+    )
     run = trained(2, *settings, f"engine={engine}")
     modules = json.loads((run / "calibration" / "spectrum.json").read_text())["modules"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "lora")
     ranks = {
-        name.removeprefix("base_model.model."): m.r["default"] for name, m in model.named_modules() if hasattr(m, "r")
+        name.removeprefix("base_model.model."): m.r["default"]
+        for name, m in model.named_modules()
+        if hasattr(m, "r")
     }
     assert sum(ranks.values()) == 2 * 6 * 14  # dW of rank 2 r each
     assert len(set(ranks.values())) > 2
@@ -123,13 +164,17 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     assert losses(run) == pytest.approx(losses(other), rel=1e-4)
 
 
-def effective_ranks(model: nn.Module, targets: list[str], samples: list[torch.Tensor]) -> dict[str, float]:
+def effective_ranks(
+    model: nn.Module, targets: list[str], samples: list[torch.Tensor]
+) -> dict[str, float]:
     """exp of the entropy of the eigenvalues' shares, of the second moment of every output, a sample at a time."""
     outputs: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in targets:
             keep = outputs.setdefault(name, [])
-            module.register_forward_hook(lambda _, args, output, keep=keep: keep.append(output[0].double()))
+            module.register_forward_hook(
+                lambda _, args, output, keep=keep: keep.append(output[0].double())
+            )
     with torch.no_grad():
         for ids in samples:
             model.eval()(input_ids=ids[None])
@@ -143,7 +188,8 @@ def effective_ranks(model: nn.Module, targets: list[str], samples: list[torch.Te
 
 
 @pytest.mark.parametrize(
-    ("method", "engine"), [("lora", "single"), ("astra", "fsdp"), ("dora", "zero3"), ("full", "fsdp")]
+    ("method", "engine"),
+    [("lora", "single"), ("astra", "fsdp"), ("dora", "zero3"), ("full", "fsdp")],
 )
 def test_effective_ranks_before_and_after_are_those_of_plain_models(
     method: str,
@@ -157,7 +203,14 @@ def test_effective_ranks_before_and_after_are_those_of_plain_models(
 ) -> None:
     settings = ("eval.suites=[]", "engine=single", f"adapter.method={method}")
     run = shutil.copytree(trained(1, *settings), tmp_path / "run")
-    launch("launch/calibrate.py", "--after", run, "--engine", engine, ranks=1 if engine == "single" else 2)
+    launch(
+        "launch/calibrate.py",
+        "--after",
+        run,
+        "--engine",
+        engine,
+        ranks=1 if engine == "single" else 2,
+    )
     found = json.loads((run / "after" / "effective_rank.json").read_text())
     assert (run / "after" / "effective_rank.png").read_bytes().startswith(b"\x89PNG")
 
@@ -176,9 +229,13 @@ def test_effective_ranks_before_and_after_are_those_of_plain_models(
     }
     assert len(found) == 14
     for when, ranks in wanted.items():
-        assert {name: module[when] for name, module in found.items()} == pytest.approx(ranks, rel=1e-5)
+        assert {name: module[when] for name, module in found.items()} == pytest.approx(
+            ranks, rel=1e-5
+        )
     moved = [abs(rank / wanted["before"][name] - 1) for name, rank in wanted["after"].items()]
-    assert statistics.median(moved) > 1e-3  # far above what is let pass, so that before does not pass for after
+    assert (
+        statistics.median(moved) > 1e-3
+    )  # far above what is let pass, so that before does not pass for after
 
 
 def losses(run: Path) -> list[float]:

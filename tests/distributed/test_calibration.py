@@ -21,7 +21,9 @@ WORLDS = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
-def calibrated(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+def calibrated(
+    launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[dict]]:
     """World size -> what each of its ranks saved."""
     found = {}
     for ranks in WORLDS:
@@ -66,15 +68,21 @@ def moments(saved: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_moments_agree_between_world_sizes_to_the_order_of_fp64_sums(calibrated: dict) -> None:
     reference = moments(calibrated[1][0])
-    assert len(reference) == 2 * 4 * 3  # 2 layers; inputs of qkv, o, gate+up, and the output of down
+    assert (
+        len(reference) == 2 * 4 * 3
+    )  # 2 layers; inputs of qkv, o, gate+up, and the output of down
     for ranks in WORLDS:
         for saved in calibrated[ranks]:
             for key, value in moments(saved).items():
-                torch.testing.assert_close(value, reference[key], rtol=1e-10, atol=1e-10 * reference[key].abs().max())
+                torch.testing.assert_close(
+                    value, reference[key], rtol=1e-10, atol=1e-10 * reference[key].abs().max()
+                )
 
 
 def test_every_real_token_is_counted_once(calibrated: dict, outputs: dict) -> None:
-    counts = {value.item() for key, value in moments(calibrated[4][0]).items() if key.endswith(".count")}
+    counts = {
+        value.item() for key, value in moments(calibrated[4][0]).items() if key.endswith(".count")
+    }
     assert counts == {len(next(iter(outputs.values())))}
 
 
@@ -106,13 +114,17 @@ def test_subspace_is_the_one_named_against_an_oracle_with_all_activations(
     eps = torch.finfo(torch.float64).eps
     assert len(outputs) == 2 * 7
     for name, y in outputs.items():
-        vectors, values = (calibrated[2][1][f"{select}.{name}.{part}"] for part in ("vectors", "values"))
+        vectors, values = (
+            calibrated[2][1][f"{select}.{name}.{part}"] for part in ("vectors", "values")
+        )
         size, rank = vectors.shape
         second = y.T @ y / len(y)
         spectrum = torch.linalg.eigvalsh(second)
         slack = 10 * size * eps * second.trace()
         energy = (vectors.T @ second @ vectors).trace()
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10
+        )
         assert (values.diff() >= 0).all()
         if select == "smallest":
             assert energy <= 1.01 * spectrum[:rank].sum() + slack
@@ -121,7 +133,9 @@ def test_subspace_is_the_one_named_against_an_oracle_with_all_activations(
         elif select == "middle":
             wanted = spectrum[select_indices("middle", size, rank, torch.Generator())]
             # 1e-5: the fp32 forward of a row alone and of a padded batch differ by rounding.
-            torch.testing.assert_close(values, wanted.clamp(min=0), rtol=1e-4, atol=1e-5 * second.trace())
+            torch.testing.assert_close(
+                values, wanted.clamp(min=0), rtol=1e-4, atol=1e-5 * second.trace()
+            )
         else:
             distance = (values[:, None] - spectrum.clamp(min=0)).abs().min(1).values
             assert (distance <= 1e-5 * second.trace()).all()
@@ -138,19 +152,25 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
 
 
 @pytest.fixture(scope="module")
-def calibrated_by_fsdp(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def calibrated_by_fsdp(
+    launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict]:
     folder = tmp_path_factory.mktemp("fsdp")
     launch("tests/distributed/workers/fsdp.py", recipe, folder, ranks=2)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 
-def test_each_fsdp_rank_holds_nothing_and_then_its_rows_of_every_base_parameter(calibrated_by_fsdp: list[dict]) -> None:
+def test_each_fsdp_rank_holds_nothing_and_then_its_rows_of_every_base_parameter(
+    calibrated_by_fsdp: list[dict],
+) -> None:
     for saved in calibrated_by_fsdp:
         held = {key: value.tolist() for key, value in saved.items() if key.startswith("held.")}
         assert len(held) > 20
         for key, (whole, loaded, sharded, after) in held.items():
             assert loaded == 0, f"{key}: in memory before it is sharded"
-            assert sharded == after == whole / 2, key  # every parameter here has an even number of rows
+            assert sharded == after == whole / 2, (
+                key
+            )  # every parameter here has an even number of rows
 
 
 def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
@@ -164,11 +184,15 @@ def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
         for key, vectors in saved.items():
             if not key.startswith("largest."):
                 continue
-            assert torch.equal(saved[key.replace("largest.", "by_layer.")], vectors)  # in windows of one layer
+            assert torch.equal(
+                saved[key.replace("largest.", "by_layer.")], vectors
+            )  # in windows of one layer
             # The same sums and solver as under ZeRO-3, on the same rows: only the order of additions differs.
             torch.testing.assert_close(vectors, calibrated[2][0][key], rtol=0, atol=1e-7)
             name = key.removeprefix("largest.").removesuffix(".vectors")
             weight = base.get_submodule(name).weight.detach().double()
             b0 = vectors.float().double()
             residual = weight - scaling * b0 @ (vectors.T @ weight).float().double()
-            torch.testing.assert_close(saved[f"residual.{name}"], residual.float(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                saved[f"residual.{name}"], residual.float(), rtol=0, atol=1e-6
+            )

@@ -21,11 +21,23 @@ SUITES = ["gsm8k", "math500", "humaneval", "mbpp", "commonsense"]
 def options(shared: Path) -> list[object]:
     suites = [word for suite in SUITES for word in ("--suite", suite)]
     model = shared / "models" / "stories260K"
-    return ["--model", model, "--data-dir", shared / "data", *suites, "--limit", 20, "--max-new-tokens", 48]
+    return [
+        "--model",
+        model,
+        "--data-dir",
+        shared / "data",
+        *suites,
+        "--limit",
+        20,
+        "--max-new-tokens",
+        48,
+    ]
 
 
 @pytest.fixture(scope="module")
-def whole(launch: Callable, options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    launch: Callable, options: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("scores") / "whole"
     launch("launch/evaluate.py", *options, "--output", folder)
     return folder
@@ -53,12 +65,20 @@ def test_every_suite_is_scored(whole: Path) -> None:
 
 
 def test_killed_in_the_middle_it_goes_on_with_what_is_missing(
-    launch: Callable, start_run: Callable[..., Run], whole: Path, options: list[object], tmp_path: Path
+    launch: Callable,
+    start_run: Callable[..., Run],
+    whole: Path,
+    options: list[object],
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "scores"
     line = [*options, "--batch-size", 3, "--output", folder]
-    run = start_run(command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log")
-    run.wait_for(lambda: (folder / "generations.jsonl").is_file() and len(generations_so_far(folder)) >= 45)
+    run = start_run(
+        command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log"
+    )
+    run.wait_for(
+        lambda: (folder / "generations.jsonl").is_file() and len(generations_so_far(folder)) >= 45
+    )
     for process in run.processes():
         os.kill(process.pid, signal.SIGKILL)
     run.wait()
@@ -83,8 +103,17 @@ def generations_so_far(folder: Path) -> dict[tuple, str]:
     return found
 
 
-def test_other_settings_set_the_old_responses_aside(launch: Callable, shared: Path, tmp_path: Path) -> None:
-    common = ["--model", shared / "models" / "stories260K", "--data-dir", shared / "data", "--suite", "boolq"]
+def test_other_settings_set_the_old_responses_aside(
+    launch: Callable, shared: Path, tmp_path: Path
+) -> None:
+    common = [
+        "--model",
+        shared / "models" / "stories260K",
+        "--data-dir",
+        shared / "data",
+        "--suite",
+        "boolq",
+    ]
     common += ["--limit", 4, "--max-new-tokens", 8, "--output", tmp_path]
     launch("launch/evaluate.py", *common)
     first = generations(tmp_path)
@@ -98,29 +127,51 @@ def test_other_settings_set_the_old_responses_aside(launch: Callable, shared: Pa
     assert (scores["samples"], scores["n"], scores["pass_at"].keys()) == (2, 4, {"1"})
 
 
-def test_each_node_takes_the_model_from_its_own_disk(launch: Callable, base: Path, data: Path, tmp_path: Path) -> None:
+def test_each_node_takes_the_model_from_its_own_disk(
+    launch: Callable, base: Path, data: Path, tmp_path: Path
+) -> None:
     for node in ("0", "1"):
         model = tmp_path / node / "models--some--base"
         shutil.copytree(base, model / "snapshots" / ("a" * 40))
         (model / "refs").mkdir()
         (model / "refs" / "main").write_text("a" * 40)
-    line = [tmp_path, "--model", "some/base", "--data-dir", data, "--suite", "gsm8k", "--max-new-tokens", 4]
+    line = [
+        tmp_path,
+        "--model",
+        "some/base",
+        "--data-dir",
+        data,
+        "--suite",
+        "gsm8k",
+        "--max-new-tokens",
+        4,
+    ]
     line += ["--stall", 60, "--output", tmp_path / "scores"]
     launch("tests/distributed/workers/node.py", *line, ranks=2)
-    assert json.loads((tmp_path / "scores" / "results.json").read_text())["scores"]["gsm8k"]["n"] == 7
-    with (tmp_path / "1" / "models--some--base" / "snapshots" / ("a" * 40) / "model.safetensors").open("ab") as file:
+    assert (
+        json.loads((tmp_path / "scores" / "results.json").read_text())["scores"]["gsm8k"]["n"] == 7
+    )
+    with (
+        tmp_path / "1" / "models--some--base" / "snapshots" / ("a" * 40) / "model.safetensors"
+    ).open("ab") as file:
         file.write(b"0")
     refused = launch("tests/distributed/workers/node.py", *line, ranks=2, check=False)
     assert refused.returncode == 2
     assert "error: --model: the weights of some/base differ between the nodes" in refused.stderr
 
 
-def test_grading_again_and_comparing_need_no_model(launch: Callable, whole: Path, shared: Path, tmp_path: Path) -> None:
+def test_grading_again_and_comparing_need_no_model(
+    launch: Callable, whole: Path, shared: Path, tmp_path: Path
+) -> None:
     rows = [
         {"suite": "gsm8k", "output": "The answer is: 18", "reference": "18"},
         {"suite": "gsm8k", "output": "The answer is: 18.4", "reference": "18"},
         {"suite": "siqa", "output": "the correct answer is answer2", "reference": "answer2"},
-        {"suite": "mbpp", "id": "mbpp/17", "output": "```python\ndef square_perimeter(a):\n    return 4 * a\n```"},
+        {
+            "suite": "mbpp",
+            "id": "mbpp/17",
+            "output": "```python\ndef square_perimeter(a):\n    return 4 * a\n```",
+        },
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

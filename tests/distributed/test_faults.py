@@ -19,13 +19,19 @@ pytestmark = pytest.mark.xdist_group("faults")
 WORKER = Path(__file__).parent / "workers" / "fault.py"
 
 
-def line_of(engine: str, arguments: list[object], folder: Path, script: Path = ROOT / "launch/train.py") -> list[str]:
+def line_of(
+    engine: str, arguments: list[object], folder: Path, script: Path = ROOT / "launch/train.py"
+) -> list[str]:
     launcher, ranks = ENGINES[engine]
-    return command(launcher, ranks, *arguments, "--engine", engine, "--output", folder / "run", script=script)
+    return command(
+        launcher, ranks, *arguments, "--engine", engine, "--output", folder / "run", script=script
+    )
 
 
 @pytest.fixture
-def assert_goes_on(launch: Callable, arguments: list[object], undisturbed: Callable[[str], Path]) -> Callable[..., str]:
+def assert_goes_on(
+    launch: Callable, arguments: list[object], undisturbed: Callable[[str], Path]
+) -> Callable[..., str]:
     """The same command finishes the run, from the checkpoint of step `after`, with the undisturbed run's numbers."""
 
     def check(engine: str, folder: Path, after: int | None, launcher: str | None = None) -> str:
@@ -140,14 +146,19 @@ def test_a_fault_at_a_given_point(
     if point == "stall":
         assert "stalled; no progress for" in done.stderr
         assert "training step 5" in done.stderr
-        assert "(launch/data/batches.py:" in done.stderr  # where it waits for the batch that does not come
+        assert (
+            "(launch/data/batches.py:" in done.stderr
+        )  # where it waits for the batch that does not come
     assert not (tmp_path / "run" / "results.json").exists()
     assert_goes_on(engine, tmp_path, after)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    damage: str, undisturbed: Callable[[str], Path], assert_goes_on: Callable[..., str], tmp_path: Path
+    damage: str,
+    undisturbed: Callable[[str], Path],
+    assert_goes_on: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(undisturbed("single"), tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -181,7 +192,9 @@ def test_a_full_disk_ends_the_run_with_one_line(
     room = tmp_path / "room"
     room.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(room)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(room)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.strip()}")
@@ -208,7 +221,10 @@ def test_a_second_start_is_refused_while_the_first_one_runs(
     line = ["none", *arguments, "--engine", "single", "--output", tmp_path / "run"]
     second = launch(WORKER, *line, check=False)
     assert second.returncode == 2
-    assert f"is in use by host {os.uname().nodename}, pid {run.launcher.pid}; stop that run" in second.stderr
+    assert (
+        f"is in use by host {os.uname().nodename}, pid {run.launcher.pid}; stop that run"
+        in second.stderr
+    )
 
 
 def test_another_recipe_is_refused_and_a_finished_run_stays(
@@ -222,4 +238,6 @@ def test_another_recipe_is_refused_and_a_finished_run_stays(
     other = launch("launch/train.py", *line, "--set", "train.lr=0.5", check=False)
     assert other.returncode == 2
     assert "holds an unfinished run with another train.lr (0.02, now 0.5)" in other.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")
+    }

@@ -30,7 +30,9 @@ def by_hand(model: PreTrainedModel, base: Path, texts: list[str]) -> tuple[float
 def test_other_text_is_predicted_alike_by_all_launches_and_by_plain_pytorch(
     trained: Callable[..., Path], base: Path, data: Path
 ) -> None:
-    results = [json.loads((run_of(trained, case) / "results.json").read_text()) for case in LAUNCHES]
+    results = [
+        json.loads((run_of(trained, case) / "results.json").read_text()) for case in LAUNCHES
+    ]
     texts = [json.loads(line)["text"] for line in (data / "other.jsonl").read_text().splitlines()]
     models = {
         "before": load_base(base),
@@ -40,7 +42,9 @@ def test_other_text_is_predicted_alike_by_all_launches_and_by_plain_pytorch(
         loss, accuracy = by_hand(model, base, texts)
         for result in results:
             assert result["other_text"][when]["loss"] == pytest.approx(loss, rel=1e-4)
-            assert result["other_text"][when]["accuracy"] == pytest.approx(accuracy, abs=2 / 380)  # two near ties
+            assert result["other_text"][when]["accuracy"] == pytest.approx(
+                accuracy, abs=2 / 380
+            )  # two near ties
     assert results[0]["other_text"]["after"]["loss"] != pytest.approx(
         results[0]["other_text"]["before"]["loss"], rel=0.01
     )

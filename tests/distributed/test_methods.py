@@ -23,7 +23,9 @@ SHARDED = ("zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def runs(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Engine -> the folder with a run of each method: in one process, and on two ranks."""
     made = {}
     for engine in ("single", *SHARDED):
@@ -35,7 +37,11 @@ def runs(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactor
 
 def found(run: Path) -> dict[str, Tensor]:
     """All that the calibration of a run found."""
-    return {k: v for path in sorted(run.glob("calibration/window-*.safetensors")) for k, v in load_file(path).items()}
+    return {
+        k: v
+        for path in sorted(run.glob("calibration/window-*.safetensors"))
+        for k, v in load_file(path).items()
+    }
 
 
 def losses(run: Path) -> list[float]:
@@ -52,7 +58,9 @@ def test_a_sharded_run_is_the_unsharded_one(name: str, engine: str, runs: dict[s
     tolerance = 1e-5 if name.startswith("lora_ga") else 1e-9
     for key, value in wanted.items():
         if not key.endswith((".checks", ".angles")):
-            torch.testing.assert_close(ours[key], value, rtol=0, atol=tolerance * value.abs().max().item(), msg=key)
+            torch.testing.assert_close(
+                ours[key], value, rtol=0, atol=tolerance * value.abs().max().item(), msg=key
+            )
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
     assert len(losses(run)) == 3
     results = json.loads((run / "results.json").read_text())
@@ -61,7 +69,9 @@ def test_a_sharded_run_is_the_unsharded_one(name: str, engine: str, runs: dict[s
     exported, other = (load_file(of / "lora" / "adapter_model.safetensors") for of in (run, alone))
     assert exported.keys() == other.keys()
     for key, value in other.items():
-        torch.testing.assert_close(exported[key], value, rtol=0, atol=1e-3 * value.abs().max().item(), msg=key)
+        torch.testing.assert_close(
+            exported[key], value, rtol=0, atol=1e-3 * value.abs().max().item(), msg=key
+        )
 
 
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
@@ -81,22 +91,34 @@ def test_windows_of_gradients_find_what_one_window_does(engine: str, runs: dict[
     assert all(torch.equal(value, ours[key]) for key, value in wanted.items())
 
 
-def test_the_initial_factors_are_the_formulas(runs: dict[str, Path], recipe: Path, base: Path) -> None:
+def test_the_initial_factors_are_the_formulas(
+    runs: dict[str, Path], recipe: Path, base: Path
+) -> None:
     settings = read(str(recipe), []).adapter
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     initial = load_file(runs["fsdp"] / "milora" / "astra_init" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
-    a0, b0 = inits.milora(model.get_submodule(name).weight.detach(), settings.rank, settings.alpha / settings.rank)
-    torch.testing.assert_close(initial[f"base_model.model.{name}.lora_A.weight"], a0.float(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(initial[f"base_model.model.{name}.lora_B.weight"], b0.float(), rtol=0, atol=1e-6)
+    a0, b0 = inits.milora(
+        model.get_submodule(name).weight.detach(), settings.rank, settings.alpha / settings.rank
+    )
+    torch.testing.assert_close(
+        initial[f"base_model.model.{name}.lora_A.weight"], a0.float(), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        initial[f"base_model.model.{name}.lora_B.weight"], b0.float(), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["corda-kpm", "eva", "lora_ga"])
-def test_what_is_exported_is_what_the_last_checkpoint_trained(name: str, runs: dict[str, Path], base: Path) -> None:
+def test_what_is_exported_is_what_the_last_checkpoint_trained(
+    name: str, runs: dict[str, Path], base: Path
+) -> None:
     """lora/ on the base, and adapter/ on W - s B0 A0, are both W + s (B A - B0 A0), plainly added."""
     run, scaling = runs["zero3"] / name, 1.5
     ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
-    first, last = (load_file(run / "checkpoints" / f"step-{n:07d}" / "tensors.safetensors") for n in (0, 3))
+    first, last = (
+        load_file(run / "checkpoints" / f"step-{n:07d}" / "tensors.safetensors") for n in (0, 3)
+    )
 
     def plain(trained: float, initial: float) -> PreTrainedModel:
         model = load_base(base)
@@ -114,21 +136,32 @@ def test_what_is_exported_is_what_the_last_checkpoint_trained(name: str, runs: d
     before, after = logits(plain(0, 0)), logits(plain(1, -1))
     moved = (after - before).abs().max()
     assert moved > 1e-3 * before.abs().max()
-    exports = {"lora": plain(0, 0), "adapter": plain(0, -1)}  # eva's B0 is 0, so that its residual is the base
+    exports = {
+        "lora": plain(0, 0),
+        "adapter": plain(0, -1),
+    }  # eva's B0 is 0, so that its residual is the base
     for part, model in exports.items():
-        assert (logits(PeftModel.from_pretrained(model, run / part)) - after).abs().max() < 1e-2 * moved
+        assert (
+            logits(PeftModel.from_pretrained(model, run / part)) - after
+        ).abs().max() < 1e-2 * moved
 
 
 def test_the_reference_statistics_are_those_of_plain_pytorch(
     runs: dict[str, Path], recipe: Path, base: Path, rows: list[dict]
 ) -> None:
     """As the authors' code: another prompt, no EOS after the answer but as padding, which counts; y / |max(y)|."""
-    of, tokenizer, model = read(str(recipe), []), AutoTokenizer.from_pretrained(base), load_base(base)
+    of, tokenizer, model = (
+        read(str(recipe), []),
+        AutoTokenizer.from_pretrained(base),
+        load_base(base),
+    )
     outputs: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in of.adapter.targets:
             keep = outputs.setdefault(name, [])
-            module.register_forward_hook(lambda _, args, y, keep=keep: keep.append(y[0].double() / abs(y.max().item())))
+            module.register_forward_hook(
+                lambda _, args, y, keep=keep: keep.append(y[0].double() / abs(y.max().item()))
+            )
     for i in choose(len(rows), of.calibration.samples, of.calibration.seed):
         ids = tokenizer(f"{rows[i]['query']}\n### Response:{rows[i]['response']}").input_ids
         padding = of.data.max_length - len(ids)
@@ -147,17 +180,23 @@ def test_the_reference_statistics_are_those_of_plain_pytorch(
             )
             vectors = seen[f"{name}.vectors"]
             image = vectors.T @ moment @ vectors
-            torch.testing.assert_close(image.trace(), values[-of.adapter.rank :].sum(), rtol=1e-5, atol=0, msg=name)
+            torch.testing.assert_close(
+                image.trace(), values[-of.adapter.rank :].sum(), rtol=1e-5, atol=0, msg=name
+            )
 
 
 def test_rows_say_which_variant_they_are(runs: dict[str, Path]) -> None:
-    results = {name: json.loads((runs["single"] / name / "results.json").read_text()) for name in METHODS}
+    results = {
+        name: json.loads((runs["single"] / name / "results.json").read_text()) for name in METHODS
+    }
     variants = {name: row["variant"] for name, row in results.items()}
     assert variants["corda-kpm"] == "kpm"
     assert variants["reference"] == "largest reference"
     assert variants["pissa"] is variants["eva"] is variants["lora_ga"] is None
     page = (runs["single"] / "corda-kpm" / "README.md").read_text()
     assert "fine-tuned: corda kpm" in page
-    manifest = json.loads((runs["single"] / "reference" / "calibration" / "manifest.json").read_text())
+    manifest = json.loads(
+        (runs["single"] / "reference" / "calibration" / "manifest.json").read_text()
+    )
     assert manifest["statistics"] == "reference"
     assert manifest["prompt"] == "{instruction}\n### Response:{answer}"

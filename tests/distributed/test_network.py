@@ -34,7 +34,15 @@ class Host:
     device: str
 
     def inside(self, command: list[str]) -> list[str]:
-        return [IP, "netns", "exec", self.namespace, "env", f"GLOO_SOCKET_IFNAME={self.device}", *command]
+        return [
+            IP,
+            "netns",
+            "exec",
+            self.namespace,
+            "env",
+            f"GLOO_SOCKET_IFNAME={self.device}",
+            *command,
+        ]
 
     def link(self, state: str) -> None:
         ip("-n", self.namespace, "link", "set", self.device, state)
@@ -77,7 +85,9 @@ def lines(engine: str, hosts: list[Host], options: list[object], folder: Path) -
     found = []
     for node, host in enumerate(hosts):
         place = ["--node_rank", node, "--master_addr", hosts[0].address, "--master_port", port]
-        found.append(host.inside([str(word) for word in (*launcher, *place, WORKER, "none", *options)]))
+        found.append(
+            host.inside([str(word) for word in (*launcher, *place, WORKER, "none", *options)])
+        )
     return found
 
 
@@ -106,7 +116,10 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_go_on(
     assert time.monotonic() - cut < 45  # 8 s of silence, here; then the launchers' own clearing up
     assert "error: rank 1 (" in runs[0].output()
     assert "gone; not heard of for 8 s" in runs[0].output()
-    assert f"error: no contact with rank 0 at {hosts[0].address} for 8 s, at training step" in runs[1].output()
+    assert (
+        f"error: no contact with rank 0 at {hosts[0].address} for 8 s, at training step"
+        in runs[1].output()
+    )
     reached = saved(tmp_path / "run")
 
     hosts[0].link("up")

@@ -17,13 +17,23 @@ from bench.faults import Run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_killed_in_the_middle_it_goes_on(start_run: Callable[..., Run], recipe: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on(
+    start_run: Callable[..., Run], recipe: Path, tmp_path: Path
+) -> None:
     table = {
         "recipe": str(recipe),
-        "set": {"engine": "single", "train.max_steps": 40, "train.checkpoint_every": 2, "data.held_out": 7},
+        "set": {
+            "engine": "single",
+            "train.max_steps": 40,
+            "train.checkpoint_every": 2,
+            "data.held_out": 7,
+        },
         "seeds": [1, 2],
         "suites": [],
-        "rows": {"lora": {"set": {"adapter.method": "lora"}}, "broken": {"set": {"data.path": "/nowhere.jsonl"}}},
+        "rows": {
+            "lora": {"set": {"adapter.method": "lora"}},
+            "broken": {"set": {"data.path": "/nowhere.jsonl"}},
+        },
     }
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
     options = ["--table", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "runs")]
@@ -31,7 +41,9 @@ def test_killed_in_the_middle_it_goes_on(start_run: Callable[..., Run], recipe: 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     first = start_run([*line, "--only", "0"], tmp_path / "log").launcher
-    second = wait_for(lambda: [run for run in (tmp_path / "runs").glob("lora-*-seed2-*") if steps(run) >= 4])[0]
+    second = wait_for(
+        lambda: [run for run in (tmp_path / "runs").glob("lora-*-seed2-*") if steps(run) >= 4]
+    )[0]
     (child,) = psutil.Process(first.pid).children()
     first.kill()
     first.wait()
@@ -53,7 +65,9 @@ def test_killed_in_the_middle_it_goes_on(start_run: Callable[..., Run], recipe: 
     assert "exit code 2: error: data.path: no file or folder /nowhere.jsonl" in failures[0]
 
     report = [sys.executable, str(ROOT / "launch" / "report.py"), *options]
-    shown = subprocess.run(report, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = subprocess.run(
+        report, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     assert "| lora | 0.02 | 2 |" in shown
     assert "| broken | 0.02 | 0 of 2 |" in shown
 
@@ -61,8 +75,15 @@ def test_killed_in_the_middle_it_goes_on(start_run: Callable[..., Run], recipe: 
 def test_told_to_stop_it_tells_its_runs_and_says_so(
     start_run: Callable[..., Run], recipe: Path, tmp_path: Path
 ) -> None:
-    table = {"recipe": str(recipe), "set": {"engine": "single", "train.max_steps": 4000}, "seeds": [1], "suites": []}
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump(table | {"rows": {"a": {"set": {"adapter.method": "lora"}}}}))
+    table = {
+        "recipe": str(recipe),
+        "set": {"engine": "single", "train.max_steps": 4000},
+        "seeds": [1],
+        "suites": [],
+    }
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(table | {"rows": {"a": {"set": {"adapter.method": "lora"}}}})
+    )
     options = ["--table", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "runs")]
     line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *options]
     sweep = start_run(line, tmp_path / "log").launcher

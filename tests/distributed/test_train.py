@@ -48,7 +48,12 @@ FSDP_BF16 = (2, ("model.dtype=bfloat16", "eval.suites=[]", "engine=fsdp"))
 LORA = (2, ("adapter.method=lora", "eval.suites=[]"))
 # Launched as a user would, a command for each; the others share a launch for each number of ranks.
 # ZeRO-3 under `deepspeed`: test_quickstart.py, test_faults.py.
-ALONE = {LAUNCHES[0]: "python", LAUNCHES[1]: "torchrun", LAUNCHES[4]: "torchrun", LAUNCHES[5]: "deepspeed"}
+ALONE = {
+    LAUNCHES[0]: "python",
+    LAUNCHES[1]: "torchrun",
+    LAUNCHES[4]: "torchrun",
+    LAUNCHES[5]: "deepspeed",
+}
 # Saved by the first, gone on with as the second says: other world sizes, other engines, other micro batches.
 MOVES = [
     (LAUNCHES[1], LAUNCHES[10]),
@@ -63,7 +68,11 @@ def run_of(trained: Callable[..., Path], case: tuple) -> Path:
     ranks, settings = case
     if case in ALONE:
         return trained(ranks, *settings, launcher=ALONE[case])
-    shared = [other for other in (*LAUNCHES, BF16, FSDP_BF16, LORA) if other not in ALONE and other[0] == ranks]
+    shared = [
+        other
+        for other in (*LAUNCHES, BF16, FSDP_BF16, LORA)
+        if other not in ALONE and other[0] == ranks
+    ]
     return trained(ranks, *settings, along=[other[1] for other in shared])
 
 
@@ -77,7 +86,9 @@ def updates(run: Path) -> dict[str, torch.Tensor]:
     return {name: scaling * b.double() @ a.double() for name, (a, b) in factors.items()}
 
 
-def with_factors(path: Path, base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
+def with_factors(
+    path: Path, base: Path, folder: Path, dtype: torch.dtype = torch.float32
+) -> PeftModel:
     """Plain PEFT: the residual base, rebuilt from the run's astra_init, with the factors in `folder`."""
     model = load_base(base, dtype)
     adapter.subtract(model, *adapter.load(path / "astra_init"), TorchWeights())
@@ -117,8 +128,12 @@ def test_loss_curves_and_exports_of_all_launches_agree(
     for other in others:
         for key, tolerance in (("loss", 1e-4), ("tokens", 0), ("lr", 0)):
             wanted = [step[key] for step in metrics(first)]
-            assert [step[key] for step in metrics(other)] == pytest.approx(wanted, rel=tolerance, abs=0)
-        a, b = (load_file(run / "astra_init" / "adapter_model.safetensors") for run in (first, other))
+            assert [step[key] for step in metrics(other)] == pytest.approx(
+                wanted, rel=tolerance, abs=0
+            )
+        a, b = (
+            load_file(run / "astra_init" / "adapter_model.safetensors") for run in (first, other)
+        )
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
@@ -131,7 +146,12 @@ def test_loss_curves_and_exports_of_all_launches_agree(
 
 @pytest.mark.parametrize(("saved", "other"), MOVES, ids=str)
 def test_a_checkpoint_goes_on_elsewhere(
-    saved: tuple, other: tuple, trained: Callable[..., Path], launch: Callable, recipe: Path, tmp_path: Path
+    saved: tuple,
+    other: tuple,
+    trained: Callable[..., Path],
+    launch: Callable,
+    recipe: Path,
+    tmp_path: Path,
 ) -> None:
     whole = run_of(trained, saved)
     shutil.copytree(whole, tmp_path / "run")
@@ -153,8 +173,12 @@ def test_the_three_exports_are_one_model_in_plain_peft(
     dtype = torch.bfloat16 if case in (BF16, FSDP_BF16) else torch.float32
     original = logits(load_base(base), base, rows)
     on_residual = logits(with_factors(run, base, run / "adapter", dtype).float(), base, rows)
-    plain = logits(PeftModel.from_pretrained(load_base(base, dtype), run / "lora").float(), base, rows)
-    merged = PeftModel.from_pretrained(load_base(base, dtype).float(), run / "lora").merge_and_unload()
+    plain = logits(
+        PeftModel.from_pretrained(load_base(base, dtype), run / "lora").float(), base, rows
+    )
+    merged = PeftModel.from_pretrained(
+        load_base(base, dtype).float(), run / "lora"
+    ).merge_and_unload()
     # fp32: 1e-5 of the logits. bf16: the residual's rounding, 2^-8 of each weight, through two layers.
     tolerance = (1e-5 if dtype == torch.float32 else 0.05) * original.abs().max()
     assert (plain - original).abs().max() > (100 if dtype == torch.float32 else 5) * tolerance
@@ -172,7 +196,9 @@ def test_nothing_moves_at_step_0(case: tuple, trained: Callable[..., Path]) -> N
         assert 0 < results["residual_rounding"] < 1e-6
 
 
-def test_the_exported_initial_factors_follow_from_the_subspaces(trained: Callable[..., Path], base: Path) -> None:
+def test_the_exported_initial_factors_follow_from_the_subspaces(
+    trained: Callable[..., Path], base: Path
+) -> None:
     run = run_of(trained, LAUNCHES[1])
     found = load_file(run / "calibration" / "window-0000.safetensors")
     initial, scaling = adapter.load(run / "astra_init")
@@ -188,7 +214,9 @@ def test_the_exported_initial_factors_follow_from_the_subspaces(trained: Callabl
         torch.testing.assert_close(a0, wanted.float(), rtol=0, atol=1e-6)
 
 
-def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path], data: Path) -> None:
+def test_the_run_folder_holds_what_the_readme_names(
+    trained: Callable[..., Path], data: Path
+) -> None:
     run = run_of(trained, LAUNCHES[1])
     for name in ("loss.png", "grad_norm.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -196,8 +224,14 @@ def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path]
     assert step.keys() == Metrics.__annotations__.keys()
     manifest = json.loads((run / "calibration" / "manifest.json").read_text())
     assert len(manifest["sample_ids"]) == len(set(manifest["sample_ids"])) == 11
-    assert (manifest["eigen_select"], manifest["rank"], manifest["dtype"]) == ("smallest", 4, "float32")
-    generations = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    assert (manifest["eigen_select"], manifest["rank"], manifest["dtype"]) == (
+        "smallest",
+        4,
+        "float32",
+    )
+    generations = [
+        json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()
+    ]
     problems = [json.loads(line) for line in (data / "gsm8k_test.jsonl").read_text().splitlines()]
     assert [row["question"] for row in generations] == [row["question"] for row in problems]
     results = json.loads((run / "results.json").read_text())
@@ -210,7 +244,9 @@ def test_the_run_folder_holds_what_the_readme_names(trained: Callable[..., Path]
     assert "residual" in (run / "adapter" / "README.md").read_text()
 
 
-def test_generations_do_not_depend_on_the_engine_or_world_size(trained: Callable[..., Path]) -> None:
+def test_generations_do_not_depend_on_the_engine_or_world_size(
+    trained: Callable[..., Path],
+) -> None:
     texts = []
     for case in (case for case in LAUNCHES if "eval.suites=[]" not in case[1]):
         lines = (run_of(trained, case) / "generations.jsonl").read_text().splitlines()
@@ -224,10 +260,14 @@ def test_the_resolved_recipe_gives_the_same_run_and_a_finished_run_is_left_alone
     trained: Callable[..., Path], launch: Callable, tmp_path: Path
 ) -> None:
     run = run_of(trained, LAUNCHES[0])
-    again = launch("launch/train.py", "--recipe", run / "recipe.yaml", "--output", tmp_path / "again")
+    again = launch(
+        "launch/train.py", "--recipe", run / "recipe.yaml", "--output", tmp_path / "again"
+    )
     assert "Traceback" not in again.stderr
     wanted = [step["loss"] for step in metrics(run)]
-    assert [step["loss"] for step in metrics(tmp_path / "again")] == wanted  # bit for bit: one rank, one thread
+    assert [
+        step["loss"] for step in metrics(tmp_path / "again")
+    ] == wanted  # bit for bit: one rank, one thread
     before = (run / "results.json").stat().st_mtime_ns
     done = launch("launch/train.py", "--recipe", run / "recipe.yaml", "--output", run)
     assert "finished" in done.stdout
@@ -248,12 +288,27 @@ def test_evaluate_scores_both_adapters_alike_and_refuses_another_base(
     run = run_of(trained, LAUNCHES[1])
     common = ["--data-dir", data, "--max-new-tokens", "12"]
     outputs = []
-    for name, ranks, engine in (("lora", 2, "single"), ("adapter", 2, "zero3"), ("adapter", 3, "fsdp")):
-        options = ["--model", base, "--adapter", run / name, "--engine", engine, "--output", tmp_path / engine]
+    for name, ranks, engine in (
+        ("lora", 2, "single"),
+        ("adapter", 2, "zero3"),
+        ("adapter", 3, "fsdp"),
+    ):
+        options = [
+            "--model",
+            base,
+            "--adapter",
+            run / name,
+            "--engine",
+            engine,
+            "--output",
+            tmp_path / engine,
+        ]
         launch("launch/evaluate.py", *options, *common, ranks=ranks)
         lines = (tmp_path / engine / "generations.jsonl").read_text().splitlines()
         outputs.append([json.loads(line)["output"] for line in lines])
-    trained_outputs = [json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()]
+    trained_outputs = [
+        json.loads(line)["output"] for line in (run / "generations.jsonl").read_text().splitlines()
+    ]
     assert outputs == [trained_outputs] * 3
 
     other = tmp_path / "other"

@@ -25,7 +25,11 @@ SHARDED = ("zero3", "fsdp")
 
 @pytest.fixture(scope="module")
 def runs(
-    launch: Callable, recipe: Path, base: Path, rows: list[dict], tmp_path_factory: pytest.TempPathFactory
+    launch: Callable,
+    recipe: Path,
+    base: Path,
+    rows: list[dict],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict:
     """Engine -> folder of its runs; those of `single` go on from the middles of the others'."""
     folders = {engine: tmp_path_factory.mktemp(engine) for engine in (*SHARDED, "single")}
@@ -55,14 +59,18 @@ def start(run: Path, base: Path, method: str, recipe: Recipe) -> nn.Module:
     if method == "full":
         return model
     variant = {f"use_{method}": True}
-    config = LoraConfig(r=wanted.rank, lora_alpha=wanted.alpha, target_modules=wanted.targets, **variant)
+    config = LoraConfig(
+        r=wanted.rank, lora_alpha=wanted.alpha, target_modules=wanted.targets, **variant
+    )
     model = get_peft_model(model, config)
     initial = load_file(run / "checkpoints" / "step-0000000" / "tensors.safetensors")
     with torch.no_grad():
         for key, value in initial.items():
             module, side, kind = key.rsplit(".", 2)
             assert kind == "initial"
-            getattr(model.get_base_model().get_submodule(module), f"lora_{side}")["default"].weight.copy_(value)
+            getattr(model.get_base_model().get_submodule(module), f"lora_{side}")[
+                "default"
+            ].weight.copy_(value)
     return model
 
 
@@ -70,7 +78,9 @@ def exported(run: Path, base: Path, method: str) -> nn.Module:
     """What the run exported, loaded by plain PEFT or transformers."""
     if method == "full":
         return load_base(run / "model")
-    return PeftModel.from_pretrained(load_base(base), run / {"rslora": "lora", "dora": "adapter"}[method])
+    return PeftModel.from_pretrained(
+        load_base(base), run / {"rslora": "lora", "dora": "adapter"}[method]
+    )
 
 
 @pytest.mark.parametrize("method", ["rslora", "dora", "full"])
@@ -94,7 +104,10 @@ def test_losses_and_exports_equal_plain_training(
         ids = torch.tensor(json.loads((runs[engine] / "ids.json").read_text()))
         with torch.no_grad():
             torch.testing.assert_close(
-                loaded.eval()(input_ids=ids).logits, sharded, rtol=0, atol=1e-5 * sharded.abs().max()
+                loaded.eval()(input_ids=ids).logits,
+                sharded,
+                rtol=0,
+                atol=1e-5 * sharded.abs().max(),
             )
 
 
@@ -104,7 +117,9 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_elsewhere(case: str, runs: dict[st
         whole = losses(runs[engine] / case)
         assert losses(runs[engine] / f"{case}-again-0") == whole
         tolerance = 1e-2 if case == "full_bf16" else 1e-4  # each engine rounds at other places
-        assert losses(runs["single"] / f"{case}-again-{number}") == pytest.approx(whole, rel=tolerance)
+        assert losses(runs["single"] / f"{case}-again-{number}") == pytest.approx(
+            whole, rel=tolerance
+        )
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -118,7 +133,9 @@ def test_full_bf16_steps_fp32_weights_and_exports_bf16(engine: str, runs: dict[s
         assert weight.dtype == torch.float32
         assert torch.equal(weight.bfloat16(), value)
     weights = [trained[f"{name}.trained"] for name in exported]
-    assert sum((weight != weight.bfloat16()).sum() for weight in weights) > 0.9 * sum(map(torch.numel, weights))
+    assert sum((weight != weight.bfloat16()).sum() for weight in weights) > 0.9 * sum(
+        map(torch.numel, weights)
+    )
 
 
 @pytest.mark.parametrize("method", ["rslora", "dora", "full"])
@@ -138,4 +155,6 @@ def test_results_and_model_card_say_what_was_trained(method: str, runs: dict[str
             assert (results["rank"], results["lora_rank"], results["alpha"]) == (None, None, None)
             assert "All parameters trained" in card
             assert 'from_pretrained("model")' in card
-            assert "lm_head.weight" not in load_file(run / "model" / "model.safetensors")  # tied, as it was
+            assert "lm_head.weight" not in load_file(
+                run / "model" / "model.safetensors"
+            )  # tied, as it was

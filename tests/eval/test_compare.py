@@ -13,7 +13,8 @@ from eval.statistics import mcnemar, paired_interval, pass_at_k
 
 def rows(passed: str, suite: str = "gsm8k", **more: object) -> list[dict]:
     return [
-        {"suite": suite, "id": f"{suite}/{i}", "sample": 0, "reference": "1", "strict": mark == "1"} | more
+        {"suite": suite, "id": f"{suite}/{i}", "sample": 0, "reference": "1", "strict": mark == "1"}
+        | more
         for i, mark in enumerate(passed)
     ]
 
@@ -62,7 +63,11 @@ def test_the_interval_covers() -> None:
     assert held / 400 >= 0.92
 
 
-@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))
+    )
+)
 def test_pass_at_k_is_the_chance_that_one_of_k_is_right(case: tuple[int, int, int]) -> None:
     n, correct, k = case
     found = pass_at_k(n, correct, k)

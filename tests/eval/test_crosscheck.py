@@ -18,14 +18,21 @@ from launch.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason=f"lm-eval is not installed: {crosscheck.INSTALL}"
+    importlib.util.find_spec("lm_eval") is None,
+    reason=f"lm-eval is not installed: {crosscheck.INSTALL}",
 )
 needs_evalplus = pytest.mark.skipif(
-    importlib.util.find_spec("evalplus") is None, reason=f"evalplus is not installed: {crosscheck.INSTALL}"
+    importlib.util.find_spec("evalplus") is None,
+    reason=f"evalplus is not installed: {crosscheck.INSTALL}",
 )
 # Rows of the hub, in the words of LLM-Adapters by eval.tasks.commonsense; and lm-eval's own prompts for them.
 ROWS = {
-    "boolq": ({"question": "is ice cold", "answer": False}, "Question: is ice cold?\nAnswer:", ["no", "yes"], 0),
+    "boolq": (
+        {"question": "is ice cold", "answer": False},
+        "Question: is ice cold?\nAnswer:",
+        ["no", "yes"],
+        0,
+    ),
     "piqa": (
         {"goal": "Open: a jar", "sol1": "Turn it.", "sol2": "Wait.", "label": 1},
         "Question: Open: a jar\nAnswer:",
@@ -33,7 +40,14 @@ ROWS = {
         1,
     ),
     "siqa": (
-        {"context": "Al ran.", "question": "Why?", "answerA": "a", "answerB": "b c", "answerC": "d", "label": "2"},
+        {
+            "context": "Al ran.",
+            "question": "Why?",
+            "answerA": "a",
+            "answerB": "b c",
+            "answerC": "d",
+            "label": "2",
+        },
         "Q: Al ran. Why?\nA:",
         ["a", "b c", "d"],
         1,
@@ -50,13 +64,21 @@ ROWS = {
         3,
     ),
     "arc_easy": (
-        {"question": "Why: so?", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "question": "Why: so?",
+            "choices": {"text": ["p", "q"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
         "Question: Why: so?\nAnswer:",
         ["p", "q"],
         0,
     ),
     "openbookqa": (
-        {"question_stem": "Birds", "choices": {"text": ["fly", "swim"], "label": ["A", "B"]}, "answerKey": "B"},
+        {
+            "question_stem": "Birds",
+            "choices": {"text": ["fly", "swim"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
         "Birds",
         ["fly", "swim"],
         1,
@@ -72,15 +94,24 @@ def test_choices_are_asked_as_lm_eval_asks_them(suite: str) -> None:
 
 
 def test_winogrande_compares_the_beginnings() -> None:
-    row = {"sentence": "The cup fits the box as the _ is big.", "option1": "cup", "option2": "box", "answer": "2"}
-    found = likelihood.document("winogrande", Problem("winogrande/0", *commonsense.TASKS["winogrande"].raw(row)))
+    row = {
+        "sentence": "The cup fits the box as the _ is big.",
+        "option1": "cup",
+        "option2": "box",
+        "answer": "2",
+    }
+    found = likelihood.document(
+        "winogrande", Problem("winogrande/0", *commonsense.TASKS["winogrande"].raw(row))
+    )
     beginnings = ["The cup fits the box as the cup", "The cup fits the box as the box"]
     assert found == {"choices": beginnings, "suffix": "is big.", "gold": 1}
 
 
 def test_a_question_without_its_choices_is_named() -> None:
     with pytest.raises(EvalError, match="piqa/7"):
-        likelihood.document("piqa", Problem("piqa/7", "Please choose: what?\n\nAnswer format: a/b", "solution1"))
+        likelihood.document(
+            "piqa", Problem("piqa/7", "Please choose: what?\n\nAnswer format: a/b", "solution1")
+        )
 
 
 def test_every_real_question_lists_its_choices(shared: Path) -> None:
@@ -88,14 +119,20 @@ def test_every_real_question_lists_its_choices(shared: Path) -> None:
         for problem in TASKS[suite].rows(shared / "data", None):
             found = likelihood.document(suite, problem)
             assert all(found["choices"])
-            assert suite == "boolq" or found["choices"][found["gold"]].split()[-1] in problem.question
+            assert (
+                suite == "boolq" or found["choices"][found["gold"]].split()[-1] in problem.question
+            )
 
 
 def test_task_files(tmp_path: Path) -> None:
     documents = [{"id": "gsm8k/0", "prompt": "p", "reference": "18", "output": "so\n#### 18"}]
     name = harness.write_generate(tmp_path, "gsm8k", documents, ("Instruction:",), 64)
     config = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
-    assert (config["task"], config["output_type"], config["num_fewshot"]) == (name, "generate_until", 0)
+    assert (config["task"], config["output_type"], config["num_fewshot"]) == (
+        name,
+        "generate_until",
+        0,
+    )
     assert config["generation_kwargs"]["until"] == ["Instruction:"]
     assert config["generation_kwargs"]["max_gen_toks"] == 64
     assert [rule["name"] for rule in config["filter_list"]] == ["strict-match", "flexible-extract"]
@@ -114,9 +151,17 @@ SAMPLES = {
         _ANSWER | {"filter": "strict-match", "exact_match": 0.0},
         _ANSWER | {"filter": "flexible-extract", "exact_match": 1.0},
     ],
-    "astra_piqa_likelihood": [_CHOICE | {"metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0}],
+    "astra_piqa_likelihood": [
+        _CHOICE | {"metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0}
+    ],
     "astra_boolq_generate": [
-        {"doc": {"id": "boolq/0"}, "resps": [["true"]], "filter": "none", "metrics": ["bypass"], "bypass": 999},
+        {
+            "doc": {"id": "boolq/0"},
+            "resps": [["true"]],
+            "filter": "none",
+            "metrics": ["bypass"],
+            "bypass": 999,
+        },
     ],
 }
 
@@ -137,9 +182,13 @@ def test_table_counts_the_problems_that_differ() -> None:
         for name, strict in (("a", True), ("b", True), ("c", False), ("d", False))
     }
     verdicts = Comparison("gsm8k", "lm-eval strict-match", {"a": True, "b": False, "c": True})
-    texts = Comparison("gsm8k", "lm-eval's own responses", {"a": True, "d": False}, True, {"a": "a", "d": "e"})
+    texts = Comparison(
+        "gsm8k", "lm-eval's own responses", {"a": True, "d": False}, True, {"a": "a", "d": "e"}
+    )
     assert [row["id"] for row in differing(verdicts, ours)] == ["b", "c"]
-    assert [(row["id"], row["output"], row["their_output"]) for row in differing(texts, ours)] == [("d", "d", "e")]
+    assert [(row["id"], row["output"], row["their_output"]) for row in differing(texts, ours)] == [
+        ("d", "d", "e")
+    ]
     lines = describe([verdicts, texts], {"gsm8k": ours}).splitlines()
     assert lines[2:] == [
         "| gsm8k | lm-eval strict-match | 66.7 | 0.0 | 66.7 | 3 | 2 |",
@@ -154,11 +203,16 @@ def test_the_calls_of_the_tests_are_recorded_and_the_references_own_are_not() ->
         "setup": "def twice(n):\n    return 2 * n\n",
         "tests": "value = f(twice(1))\nvalue.append(9)\nassert f(0) == [0]\n",
     }
-    assert [(given, value) for given, value, _ in evalplus_box.record(job)] == [((2,), [0, 1, 2]), ((0,), [0])]
+    assert [(given, value) for given, value, _ in evalplus_box.record(job)] == [
+        ((2,), [0, 1, 2]),
+        ((0,), [0]),
+    ]
 
 
 def test_a_missing_harness_is_one_line_that_says_what_to_install() -> None:
-    with pytest.raises(UserError, match=r"no_such_harness missing here: pip install .* requirements-crosscheck.txt"):
+    with pytest.raises(
+        UserError, match=r"no_such_harness missing here: pip install .* requirements-crosscheck.txt"
+    ):
         crosscheck._need("json", "no_such_harness")
 
 
@@ -215,11 +269,16 @@ def test_lm_eval_still_has_the_graders_that_the_task_files_hold() -> None:
 @needs_lm_eval
 def test_lm_evals_graders_on_the_labelled_cases(tmp_path: Path) -> None:
     cases = [json.loads(line) for line in (HERE / "grader_cases.jsonl").read_text().splitlines()]
-    cases = [case for case in cases if case["bench"] in ("gsm8k", "math") and not case.get("contested")]
+    cases = [
+        case for case in cases if case["bench"] in ("gsm8k", "math") and not case.get("contested")
+    ]
     tasks = []
     for bench in ("gsm8k", "math"):
         of = [case for case in cases if case["bench"] == bench]
-        rows = [{"id": str(c["id"]), "prompt": "-", "reference": c["reference"], "output": c["output"]} for c in of]
+        rows = [
+            {"id": str(c["id"]), "prompt": "-", "reference": c["reference"], "output": c["output"]}
+            for c in of
+        ]
         tasks.append(harness.write_generate(tmp_path, bench, rows))
     expected = {(case["bench"], str(case["id"])): case["expected"] for case in cases}
     wrong: dict[str, list[int]] = {}
@@ -236,7 +295,10 @@ def test_lm_evals_graders_on_the_labelled_cases(tmp_path: Path) -> None:
         "math_verify": [0, 12],
     }
     graders = {"gsm8k": gsm8k.grade, "math": math.grade}
-    assert all(graders[case["bench"]](case["output"], case["reference"]) == case["expected"] for case in cases)
+    assert all(
+        graders[case["bench"]](case["output"], case["reference"]) == case["expected"]
+        for case in cases
+    )
 
 
 @needs_lm_eval
@@ -273,5 +335,7 @@ def test_evalplus_in_the_box_passes_references_and_fails_a_mutant(shared: Path) 
     problems = TASKS["humaneval"].rows(shared / "data", 3)
     references = [problem.reference for problem in problems]
     assert programs.check("humaneval", problems, references) == [True] * 3
-    mutants = [f"def {problem.tests['entry_point']}(*_):\n    return None\n" for problem in problems]
+    mutants = [
+        f"def {problem.tests['entry_point']}(*_):\n    return None\n" for problem in problems
+    ]
     assert programs.check("humaneval", problems, mutants) == [False] * 3

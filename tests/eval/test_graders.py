@@ -13,8 +13,15 @@ from eval.equivalence import equivalent
 from eval.errors import EvalError
 from eval.tasks import GROUPS, TASKS, commonsense, expand, math
 
-CASES = [json.loads(line) for line in Path(__file__).with_name("grader_cases.jsonl").read_text().splitlines()]
-BY_ID = [pytest.param(case, id=f"{case['bench']}-{case['id']}") for case in CASES if case["bench"] != "gsm8k"]
+CASES = [
+    json.loads(line)
+    for line in Path(__file__).with_name("grader_cases.jsonl").read_text().splitlines()
+]
+BY_ID = [
+    pytest.param(case, id=f"{case['bench']}-{case['id']}")
+    for case in CASES
+    if case["bench"] != "gsm8k"
+]
 
 
 def graded(case: dict, protocol: str) -> bool:
@@ -35,7 +42,11 @@ def test_labelled_cases(case: dict) -> None:
 
 
 MATH = [
-    (r"The answer is: $\left( 3, \frac{\pi}{2} \right)$.", r"\left( 3, \frac{\pi}{2} \right)", True),
+    (
+        r"The answer is: $\left( 3, \frac{\pi}{2} \right)$.",
+        r"\left( 3, \frac{\pi}{2} \right)",
+        True,
+    ),
     (r"So $\boxed{5}$ at first, and in the end $\boxed{7}$.", "7", True),
     (r"So $\boxed{5}$ at first, and in the end $\boxed{7}$.", "5", False),
     (r"The final answer is \boxed{\dfrac{1}{2}}", r"\frac12", True),
@@ -84,7 +95,10 @@ def test_the_limit_holds_in_threads_and_the_next_question_is_answered() -> None:
     def ask(name: str, answer: str) -> None:
         found[name] = [equivalent(answer, "7", timeout=2), equivalent("14/2", "7")]
 
-    threads = [threading.Thread(target=ask, args=pair) for pair in (("slow", r"9^{9^{9^{9}}}"), ("right", "7.0"))]
+    threads = [
+        threading.Thread(target=ask, args=pair)
+        for pair in (("slow", r"9^{9^{9^{9}}}"), ("right", "7.0"))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -113,7 +127,9 @@ def test_every_gold_answer_of_math500_is_right_and_a_changed_one_wrong(shared: P
     assert [r for r in references if not math.grade(f"The answer is: {r}", r, "literature")] == []
     of_math = TASKS["math"].rows(shared / "data", None)
     assert len(of_math) == 1000
-    assert [p.reference for p in of_math if not math.grade(f"The answer is: {p.reference}", p.reference)] == []
+    assert [
+        p.reference for p in of_math if not math.grade(f"The answer is: {p.reference}", p.reference)
+    ] == []
 
 
 @pytest.mark.parametrize("task", commonsense.TASKS)
@@ -124,7 +140,9 @@ def test_every_gold_label_is_right_and_another_wrong(task: str, shared: Path) ->
     for problem in problems:
         for protocol in ("strict", "literature"):
             for label in labels:
-                said = commonsense.grade(f"the correct answer is {label}", problem.reference, task, protocol)
+                said = commonsense.grade(
+                    f"the correct answer is {label}", problem.reference, task, protocol
+                )
                 assert said is (label == problem.reference)
 
 
@@ -150,7 +168,14 @@ RAW = {
         "solution2",
     ),
     "siqa": (
-        {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
+        {
+            "context": "C.",
+            "question": "Q?",
+            "answerA": "a",
+            "answerB": "b",
+            "answerC": "c",
+            "label": "3",
+        },
         "Please choose the correct answer to the question: C. Q?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
         "Answer format: answer1/answer2/answer3",
         "answer3",
@@ -162,13 +187,21 @@ RAW = {
         "option2",
     ),
     "arc_easy": (
-        {"question": "Q?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {
+            "question": "Q?",
+            "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
         "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
         "Answer format: answer1/answer2/answer3",
         "answer2",
     ),
     "openbookqa": (
-        {"question_stem": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "question_stem": "Q",
+            "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
         "Please choose the correct answer to the question: Q\n\nAnswer1: a Answer2: b\n\n"
         "Answer format: answer1/answer2",
         "answer1",

@@ -30,7 +30,12 @@ def test_what_is_no_proportion_is_refused(correct: int, n: int) -> None:
 # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3 (score, no continuity correction), 4 decimals.
 @pytest.mark.parametrize(
     ("correct", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_newcombes_table(correct: int, n: int, low: float, high: float) -> None:
     assert wilson(correct, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
@@ -43,4 +48,7 @@ def test_the_interval_holds_the_share_stays_in_0_to_1_and_mirrors(pair: tuple[in
     assert 0 <= low <= correct / n <= high <= 1
     assert low < high
     # Right and wrong answers change places: a few roundings of numbers below 1.
-    assert wilson(n - correct, n) == (pytest.approx(1 - high, abs=1e-12), pytest.approx(1 - low, abs=1e-12))
+    assert wilson(n - correct, n) == (
+        pytest.approx(1 - high, abs=1e-12),
+        pytest.approx(1 - low, abs=1e-12),
+    )

@@ -25,7 +25,9 @@ def start_server() -> None:
     forkserver.ensure_running()
 
 
-def launch(script: Path, arguments: Sequence[str], ranks: int, folder: Path) -> subprocess.CompletedProcess:
+def launch(
+    script: Path, arguments: Sequence[str], ranks: int, folder: Path
+) -> subprocess.CompletedProcess:
     """Run a script on `ranks` ranks in the working folder `folder`, which also takes what they print.
 
     As launchers do, it ends the other ranks once one has failed; the return code is the first failed rank's. Raises
@@ -34,7 +36,12 @@ def launch(script: Path, arguments: Sequence[str], ranks: int, folder: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+    }
     processes = []
     for rank in range(ranks):
         place = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
@@ -43,10 +50,14 @@ def launch(script: Path, arguments: Sequence[str], ranks: int, folder: Path) -> 
         processes.append(process)
     failed, deadline = 0, time.monotonic() + 540
     while running := [process for process in processes if process.exitcode is None]:
-        if not connection.wait([process.sentinel for process in running], deadline - time.monotonic()):
+        if not connection.wait(
+            [process.sentinel for process in running], deadline - time.monotonic()
+        ):
             for process in running:
                 process.kill()
-            raise subprocess.TimeoutExpired([script, *arguments], 540, (folder / "stdout").read_text())
+            raise subprocess.TimeoutExpired(
+                [script, *arguments], 540, (folder / "stdout").read_text()
+            )
         if not failed and (failed := first_failed(processes)):
             for process in running:
                 process.terminate()

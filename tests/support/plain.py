@@ -18,12 +18,16 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 def logits(model: nn.Module, base: Path, rows: list[dict]) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = torch.tensor([tokenizer(launch_data.prompt(rows[0]["query"]) + rows[0]["response"]).input_ids])
+    ids = torch.tensor(
+        [tokenizer(launch_data.prompt(rows[0]["query"]) + rows[0]["response"]).input_ids]
+    )
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits.double()
 
 
-def plain_training(model: nn.Module, recipe: Recipe, rows: list[dict]) -> tuple[list[float], list[float]]:
+def plain_training(
+    model: nn.Module, recipe: Recipe, rows: list[dict]
+) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of training what requires gradients in `model`, by the recipe's settings."""
     settings, tokenizer = recipe.train, AutoTokenizer.from_pretrained(recipe.model.name)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -40,11 +44,15 @@ def plain_training(model: nn.Module, recipe: Recipe, rows: list[dict]) -> tuple[
         total, count = torch.zeros(()), 0
         for i in batch:
             begin = tokenizer(launch_data.prompt(rows[i]["query"])).input_ids
-            ids = tokenizer(launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n").input_ids
+            ids = tokenizer(
+                launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n"
+            ).input_ids
             assert ids[: len(begin)] == begin
             ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
             output = model(input_ids=ids).logits[0]
-            total = total + F.cross_entropy(output[len(begin) - 1 : -1], ids[0, len(begin) :], reduction="sum")
+            total = total + F.cross_entropy(
+                output[len(begin) - 1 : -1], ids[0, len(begin) :], reduction="sum"
+            )
             count += ids.shape[1] - len(begin)
         loss = total / count
         loss.backward()

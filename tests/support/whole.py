@@ -16,10 +16,15 @@ def finder(select: str, seed: int) -> Find:
 
 
 def plan_of(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch], memory: float | None = None
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    memory: float | None = None,
 ) -> Plan:
     tokens = max(batch["input_ids"].numel() for batch in batches)
-    return make_plan(model, linears, find_groups(model, linears, batches[0]), tokens=tokens, memory=memory)
+    return make_plan(
+        model, linears, find_groups(model, linears, batches[0]), tokens=tokens, memory=memory
+    )
 
 
 def subspaces_of(
@@ -34,7 +39,9 @@ def subspaces_of(
 ) -> dict[str, Subspace]:
     plan = plan_of(model, linears, batches)
     find = finder(select, seed)
-    (window,) = calibrate(model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank))
+    (window,) = calibrate(
+        model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank)
+    )
     return {name: as_subspace(window[name]) for name in linears}
 
 
@@ -54,5 +61,7 @@ def subspaces_by_layer(
     plan = plan_of(model, linears, batches, whole.windows[0].statistics / layers + whole.working)
     assert len(plan.windows) == layers
     find = finder(select, seed)
-    windows = calibrate(model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank))
+    windows = calibrate(
+        model, linears, [batches], weights, plan, find, ranks=dict.fromkeys(linears, rank)
+    )
     return {name: as_subspace(found) for window in windows for name, found in window.items()}

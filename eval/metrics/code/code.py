@@ -16,10 +16,15 @@ class Code(evaluate.Metric):
         text = datasets.Value("string")
         features = {"predictions": text, "references": {"tests": text, "entry_point": text}}
         return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=datasets.Features(features)
+            description=self.__doc__,
+            citation="",
+            inputs_description="",
+            features=datasets.Features(features),
         )
 
-    def _compute(self, predictions: list[str], references: list[dict], timeout: float = 10.0) -> dict:
+    def _compute(
+        self, predictions: list[str], references: list[dict], timeout: float = 10.0
+    ) -> dict:
         jobs = [
             Job(program, of["tests"], of["entry_point"], timeout=timeout)
             for program, of in zip(predictions, references, strict=True)

@@ -14,5 +14,7 @@ class Commonsense(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return info(self.__doc__)
 
-    def _compute(self, predictions: list[str], references: list[str], task: str, protocol: str = "strict") -> dict:
+    def _compute(
+        self, predictions: list[str], references: list[str], task: str, protocol: str = "strict"
+    ) -> dict:
         return share(partial(grade, task=task, protocol=protocol), predictions, references)

@@ -14,5 +14,7 @@ class Gsm8k(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return info(self.__doc__)
 
-    def _compute(self, predictions: list[str], references: list[str], protocol: str = "strict") -> dict:
+    def _compute(
+        self, predictions: list[str], references: list[str], protocol: str = "strict"
+    ) -> dict:
         return share(partial(grade, protocol=protocol), predictions, references)

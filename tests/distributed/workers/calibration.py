@@ -31,7 +31,9 @@ def main(recipe_path: str, output: Path) -> None:
     base = engine.load(recipe.model.name)
     parameters = dict(base.named_parameters())
     held = {name: (p.ds_tensor.numel(), p.ds_numel, p.numel()) for name, p in parameters.items()}
-    model = adapter.attach(base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0)
+    model = adapter.attach(
+        base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
+    )
     linears = adapter.base_layers(adapter.lora_layers(model))
     ids = launch_data.choose(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
     share = launch_data.deal(ids, rank, world_size, recipe.calibration.batch_size)
@@ -63,7 +65,10 @@ def main(recipe_path: str, output: Path) -> None:
     tensors = {}
     for group, moment in zip(window.groups, moments, strict=True):
         parts = {"outer": moment.outer(), "total": moment.total, "count": moment.count}
-        tensors |= {f"moment.{group.of}.{'+'.join(group.modules)}.{part}": value for part, value in parts.items()}
+        tensors |= {
+            f"moment.{group.of}.{'+'.join(group.modules)}.{part}": value
+            for part, value in parts.items()
+        }
     for select, modules in found.items():
         for name, module in modules.items():
             subspace = module if select == "by_layer" else as_subspace(module)

@@ -52,10 +52,16 @@ LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1  # rank
 POINTS = {
     "none": lambda: None,  # the fault comes from outside; the wait for it is short all the same
     "calibration": lambda: plant(astra.calibrate, "forward", 1, 2, die),
-    "write": lambda: plant(checkpoint, "write_json", 0, 3, die),  # tensors written, manifest not: the third checkpoint
+    "write": lambda: plant(
+        checkpoint, "write_json", 0, 3, die
+    ),  # tensors written, manifest not: the third checkpoint
     "export": lambda: plant(export, "write_json", 0, 2, die),  # after the first adapter
-    "window": lambda: plant(artifact, "save_window", 0, 2, die),  # of calibrate.py: one window is there
-    "asked": lambda: plant(loop, "learning_rate", LAST, 5, wait_to_be_asked),  # step 5 lasts until a signal comes
+    "window": lambda: plant(
+        artifact, "save_window", 0, 2, die
+    ),  # of calibrate.py: one window is there
+    "asked": lambda: plant(
+        loop, "learning_rate", LAST, 5, wait_to_be_asked
+    ),  # step 5 lasts until a signal comes
     "stall": lambda: plant(loop, "collate", 1, 9, hang),
 }
 

@@ -39,7 +39,11 @@ def main(recipe_path: str, output: Path) -> None:
     engine = make_engine("fsdp", device, torch.float32)
     base = engine.load(recipe.model.name)
     # By module: adapters change the modules' names, and sharding makes other parameters.
-    owners = {(path, name): m for path, m in base.named_modules() for name, _ in m.named_parameters(recurse=False)}
+    owners = {
+        (path, name): m
+        for path, m in base.named_modules()
+        for name, _ in m.named_parameters(recurse=False)
+    }
     sizes = {".".join(of): [owner.get_parameter(of[1]).numel()] for of, owner in owners.items()}
 
     def weigh() -> None:
@@ -47,7 +51,9 @@ def main(recipe_path: str, output: Path) -> None:
             sizes[".".join(of)].append(held(owner.get_parameter(of[1])))
 
     weigh()
-    model = adapter.attach(base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0)
+    model = adapter.attach(
+        base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
+    )
     layers = adapter.lora_layers(model)
     linears = adapter.base_layers(layers)
     ids = launch_data.choose(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
@@ -55,13 +61,17 @@ def main(recipe_path: str, output: Path) -> None:
     batches = [launch_data.collate(tokens, rows, device)[0] for rows in share]
     with engine.inference(model), model.disable_adapter():
         weigh()
-        found = subspaces_of(model, linears, batches, engine, rank=recipe.adapter.rank, select="largest", seed=5)
+        found = subspaces_of(
+            model, linears, batches, engine, rank=recipe.adapter.rank, select="largest", seed=5
+        )
         before = model(input_ids=batches[0]["input_ids"]).logits
         by_layer = subspaces_by_layer(
             model, linears, batches, engine, rank=recipe.adapter.rank, select="largest", seed=5
         )
     adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), engine)
-    moved = (model(input_ids=batches[0]["input_ids"]).logits - before).abs().max() / before.abs().max()
+    moved = (
+        model(input_ids=batches[0]["input_ids"]).logits - before
+    ).abs().max() / before.abs().max()
 
     weigh()
     tensors = {"moved": moved} | {f"held.{name}": torch.tensor(of) for name, of in sizes.items()}

@@ -26,7 +26,9 @@ def main() -> None:
         model.register_forward_hook(lambda *_: calls.append(1))
         for n in NUMBERS:
             calls.clear()
-            texts = generate(model, make_tokenizer(), prompts(n), max_new_tokens=19, batch_size=2, sharded=True)
+            texts = generate(
+                model, make_tokenizer(), prompts(n), max_new_tokens=19, batch_size=2, sharded=True
+            )
             of_all: list = [None] * dist.get_world_size()
             dist.all_gather_object(of_all, (texts, len(calls)))
             found.append(of_all)

@@ -23,7 +23,11 @@ METHODS = {
     "eva": ["adapter.method=eva"],
     "lora_ga": ["adapter.method=lora_ga"],
     "lora_ga-windows": ["adapter.method=lora_ga", "calibration.memory_gib=0.0004"],
-    "reference": ["calibration.statistics=reference", "calibration.batch_size=1", "adapter.eigen_select=largest"],
+    "reference": [
+        "calibration.statistics=reference",
+        "calibration.batch_size=1",
+        "adapter.eigen_select=largest",
+    ],
 }
 AGAIN = "corda-kpm"
 COMMON = ["train.max_steps=3", "train.checkpoint_every=1", "eval.suites=[]"]

@@ -22,7 +22,12 @@ from launch.runtime.distributed import FOREVER, on_rank0, start, stop
 from launch.runtime.errors import run
 
 STEPS = ["train.max_steps=4", "train.checkpoint_every=2"]
-FULL = ["adapter.method=full", "train.gradient_checkpointing=true", "train.weight_decay=0.1", "train.lr=0.003"]
+FULL = [
+    "adapter.method=full",
+    "train.gradient_checkpointing=true",
+    "train.weight_decay=0.1",
+    "train.lr=0.003",
+]
 CASES = {  # and their settings
     "rslora": ["adapter.method=rslora", "train.weight_decay=0.1"],
     "dora": ["adapter.method=dora", "train.gradient_checkpointing=true"],
@@ -73,4 +78,8 @@ def before_the_end(folder: Path, copy: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], [Path(path) for path in sys.argv[4:]]))
+    run(
+        lambda: main(
+            sys.argv[1], Path(sys.argv[2]), sys.argv[3], [Path(path) for path in sys.argv[4:]]
+        )
+    )

@@ -36,7 +36,9 @@ def generate(
 ) -> list[str]:
     """All responses, in the order of the prompts; each comes once."""
     found: dict[int, str] = {}
-    for part in generate_parts(model, tokenizer, prompts, **{"device": CPU, "sharded": False} | options):
+    for part in generate_parts(
+        model, tokenizer, prompts, **{"device": CPU, "sharded": False} | options
+    ):
         assert part
         assert not found.keys() & part.keys()
         found |= part
@@ -81,7 +83,12 @@ def greedy(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
     new: list[int] = []
     with torch.no_grad():
         while len(new) < most and len(ids) + len(new) < 32:
-            token = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax().item()
+            token = (
+                model(input_ids=torch.tensor([ids + new]), use_cache=False)
+                .logits[0, -1]
+                .argmax()
+                .item()
+            )
             if token == 0:
                 break
             new.append(token)
@@ -94,12 +101,22 @@ def test_equals_one_by_one_greedy_decoding(
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(12)]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=batch_size, device=CPU, sharded=False)
+    texts = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=8,
+        batch_size=batch_size,
+        device=CPU,
+        sharded=False,
+    )
     assert texts == [tokenizer.decode(greedy(model, ids, 8)) for ids in prompts]
     assert len({len(text.split()) for text in texts}) > 1  # some stop early
 
 
-def test_stops_at_the_end_of_the_context(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_stops_at_the_end_of_the_context(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     prompt = [5] * 30
     options = {"max_new_tokens": 100, "batch_size": 2, "device": CPU, "sharded": False}
     assert len(generate(model, tokenizer, [prompt], **options)[0].split()) <= 2
@@ -115,7 +132,15 @@ def test_a_short_prompt_gets_its_tokens_beside_a_long_one(
 ) -> None:
     """`max_new_tokens` is per prompt: only a prompt whose own context ends gets fewer, whatever runs beside it."""
     prompts = [[5] * 29, [7, 8], [9] * 30, [3, 4, 6]]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=batch_size, device=CPU, sharded=False)
+    texts = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=8,
+        batch_size=batch_size,
+        device=CPU,
+        sharded=False,
+    )
     assert texts == [tokenizer.decode(greedy(model, ids, 8)) for ids in prompts]
     assert max(len(text.split()) for text in texts) > 3
 
@@ -143,7 +168,9 @@ def test_a_checkpoints_own_generation_settings_do_not_change_greedy_decoding(
     changed = copy.deepcopy(model)
     for name, value in setting.items():
         setattr(changed.generation_config, name, value)
-    texts = generate(changed, tokenizer, prompts, max_new_tokens=8, batch_size=2, device=CPU, sharded=False)
+    texts = generate(
+        changed, tokenizer, prompts, max_new_tokens=8, batch_size=2, device=CPU, sharded=False
+    )
     assert texts == wanted
 
 
@@ -151,13 +178,19 @@ def test_end_of_sequence_tokens_inside_a_prompt_are_read_and_not_taken_for_paddi
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompts = [[0, 0, 5, 6], [7, 0, 8, 9, 10, 11, 12], [0]]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3, device=CPU, sharded=False)
+    texts = generate(
+        model, tokenizer, prompts, max_new_tokens=6, batch_size=3, device=CPU, sharded=False
+    )
     assert texts == [tokenizer.decode(greedy(model, ids, 6)) for ids in prompts]
     assert any(texts)
 
 
-def test_equal_prompts_get_equal_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = generate(model, tokenizer, [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]], max_new_tokens=5, batch_size=2)
+def test_equal_prompts_get_equal_texts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = generate(
+        model, tokenizer, [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]], max_new_tokens=5, batch_size=2
+    )
     assert texts[0] == texts[2] == texts[4]
 
 
@@ -173,14 +206,22 @@ def other_models() -> dict[str, PreTrainedModel]:
     }
     layers = ["conv", "full_attention", "conv"]
     return {
-        "learned positions": GPT2LMHeadModel(GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
-        "sliding window": MistralForCausalLM(MistralConfig(**llama, num_hidden_layers=2, sliding_window=6)),
-        "convolutions": Lfm2ForCausalLM(Lfm2Config(**llama, num_hidden_layers=3, layer_types=layers)),
+        "learned positions": GPT2LMHeadModel(
+            GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+        ),
+        "sliding window": MistralForCausalLM(
+            MistralConfig(**llama, num_hidden_layers=2, sliding_window=6)
+        ),
+        "convolutions": Lfm2ForCausalLM(
+            Lfm2Config(**llama, num_hidden_layers=3, layer_types=layers)
+        ),
     }
 
 
 @pytest.mark.parametrize("kind", ["learned positions", "sliding window", "convolutions"])
-def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     """Positions end at the context; a window counts tokens, not padding; states other than keys are not joined."""
     model = other_models()[kind].eval()
     draw = torch.Generator().manual_seed(0)
@@ -189,15 +230,24 @@ def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(kind: str, tokeni
     assert texts == [tokenizer.decode(greedy(model, ids, 20)) for ids in prompts]
 
 
-def test_a_model_without_keys_and_values_is_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
-    with pytest.raises(EvalError, match=r"--model: MambaForCausalLM keeps no keys and values .* --backend openai"):
+def test_a_model_without_keys_and_values_is_refused_by_name(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
+    with pytest.raises(
+        EvalError, match=r"--model: MambaForCausalLM keeps no keys and values .* --backend openai"
+    ):
         generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_how_often_places_fill_again_changes_nothing(
-    steps: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    steps: int,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("eval.generation.schedule._interval", lambda _: steps)
     draw = torch.Generator().manual_seed(6)
@@ -206,11 +256,15 @@ def test_how_often_places_fill_again_changes_nothing(
     assert texts == [tokenizer.decode(greedy(model, ids, 11)) for ids in prompts]
 
 
-def test_a_stop_ends_a_response_and_is_cut_off(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_stop_ends_a_response_and_is_cut_off(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     prompts = [[5, 6], [7], [8, 9, 10]]
     whole = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2)
     stop = whole[0].split()[2]
-    found = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2, stops=[stop, "never"])
+    found = generate(
+        model, tokenizer, prompts, max_new_tokens=8, batch_size=2, stops=[stop, "never"]
+    )
     assert found == [text.partition(stop)[0] for text in whole]
     assert found[0] != whole[0]
 
@@ -226,14 +280,24 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(
     assert generate(model, tokenizer, prompts, batch_size=2, **options) == texts
 
 
-def test_draws_follow_the_models_probabilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_draws_follow_the_models_probabilities(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     n = 2000
     texts = generate(
-        model, tokenizer, [[5, 6]] * n, max_new_tokens=1, batch_size=500, temperature=2.0, seeds=list(range(n))
+        model,
+        tokenizer,
+        [[5, 6]] * n,
+        max_new_tokens=1,
+        batch_size=500,
+        temperature=2.0,
+        seeds=list(range(n)),
     )
     with torch.no_grad():
         wanted = (model(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2).softmax(0)
-    counts = torch.bincount(torch.tensor([int(text[1:]) if text else 0 for text in texts]), minlength=40)
+    counts = torch.bincount(
+        torch.tensor([int(text[1:]) if text else 0 for text in texts]), minlength=40
+    )
     # Five standard errors of a binomial proportion.
     assert ((counts / n - wanted).abs() <= 5 * (wanted * (1 - wanted) / n).sqrt() + 1e-3).all()
 
@@ -254,7 +318,9 @@ def test_batches_change_nothing_on_real_weights_but_ties(shared: Path) -> None:
                 continue
             ties += 1
             ids_a, ids_b = (tokenizer(text, add_special_tokens=False).input_ids for text in (a, b))
-            same = next(i for i, pair in enumerate(zip(ids_a, ids_b, strict=False)) if pair[0] != pair[1])
+            same = next(
+                i for i, pair in enumerate(zip(ids_a, ids_b, strict=False)) if pair[0] != pair[1]
+            )
             with torch.no_grad():
                 best = model(torch.tensor([ids + ids_a[:same]])).logits[0, -1].topk(2).values
             assert best[0] - best[1] < 1e-4

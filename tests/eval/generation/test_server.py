@@ -65,7 +65,9 @@ def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str
     return [found[i] for i in range(len(prompts))]
 
 
-def test_every_prompt_is_answered_in_its_place(server: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_is_answered_in_its_place(
+    server: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, handler = server
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     prompts = [f"p{i}" for i in range(40)]
@@ -95,7 +97,8 @@ def test_samples_carry_their_seeds(server: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [("absent", "HTTP 404: .*no such model.*--model"), ("odd", "is it a completions server")]
+    ("model", "message"),
+    [("absent", "HTTP 404: .*no such model.*--model"), ("odd", "is it a completions server")],
 )
 def test_a_refusal_is_one_line(model: str, message: str, server: tuple) -> None:
     with pytest.raises(EvalError, match=message):

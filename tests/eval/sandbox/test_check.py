@@ -66,11 +66,15 @@ def humaneval(row: dict, solution: str) -> Job:
 
 def mbpp(row: dict) -> Job:
     """The job of an MBPP row with its reference; its entry point is what the first assert calls of the reference's."""
-    defined = {node.name for node in ast.walk(ast.parse(row["code"])) if isinstance(node, ast.FunctionDef)}
+    defined = {
+        node.name for node in ast.walk(ast.parse(row["code"])) if isinstance(node, ast.FunctionDef)
+    }
     called = [
         node.func.id
         for node in ast.walk(ast.parse(row["test_list"][0]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in defined
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in defined
     ]
     tests = "\n".join(row["test_list"])
     return Job(
@@ -83,26 +87,36 @@ def mbpp(row: dict) -> Job:
 
 
 def none_instead(job: Job) -> Job:
-    return job._replace(solution=f"{job.solution}\n\ndef {job.entry_point}(*arguments, **keywords):\n    return None\n")
+    return job._replace(
+        solution=f"{job.solution}\n\ndef {job.entry_point}(*arguments, **keywords):\n    return None\n"
+    )
 
 
 def failures(ids: list, verdicts: list[Verdict]) -> dict:
-    return {name: verdict for name, verdict in zip(ids, verdicts, strict=True) if not verdict.passed}
+    return {
+        name: verdict for name, verdict in zip(ids, verdicts, strict=True) if not verdict.passed
+    }
 
 
 def test_humaneval_references(shared: Path, level: str) -> None:
     tasks = rows(shared, "humaneval.jsonl")
     began = time.monotonic()
     right = check_many(humaneval(row, row["prompt"] + row["canonical_solution"]) for row in tasks)
-    print(f"HumanEval in {level}: {sum(v.passed for v in right)}/{len(right)} in {time.monotonic() - began:.1f} s")
+    print(
+        f"HumanEval in {level}: {sum(v.passed for v in right)}/{len(right)} in {time.monotonic() - began:.1f} s"
+    )
     assert failures([row["task_id"] for row in tasks], right) == {}
     assert len(tasks) == 164
 
 
 def test_humaneval_with_none(shared: Path, any_level: None) -> None:
     tasks = rows(shared, "humaneval.jsonl")
-    wrong = check_many(none_instead(humaneval(row, row["prompt"] + row["canonical_solution"])) for row in tasks)
-    assert [row["task_id"] for row, verdict in zip(tasks, wrong, strict=True) if verdict.passed] == []
+    wrong = check_many(
+        none_instead(humaneval(row, row["prompt"] + row["canonical_solution"])) for row in tasks
+    )
+    assert [
+        row["task_id"] for row, verdict in zip(tasks, wrong, strict=True) if verdict.passed
+    ] == []
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
@@ -115,7 +129,11 @@ def test_mbpp_references(shared: Path, any_level: None) -> None:
     assert failures([row["task_id"] for row in tasks], right) == {}
     some = sorted(random.Random(0).sample(range(len(tasks)), 100))
     wrong = check_many(none_instead(jobs[index]) for index in some)
-    assert [tasks[index]["task_id"] for index, verdict in zip(some, wrong, strict=True) if verdict.passed] == []
+    assert [
+        tasks[index]["task_id"]
+        for index, verdict in zip(some, wrong, strict=True)
+        if verdict.passed
+    ] == []
     assert len(tasks) == 974
 
 
@@ -348,12 +366,17 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(name: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> None:
+def test_attack(
+    name: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: None
+) -> None:
     word = f"secret{os.getpid()}{time.monotonic_ns()}"
     monkeypatch.setenv("ASTRA_TEST_SECRET", word)
     witness = tmp_path / "witness.txt"
     witness.write_text("intact")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         abstract.bind(f"\0{word}")
         abstract.listen()
         text = ATTACKS[name]
@@ -373,25 +396,42 @@ def test_attack(name: str, level: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert not verdict.passed and verdict.reason and verdict.isolation == level
     assert took < 1 + 2
     assert "\n" not in verdict.reason and len(verdict.reason) <= 200
-    assert [path.name for path in tmp_path.iterdir()] == ["witness.txt"] and witness.read_text() == "intact"
-    assert not any(os.path.exists(f"{place}/{word}") for place in ("/", "/usr", "/var/tmp", "/tmp", "/etc", "/dev/shm"))
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "witness.txt"
+    ] and witness.read_text() == "intact"
+    assert not any(
+        os.path.exists(f"{place}/{word}")
+        for place in ("/", "/usr", "/var/tmp", "/tmp", "/etc", "/dev/shm")
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["a file of ours", "others' command lines", "a server on this machine", "an abstract socket"]
+    "name",
+    ["a file of ours", "others' command lines", "a server on this machine", "an abstract socket"],
 )
-def test_the_attacks_work_where_nothing_isolates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attacks_work_where_nothing_isolates(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A control: these four pass without a box, so it is the box that stops them."""
     monkeypatch.setattr(sandbox, "LEVELS", ())
     monkeypatch.setattr(sandbox, "_chosen", None)
     witness = tmp_path / "witness.txt"
     witness.write_text("intact")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         abstract.bind(f"\0{tmp_path}")
         abstract.listen()
-        text = ESCAPES[name].replace("WITNESS", str(witness)).replace("PORT", str(server.getsockname()[1]))
+        text = (
+            ESCAPES[name]
+            .replace("WITNESS", str(witness))
+            .replace("PORT", str(server.getsockname()[1]))
+        )
         text = text.replace("WORD", str(tmp_path))
-        assert check(text, "assert f(2) == 4", "f", allow_unsandboxed=True) == Verdict(True, "passed", "none")
+        assert check(text, "assert f(2) == 4", "f", allow_unsandboxed=True) == Verdict(
+            True, "passed", "none"
+        )
 
 
 def test_no_isolation_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +448,9 @@ def test_no_isolation_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_box_that_breaks_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_chosen", sandbox.Box("bubblewrap", ["sh", "-c", "echo no space >&2; exit 1"]))
+    monkeypatch.setattr(
+        sandbox, "_chosen", sandbox.Box("bubblewrap", ["sh", "-c", "echo no space >&2; exit 1"])
+    )
     with pytest.raises(EvalError, match="did not start: no space"):
         check("def f(x): return 4", "assert f(2) == 4", "f")
 
@@ -446,7 +488,14 @@ def test_codec_converts_what_is_nearly_plain() -> None:
     assert through({"a": 1}.items()) == {("a", 1)}
     assert through(collections.namedtuple("P", "a b")(1, 2)) == (1, 2)
     assert str(through(float("nan"))) == "nan"
-    for other in (object(), re.match("a", "a"), int, len, IntEnum("E", "A").A, type("S", (str,), {})("a")):
+    for other in (
+        object(),
+        re.match("a", "a"),
+        int,
+        len,
+        IntEnum("E", "A").A,
+        type("S", (str,), {})("a"),
+    ):
         back = through(other)
         assert back is not None and all(back != x for x in (other, back, 0, 1, "a"))
         with pytest.raises(TypeError):
@@ -479,9 +528,13 @@ def test_values_cross_the_box(any_level: None) -> None:
     tests = f"from collections import *\ninf = float('inf')\nfor x in {plain[:5] + plain[7:]}: assert f(x) == x, x"
     assert check(SAME, tests, "f").reason == "passed"
     # Exact types: True is not written as 1, and 1.0 is no integer.
-    assert check(SAME, "assert [type(f(x)) for x in (1, 1.0, True)] == [int, float, bool]", "f").passed
+    assert check(
+        SAME, "assert [type(f(x)) for x in (1, 1.0, True)] == [int, float, bool]", "f"
+    ).passed
     assert check("def f(a, *, b): return a - b", "assert f(5, b=3) == 2", "f").passed
-    assert check("import re\ndef f(x): return re.match('a', x)", "assert f('a')\nassert f('b') is None", "f").passed
+    assert check(
+        "import re\ndef f(x): return re.match('a', x)", "assert f('a')\nassert f('b') is None", "f"
+    ).passed
 
 
 def test_exceptions_cross_the_box(any_level: None) -> None:
@@ -505,7 +558,10 @@ def test_exceptions_cross_the_box(any_level: None) -> None:
         ("def f(x) return 4", "syntax error: expected ':' (line 1)"),
         ("", "no function named f"),
         ("def f(x):\n    return 4\nif __name__ == '__main__':\n    f(input())", "passed"),
-        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    a: int\ndef f(x):\n    return A(4).a", "passed"),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    a: int\ndef f(x):\n    return A(4).a",
+            "passed",
+        ),
     ],
 )
 def test_reasons(any_level: None, solution: str, reason: str) -> None:
@@ -551,8 +607,12 @@ def test_a_value_handed_back_is_no_fault_of_the_tests(any_level: None) -> None:
 
 
 def test_reasons_are_one_printable_line(any_level: None) -> None:
-    verdict = check("def f(x): raise ValueError('a\\x1b[2Jb\\n\\ud800' + 'c' * 999)", "assert f(2) == 4", "f")
-    assert verdict.reason.startswith("raised ValueError: a?[2Jb ?ccc") and len(verdict.reason) == 200
+    verdict = check(
+        "def f(x): raise ValueError('a\\x1b[2Jb\\n\\ud800' + 'c' * 999)", "assert f(2) == 4", "f"
+    )
+    assert (
+        verdict.reason.startswith("raised ValueError: a?[2Jb ?ccc") and len(verdict.reason) == 200
+    )
 
 
 def test_tests_in_the_box(level: str) -> None:
@@ -565,7 +625,8 @@ def test_tests_in_the_box(level: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FORGED if not name.startswith("an always equal") and "says" not in name]
+    "name",
+    [name for name in FORGED if not name.startswith("an always equal") and "says" not in name],
 )
 def test_forged_in_the_box(any_level: None, name: str, nothing_left: None) -> None:
     """With the tests beside it a program can still claim equality, but not with these."""
@@ -577,17 +638,26 @@ def test_forged_in_the_box(any_level: None, name: str, nothing_left: None) -> No
 def test_in_threads_and_processes(any_level: None, nothing_left: None) -> None:
     arguments = ("def f(x): return 4", "assert f(2) == 4", "f")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(future.result().passed for future in [pool.submit(check, *arguments) for _ in range(16)])
+        assert all(
+            future.result().passed for future in [pool.submit(check, *arguments) for _ in range(16)]
+        )
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        assert all(future.result().passed for future in [pool.submit(check, *arguments) for _ in range(4)])
+        assert all(
+            future.result().passed for future in [pool.submit(check, *arguments) for _ in range(4)]
+        )
 
 
 def test_nothing_outlives_a_killed_caller(level: str) -> None:
     before = boxed()
     program = "import time\ntime.sleep(60)"
     caller = subprocess.Popen(
-        [sys.executable, "-c", f"{START}\nsandbox.check({program!r}, 'f(2)', 'f', timeout=60)", level],
+        [
+            sys.executable,
+            "-c",
+            f"{START}\nsandbox.check({program!r}, 'f(2)', 'f', timeout=60)",
+            level,
+        ],
         cwd=Path(__file__).resolve().parents[3],
     )
     until = time.monotonic() + 20
@@ -606,13 +676,18 @@ START = "import sys\nfrom eval import sandbox\nsandbox._chosen = sandbox.find(sy
 def test_no_file_stays_open(any_level: None) -> None:
     check(SAME, "assert f(1) == 1", "f")
     before = len(os.listdir("/proc/self/fd"))
-    check_many([Job(SAME, "assert f(1) == 1", "f"), Job("while True: pass", "f(1)", "f", timeout=0.3)] * 3)
+    check_many(
+        [Job(SAME, "assert f(1) == 1", "f"), Job("while True: pass", "f(1)", "f", timeout=0.3)] * 3
+    )
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_500_short_programs_in_a_minute(any_level: None, nothing_left: None) -> None:
     """Half of them wrong; the bound is for a machine that does something else too."""
-    jobs = [Job(f"def f(x):\n    return x + {n % 2}", f"assert f({n}) == {n + 1}", "f") for n in range(500)]
+    jobs = [
+        Job(f"def f(x):\n    return x + {n % 2}", f"assert f({n}) == {n + 1}", "f")
+        for n in range(500)
+    ]
     done: list[int] = []
     began = time.monotonic()
     verdicts = check_many(jobs, progress=done.append)

@@ -40,7 +40,15 @@ def test_strict(output: str, good: bool) -> None:
     try:
         exec(compile(text, "program", "exec"), names)  # texts of this file
         found = names["f"](1)
-    except (AssertionError, KeyError, SyntaxError, ValueError, NameError, MemoryError, RecursionError):
+    except (
+        AssertionError,
+        KeyError,
+        SyntaxError,
+        ValueError,
+        NameError,
+        MemoryError,
+        RecursionError,
+    ):
         found = None
     assert (found == 2) is good
 
@@ -56,7 +64,10 @@ def test_a_program_that_asserts_is_not_cut() -> None:
 
 
 def test_the_published_rule_cuts_at_the_first_assert_and_main_guard() -> None:
-    assert program.literature("```python\ndef f(x):\n    assert x\n    return x\n```") == "def f(x):\n    "
+    assert (
+        program.literature("```python\ndef f(x):\n    assert x\n    return x\n```")
+        == "def f(x):\n    "
+    )
     assert program.literature('x = 1\nif __name__ == "__main__":\n    f()') == "x = 1\n"
     assert program.literature("```\nx\n```") == "```\nx\n```"
     assert program.literature("```python\ny = 1\n```", "x = 1") == "x = 1\ny = 1"
@@ -79,7 +90,9 @@ def test_the_real_problems(shared: Path) -> None:
     tests = TASKS["mbpp"].rows(data, None)
     assert (len(tests), tests[0].id, tests[-1].id) == (500, "mbpp/11", "mbpp/510")
     assert len(list(mbpp.everything("mbpp", data))) == 974
-    assert [p.id for p in mbpp.everything("mbpp", data) if p.tests["in_box"]] == [f"mbpp/{i}" for i in mbpp.IN_BOX]
+    assert [p.id for p in mbpp.everything("mbpp", data) if p.tests["in_box"]] == [
+        f"mbpp/{i}" for i in mbpp.IN_BOX
+    ]
 
 
 def test_the_sanitised_sets_fields_and_what_is_wrong(tmp_path: Path) -> None:
@@ -98,6 +111,8 @@ def test_the_sanitised_sets_fields_and_what_is_wrong(tmp_path: Path) -> None:
         "f",
     )
     assert "Add.\nTest examples:\nassert f(1) == 2" in problem.question
-    (tmp_path / "sanitized-mbpp.json").write_text(json.dumps([row | {"test_list": ["assert g(1)"]}]))
+    (tmp_path / "sanitized-mbpp.json").write_text(
+        json.dumps([row | {"test_list": ["assert g(1)"]}])
+    )
     with pytest.raises(EvalError, match="row 1: its tests call nothing that its code defines"):
         TASKS["mbpp_sanitized"].rows(tmp_path, None)

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from eval.errors import EvalError
 from eval.tasks.gsm8k import grade, rows
 
-CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "grader_cases.jsonl").read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "grader_cases.jsonl").read_text().splitlines()
+]
 CASES = [case for case in CASES if case["bench"] == "gsm8k"]
 MORE = [
     ("The answer is:\n18", "18", True),
@@ -69,7 +72,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.get("contested")], ids=lambda case: case["why"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.get("contested")], ids=lambda case: case["why"]
+)
 def test_labelled_cases(case: dict) -> None:
     assert grade(case["output"], case["reference"]) is case["expected"]
 
@@ -103,7 +108,9 @@ def test_rows_keep_the_bare_answer_and_the_limit(tmp_path: Path) -> None:
     lines = [{"question": f"q{i}", "answer": f"so {i}\n#### 1,00{i}"} for i in range(3)]
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = [(problem.id, problem.question, problem.reference) for problem in rows(tmp_path, limit=2)]
+    found = [
+        (problem.id, problem.question, problem.reference) for problem in rows(tmp_path, limit=2)
+    ]
     assert found == [("gsm8k/0", "q0", "1,000"), ("gsm8k/1", "q1", "1,001")]
 
 
@@ -127,9 +134,13 @@ def test_rows_name_what_is_wrong(text: str, message: str, tmp_path: Path) -> Non
 def test_the_real_test_set_grades_its_own_answers(shared: Path) -> None:
     problems = rows(shared / "data")
     assert len(problems) == 1319
-    assert all(grade(f"The answer is: {problem.reference}", problem.reference) for problem in problems)
+    assert all(
+        grade(f"The answer is: {problem.reference}", problem.reference) for problem in problems
+    )
     wrong = [f"The answer is: {problem.reference}1" for problem in problems]
-    assert not any(grade(output, problem.reference) for output, problem in zip(wrong, problems, strict=True))
+    assert not any(
+        grade(output, problem.reference) for output, problem in zip(wrong, problems, strict=True)
+    )
     # One separator is read: of the gold answers that alone fails.
     failing = [
         problem.reference
@@ -144,13 +155,18 @@ SYNTAX = "0123456789 \t\u00a0\u2009/.,-+=eE%$()\\\\{}\u0663\u00b2\u00bd\uff11"
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.text(alphabet=SYNTAX, max_size=12), st.sampled_from(["The answer is: ", "#### ", "", "\\boxed{"]))
+@given(
+    st.text(alphabet=SYNTAX, max_size=12),
+    st.sampled_from(["The answer is: ", "#### ", "", "\\boxed{"]),
+)
 def test_never_raises_on_what_looks_like_a_number(text: str, before: str) -> None:
     assert grade(before + text, "18") in (True, False)
     assert grade("The answer is: 18", text) in (True, False)
 
 
-@pytest.mark.parametrize("text", ["1\t1/2", "3  / 4", "3 /  4", "1  1/2", "1\u20091/2", "-\t1/2", "1.5/0.0", "3/00"])
+@pytest.mark.parametrize(
+    "text", ["1\t1/2", "3  / 4", "3 /  4", "1  1/2", "1\u20091/2", "-\t1/2", "1.5/0.0", "3/00"]
+)
 def test_odd_white_space_and_zeros_in_a_fraction_do_not_raise(text: str) -> None:
     assert grade(f"The answer is: {text}", "18") is False
 
@@ -167,7 +183,9 @@ def test_odd_white_space_and_zeros_in_a_fraction_do_not_raise(text: str) -> None
         ("\u2168", False),  # a Roman numeral
     ],
 )
-def test_digits_of_other_scripts_are_read_and_what_is_no_digit_is_not(text: str, expected: bool) -> None:
+def test_digits_of_other_scripts_are_read_and_what_is_no_digit_is_not(
+    text: str, expected: bool
+) -> None:
     assert grade(f"The answer is: {text}", "18") is expected
 
 
@@ -197,7 +215,9 @@ def test_answers_of_hundreds_of_digits_neither_raise_nor_equal_a_short_one(digit
     ids=lambda text: text[:8].strip(),
 )
 @pytest.mark.parametrize("before", ["", "The answer is: "])
-def test_long_outputs_are_graded_in_a_time_that_grows_with_their_length(text: str, before: str) -> None:
+def test_long_outputs_are_graded_in_a_time_that_grows_with_their_length(
+    text: str, before: str
+) -> None:
     """100,000 characters: linear work takes 0.05 s at most here, quadratic work takes minutes; bound 2 s of CPU."""
     start = time.process_time()
     assert grade(before + text, "18") is False
@@ -216,7 +236,10 @@ def test_a_fraction_is_compared_exactly(answer: Fraction, reference: Fraction) -
 @pytest.mark.parametrize(
     ("content", "place"),
     [
-        (b'{"question": "q", "answer": "#### 1"}\n{"question": "\xff", "answer": "#### 1"}', "gsm8k_test.jsonl"),
+        (
+            b'{"question": "q", "answer": "#### 1"}\n{"question": "\xff", "answer": "#### 1"}',
+            "gsm8k_test.jsonl",
+        ),
         (b'{"question": ' + b"1" * 5000 + b', "answer": "#### 1"}', "1"),
         (b"[" * 100_000, "1"),
         (b"[1]", "row 1"),
@@ -224,9 +247,19 @@ def test_a_fraction_is_compared_exactly(answer: Fraction, reference: Fraction) -
         (b'{"question": "q", "answer": 3}', "row 1"),
         (b'\n{"question": "q", "answer": "#### 1"}', "line 1"),
     ],
-    ids=["not utf-8", "huge integer", "deep nesting", "list", "no number", "answer is a number", "blank line"],
+    ids=[
+        "not utf-8",
+        "huge integer",
+        "deep nesting",
+        "list",
+        "no number",
+        "answer is a number",
+        "blank line",
+    ],
 )
-def test_a_damaged_file_is_one_line_that_names_the_place(content: bytes, place: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line_that_names_the_place(
+    content: bytes, place: str, tmp_path: Path
+) -> None:
     (tmp_path / "gsm8k_test.jsonl").write_bytes(content)
     with pytest.raises(EvalError) as error:
         rows(tmp_path)

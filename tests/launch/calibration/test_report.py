@@ -10,14 +10,24 @@ def recipe(**adapter: object):  # noqa: ANN201
 
 MODULES = {
     "q": {"size": 64, "reach": 64, "rank": 4},
-    "gate": {"size": 160, "reach": 64, "rank": 4},  # its tail is what the weight cannot reach, whatever the tokens
-    "up": {"size": 66, "reach": 64, "rank": 4},  # two vectors that the weight cannot reach, and two others
+    "gate": {
+        "size": 160,
+        "reach": 64,
+        "rank": 4,
+    },  # its tail is what the weight cannot reach, whatever the tokens
+    "up": {
+        "size": 66,
+        "reach": 64,
+        "rank": 4,
+    },  # two vectors that the weight cannot reach, and two others
 }
 
 
 def test_too_few_tokens_are_warned_of_where_they_decide_the_tail() -> None:
     (line,) = doubts(MODULES, 63, recipe())
-    assert line.startswith("warning: 63 calibration tokens do not determine the tail of 2 modules, such as q of 64")
+    assert line.startswith(
+        "warning: 63 calibration tokens do not determine the tail of 2 modules, such as q of 64"
+    )
     assert "calibration.samples" in line
 
 

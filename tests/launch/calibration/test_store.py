@@ -64,7 +64,9 @@ def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
 
 
 # Of the 9 eigenvectors: kept by a calibration of rank 5, and wanted at rank 2.
-@pytest.mark.parametrize(("select", "kept", "wanted"), [("smallest", 0, 0), ("largest", 4, 7), ("middle", 2, 3)])
+@pytest.mark.parametrize(
+    ("select", "kept", "wanted"), [("smallest", 0, 0), ("largest", 4, 7), ("middle", 2, 3)]
+)
 def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
     select: str, kept: int, wanted: int, tmp_path: Path
 ) -> None:

@@ -26,7 +26,8 @@ def job_of() -> dict:
 
 def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
     documents = {
-        document["kind"]: document for document in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+        document["kind"]: document
+        for document in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     }
     for document in documents.values():
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
@@ -37,10 +38,17 @@ def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
     assert documents["Service"]["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert f"--master_addr {job['metadata']['name']}-0.{name} " in container["args"][0]
     assert f"--nnodes {job['spec']['completions']} " in container["args"][0]
-    assert f"--nproc_per_node {container['resources']['limits']['nvidia.com/gpu']} " in container["args"][0]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert (
+        f"--nproc_per_node {container['resources']['limits']['nvidia.com/gpu']} "
+        in container["args"][0]
+    )
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     claims = [
-        volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
     ]
     assert claims == [documents["PersistentVolumeClaim"]["metadata"]["name"]]
 
@@ -74,7 +82,11 @@ def test_the_pods_exit_code_follows_the_state_of_its_own_start(
 
 def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_the_job() -> None:
     rules = job_of()["spec"]["podFailurePolicy"]["rules"]
-    codes = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
+    codes = {
+        code: rule["action"]
+        for rule in rules
+        for code in rule.get("onExitCodes", {}).get("values", [])
+    }
     assert codes == {75: "Ignore", 2: "FailJob"}
 
 
@@ -90,7 +102,9 @@ def stub(folder: Path, name: str, body: str) -> None:
 
 
 def path_with(folder: Path) -> dict[str, str]:
-    return os.environ | {"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return os.environ | {
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    }
 
 
 SLURM = {
@@ -109,7 +123,9 @@ def submitted(script: str, folder: Path, *arguments: str) -> tuple[int, bool]:
     queued = folder / "requeue.txt"
     queued.unlink(missing_ok=True)
     line = ["bash", str(CLUSTER / script), *arguments]
-    done = subprocess.run(line, env=path_with(folder) | SLURM, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        line, env=path_with(folder) | SLURM, cwd=folder, capture_output=True, text=True
+    )
     assert not done.stderr
     assert not queued.exists() or queued.read_text() == "requeue 7_1\n"
     return done.returncode, queued.exists()
@@ -142,10 +158,14 @@ def test_the_slurm_script_queues_again_what_can_go_on(
     stub_srun(tmp_path, state, srun)
     assert submitted("slurm.sbatch", tmp_path, "--set", "train.lr=1e-4") == (code, requeued)
     started = (tmp_path / "srun.txt").read_text()
-    assert started.endswith("launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n")
+    assert started.endswith(
+        "launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n"
+    )
 
 
-def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_was_preempted(tmp_path: Path) -> None:
+def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_was_preempted(
+    tmp_path: Path,
+) -> None:
     for _ in range(3):
         stub_srun(tmp_path, "running", 1)
         assert submitted("slurm.sbatch", tmp_path) == (0, True)
@@ -155,13 +175,19 @@ def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_w
     assert submitted("slurm.sbatch", tmp_path) == (1, False)
 
 
-@pytest.mark.parametrize(("sweep", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True)])
+@pytest.mark.parametrize(
+    ("sweep", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True)]
+)
 def test_the_sweeps_script_queues_again_what_was_told_to_stop(
     sweep: int, code: int, requeued: bool, tmp_path: Path
 ) -> None:
     stub(tmp_path, "python", f'echo "$@" > sweep.txt; exit {sweep}')
     assert submitted("sweep.sbatch", tmp_path, "--table", "maths") == (code, requeued)
-    assert (tmp_path / "sweep.txt").read_text().startswith("launch/sweep.py --table maths --only 1 --launch srun ")
+    assert (
+        (tmp_path / "sweep.txt")
+        .read_text()
+        .startswith("launch/sweep.py --table maths --only 1 --launch srun ")
+    )
 
 
 def test_the_sweeps_script_gives_failed_runs_three_more_tries(tmp_path: Path) -> None:
@@ -171,7 +197,9 @@ def test_the_sweeps_script_gives_failed_runs_three_more_tries(tmp_path: Path) ->
 
 def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
     script = folder / "table.sbatch"
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "--table", "miniature", *options, "--slurm", str(script)])
+    monkeypatch.setattr(
+        sys, "argv", ["sweep.py", "--table", "miniature", *options, "--slurm", str(script)]
+    )
     sweep.main()
     return script
 
@@ -181,7 +209,14 @@ def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
 ) -> None:
     rows = len(read_table("miniature").units())
     assert rows > 1
-    options = ["--set", "model.name=/my models/it's", "--set", "train.max_steps=3", "--output", str(tmp_path / "a b")]
+    options = [
+        "--set",
+        "model.name=/my models/it's",
+        "--set",
+        "train.max_steps=3",
+        "--output",
+        str(tmp_path / "a b"),
+    ]
     script = write_sweep(tmp_path, monkeypatch, *options)
     lines = script.read_text().splitlines()
     template = (CLUSTER / "sweep.sbatch").read_text().splitlines()
@@ -196,7 +231,9 @@ def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
 
 
-@pytest.mark.parametrize("line", ["#SBATCH --job-name=astra-sweep", "#SBATCH --array=0", "# set -- --table miniature"])
+@pytest.mark.parametrize(
+    "line", ["#SBATCH --job-name=astra-sweep", "#SBATCH --array=0", "# set -- --table miniature"]
+)
 def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,23 +246,43 @@ def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
     assert not (tmp_path / "table.sbatch").exists()
 
 
-@pytest.mark.parametrize(("ended", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True), (1, 0, True)])
+@pytest.mark.parametrize(
+    ("ended", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True), (1, 0, True)]
+)
 def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
     ended: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = write_sweep(tmp_path, monkeypatch, "--set", "model.name=a b")
     stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
-    stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo node1; else echo "$@" > requeue.txt; fi')
+    stub(
+        tmp_path,
+        "scontrol",
+        'if [ "$1" = show ]; then echo node1; else echo "$@" > requeue.txt; fi',
+    )
     environment = path_with(tmp_path) | {
         "SLURM_ARRAY_TASK_ID": "3",
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_JOB_ID": "8",
         "SLURM_JOB_NODELIST": "node1",
     }
-    done = subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr
-    words = ["launch/sweep.py", "--table", "miniature", "--set", "model.name=a b", "--only", "3", "--launch"]
-    assert (tmp_path / "python.txt").read_text().splitlines() == [*words, "srun --kill-on-bad-exit=1 python"]
+    words = [
+        "launch/sweep.py",
+        "--table",
+        "miniature",
+        "--set",
+        "model.name=a b",
+        "--only",
+        "3",
+        "--launch",
+    ]
+    assert (tmp_path / "python.txt").read_text().splitlines() == [
+        *words,
+        "srun --kill-on-bad-exit=1 python",
+    ]
     assert (tmp_path / "requeue.txt").exists() is requeued
 
 
@@ -250,9 +307,17 @@ STEP = {
             {"SLURM_NODEID": "2", "SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
             {"RANK": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
         ),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_STEP_NUM_TASKS": "12"}, {"WORLD_SIZE": "12"}),
         (
-            {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "9", "MASTER_ADDR": None},
+            {"SLURM_STEP_TASKS_PER_NODE": "4(x3)", "SLURM_STEP_NUM_TASKS": "12"},
+            {"WORLD_SIZE": "12"},
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "9",
+                "MASTER_ADDR": None,
+            },
             {"LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "127.0.0.1"},
         ),
     ],

@@ -31,7 +31,10 @@ from launch.runtime.errors import UserError
 from launch.runtime.model_files import commit_of
 
 ROOT = Path(__file__).resolve().parents[3]
-GOOD = [{"query": f"q{i}", "response": f"a{i}", "type": "GSM_a" if i % 2 else "MATH_b"} for i in range(9)]
+GOOD = [
+    {"query": f"q{i}", "response": f"a{i}", "type": "GSM_a" if i % 2 else "MATH_b"}
+    for i in range(9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +66,25 @@ def texts(tokens: TokenSet, model: Path) -> list[tuple[str, str]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = []
     for i in range(len(tokens)):
-        ids, start = tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist(), int(tokens.answer_starts[i])
+        ids, start = (
+            tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist(),
+            int(tokens.answer_starts[i]),
+        )
         found.append((tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])))
     return found
 
 
-def plainly(data: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[list[int], int]]:
+def plainly(
+    data: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], int]]:
     """Tokens and start of the answer of every row that keeps an answer token, one row at a time."""
     found = []
     for row in data:
         begin = tokenizer(prompt(row["query"])).input_ids
         whole = tokenizer(prompt(row["query"]) + row["response"] + "\n").input_ids
-        begin, whole = (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in (begin, whole))
+        begin, whole = (
+            ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in (begin, whole)
+        )
         whole = [*whole, tokenizer.eos_token_id]
         start = 0
         while start < min(len(begin), len(whole)) and begin[start] == whole[start]:
@@ -86,18 +96,31 @@ def plainly(data: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: in
 
 def as_lists(tokens: TokenSet) -> list[tuple[list[int], int]]:
     bounds, starts = tokens.offsets.tolist(), tokens.answer_starts.tolist()
-    return [(tokens.tokens[a:b].tolist(), start) for a, b, start in zip(bounds[:-1], bounds[1:], starts, strict=True)]
+    return [
+        (tokens.tokens[a:b].tolist(), start)
+        for a, b, start in zip(bounds[:-1], bounds[1:], starts, strict=True)
+    ]
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.text("ab \n.é7", min_size=1), st.text("ab \n.é7", min_size=1)), min_size=1, max_size=6))
-def test_tokens_are_those_of_a_plain_loop(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.text("ab \n.é7", min_size=1), st.text("ab \n.é7", min_size=1)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_tokens_are_those_of_a_plain_loop(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
+) -> None:
     values = [{"query": query, "response": response} for query, response in pairs]
     good = [rows.Row(i, query, "", response) for i, (query, response) in enumerate(pairs, start=1)]
     assert list(tokenise(good, tokenizer)) == plainly(values, tokenizer, 10**6)
 
 
-def test_real_rows_with_a_real_tokenizer_are_those_of_a_plain_loop(shared: Path, tmp_path: Path) -> None:
+def test_real_rows_with_a_real_tokenizer_are_those_of_a_plain_loop(
+    shared: Path, tmp_path: Path
+) -> None:
     """More rows than a chunk, a limit within one, cut rows and rows without an answer."""
     base, path = shared / "models" / "stories260K", shared / "data" / "metamath_like_3000.jsonl"
     data = Data(path=str(path), limit=rows.CHUNK + 100, max_length=200, on_bad_row="drop")
@@ -122,7 +145,9 @@ def test_every_kind_of_file_and_folder_holds_the_same_rows(model: Path, tmp_path
         folder.mkdir(parents=True)
     datasets.Dataset.from_list(GOOD).to_parquet(plain / "train-00000-of-00001.parquet")
     (nested / "train-0.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (nested / "test-0.jsonl.gz").write_bytes(gzip.compress(b'{"query": "not", "response": "these"}\n'))
+    (nested / "test-0.jsonl.gz").write_bytes(
+        gzip.compress(b'{"query": "not", "response": "these"}\n')
+    )
     write(named / "one.jsonl", GOOD)
     write(named / "two.jsonl", [{"query": "not", "response": "these"}])
     (named.parent / "README.md").write_text(
@@ -130,7 +155,15 @@ def test_every_kind_of_file_and_folder_holds_the_same_rows(model: Path, tmp_path
         "- config_name: two\n  data_files: [{split: train, path: data/two.jsonl}]\n---\n"
     )
     hashes = {}
-    for name in ("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet", "plain", "nested", "named"):
+    for name in (
+        "rows.jsonl",
+        "rows.json",
+        "rows.jsonl.gz",
+        "rows.parquet",
+        "plain",
+        "nested",
+        "named",
+    ):
         data = Data(path=str(tmp_path / name), config="one" if name == "named" else None)
         hashes[name] = prepared.obtain(data, model).manifest["tokens_sha256"]
     assert len(set(hashes.values())) == 1, hashes
@@ -154,12 +187,16 @@ def test_hub_files_are_taken_from_the_hubs_cache_with_their_commit(
     assert found.manifest["kept"] == len(GOOD)
 
 
-def test_rows_are_kept_by_text_list_and_pattern_and_the_first_of_them(model: Path, tmp_path: Path) -> None:
+def test_rows_are_kept_by_text_list_and_pattern_and_the_first_of_them(
+    model: Path, tmp_path: Path
+) -> None:
     path = write(tmp_path / "rows.jsonl", [*GOOD, {"query": "q", "response": "a", "type": None}])
 
     def questions(**fields: object) -> list[str]:
         found = prepared.obtain(Data(path=str(path), **fields), model)
-        return re.findall(r"Instruction:\n(.*)\n", "".join(begin for begin, _ in texts(found.open(), model)))
+        return re.findall(
+            r"Instruction:\n(.*)\n", "".join(begin for begin, _ in texts(found.open(), model))
+        )
 
     assert questions(keep={"type": "GSM_*"}, limit=3) == ["q1", "q3", "q5"]
     assert questions(keep={"type": ["MATH_b", "none"]}) == ["q0", "q2", "q4", "q6", "q8"]
@@ -174,7 +211,11 @@ def test_an_input_that_is_not_empty_gets_alpacas_prompt(model: Path, tmp_path: P
     values = [{"query": "Add.", "input": more, "response": "3"} for more in ("1 and 2", "", None)]
     data = Data(path=str(write(tmp_path / "rows.jsonl", values)), input="input")
     begins = [begin for begin, _ in texts(prepared.obtain(data, model).open(), model)]
-    assert begins == [ALPACA_INPUT.format(instruction="Add.", input="1 and 2"), prompt("Add."), prompt("Add.")]
+    assert begins == [
+        ALPACA_INPUT.format(instruction="Add.", input="1 and 2"),
+        prompt("Add."),
+        prompt("Add."),
+    ]
 
 
 def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Path) -> None:
@@ -185,8 +226,12 @@ def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Pat
     data = Data(path=str(path), max_length=room)
     with pytest.raises(UserError) as refused:
         prepared.obtain(data, model)
-    assert str(refused.value).startswith(f"data.path: row 2 of {path}: field 'response' is '', empty; in all ")
-    assert "2 empty, 1 no answer token within max_length, 2 not text, of 8 rows" in str(refused.value)
+    assert str(refused.value).startswith(
+        f"data.path: row 2 of {path}: field 'response' is '', empty; in all "
+    )
+    assert "2 empty, 1 no answer token within max_length, 2 not text, of 8 rows" in str(
+        refused.value
+    )
     found = prepared.obtain(data.model_copy(update={"on_bad_row": "drop"}), model)
     assert found.manifest["dropped"] == {rows.EMPTY: 2, rows.NOT_TEXT: 2, prepared.TOO_LONG: 1}
     tokens = found.open()
@@ -194,13 +239,17 @@ def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Pat
     assert [end for _, end in texts(tokens, model)] == ["a0\n</s>", "abcd", "a1\n</s>"]
     cut = data.model_copy(update={"on_bad_row": "drop", "on_cut": "drop"})
     assert prepared.obtain(cut, model).manifest["dropped"][prepared.CUT] == 1
-    with pytest.raises(UserError, match=r"data\.max_length: row 7 of .*its answer is cut, .*data\.on_cut=keep"):
+    with pytest.raises(
+        UserError, match=r"data\.max_length: row 7 of .*its answer is cut, .*data\.on_cut=keep"
+    ):
         prepared.obtain(cut.model_copy(update={"on_cut": "refuse"}), model)
     with pytest.raises(UserError, match=r"data\.max_length: no row has an answer token within it"):
         prepared.obtain(cut.model_copy(update={"max_length": 5}), model)
 
 
-def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(model: Path, tmp_path: Path) -> None:
+def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(
+    model: Path, tmp_path: Path
+) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     data = Data(path=str(path))
     made = prepared.make(tmp_path / "made", data, model, path)
@@ -208,8 +257,15 @@ def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(model
     wanted = data.model_copy(update={"prepared": str(tmp_path / "made")})
     found = prepared.obtain(wanted, model)
     assert found.manifest == made.manifest
-    for field, value in {"max_length": 100, "limit": 3, "answer": "type", "keep": {"type": "GSM_*"}}.items():
-        with pytest.raises(UserError, match=rf"data\.prepared: .* made with another data\.{field} \(.*, now "):
+    for field, value in {
+        "max_length": 100,
+        "limit": 3,
+        "answer": "type",
+        "keep": {"type": "GSM_*"},
+    }.items():
+        with pytest.raises(
+            UserError, match=rf"data\.prepared: .* made with another data\.{field} \(.*, now "
+        ):
             prepared.obtain(wanted.model_copy(update={field: value}), model)
     config = json.loads((model / "tokenizer_config.json").read_text())
     other = tmp_path / "other"
@@ -221,7 +277,9 @@ def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(model
         prepared.obtain(wanted.model_copy(update={"prepared": str(tmp_path / "nothing")}), model)
 
 
-def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(model: Path, tmp_path: Path) -> None:
+def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(
+    model: Path, tmp_path: Path
+) -> None:
     path, folder = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "made"
     data = Data(path=str(path))
     prepared.make(folder, data, model, path)
@@ -232,15 +290,23 @@ def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(mo
     with pytest.raises(UserError, match=r"tokens\.bin: damaged, its hash"):
         prepared.make(folder, data, model, path, verify=True)
     (folder / "tokens.bin").write_bytes(content[:-4])
-    for start in (lambda: prepared.obtain(wanted, model), lambda: prepared.make(folder, data, model, path)):
-        with pytest.raises(UserError, match=rf"tokens\.bin: damaged \({len(content) - 4} bytes, not {len(content)}\)"):
+    for start in (
+        lambda: prepared.obtain(wanted, model),
+        lambda: prepared.make(folder, data, model, path),
+    ):
+        with pytest.raises(
+            UserError,
+            match=rf"tokens\.bin: damaged \({len(content) - 4} bytes, not {len(content)}\)",
+        ):
             start()
     (folder / "manifest.json").write_text('{"made')
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
         prepared.obtain(wanted, model)
 
 
-def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(model: Path, tmp_path: Path) -> None:
+def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(
+    model: Path, tmp_path: Path
+) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     data = Data(path=str(path))
     first = prepared.obtain(data, model)
@@ -260,20 +326,36 @@ def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(model: Pa
 def command(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """launch/prepare.py on many rows, two of them copied from GSM8K and one with 13 of its words in a row."""
     folder = tmp_path_factory.mktemp("command")
-    made = [{"query": f"question {i} " + "word " * 5, "response": f"answer {i}"} for i in range(12_000)]
-    question = "Ann has three red apples and gives two of them to her old friend Ben. How many are left?"
+    made = [
+        {"query": f"question {i} " + "word " * 5, "response": f"answer {i}"} for i in range(12_000)
+    ]
+    question = (
+        "Ann has three red apples and gives two of them to her old friend Ben. How many are left?"
+    )
     made[5] = {"query": question.upper().replace(",", ""), "response": "1"}
-    made[7] = {"query": "Another one", "response": "so " + " ".join(question.split()[2:16]) + " then"}
+    made[7] = {
+        "query": "Another one",
+        "response": "so " + " ".join(question.split()[2:16]) + " then",
+    }
     made[9] = {"query": "And", "response": " ".join(question.split()[2:14])}  # only 12 words
     write(folder / "rows.jsonl", made)
-    filler = [{"question": f"problem {i} of something else altogether", "answer": "#### 1"} for i in range(20)]
+    filler = [
+        {"question": f"problem {i} of something else altogether", "answer": "#### 1"}
+        for i in range(20)
+    ]
     write(folder / "gsm8k_test.jsonl", [*filler, {"question": question, "answer": "#### 1"}])
     (folder / "recipe.yaml").write_text(
         f"model: {{name: {model}}}\ndata: {{path: {folder}/rows.jsonl}}\neval: {{data_dir: {folder}}}\n"
     )
 
     def line(*options: object) -> list[str]:
-        words = [sys.executable, ROOT / "launch" / "prepare.py", "--recipe", folder / "recipe.yaml", *options]
+        words = [
+            sys.executable,
+            ROOT / "launch" / "prepare.py",
+            "--recipe",
+            folder / "recipe.yaml",
+            *options,
+        ]
         return [str(word) for word in words]
 
     return line
@@ -283,19 +365,28 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_repor
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "made"
-    started = subprocess.Popen(command("--output", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        command("--output", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (folder / "progress.json").is_file():
         assert started.poll() is None
         time.sleep(0.005)
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
-    assert not (folder / "manifest.json").is_file(), "finished before it was killed: more rows are needed"
+    assert not (folder / "manifest.json").is_file(), (
+        "finished before it was killed: more rows are needed"
+    )
     done = json.loads((folder / "progress.json").read_text())["read"]
     with (folder / "tokens.bin").open("ab") as file:
         file.write(b"half a row")  # what a kill between two writes leaves
-    before = (folder / "tokens.bin").read_bytes()[: 4 * json.loads((folder / "progress.json").read_text())["tokens"]]
+    before = (folder / "tokens.bin").read_bytes()[
+        : 4 * json.loads((folder / "progress.json").read_text())["tokens"]
+    ]
     again = subprocess.run(
-        command("--output", folder, "--check-overlap", "gsm8k"), capture_output=True, text=True, check=False
+        command("--output", folder, "--check-overlap", "gsm8k"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert again.returncode == 0, again.stderr[-2000:]
     assert 0 < done < 12_000
@@ -336,7 +427,8 @@ def test_the_same_tokens_reach_1_2_and_4_ranks_in_the_same_order(
         steps = seen[world, micro_batch] = []
         for rows_of_step in step_rows(len(tokens), 10, 2, None, 0):
             shares = [
-                make_share(rows_of_step, tokens.lengths(), rank, world, micro_batch, packing) for rank in range(world)
+                make_share(rows_of_step, tokens.lengths(), rank, world, micro_batch, packing)
+                for rank in range(world)
             ]
             dealt = [batch for batches in zip(*shares, strict=True) for batch in batches]
             sequences = [rows_of for batch in dealt for rows_of in batch if rows_of is not None]
@@ -344,10 +436,14 @@ def test_the_same_tokens_reach_1_2_and_4_ranks_in_the_same_order(
             counted = torch.cat([collate(tokens, batch, packing).targets for batch in dealt])
             steps.append((sequences, counted.tolist()))
     assert all(steps == seen[1, 1] for steps in seen.values())
-    assert sum(len(counted) for _, counted in seen[1, 1]) == 2 * tokens.answer_tokens(range(len(tokens)))
+    assert sum(len(counted) for _, counted in seen[1, 1]) == 2 * tokens.answer_tokens(
+        range(len(tokens))
+    )
 
 
-def test_a_file_of_another_kind_in_the_folder_is_not_taken_for_the_same_rows(model: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_in_the_folder_is_not_taken_for_the_same_rows(
+    model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     for count in (3, 7):
@@ -375,7 +471,9 @@ def test_tokens_that_two_processes_wrote_at_once_are_refused(
                 file.write(b"1234")
 
     monkeypatch.setattr(rows, "select", disturbed)
-    with pytest.raises(UserError, match=r"tokens\.bin is not as long as what was written: another process"):
+    with pytest.raises(
+        UserError, match=r"tokens\.bin is not as long as what was written: another process"
+    ):
         prepared.make(tmp_path / "made", Data(path=str(path)), model, path)
     assert not (tmp_path / "made" / "manifest.json").exists()
 
@@ -384,13 +482,22 @@ def test_a_task_of_code_is_met_without_what_its_prompt_adds(tmp_path: Path) -> N
     names = [f"thing_{i}" for i in range(30)]
     texts = [f"Write a python function to find the {name}." for name in names]
     problems = [
-        {"task_id": 11 + i, "text": text, "code": f"def f{i}(x):\n    return x", "test_list": [f"assert f{i}(1) == 1"]}
+        {
+            "task_id": 11 + i,
+            "text": text,
+            "code": f"def f{i}(x):\n    return x",
+            "test_list": [f"assert f{i}(1) == 1"],
+        }
         for i, text in enumerate(texts)
     ]
     write(tmp_path / "mbpp.jsonl", problems)
     suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
     assert [suite.questions[overlap.normalise(text)] for text in texts] == [{i} for i in range(30)]
-    long = {"task_id": 50, "text": texts[0] + " Its sum is taken over all of them.", "code": problems[0]["code"]}
+    long = {
+        "task_id": 50,
+        "text": texts[0] + " Its sum is taken over all of them.",
+        "code": problems[0]["code"],
+    }
     write(tmp_path / "mbpp.jsonl", [*problems, long | {"test_list": problems[0]["test_list"]}])
     suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
     around = overlap.normalise(f"Please help me. {long['text']} Thank you.")
@@ -399,7 +506,9 @@ def test_a_task_of_code_is_met_without_what_its_prompt_adds(tmp_path: Path) -> N
 
 def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [*GOOD, {"query": "q", "response": ""}])
-    (tmp_path / "recipe.yaml").write_text(f"model: {{name: {model}}}\ndata: {{path: {path}, on_bad_row: drop}}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {model}}}\ndata: {{path: {path}, on_bad_row: drop}}\n"
+    )
     recipe = read(str(tmp_path / "recipe.yaml"), [])
     manifest = prepared.make(tmp_path / "made", recipe.data, model, path).manifest
     report = prepare.describe(recipe, manifest, {})
@@ -408,10 +517,19 @@ def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -
     assert "revision main, unverified" in report
 
 
-def test_suites_that_are_compared_later_come_beside_the_earlier_ones(model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [*GOOD, {"query": "What is one and one?", "response": "2"}])
+def test_suites_that_are_compared_later_come_beside_the_earlier_ones(
+    model: Path, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path / "rows.jsonl", [*GOOD, {"query": "What is one and one?", "response": "2"}]
+    )
     write(tmp_path / "gsm8k_test.jsonl", [{"question": "What is one and one?", "answer": "#### 2"}])
-    task = {"task_id": 11, "text": "Write q3", "code": "def f():\n    return 1", "test_list": ["assert f() == 1"]}
+    task = {
+        "task_id": 11,
+        "text": "Write q3",
+        "code": "def f():\n    return 1",
+        "test_list": ["assert f() == 1"],
+    }
     write(tmp_path / "mbpp.jsonl", [task])
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name: {model}}}\ndata: {{path: {path}}}\neval: {{data_dir: {tmp_path}}}\n"

@@ -11,7 +11,9 @@ from launch.runtime.errors import UserError
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 6))
-def test_dealing_gives_each_item_to_one_rank_and_each_rank_as_many_batches(items: int, world: int, size: int) -> None:
+def test_dealing_gives_each_item_to_one_rank_and_each_rank_as_many_batches(
+    items: int, world: int, size: int
+) -> None:
     shares = [deal(range(items), rank, world, size) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert all(len(batch) == size for share in shares for batch in share)
@@ -51,11 +53,17 @@ def test_the_choice_of_calibration_rows_is_seeded_and_distinct() -> None:
 
 def test_padding_and_dummy_rows_count_for_nothing() -> None:
     # Two rows of 5 and 9 tokens, whose answers start at 3.
-    tokens = TokenSet(torch.arange(1, 15, dtype=torch.int32), torch.tensor([0, 5, 14]), torch.tensor([3, 3]), 0, 0)
+    tokens = TokenSet(
+        torch.arange(1, 15, dtype=torch.int32), torch.tensor([0, 5, 14]), torch.tensor([3, 3]), 0, 0
+    )
     batch, labels = collate(tokens, [0, None, 1], torch.device("cpu"))
     lengths = tokens.lengths().tolist()
     assert batch["counted"].sum(1).tolist() == [lengths[0], 0, lengths[1]]
-    assert (labels != -100).sum(1).tolist() == [tokens.answer_tokens([0]), 0, tokens.answer_tokens([1])]
+    assert (labels != -100).sum(1).tolist() == [
+        tokens.answer_tokens([0]),
+        0,
+        tokens.answer_tokens([1]),
+    ]
     assert torch.equal(labels[labels != -100], batch["input_ids"][labels != -100])
     assert not batch["counted"][0, lengths[0] :].any()
 
@@ -64,7 +72,13 @@ def test_the_quickstart_holds_its_pairs_out_and_its_base_never_sees_the_task() -
     train, test = problems()
 
     def pair(question: str) -> tuple[int, ...]:
-        return tuple(sorted(int(word) for word in question.replace("?", "").replace(".", "").split() if word.isdigit()))
+        return tuple(
+            sorted(
+                int(word)
+                for word in question.replace("?", "").replace(".", "").split()
+                if word.isdigit()
+            )
+        )
 
     assert len({row["question"] for row in test}) == 200
     assert not {pair(row["question"]) for row in test} & {pair(row["query"]) for row in train}

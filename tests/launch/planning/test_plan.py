@@ -37,11 +37,15 @@ def recipe(engine: str = "fsdp", **sections: dict) -> Recipe:
         "train": {"global_batch": 8, "micro_batch": 2},
         "engine": engine,
     }
-    return validate(values | {name: values.get(name, {}) | section for name, section in sections.items()})
+    return validate(
+        values | {name: values.get(name, {}) | section for name, section in sections.items()}
+    )
 
 
 def plan(recipe: Recipe, ranks: int = 1, checkpointing: bool = False) -> Estimate:
-    return estimate(CONFIG, recipe, ranks=ranks, dtype=torch.float32, checkpointing=checkpointing, steps=3)
+    return estimate(
+        CONFIG, recipe, ranks=ranks, dtype=torch.float32, checkpointing=checkpointing, steps=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +125,17 @@ def test_other_adapters_are_counted_as_they_are(method: str, exported: int) -> N
 
 def test_full_holds_gradients_and_moments_of_all_parameters() -> None:
     count = sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
-    for engine, copies in [("single", 16), ("fsdp", 16), ("zero3", 20), ("zero2", 20)]:  # bytes of a parameter, fp32
+    for engine, copies in [
+        ("single", 16),
+        ("fsdp", 16),
+        ("zero3", 20),
+        ("zero2", 20),
+    ]:  # bytes of a parameter, fp32
         found = plan(recipe(engine, adapter={"method": "full"}))
         assert found.parameters == found.trainable == count
-        buffer = 4 * count if engine.startswith("zero") else 0  # the bucket of gradients is larger than this model
+        buffer = (
+            4 * count if engine.startswith("zero") else 0
+        )  # the bucket of gradients is larger than this model
         held = found.training.memory
         assert held["base"] + held["gradients and optimiser"] == copies * count + buffer
     halved = plan(recipe("fsdp", adapter={"method": "full"}), 2).training.memory
@@ -133,13 +144,19 @@ def test_full_holds_gradients_and_moments_of_all_parameters() -> None:
 
 
 def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
-    forward, backward, weights = (plan(recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa"))
+    forward, backward, weights = (
+        plan(recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa")
+    )
     # The backward pass of a frozen model costs what the forward pass does, the head is on every token, attention 2.5.
     assert 2 < backward.calibration.flops / forward.calibration.flops < 2.6
     elements = 6 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160)
     assert backward.windows.windows[0].statistics == 8 * (elements + 6 * 7)
     assert backward.sum_flops == SAMPLES * LENGTH * 2 * elements
-    assert (weights.calibration.flops, weights.sum_flops, weights.windows.windows[0].statistics) == (0, 0, 0)
+    assert (
+        weights.calibration.flops,
+        weights.sum_flops,
+        weights.windows.windows[0].statistics,
+    ) == (0, 0, 0)
     assert weights.solve_flops > 0
     halved = (backward.windows.windows[0].statistics / 2 + backward.windows.working) / 2**30
     twice = plan(recipe(adapter={"method": "lora_ga"}, calibration={"memory_gib": halved}))
@@ -149,14 +166,25 @@ def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
 
 def run(script: str, *arguments: object, code: int = 0) -> str:
     line = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
-    common = ["--recipe", "metamath", "--set", f"model.name={tmp_path}", "--set", "adapter.rank=8", "--gpus", 4]
+    common = [
+        "--recipe",
+        "metamath",
+        "--set",
+        f"model.name={tmp_path}",
+        "--set",
+        "adapter.rank=8",
+        "--gpus",
+        4,
+    ]
     said = run("plan.py", *common, "--gpu-memory", 10)
     assert "782 steps" in said
     assert "1 window" in said
@@ -176,5 +204,7 @@ def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -
 )
 def test_what_is_missing_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
-    said = run("plan.py", "--recipe", "metamath", "--set", f"model.name={tmp_path}", *arguments, code=2)
+    said = run(
+        "plan.py", "--recipe", "metamath", "--set", f"model.name={tmp_path}", *arguments, code=2
+    )
     assert f"error: {message}" in said

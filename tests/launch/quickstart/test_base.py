@@ -33,8 +33,18 @@ def test_the_second_run_waits_and_finds_it_made(tmp_path: Path) -> None:
 
 def test_what_decides_the_base_has_not_changed_since_its_version() -> None:
     """A failure means that VERSION is to be raised, with this sum: the cache would else hold another base."""
-    settings = (quickstart.make_config().to_dict(), quickstart.PRETRAINING.model_dump(), quickstart.ROW)
-    kept = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    settings = (
+        quickstart.make_config().to_dict(),
+        quickstart.PRETRAINING.model_dump(),
+        quickstart.ROW,
+    )
+    kept = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    }
     decides = [
         list(quickstart.documents(500, quickstart.SEED)),
         quickstart.problems(),

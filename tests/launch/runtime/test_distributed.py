@@ -47,7 +47,11 @@ def small_files() -> Iterator[None]:
     ids=["safetensors", "adapter", "bytes"],
 )
 def test_a_full_disk_is_a_user_error(
-    on: Callable, write: Callable, small_files: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on: Callable,
+    write: Callable,
+    small_files: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=os.strerror(errno.EFBIG)):
@@ -57,5 +61,7 @@ def test_a_full_disk_is_a_user_error(
 def test_a_network_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,wire7")
     monkeypatch.setattr(dist.ProcessGroupGloo, "__init__", _one_thread)
-    with pytest.raises(RankError, match=r"rank 0: GLOO_SOCKET_IFNAME: .* has no network lo,wire7 with an address"):
+    with pytest.raises(
+        RankError, match=r"rank 0: GLOO_SOCKET_IFNAME: .* has no network lo,wire7 with an address"
+    ):
         dist.ProcessGroupGloo(dist.HashStore(), 0, 1)

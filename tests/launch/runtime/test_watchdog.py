@@ -32,8 +32,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def report(tick: int, **changes: object) -> dict:
-    usual = {"where": "training step 5", "timed": True, "in_steps": True, "marks": 1, "stop": None, "failed": False}
-    return usual | {"tick": tick, "at": "(launch/training/loop.py:1)", "host": "h", "pid": 7} | changes
+    usual = {
+        "where": "training step 5",
+        "timed": True,
+        "in_steps": True,
+        "marks": 1,
+        "stop": None,
+        "failed": False,
+    }
+    return (
+        usual | {"tick": tick, "at": "(launch/training/loop.py:1)", "host": "h", "pid": 7} | changes
+    )
 
 
 def test_a_rank_is_silent_after_its_last_tick_only(clock: Clock) -> None:
@@ -67,7 +76,11 @@ def test_the_rank_that_does_not_wait_is_the_stalled_one(clock: Clock) -> None:
         clock.now += 1
     assert seen.stalled(20) is None
     found = seen.stalled(10)
-    assert found["line"].startswith("rank 1 (") and "rank 0" not in found["line"] and "rank 2" not in found["line"]
+    assert (
+        found["line"].startswith("rank 1 (")
+        and "rank 0" not in found["line"]
+        and "rank 2" not in found["line"]
+    )
 
 
 def test_ranks_that_never_came_are_given_up(clock: Clock) -> None:
@@ -80,11 +93,19 @@ def test_ranks_that_never_came_are_given_up(clock: Clock) -> None:
     assert seen.missing([], 5) is None
 
 
-@pytest.mark.parametrize(("rank", "line"), [(0, "rank 1: did not come within 2 s"), (1, "rank 1 did not reach rank 0")])
+@pytest.mark.parametrize(
+    ("rank", "line"), [(0, "rank 1: did not come within 2 s"), (1, "rank 1 did not reach rank 0")]
+)
 def test_a_process_that_the_other_never_joins_ends(rank: int, line: str) -> None:
     """Under torchrun: its store is there already, and lets each rank in at once."""
     agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agents.port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": agents.port,
+    }
     place |= {"LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
     code = "from launch import distributed, errors; errors.run(lambda: distributed.start(stall=2))"
     done = subprocess.run(
@@ -106,7 +127,12 @@ class Ranks:
         self.ends: SimpleQueue = SimpleQueue()
         self.states: list[_State] = []
         self.patch = monkeypatch
-        for name, value in (("_end", self.end), ("BEAT", 0.05), ("SHORT_SILENCE", 0.5), ("SILENCE", 1.0)):
+        for name, value in (
+            ("_end", self.end),
+            ("BEAT", 0.05),
+            ("SHORT_SILENCE", 0.5),
+            ("SILENCE", 1.0),
+        ):
             monkeypatch.setattr(watch, name, value)
 
     def end(self, state: _State, code: int, line: str, rank0_is_gone: bool = False) -> None:
@@ -161,7 +187,12 @@ def test_a_stage_that_promises_no_progress_has_longer(
     seen = _Seen()
     began = clock.now
     while clock.now < began + limit:
-        seen.update({0: report(int(clock.now), timed=False), 1: report(int(clock.now), at=f"(launch/a.py:1{WAITS})")})
+        seen.update(
+            {
+                0: report(int(clock.now), timed=False),
+                1: report(int(clock.now), at=f"(launch/a.py:1{WAITS})"),
+            }
+        )
         assert seen.stalled(stall) is None
         clock.now += 1
     assert seen.stalled(stall)["line"].startswith("rank 0 (h, pid 7) at training step 5")
@@ -200,7 +231,9 @@ def test_in_training_steps_the_loop_stops_itself(clock: Clock) -> None:
         clock.now += 1
 
 
-def test_a_launcher_that_nobody_waited_for_is_gone(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_nobody_waited_for_is_gone(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "_close_pipes", lambda: None)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as launcher:
         ranks.states.append(_State())
@@ -242,7 +275,9 @@ def two_ranks(pipe: Connection) -> None:
         for rank in (0, 1):
             ranks.connect(rank, store)
             signals, ranks.states[rank].waker = socket.socketpair()
-            threading.Thread(target=watch._guard, args=(ranks.states[rank], signals, []), daemon=True).start()
+            threading.Thread(
+                target=watch._guard, args=(ranks.states[rank], signals, []), daemon=True
+            ).start()
         time.sleep(0.5)
         pipe.send("started")
         pipe.recv()

@@ -18,8 +18,12 @@ from launch.scoring import held_out as measure
 
 def token_set(lengths: list[int]) -> TokenSet:
     """Row i holds the token 10 + i, of which all but two are the answer."""
-    tokens = torch.cat([torch.full((length,), 10 + i, dtype=torch.int32) for i, length in enumerate(lengths)])
-    return TokenSet(tokens, torch.tensor([0, *lengths]).cumsum(0), torch.full((len(lengths),), 2), 3, 1)
+    tokens = torch.cat(
+        [torch.full((length,), 10 + i, dtype=torch.int32) for i, length in enumerate(lengths)]
+    )
+    return TokenSet(
+        tokens, torch.tensor([0, *lengths]).cumsum(0), torch.full((len(lengths),), 2), 3, 1
+    )
 
 
 def test_the_last_rows_are_split_off_whole() -> None:
@@ -38,7 +42,9 @@ def test_the_last_rows_are_split_off_whole() -> None:
         measure.split(whole, 4)
 
 
-def test_prediction_is_the_mean_over_the_answer_tokens(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_prediction_is_the_mean_over_the_answer_tokens(
+    make_llama: Callable[..., LlamaForCausalLM],
+) -> None:
     tokens = token_set([3, 5, 4, 6, 9, 3, 3, 7, 12])
     model = make_llama()
     device = start()
@@ -65,7 +71,9 @@ class Letters:
     eos_token_id = None
 
     def __call__(self, texts: list[str], **_: object):  # noqa: ANN204
-        return type("Encoding", (), {"input_ids": [[ord(letter) for letter in text] for text in texts]})
+        return type(
+            "Encoding", (), {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+        )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,9 @@ class Letters:
         ("a.txt", "", "has no text"),
     ],
 )
-def test_other_text_that_cannot_be_used_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_other_text_that_cannot_be_used_is_named(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         measure.read_text(tmp_path / name, Letters(), 8)

@@ -43,7 +43,10 @@ def result(accuracy: float, **others: object) -> dict:
         "scores": {"gsm8k": {"accuracy": accuracy, "n": 200, "data_sha256": "g"}},
         "seconds": {"calibration": 1.0, "training": 2.0},
         "held_out": {"before": {"loss": 2.0}, "after": {"loss": 1 - accuracy}},
-        "other_text": {"before": {"loss": 1.0, "accuracy": 0.5}, "after": {"loss": 1.5, "accuracy": 0.25}},
+        "other_text": {
+            "before": {"loss": 1.0, "accuracy": 0.5},
+            "after": {"loss": 1.5, "accuracy": 0.25},
+        },
         "trained_parameters": 3_000_000,
         "peak_memory": [2**30, 3 * 2**30],
         "conditions": {"git_revision": "r", "world_size": 2, "device": "cpu"},
@@ -61,12 +64,18 @@ def sweep_with(folder: Path, scores: dict[str | Unit, list], **others: object) -
     sweep = read_table(str(folder / "t.yaml"), (), folder / "runs")
     for unit in sweep.units():
         for run, accuracy in zip(
-            sweep.scored(unit)["recipe"], scores[unit.label if unit.value is None else unit], strict=True
+            sweep.scored(unit)["recipe"],
+            scores[unit.label if unit.value is None else unit],
+            strict=True,
         ):
             if accuracy is not None:
                 place(sweep, run, result(accuracy))
-                steps = [{"step": i, "loss": 5 - i - accuracy, "grad_norm": 0.1 + i} for i in range(1, 4)]
-                (sweep.folder / run.name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+                steps = [
+                    {"step": i, "loss": 5 - i - accuracy, "grad_norm": 0.1 + i} for i in range(1, 4)
+                ]
+                (sweep.folder / run.name / "metrics.jsonl").write_text(
+                    "".join(json.dumps(s) + "\n" for s in steps)
+                )
     return sweep
 
 
@@ -103,14 +112,18 @@ def test_differences_without_spread_decide_nothing() -> None:
 
 
 def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
-    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]})
+    sweep = sweep_with(
+        tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
+    )
     shown = render.markdown(sweep, summary.collect(sweep))
     line = next(line for line in shown.splitlines() if line.startswith("| b |"))
     assert "**81.3 ± 3.8**" in line  # gsm8k, best
     assert "**0.1867 ± 0.0379**" in line  # held-out loss, least
     assert shown.count("**") == 4
     (tmp_path / "close").mkdir()
-    close = sweep_with(tmp_path / "close", {"a_1": [0.2, 0.5, 0.8], "b": [0.8, 0.3, 0.6], "c": [0.5, 0.2, 0.6]})
+    close = sweep_with(
+        tmp_path / "close", {"a_1": [0.2, 0.5, 0.8], "b": [0.8, 0.3, 0.6], "c": [0.5, 0.2, 0.6]}
+    )
     assert "**" not in render.markdown(close, summary.collect(close))
 
 
@@ -120,21 +133,37 @@ def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path
     for run in sweep.scored(sweep.units()[2])["recipe"]:
         place(sweep, run, result(0.5, held_out={"after": {"loss": float("nan")}}))
     groups = summary.collect(sweep)
-    column = next(column for column in summary.table_columns(sweep, groups) if column.title == "held-out loss")
-    assert [summary.best(order, column) for order in (groups, groups[::-1], groups[1:])] == [1, 1, None]
+    column = next(
+        column for column in summary.table_columns(sweep, groups) if column.title == "held-out loss"
+    )
+    assert [summary.best(order, column) for order in (groups, groups[::-1], groups[1:])] == [
+        1,
+        1,
+        None,
+    ]
 
 
 def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, {"a_1": [0.2, None, None], "b": [None] * 3, "c": [0.0, 0.0, 0.0]})
-    lines = {line.split(" |")[0]: line for line in render.markdown(sweep, summary.collect(sweep)).splitlines()}
-    cells = {label: [cell.strip() for cell in line.split("|")[1:-1]] for label, line in lines.items() if "|" in line}
+    lines = {
+        line.split(" |")[0]: line
+        for line in render.markdown(sweep, summary.collect(sweep)).splitlines()
+    }
+    cells = {
+        label: [cell.strip() for cell in line.split("|")[1:-1]]
+        for label, line in lines.items()
+        if "|" in line
+    }
     head = cells["| row"]
     a, b, c = (dict(zip(head, cells[f"| {label}"], strict=True)) for label in ("a_1", "b", "c"))
     assert (a["seeds"], b["seeds"], c["seeds"]) == ("1 of 3", "0 of 3", "3")
     assert (a["gsm8k (%)"], b["gsm8k (%)"], c["gsm8k (%)"]) == ("20.0", "", "0.0 ± 0.0")
     assert {of[title] for of in (a, b, c) for title in ("math (%)", "mean (%)")} == {""}
     assert (a["peak memory (GiB)"], b["peak memory (GiB)"]) == ("3.00", "")
-    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == ("42.68", "")  # lora, rank 128, Llama-2-7b
+    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == (
+        "42.68",
+        "",
+    )  # lora, rank 128, Llama-2-7b
     rows = list(csv.DictReader(io.StringIO(render.to_csv(sweep, summary.collect(sweep)))))
     assert {row["row"] for row in rows} == {"a_1", "c"}
     of_a = next(row for row in rows if row["row"] == "a_1" and row["column"] == "gsm8k (%)")
@@ -144,8 +173,12 @@ def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
 
 
 def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
-    assert render.escape("50% of a_1 & {b} ± 2\\") == r"50\% of a\_1 \& \{b\} $\pm$ 2\textbackslash{}"
-    sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]})
+    assert (
+        render.escape("50% of a_1 & {b} ± 2\\") == r"50\% of a\_1 \& \{b\} $\pm$ 2\textbackslash{}"
+    )
+    sweep = sweep_with(
+        tmp_path, {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
+    )
     shown = render.latex(sweep, summary.collect(sweep))
     assert r"a\_1 & 2e-05 & 3 & 20.3 $\pm$ 1.4 &" in shown
     assert r"\textbf{81.3 $\pm$ 3.8}" in shown
@@ -156,12 +189,17 @@ def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
 def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Path) -> None:
     assert render.escape("p < 0.05 > 0") == "p $<$ 0.05 $>$ 0"
     runs = {Unit(label, rank): [0.2, 0.21, 0.2] for label in ("a_1", "b", "c") for rank in (2, 128)}
-    sweep = sweep_with(tmp_path, runs, vary={"fields": ["calibration.batch_size", "adapter.rank"], "values": [2, 128]})
+    sweep = sweep_with(
+        tmp_path,
+        runs,
+        vary={"fields": ["calibration.batch_size", "adapter.rank"], "values": [2, 128]},
+    )
     lines = render.latex(sweep, summary.collect(sweep)).splitlines()
     typeset = [line for line in lines if not line.startswith("%")]
     begins = [i for i, line in enumerate(typeset) if line.startswith(r"\begin{tabular}")]
     assert [typeset[i - 1] for i in begins] == [
-        rf"\noindent Calibration.batch\_size = {rank}, at the recipe's learning rate:\\*" for rank in (2, 128)
+        rf"\noindent Calibration.batch\_size = {rank}, at the recipe's learning rate:\\*"
+        for rank in (2, 128)
     ]
     below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
     assert "gives p $<$ 0.05 (paired t-test" in below
@@ -172,11 +210,23 @@ def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Pat
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        ({"base": {"name": "m", "weights_sha256": "other"}}, "content of model.name meta-llama/Llama-2-7b-hf"),
-        ({"data": {"path": "d", "tokens_sha256": "other"}}, "content of data.path meta-math/MetaMathQA"),
+        (
+            {"base": {"name": "m", "weights_sha256": "other"}},
+            "content of model.name meta-llama/Llama-2-7b-hf",
+        ),
+        (
+            {"data": {"path": "d", "tokens_sha256": "other"}},
+            "content of data.path meta-math/MetaMathQA",
+        ),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"other_text_source": {"path": "o", "sha256": "other"}}, "content of eval.other_text o.txt"),
-        ({"scores": {"gsm8k": {"accuracy": 0.3, "n": 200, "data_sha256": "other"}}}, "content of suite gsm8k"),
+        (
+            {"other_text_source": {"path": "o", "sha256": "other"}},
+            "content of eval.other_text o.txt",
+        ),
+        (
+            {"scores": {"gsm8k": {"accuracy": 0.3, "n": 200, "data_sha256": "other"}}},
+            "content of suite gsm8k",
+        ),
     ],
 )
 def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_path: Path) -> None:
@@ -187,19 +237,25 @@ def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_p
     place(sweep, run, result(0.3) | other)
     with pytest.raises(UserError, match=f"{run.name} was made with another {name} than "):
         summary.collect(sweep)
-    place(sweep, run, {key: value for key, value in result(0.3).items() if key not in other})  # not yet recorded
+    place(
+        sweep, run, {key: value for key, value in result(0.3).items() if key not in other}
+    )  # not yet recorded
     summary.collect(sweep)
 
 
 def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -> None:
     rates = {"grid": [1e-5, 1e-4], "seed": 0, "common": 1e-5}
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump(TABLE | {"learning_rates": rates, "set": {"data.held_out": 9}}))
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(TABLE | {"learning_rates": rates, "set": {"data.held_out": 9}})
+    )
     sweep = read_table(str(tmp_path / "t.yaml"), (), tmp_path / "runs")
     first, second = sweep.choosing(sweep.units()[0]).values()
     place(sweep, first, result(0.2, scores={}))
     summary.collect(sweep)
     place(sweep, second, result(0.2, scores={}, dtype="bfloat16"))
-    with pytest.raises(UserError, match=f"{second.name} was made with another dtype than .*{first.name}"):
+    with pytest.raises(
+        UserError, match=f"{second.name} was made with another dtype than .*{first.name}"
+    ):
         summary.collect(sweep)
 
 
@@ -220,7 +276,11 @@ def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
         return {line.split()[1]: line.split()[0] for line in lines if line.startswith("    ")}
 
     def files() -> dict[Path, tuple[bytes, int]]:
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in old.folder.rglob("*") if path.is_file()}
+        return {
+            path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in old.folder.rglob("*")
+            if path.is_file()
+        }
 
     before, kept = listed(), files()
     assert sorted(before.values()) == ["done"] * 6 + ["missing"] * 3
@@ -243,7 +303,13 @@ def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
 
 @pytest.mark.parametrize(
     "field",
-    ["model.name: p", "model.revision: p", "data.limit: 7", "data.max_length: 7", "data.keep: {type: p}"],
+    [
+        "model.name: p",
+        "model.revision: p",
+        "data.limit: 7",
+        "data.max_length: 7",
+        "data.keep: {type: p}",
+    ],
 )
 def test_rows_on_other_models_or_rows_have_other_tokens(field: str, tmp_path: Path) -> None:
     rows = {"a": {}, "b": {"set": yaml.safe_load(field)}}
@@ -257,14 +323,21 @@ def test_rows_on_other_models_or_rows_have_other_tokens(field: str, tmp_path: Pa
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """Every figure that is saved, by its file's name."""
     kept, save = {}, figures.save
-    monkeypatch.setattr(figures, "save", lambda of, path: kept.setdefault(path.name, of) and save(of, path))
+    monkeypatch.setattr(
+        figures, "save", lambda of, path: kept.setdefault(path.name, of) and save(of, path)
+    )
     return kept
 
 
 def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.3, None], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
     made = table_figures.draw(sweep, summary.collect(sweep), tmp_path)
-    assert {path.name for path in made} == {"t_loss.png", "t_grad_norm.png", "t_gsm8k.png", "t_held-out_loss.png"}
+    assert {path.name for path in made} == {
+        "t_loss.png",
+        "t_grad_norm.png",
+        "t_gsm8k.png",
+        "t_held-out_loss.png",
+    }
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -273,7 +346,9 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
     drawn: dict[str, Figure], tmp_path: Path
 ) -> None:
     of = {"a_1": {2: [0.2, 0.3, 0.4], 8: [0.4, 0.5, 0.9]}, "b": {2: [0.1, 0.1, 0.4], 8: [None] * 3}}
-    runs = {Unit(label, rank): values for label, ranks in of.items() for rank, values in ranks.items()}
+    runs = {
+        Unit(label, rank): values for label, ranks in of.items() for rank, values in ranks.items()
+    }
     vary = {"fields": ["adapter.rank"], "values": [2, 8]}
     rows = {label: TABLE["rows"][label] for label in of}
     sweep = sweep_with(tmp_path, runs, vary=vary, rows=rows)
@@ -288,12 +363,20 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
         "b": pytest.approx([2, 20]),
     }
     ends = [bar[:, 1].tolist() for bar in lines["a_1"][2][0].get_segments()]
-    halves = [mean_interval([100 * value for value in values]).half for values in of["a_1"].values()]
-    assert ends == [pytest.approx([30 - halves[0], 30 + halves[0]]), pytest.approx([60 - halves[1], 60 + halves[1]])]
+    halves = [
+        mean_interval([100 * value for value in values]).half for values in of["a_1"].values()
+    ]
+    assert ends == [
+        pytest.approx([30 - halves[0], 30 + halves[0]]),
+        pytest.approx([60 - halves[1], 60 + halves[1]]),
+    ]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "8"]
 
     losses = drawn["t_loss.png"].axes
-    assert [axis.get_title() for axis in losses if axis.get_visible()] == ["a_1", "b"]  # a panel a row, a line a rank
+    assert [axis.get_title() for axis in losses if axis.get_visible()] == [
+        "a_1",
+        "b",
+    ]  # a panel a row, a line a rank
     assert {axis.get_title(): labelled(axis) for axis in losses} == {
         "a_1": {"2": pytest.approx([2, 2.7]), "8": pytest.approx([2, 2.4])},
         "b": {"2": pytest.approx([2, 2.8])},
@@ -302,12 +385,21 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
 
 def labelled(axis: Axes) -> dict[str, list[float]]:
     """Label -> x and y of every point, of the lines that are in the legend."""
-    return {line.get_label(): line.get_xydata().ravel().tolist() for line in axis.lines if line.get_label()[0] != "_"}
+    return {
+        line.get_label(): line.get_xydata().ravel().tolist()
+        for line in axis.lines
+        if line.get_label()[0] != "_"
+    }
 
 
-def test_curves_of_runs_differ_in_more_than_colour(drawn: dict[str, Figure], tmp_path: Path) -> None:
+def test_curves_of_runs_differ_in_more_than_colour(
+    drawn: dict[str, Figure], tmp_path: Path
+) -> None:
     runs = {
-        f"run {i}": [{"step": 1, "loss": i, "grad_norm": 2 * i}, {"step": 2, "loss": 0, "grad_norm": 0}]
+        f"run {i}": [
+            {"step": 1, "loss": i, "grad_norm": 2 * i},
+            {"step": 2, "loss": 0, "grad_norm": 0},
+        ]
         for i in range(8)
     }
     figures.plot(runs, tmp_path)
@@ -323,7 +415,9 @@ def test_curves_of_runs_differ_in_more_than_colour(drawn: dict[str, Figure], tmp
     assert labelled(drawn["grad_norm.png"].axes[0])["run 3"] == [1, 6, 2, 0]
 
 
-def test_effective_ranks_are_drawn_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_effective_ranks_are_drawn_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a run every layer, of a table the mean over the layers of every row: a tick is before, a dot after."""
     drawn: dict[str, dict] = {}
 
@@ -339,12 +433,20 @@ def test_effective_ranks_are_drawn_before_and_after(tmp_path: Path, monkeypatch:
     sweep = sweep_with(tmp_path, {"a_1": [0.2, 0.3, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
     names = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("q_proj", "up_proj")]
     for number, unit in enumerate(sweep.units()[:2], start=1):
-        modules = {name: {"before": 1.0 + i, "after": 10.0 * number + i} for i, name in enumerate(names)}
+        modules = {
+            name: {"before": 1.0 + i, "after": 10.0 * number + i} for i, name in enumerate(names)
+        }
         folder = sweep.folder / sweep.scored(unit)["recipe"][0].name / "after"
         folder.mkdir()
         write_json(folder / "effective_rank.json", modules)
     made = [figures.effective_rank(figures.by_layer(modules), tmp_path / "effective_rank.png")]
-    assert drawn["effective_rank.png"] == {"q_proj": ([1, 3], [20, 22]), "up_proj": ([2, 4], [21, 23])}
+    assert drawn["effective_rank.png"] == {
+        "q_proj": ([1, 3], [20, 22]),
+        "up_proj": ([2, 4], [21, 23]),
+    }
     made += table_figures.draw(sweep, summary.collect(sweep), tmp_path)
-    assert drawn["t_effective_rank.png"] == {"q_proj": ([2, 2], [11, 21]), "up_proj": ([3, 3], [12, 22])}
+    assert drawn["t_effective_rank.png"] == {
+        "q_proj": ([2, 2], [11, 21]),
+        "up_proj": ([3, 3], [12, 22]),
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)

@@ -18,7 +18,10 @@ TABLE = {
     "seeds": [1, 2],
     "learning_rates": {"grid": [1e-3, 1e-2], "seed": 0, "common": 1e-3},
     "suites": ["gsm8k"],
-    "rows": {"astra": {"set": {"adapter.eigen_select": "largest"}}, "lora": {"set": {"adapter.method": "lora"}}},
+    "rows": {
+        "astra": {"set": {"adapter.eigen_select": "largest"}},
+        "lora": {"set": {"adapter.method": "lora"}},
+    },
 }
 
 
@@ -47,7 +50,9 @@ def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -
     assert len({run.name for run in runs}) == len(runs)
 
 
-def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(tmp_path: Path) -> None:
+def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(
+    tmp_path: Path,
+) -> None:
     run = sweep_of(tmp_path, "train.max_steps=7", "train.lr=3").run(ASTRA, 0.01, 2, ["gsm8k"])
     of = run.recipe
     assert (of.train.max_steps, of.train.lr, of.train.seed, of.calibration.seed) == (7, 0.01, 2, 2)
@@ -60,7 +65,9 @@ def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_pa
     name = sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name
     assert name.startswith("astra-lr0.01-seed1-")
     assert sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name == name
-    assert sweep_of(tmp_path, seeds=[1, 2, 3]).run(ASTRA, 0.01, 1, []).name == name  # further rows, the same run
+    assert (
+        sweep_of(tmp_path, seeds=[1, 2, 3]).run(ASTRA, 0.01, 1, []).name == name
+    )  # further rows, the same run
     changed = [
         sweep_of(tmp_path).run(ASTRA, 0.01, 1, ["gsm8k"]),
         sweep_of(tmp_path).run(ASTRA, 0.01, 2, []),
@@ -130,7 +137,10 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         ({"rows": {"a": {"sett": {}}}}, "rows.a.sett: unknown key; did you mean rows.a.set?"),
         ({"learning_rates": {"grit": [1]}}, "did you mean learning_rates.grid?"),
         ({"seeds": [1, 1]}, "seeds: the same value twice"),
-        ({"rows": {"a": {"set": {"adapter.rnk": 3}}}}, "rows.a: adapter.rnk: unknown key; did you mean adapter.rank?"),
+        (
+            {"rows": {"a": {"set": {"adapter.rnk": 3}}}},
+            "rows.a: adapter.rnk: unknown key; did you mean adapter.rank?",
+        ),
         ({"set": {}}, "data.held_out: learning rates of small are chosen by it"),
         ({"extends": "mathz"}, "no table or file 'mathz'; did you mean maths?"),
     ],

@@ -17,7 +17,10 @@ FACTS = {"baseline": {"gsm8k": 0.25}, "drift": 1e-7}
 
 
 def write(run: Path, step: int) -> None:
-    tensors = {"layer.A.trained": torch.full((4, 3), float(step)), "layer.B.trained": torch.ones(2, 4)}
+    tensors = {
+        "layer.A.trained": torch.full((4, 3), float(step)),
+        "layer.B.trained": torch.ones(2, 4),
+    }
     history = [{"step": i + 1, "loss": 1 / (i + 1)} for i in range(step)]
     checkpoint._write(run / checkpoint.FOLDER, step, tensors, FACTS, history)
 
@@ -34,7 +37,9 @@ def test_the_newest_comes_back_as_it_was_saved(run: Path) -> None:
     found = checkpoint.newest(run)
     assert (found.step, found.facts) == (5, FACTS)
     assert [step["loss"] for step in found.history] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
-    assert load_file(found.folder / checkpoint.TENSORS)["layer.A.trained"].unique().tolist() == [5.0]
+    assert load_file(found.folder / checkpoint.TENSORS)["layer.A.trained"].unique().tolist() == [
+        5.0
+    ]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -76,7 +81,9 @@ def test_the_newest_stay_and_leftovers_go(tmp_path: Path) -> None:
     for step in (0, 3, 6, 9):
         write(tmp_path, step)
     folder = tmp_path / checkpoint.FOLDER
-    shutil.copytree(folder / "step-0000009", folder / "tmp-step-0000012")  # killed while it was written
+    shutil.copytree(
+        folder / "step-0000009", folder / "tmp-step-0000012"
+    )  # killed while it was written
     (folder / "tmp-step-0000012" / checkpoint.MANIFEST).unlink()
     assert checkpoint.newest(tmp_path).step == 9
     write(tmp_path, 12)
@@ -84,13 +91,18 @@ def test_the_newest_stay_and_leftovers_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000009", "step-0000012"]
 
 
-def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     write(tmp_path, 3)
     write(tmp_path, 6)
     manifest = tmp_path / checkpoint.FOLDER / "step-0000006" / checkpoint.MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": 7}))
     assert checkpoint.newest(tmp_path).step == 3
-    assert f"checkpoint {manifest.parent} is damaged and passed over: {checkpoint.MANIFEST}" in capsys.readouterr().out
+    assert (
+        f"checkpoint {manifest.parent} is damaged and passed over: {checkpoint.MANIFEST}"
+        in capsys.readouterr().out
+    )
     write(tmp_path, 6)
     assert checkpoint.newest(tmp_path).step == 6
 
@@ -104,7 +116,11 @@ def test_a_damaged_one_does_not_take_the_place_of_a_whole_one(tmp_path: Path) ->
     assert checkpoint.newest(tmp_path).step == 3
     write(tmp_path, 8)  # another checkpoint_every than before
     checkpoint._prune(folder, 8, 2)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-0000003", "step-0000008", "step-0000009"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-0000003",
+        "step-0000008",
+        "step-0000009",
+    ]
     write(tmp_path, 9)
     checkpoint._prune(folder, 9, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000008", "step-0000009"]

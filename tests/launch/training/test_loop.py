@@ -51,18 +51,24 @@ def steps_of(tokens: TokenSet, epochs: float = 2) -> list[list[int]]:
 
 
 @pytest.fixture
-def start(make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet) -> Callable[..., Iterator[Metrics]]:
+def start(
+    make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
+) -> Callable[..., Iterator[Metrics]]:
     """A training of adapters on a tiny Llama."""
 
     def run(steps: list[list[int]], done: tuple = (), **options: object) -> Iterator[Metrics]:
-        model = adapter.attach(make_llama().requires_grad_(False), ["q_proj", "down_proj"], 2, 4, 0.0)
+        model = adapter.attach(
+            make_llama().requires_grad_(False), ["q_proj", "down_proj"], 2, 4, 0.0
+        )
         stepper = make_stepper(SingleEngine(CPU, torch.float32), model, SETTINGS)
         return train(stepper, tokens, steps, SETTINGS, CPU, done, **options)
 
     return run
 
 
-def test_metrics_say_what_a_step_did(start: Callable, tokens: TokenSet, make_llama: Callable) -> None:
+def test_metrics_say_what_a_step_did(
+    start: Callable, tokens: TokenSet, make_llama: Callable
+) -> None:
     steps = steps_of(tokens)
     work = work_of(make_llama())
     found = list(start(steps, work=work, peak=2e12))
@@ -90,7 +96,9 @@ def test_metrics_say_what_a_step_did(start: Callable, tokens: TokenSet, make_lla
 
 
 def test_packed_steps_lose_what_padded_ones_lose(start: Callable, tokens: TokenSet) -> None:
-    runs = [list(start(steps_of(tokens), packing=packing)) for packing in (None, Packing(40, False))]
+    runs = [
+        list(start(steps_of(tokens), packing=packing)) for packing in (None, Packing(40, False))
+    ]
     for key in ("loss", "grad_norm"):
         padded, packed = ([step[key] for step in run] for run in runs)
         assert packed == pytest.approx(padded, rel=1e-4)
@@ -115,19 +123,25 @@ def test_a_resumed_epoch_goes_on_with_the_next_row(
     assert seen == undisturbed[12:]
 
 
-def test_numbers_that_are_not_finite_end_the_run_before_they_can_be_saved(start: Callable, tokens: TokenSet) -> None:
+def test_numbers_that_are_not_finite_end_the_run_before_they_can_be_saved(
+    start: Callable, tokens: TokenSet
+) -> None:
     rows = steps_of(tokens)
     training = start(rows)
     next(training)
     parameters = next(iter(training.gi_frame.f_locals["stepper"].optimizer.param_groups))["params"]
     with torch.no_grad():
         parameters[0].fill_(float("nan"))
-    with pytest.raises(UserError, match=r"step 2: loss nan, gradient norm nan: not finite; lower train\.lr"):
+    with pytest.raises(
+        UserError, match=r"step 2: loss nan, gradient norm nan: not finite; lower train\.lr"
+    ):
         next(training)
 
 
 @pytest.mark.parametrize("more", [[], ["lm_head"]])
-def test_work_is_that_of_the_matrix_products(more: list[str], make_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_work_is_that_of_the_matrix_products(
+    more: list[str], make_llama: Callable[..., LlamaForCausalLM]
+) -> None:
     base = make_llama(tied=False).requires_grad_(False)
     base.set_attn_implementation("eager")  # whose products are counted too, over the whole square
     model = adapter.attach(base, ["q_proj", "k_proj", "v_proj", "up_proj", *more], 2, 4, 0.0)
@@ -135,18 +149,26 @@ def test_work_is_that_of_the_matrix_products(more: list[str], make_llama: Callab
     with FlopCounterMode(display=False) as counter:
         AnswerLoss(model)(ids, counted, ids[0, 1:][counted]).backward()
     width, rank, kv_width = 16, 2, 8
-    never = 2 * 24 * (width * (width + 2 * kv_width) + 3 * width * rank)  # the gradient into the first layer
+    never = (
+        2 * 24 * (width * (width + 2 * kv_width) + 3 * width * rank)
+    )  # the gradient into the first layer
     upper_triangle = 6 * 2 * width * 24 * 24
     found = work_of(base).of(torch.tensor([24]), len(counted))
     assert counter.get_total_flops() == found - never + upper_triangle
 
 
-def test_a_profile_has_a_trace_and_the_costliest_operations(start: Callable, tokens: TokenSet, tmp_path: Path) -> None:
+def test_a_profile_has_a_trace_and_the_costliest_operations(
+    start: Callable, tokens: TokenSet, tmp_path: Path
+) -> None:
     steps = steps_of(tokens)
     assert len(list(profiled(start(steps), len(steps), tmp_path, rank=0))) == len(steps)
-    names = [event.get("name") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]]
+    names = [
+        event.get("name") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]
+    ]
     assert names.count("Optimizer.step#AdamW.step") == 3  # steps 4 to 6 of 7
-    _, titles, _, *rows = [re.split(r"\s{2,}", line.strip()) for line in (tmp_path / TABLE).read_text().splitlines()]
+    _, titles, _, *rows = [
+        re.split(r"\s{2,}", line.strip()) for line in (tmp_path / TABLE).read_text().splitlines()
+    ]
     operations = rows[: next(i for i, row in enumerate(rows) if row[0].startswith("---"))]
     shares = [float(row[titles.index("Self CPU %")].rstrip("%")) for row in operations]
     assert len(operations) == 10
@@ -154,7 +176,9 @@ def test_a_profile_has_a_trace_and_the_costliest_operations(start: Callable, tok
     assert not any(row[0].startswith(("Optimizer.", "ProfilerStep")) for row in operations)
 
 
-def test_a_disk_that_is_full_is_an_error_of_every_rank(start: Callable, tokens: TokenSet, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_an_error_of_every_rank(
+    start: Callable, tokens: TokenSet, tmp_path: Path
+) -> None:
     def log(_: Metrics) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
@@ -169,7 +193,10 @@ def recipe(**sections: dict) -> Recipe:
 
 def test_what_is_not_installed_is_named_before_anything_starts() -> None:
     for sections, words in (
-        ({"model": {"name": "m", "attention": "flash_attention_2"}}, r"model\.attention: .* needs a GPU"),
+        (
+            {"model": {"name": "m", "attention": "flash_attention_2"}},
+            r"model\.attention: .* needs a GPU",
+        ),
         ({"train": {"liger": True}}, r"train\.liger: its kernels need a GPU"),
     ):
         with pytest.raises(UserError, match=words):
@@ -181,7 +208,10 @@ def test_what_is_not_installed_is_named_before_anything_starts() -> None:
 
 
 def test_compiled_layers_train_alike_and_run_as_written_again(
-    start: Callable, tokens: TokenSet, make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    start: Callable,
+    tokens: TokenSet,
+    make_llama: Callable[..., LlamaForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a backend that runs a graph as it was captured: inductor takes a minute."""
     graphs = []
@@ -199,7 +229,9 @@ def test_compiled_layers_train_alike_and_run_as_written_again(
     stepper = make_stepper(SingleEngine(CPU, torch.float32), model, SETTINGS)
     found = list(train(stepper, tokens, steps_of(tokens), SETTINGS, CPU))
     for key in ("loss", "grad_norm"):
-        assert [step[key] for step in found] == pytest.approx([step[key] for step in plain], rel=1e-4)
+        assert [step[key] for step in found] == pytest.approx(
+            [step[key] for step in plain], rel=1e-4
+        )
     assert graphs
     kernels.uncompile(compiled)
     before = len(graphs)
@@ -209,19 +241,26 @@ def test_compiled_layers_train_alike_and_run_as_written_again(
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_goes_on_where_it_was(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_goes_on_where_it_was(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(name, reason=f"{name} is not installed (requirements-extras.txt)")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first in (1, 3):  # killed after step 3 and gone on with after step 2
         with trackers.opened(recipe(tracking=[name]), tmp_path, first - 1) as log:
             for step in range(first, first + 3):
-                log(dict.fromkeys(Metrics.__annotations__, float(step)) | {"step": step, "utilisation": None})
+                log(
+                    dict.fromkeys(Metrics.__annotations__, float(step))
+                    | {"step": step, "utilisation": None}
+                )
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-        assert [(of.step, of.value) for of in events.Scalars("train/loss")] == [(i, float(i)) for i in range(1, 6)]
+        assert [(of.step, of.value) for of in events.Scalars("train/loss")] == [
+            (i, float(i)) for i in range(1, 6)
+        ]
         assert "train/utilisation" not in events.Tags()["scalars"]
     else:
         runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
@@ -229,14 +268,23 @@ def test_a_tracker_goes_on_where_it_was(name: str, tmp_path: Path, monkeypatch: 
         assert {run.rsplit("-", 1)[1] for run in runs} == {(tmp_path / "wandb_id").read_text()}
 
 
-def test_packing_is_refused_where_attention_does_not_keep_examples_apart(make_llama: Callable) -> None:
+def test_packing_is_refused_where_attention_does_not_keep_examples_apart(
+    make_llama: Callable,
+) -> None:
     engine = SingleEngine(CPU, torch.float32)
     kernels.require_packing(engine, make_llama())
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=20, word_embed_proj_dim=16
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=20,
+        word_embed_proj_dim=16,
     )
-    with pytest.raises(UserError, match=r"data\.packing: an example's loss moves by .*set data\.packing=false"):
+    with pytest.raises(
+        UserError, match=r"data\.packing: an example's loss moves by .*set data\.packing=false"
+    ):
         kernels.require_packing(engine, OPTForCausalLM(config))
 
 

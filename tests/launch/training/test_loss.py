@@ -18,17 +18,30 @@ from launch.training.loss import AnswerLoss, chunked_cross_entropy
 PACKED, FLAT = Packing(capacity=40, flat=False), Packing(capacity=40, flat=True)
 
 
-@given(st.integers(0, 9), st.integers(1, 7), st.integers(2, 11), st.integers(1, 60), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(0, 9),
+    st.integers(1, 7),
+    st.integers(2, 11),
+    st.integers(1, 60),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(
     n: int, width: int, vocabulary: int, chunk: int, bias: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     targets = torch.randint(vocabulary, (n,))
-    inputs = [torch.randn(n, width), torch.randn(vocabulary, width), torch.randn(vocabulary) if bias else None]
+    inputs = [
+        torch.randn(n, width),
+        torch.randn(vocabulary, width),
+        torch.randn(vocabulary) if bias else None,
+    ]
     results = []
     for loss in (
         lambda hidden, weight, bias: chunked_cross_entropy(hidden, weight, bias, targets, chunk),
-        lambda hidden, weight, bias: F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum"),
+        lambda hidden, weight, bias: F.cross_entropy(
+            F.linear(hidden, weight, bias), targets, reduction="sum"
+        ),
     ):
         leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
         value = loss(*leaves)
@@ -58,13 +71,20 @@ def by_hand(model: nn.Module, tokens: TokenSet) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def in_batches(model: nn.Module, tokens: TokenSet, packing: Packing | None, ranks: int, micro_batch: int) -> Tensor:
+def in_batches(
+    model: nn.Module, tokens: TokenSet, packing: Packing | None, ranks: int, micro_batch: int
+) -> Tensor:
     """By the functions of the training loop, all ranks' batches one after another."""
     rows, objective = range(len(tokens)), AnswerLoss(model)
-    shares = [make_share(rows, tokens.lengths(), rank, ranks, micro_batch, packing) for rank in range(ranks)]
+    shares = [
+        make_share(rows, tokens.lengths(), rank, ranks, micro_batch, packing)
+        for rank in range(ranks)
+    ]
     assert len({len(share) for share in shares}) == 1
     batches = [collate(tokens, sequences, packing) for share in shares for sequences in share]
-    return torch.stack([objective(b.input_ids, b.positions, b.targets, b.position_ids) for b in batches]).sum()
+    return torch.stack(
+        [objective(b.input_ids, b.positions, b.targets, b.position_ids) for b in batches]
+    ).sum()
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -76,7 +96,11 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padded_and_packed_rows_have_the_losses_and_gradients_of_single_ones(
-    packing: Packing | None, tied: bool, attention: str, make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
+    packing: Packing | None,
+    tied: bool,
+    attention: str,
+    make_llama: Callable[..., LlamaForCausalLM],
+    tokens: TokenSet,
 ) -> None:
     model = make_llama(tied=tied)
     model.set_attn_implementation(attention)
@@ -89,7 +113,12 @@ def test_padded_and_packed_rows_have_the_losses_and_gradients_of_single_ones(
 def test_adapters_learn_the_same_from_packed_rows(
     make_llama: Callable[..., LlamaForCausalLM], tokens: TokenSet
 ) -> None:
-    targets = ["q_proj", "v_proj", "down_proj", "lm_head"]  # with an adapter, the head is no plain product
+    targets = [
+        "q_proj",
+        "v_proj",
+        "down_proj",
+        "lm_head",
+    ]  # with an adapter, the head is no plain product
     for chosen in (targets[:3], targets):
         model = adapter.attach(make_llama(tied=False), chosen, 3, 6, 0.0)
         for layer in adapter.lora_layers(model).values():
@@ -115,7 +144,9 @@ def test_adapters_learn_the_same_from_packed_rows(
             sliding_window=4,
             initializer_range=0.5,
         ),
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40, initializer_range=0.5),
+        GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40, initializer_range=0.5
+        ),
     ],
     ids=["soft-capped logits, sliding window", "no rotary positions"],
 )
@@ -136,13 +167,19 @@ def test_a_batch_without_answers_weighs_nothing_but_runs_every_module(
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
     batch = collate(tokens, [None, None], None)
-    loss, *found = gradients(model, AnswerLoss(model)(batch.input_ids, batch.positions, batch.targets))
+    loss, *found = gradients(
+        model, AnswerLoss(model)(batch.input_ids, batch.positions, batch.targets)
+    )
     assert loss == 0
     assert all((gradient == 0).all() for gradient in found)
-    assert sorted(called) == sorted(name for name, _ in model.named_modules() if name != "model.layers")
+    assert sorted(called) == sorted(
+        name for name, _ in model.named_modules() if name != "model.layers"
+    )
 
 
-def test_no_full_logits_are_held(make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_full_logits_are_held(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("launch.training.loss.CHUNK_CPU", 100)
     largest = 0
 
@@ -151,7 +188,9 @@ def test_no_full_logits_are_held(make_llama: Callable[..., LlamaForCausalLM], mo
             nonlocal largest
             out = function(*args, **kwargs or {})
             for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, Tensor) and tensor.shape[-1:] == (50,) and len(tensor) != 16:  # not the weight
+                if (
+                    isinstance(tensor, Tensor) and tensor.shape[-1:] == (50,) and len(tensor) != 16
+                ):  # not the weight
                     largest = max(largest, tensor.numel())
             return out
 
@@ -164,12 +203,17 @@ def test_no_full_logits_are_held(make_llama: Callable[..., LlamaForCausalLM], mo
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60))
-def test_packing_holds_every_row_once_within_the_capacity(lengths: list[int], capacity: int) -> None:
+def test_packing_holds_every_row_once_within_the_capacity(
+    lengths: list[int], capacity: int
+) -> None:
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     packed = pack(ordered, torch.tensor(lengths), capacity)
     assert sorted(row for rows in packed for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= capacity for rows in packed)
-    assert len(packed) <= -(-sum(lengths) // capacity) * 11 / 9 + 1 or len(packed) <= 2 * sum(lengths) / capacity + 1
+    assert (
+        len(packed) <= -(-sum(lengths) // capacity) * 11 / 9 + 1
+        or len(packed) <= 2 * sum(lengths) / capacity + 1
+    )
 
 
 def test_flat_batches_have_no_padding_and_say_where_examples_begin(tokens: TokenSet) -> None:
