@@ -1,1 +1,1 @@
-"""Processes, errors and files: what every command stands on."""
+"""Processes, errors, files and locks: what every command builds on."""

@@ -1,4 +1,7 @@
-"""The process group, whoever started it: deepspeed, torchrun, srun or plain python."""
+"""The process group of ranks that deepspeed, torchrun, srun or plain python has started.
+
+`run_on_rank0` and `run_on_each_node` raise a user error of one rank on all of them.
+"""
 
 import logging
 import os
@@ -14,60 +17,80 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 
-from launch.runtime import watchdog as watch
-from launch.runtime.errors import USER_ERRORS, RankError, UserError
+from launch.runtime import compat, watchdog
+from launch.runtime.errors import USER_ERRORS, RankError, UserError, describe_error
 
 T = TypeVar("T")
 
 
-# Collectives themselves never time out: launch.runtime.watchdog ends a job whose ranks are gone or
-# stall, and says which.
+# Timeout of collectives. They never time out in practice: the watchdog ends a run whose ranks are
+# gone or stall, and names them.
 FOREVER = timedelta(days=30)
 STALL = 600.0  # seconds
-_GLOO_INIT = dist.ProcessGroupGloo.__init__
 
 
-def start(stall: float = STALL) -> torch.device:
-    """Start the process group (nccl on GPUs, gloo on CPUs) and the watch over it; return this rank's device.
+def start_process_group(stall: float = STALL) -> torch.device:
+    """Start the process group (nccl on GPUs, gloo on CPUs) and the watchdog over it.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set; under srun, Slurm's own
-    variables and MASTER_ADDR, MASTER_PORT; without any this is the only rank. On CPUs the cores are shared out among
-    the ranks of the machine unless OMP_NUM_THREADS is set.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set; under
+    srun, Slurm's own variables and MASTER_ADDR, MASTER_PORT. Without any of them this is the only
+    rank. On CPUs the ranks of a machine divide its cores, unless OMP_NUM_THREADS is set.
 
     Args:
-        stall: seconds, after which ranks that have not come, or make no progress, are given up.
+        stall: seconds after which ranks that have not come, or make no progress, are given up.
+
+    Returns:
+        This rank's device.
 
     Raises:
-        RankError: the ranks did not find each other, or a network that was named.
+        RankError: the ranks did not find one another, or a network in GLOO_SOCKET_IFNAME.
     """
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # from inside deepspeed and transformers, every call
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _silence_libraries()
     if "RANK" not in os.environ:
         os.environ |= _slurm_ranks() if "SLURM_STEP_ID" in os.environ else _only_rank()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _choose_device()
+    compat.run_gloo_in_one_thread(FOREVER)
+    _join_ranks(rank, world_size, device, stall)
+    compat.warn_on_other_versions()
+    return device
+
+
+def _silence_libraries() -> None:
+    """Turn off warnings and progress bars of libraries that would repeat on every rank."""
+    # From inside deepspeed and transformers, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _choose_device() -> torch.device:
+    """Choose this rank's device; on CPUs, also its share of the machine's threads."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-        threadpoolctl.threadpool_limits(
-            torch.get_num_threads(), user_api="blas"
-        )  # LAPACK, in eigenproblems
-    dist.ProcessGroupGloo.__init__ = _one_thread
+        return device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    # LAPACK, which solves the eigenproblems, counts its threads itself.
+    threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")
+    return torch.device("cpu")
+
+
+def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) -> None:
+    """Find the other ranks, start the watchdog, and make the default process group.
+
+    Raises:
+        RankError: a rank did not come within `stall` seconds.
+    """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    watch.start(rank, world_size)
+    own_watchdog = watchdog.start_watchdog(rank, world_size)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=stall)))
-        store = watch.connect(store, stall)
+        store = watchdog.join_peers(own_watchdog, store, stall)
     except dist.DistError as error:
         raise RankError(
             f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}"
@@ -77,48 +100,17 @@ def start(stall: float = STALL) -> torch.device:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER
         )
-        dist.barrier()  # rank 0 holds the store: were it to end at once, the others would not know why
+        # Rank 0 holds the store: were it to end at once, the others would not know why.
+        dist.barrier()
     except dist.DistError as error:
         raise RankError(
-            f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank within {stall:.0f} s: "
-            f"{_first_line(error)}"
+            f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank "
+            f"within {stall:.0f} s: {_first_line(error)}"
         ) from None
-    return device
-
-
-def _one_thread(
-    self: dist.ProcessGroupGloo,
-    store: dist.Store,
-    rank: int,
-    size: int,
-    timeout: timedelta = FOREVER,
-) -> None:
-    """Make a gloo group, an engine's own too, whose collectives run in one thread, one after another.
-
-    torch gives each group two threads, and both write the name of the collective they have finished into one string
-    of the group, without a lock (ProcessGroupGloo::runLoop, torch 2.13). A name long enough to lie on the heap, as
-    that of DTensor's gathers, is freed twice when two finish together: a rank died of that now and then, and of 16
-    gathers at once, again and again, within seconds.
-
-    Raises:
-        RankError: this machine has no network of the name in GLOO_SOCKET_IFNAME.
-    """
-    gloo, networks = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
-    options = gloo._Options()
-    options._threads, options._timeout = 1, timeout
-    if networks:
-        try:
-            options._devices = [gloo.create_device(interface=name) for name in networks.split(",")]
-        except RuntimeError:
-            raise RankError(
-                f"rank {rank}: GLOO_SOCKET_IFNAME: {socket.gethostname()} has no network {networks} with an address"
-            ) from None
-    else:
-        options._devices = [gloo.create_default_device()]
-    _GLOO_INIT(self, store, rank, size, options)
 
 
 def _only_rank() -> dict[str, str]:
+    """Return the launcher's variables for a process that no launcher started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -132,27 +124,25 @@ def _only_rank() -> dict[str, str]:
 
 
 def _slurm_ranks() -> dict[str, str]:
-    """One rank a task of `srun`."""
-    of = os.environ
-    if "MASTER_ADDR" not in of and int(of.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+    """Return the launcher's variables under `srun`, where every task is a rank."""
+    environment = os.environ
+    if "MASTER_ADDR" not in environment and int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         raise UserError(
-            "MASTER_ADDR: set it to the first node's name before srun (see launch/cluster/slurm.sbatch)"
+            "MASTER_ADDR: set it to the first node's name before srun "
+            "(see launch/cluster/slurm.sbatch)"
         )
-    tasks = {
-        "RANK": "SLURM_PROCID",
-        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-        "LOCAL_RANK": "SLURM_LOCALID",
-    }
-    found = {name: of[variable] for name, variable in tasks.items()}
-    of_nodes = []
-    for part in of["SLURM_STEP_TASKS_PER_NODE"].split(","):  # "4", "4(x2)" or "4(x2),1"
+    tasks_of_nodes = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):  # "4", "4(x2)" or "4(x2),1"
         count, _, nodes = part.rstrip(")").partition("(x")
-        of_nodes += [count] * int(nodes or 1)
-    found["LOCAL_WORLD_SIZE"] = of_nodes[int(of["SLURM_NODEID"])]
-    port = 20000 + int(of["SLURM_JOB_ID"]) % 20000
-    return found | {
-        "MASTER_ADDR": of.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": of.get("MASTER_PORT", str(port)),
+        tasks_of_nodes += [count] * int(nodes or 1)
+    port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks_of_nodes[int(environment["SLURM_NODEID"])],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
 
 
@@ -160,22 +150,29 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def stop() -> None:
-    """Leave the process group, when all ranks have come this far."""
+def stop_process_group() -> None:
+    """Leave the process group, once all ranks have come this far."""
     dist.barrier()
-    watch.quiet()
+    watchdog.disarm()
     dist.destroy_process_group()
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print on rank 0, at once."""
     if dist.get_rank() == 0:
         print(text, flush=True)
 
 
-def on_rank0(function: Callable[[], T]) -> T:
-    """`function()` of rank 0, on every rank; a user error there is raised on every rank. Collective."""
-    outcome = [_outcome(function) if dist.get_rank() == 0 else None]
+def run_on_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0. Collective.
+
+    Returns:
+        What it returned, on every rank; it must be picklable.
+
+    Raises:
+        UserError: on every rank, if `function` raised an error that the user can fix.
+    """
+    outcome = [_call(function) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
     if error is not None:
@@ -183,64 +180,76 @@ def on_rank0(function: Callable[[], T]) -> T:
     return value
 
 
-def on_each_node(function: Callable[[], T]) -> list[T]:
-    """`function()` of local rank 0 of every node; a user error of any is raised on every rank. Collective.
+def run_on_each_node(function: Callable[[], T]) -> list[T]:
+    """Call `function` on local rank 0 of every node. Collective.
 
     Returns:
-        On every rank, by rank: what its node's local rank 0 returned.
+        On every rank, by rank: what its node's local rank 0 returned; it must be picklable.
+
+    Raises:
+        UserError: on every rank, if `function` raised an error that the user can fix on any node.
     """
-    rank, world = dist.get_rank(), range(dist.get_world_size())
-    places: list = [None for _ in world]
-    dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
-    # Hosts may share a name (containers); then the nearest below is the one of the same host.
-    owners = [
-        max((i for i in range(of + 1) if places[i] == (places[of][0], 0)), default=of)
-        for of in world
-    ]
-    outcomes: list = [None for _ in world]
-    dist.all_gather_object(outcomes, _outcome(function) if owners[rank] == rank else None)
+    owners = _find_node_owners()
+    is_owner = owners[dist.get_rank()] == dist.get_rank()
+    outcomes: list = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, _call(function) if is_owner else None)
     for owner in owners:
-        if outcomes[owner][1] is not None:
-            raise UserError(outcomes[owner][1])
+        _, error = outcomes[owner]
+        if error is not None:
+            raise UserError(error)
     return [outcomes[owner][0] for owner in owners]
 
 
-def _outcome(function: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `function` returns, and the text of a user error: also of a disk that is full, or a folder that is gone."""
+def _find_node_owners() -> list[int]:
+    """Return, by rank, the global rank of its node's local rank 0. Collective."""
+    places: list = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
+    owners = []
+    for rank, (host, _) in enumerate(places):
+        # Hosts may share a name (containers); then the nearest below is the one of the same host.
+        below = [i for i in range(rank + 1) if places[i] == (host, 0)]
+        owners.append(max(below, default=rank))
+    return owners
+
+
+def _call(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Call `function`. A full disk, or a folder that is gone, counts as an error the user can fix.
+
+    Returns:
+        What it returned, and None; or None, and the text of an error that the user can fix.
+    """
     try:
         return function(), None
     except USER_ERRORS as error:
-        return None, str(error)
+        return None, describe_error(error)
     except OSError as error:
         return None, f"{error.filename or 'file'}: {error.strerror or error}"
-    except (
-        SafetensorError
-    ) as error:  # what safetensors makes of an OSError, without the file's name
+    except SafetensorError as error:  # made of an OSError, without the file's name
         return None, f"cannot write or read a file: {error}"
 
 
 def broadcast_tensor(value: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Rank 0's `value`, on every rank's `device`; the others pass None. Collective."""
-    like = [None if value is None else (value.shape, value.dtype)]
-    dist.broadcast_object_list(like)
-    value = (
-        torch.empty(like[0][0], dtype=like[0][1], device=device)
-        if value is None
-        else value.to(device).contiguous()
-    )
+    """Return rank 0's `value` on every rank's `device`; the other ranks pass None. Collective."""
+    form = [None if value is None else (value.shape, value.dtype)]
+    dist.broadcast_object_list(form)
+    if value is None:
+        shape, dtype = form[0]
+        value = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        value = value.to(device).contiguous()
     dist.broadcast(value, 0)
     return value
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """The sum of each of `values` over the ranks, in fp64. Collective."""
+    """Return the sum of each of `values` over the ranks, in fp64. Collective."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
-    """The largest `value` of any rank. Collective."""
+    """Return the largest `value` of any rank. Collective."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()

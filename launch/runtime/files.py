@@ -1,38 +1,46 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written; their hashes."""
 
-import contextlib
-import errno
-import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 
 def cache_root() -> Path:
-    """Where what any run can use again is kept: $ASTRA_CACHE, or ~/.cache/astra-recipes."""
+    """Return the folder of what any run can use again: $ASTRA_CACHE, or ~/.cache/astra-recipes."""
     return Path(os.environ.get("ASTRA_CACHE", "~/.cache/astra-recipes")).expanduser()
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, once whoever holds it is done or gone; a file system may have no locks."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
+
+    The file is read, unless it is one of the hub's cache (see `read_blob_name`).
+    """
+    known = read_blob_name(path)
+    if known is not None:
+        return known
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_blob_name(path: Path) -> str | None:
+    """Return the SHA-256 of a file in the hub's cache from its name; None for any other file.
+
+    A snapshot there links to a blob that is named by its own SHA-256.
+    """
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+        return path.resolve().name
+    return None
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Indented JSON; see write_text."""
+    """Write `value` as indented JSON, whole or not at all. Raises OSError."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside, flushed to the disk, and renamed. Raises OSError."""
+    """Write `text` beside `path`, flush it to the disk, and rename it. Raises OSError."""
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -42,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     """Flush a written file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

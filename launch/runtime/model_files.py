@@ -1,7 +1,12 @@
-"""Where a model's files are, and what they are: a hub id or a local folder, and the hash of its weights."""
+"""A model's files: found by hub id or local folder, and hashed."""
 
+import contextlib
 import hashlib
+import json
+import os
 import re
+import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,11 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from launch.runtime.errors import UserError
+from launch.runtime.files import cache_root, hash_file, read_blob_name
 
-FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
-
-
-# What decides a tokenizer, in the folder of a model: its own files, and config.json, which may name its class.
+WEIGHT_FILES = "*.safetensors"
+FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt"]  # that are fetched from the hub
+# Files in a model's folder that decide its tokenizer; config.json may name the tokenizer's class.
 TOKENIZER_FILES = [
     "config.json",
     "tokenizer*",
@@ -24,47 +29,58 @@ TOKENIZER_FILES = [
     "merges.txt",
     "*.model",
 ]
+RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a hub id, `name` or `owner/name`, and not of a path."""
+    """Return whether `name` has the form of a hub id, `name` or `owner/name`, and not of a path."""
     is_file = name.endswith((".json", ".jsonl", ".parquet", ".gz"))
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not is_file
 
 
 def fetch_model(name: str, revision: str, weights: bool = True) -> Path:
-    """The local folder of model `name`: the folder itself, or the hub's files, downloaded or from the cache.
+    """Return the local folder of model `name`.
+
+    It is the folder itself, or the hub's files, downloaded or from the hub's cache.
 
     Args:
+        name: hub id or local folder.
+        revision: branch, tag or commit on the hub.
         weights: whether the weights are wanted too; without them, the config and the tokenizer.
 
     Raises:
-        UserError: no such folder or model, the hub is not reachable, or there are no safetensors weights.
+        UserError: no such folder or model, the hub is not reachable, or there are no safetensors
+            weights.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if not is_hub_id(name):
             raise UserError(f"model.name: no folder {name}")
         try:
-            folder = Path(
-                snapshot_download(
-                    name, revision=revision, allow_patterns=FILES if weights else FILES[1:]
-                )
-            )
+            patterns = FILES if weights else FILES[1:]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
-                f"model.name: cannot get {name} (revision {revision}) from the hub ({type(error).__name__}); check the "
-                "name and the network, log in if the model is gated, or give a local folder"
+                f"model.name: cannot get {name} (revision {revision}) from the hub "
+                f"({type(error).__name__}); check the name and the network, log in if the model "
+                "is gated, or give a local folder"
             ) from None
-    if not (folder / "config.json").is_file() or (
-        weights and not list(folder.glob("*.safetensors"))
-    ):
+    has_weights = any(folder.glob(WEIGHT_FILES))
+    if not (folder / "config.json").is_file() or (weights and not has_weights):
         raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
     return folder
 
 
 def fetch_config(name: str, revision: str) -> PretrainedConfig:
-    """The config of model `name`, a local folder or hub id, and nothing else of it. Raises UserError."""
+    """Return the config of a model, without its other files.
+
+    Args:
+        name: hub id or local folder.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: there is no such folder or model, or the hub is not reachable.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir() and not is_hub_id(name):
         raise UserError(f"model.name: no folder {name}")
@@ -77,7 +93,11 @@ def fetch_config(name: str, revision: str) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Raises UserError if there is none, or it has no end-of-sequence token."""
+    """Load the tokenizer in a model's folder.
+
+    Raises:
+        UserError: there is none, or it has no end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -91,38 +111,84 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256 sums of a model's safetensors files."""
-    return _files_hash(folder.glob("*.safetensors"))
+def hash_weights(folder: Path) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of a model's safetensors files."""
+    return _hash_files(folder.glob(WEIGHT_FILES))
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of the names and contents of a model folder's tokenizer files."""
-    return _files_hash(
-        {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
-    )
+def hash_tokenizer(folder: Path) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of a model folder's tokenizer files."""
+    paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    return _hash_files(path for path in paths if path.is_file())
 
 
-def _files_hash(paths: Iterable[Path]) -> str:
+def _hash_files(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(f"{path.name} {file_hash(path)}\n".encode())
+        total.update(f"{path.name} {hash_unchanged_file(path)}\n".encode())
     return total.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    # In the hub's cache a snapshot links to a blob that is named by the file's own SHA-256.
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-        return path.resolve().name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_unchanged_file(path: Path) -> str:
+    """Return the SHA-256 of a file; read the file only if it has changed since the last call.
+
+    Every start of a run needs the hash of its base, which for 70B parameters is 140 GB. Hashes are
+    kept in the cache folder. A file is unchanged if its absolute path, inode, size and times of
+    change are the same. Each state of a file has a cache entry of its own, so nodes that share the
+    cache folder need no lock. Where the cache cannot be read or written, the file is read.
+    """
+    if read_blob_name(path) is not None:
+        return hash_file(path)
+    state = _read_state(path)
+    entry = cache_root() / "hashes" / f"{_hash_text(json.dumps(state))}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(entry.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return known["sha256"]
+    began = time.time_ns()
+    sha256 = hash_file(path)
+    # A file that was written moments ago may be written again within a tick of the clock.
+    settled = began - max(state["mtime_ns"], state["ctime_ns"]) > RECENT
+    if settled and _read_state(path) == state:
+        with contextlib.suppress(OSError):
+            _write_entry(entry, {"state": state, "sha256": sha256})
+    return sha256
 
 
-def commit_of(folder: Path) -> str | None:
-    """The hub commit of a folder in the hub's cache, or None for any other: no hash is invented."""
-    return (
-        folder.name
-        if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-        else None
-    )
+def _read_state(path: Path) -> dict[str, str | int]:
+    """Return what changes when a file's content does."""
+    status = path.stat()
+    return {
+        "path": str(path.absolute()),
+        "inode": status.st_ino,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,  # a tool can set mtime back, but not this
+    }
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _write_entry(path: Path, entry: dict) -> None:
+    """Write a cache entry, whole or not at all; several processes may do so at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(entry, file)
+        os.replace(aside, path)
+    except OSError:
+        os.unlink(aside)
+        raise
+
+
+def find_commit(folder: Path) -> str | None:
+    """Return the hub commit of a folder in the hub's cache; None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None

@@ -1,0 +1,32 @@
+"""One training step in numbers, as a line of metrics.jsonl holds it."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+METRICS = "metrics.jsonl"  # in the run folder
+
+
+class Metrics(TypedDict):
+    """One optimiser step, a line of metrics.jsonl."""
+
+    step: int  # from 1
+    loss: float  # mean over the step's answer tokens, nats
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # answer tokens of the step, over all ranks
+    all_tokens: int  # prompt and answer tokens of the step, over all ranks
+    tokens_per_second: float  # answer tokens, per device
+    all_tokens_per_second: float  # per device
+    tflops: float | None  # 1e12 FLOP per second and device, as launch/training/flops.py counts them
+    utilisation: float | None  # tflops over the device's peak; None if one of them is unknown
+    peak_memory_gib: float  # of rank 0 so far
+    data_wait: float  # seconds of the step in which rank 0 waited for a batch
+    seconds: float  # spent in training steps so far, over all starts of the run
+    seconds_left: float  # at the mean pace of the run's steps
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Read the steps in the metrics.jsonl of a run folder."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

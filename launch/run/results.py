@@ -1,0 +1,222 @@
+"""results.json: the one record of what a finished run, or a finished evaluation, gave.
+
+Everything that reads results.json reads it here, as a typed record. Keys are only ever added, so that files written by
+earlier versions stay readable: a key that an old file may lack has a default.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launch.runtime.errors import UserError
+from launch.runtime.files import write_json
+
+RESULTS = (
+    "results.json"  # in the folder of a run or an evaluation; written last, it marks it as finished
+)
+
+
+class Record(BaseModel):
+    """A part of results.json. Keys that this version does not know are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class GraderScore(Record):
+    """One grader's score of one benchmark."""
+
+    accuracy: float  # mean over all samples, a fraction
+    n: int  # problems
+    samples: int = 1  # responses to each problem
+    correct: int  # problems whose first response passed
+    interval: tuple[float, float]  # 95 % Wilson interval of the first responses, fractions
+    pass_at: dict[str, float] | None = None  # k -> unbiased pass@k; only with several samples
+
+
+class Score(GraderScore):
+    """The strict grader's score of one benchmark, with the literature's and the conditions of both."""
+
+    literature: GraderScore
+    prompt: str  # "recipe" or "literature"; empty where stored responses were graded again
+    grader: str = "strict"
+    data_sha256: str | None = None  # of the problems
+
+
+class Base(Record):
+    """The base model."""
+
+    name: str  # hub id or folder
+    weights_sha256: str | None  # None where a server holds the model
+    revision: str | None = None
+    revision_verified: bool = False
+
+
+class Data(Record):
+    """The training rows."""
+
+    path: str
+    tokens_sha256: str
+    rows: int
+    cut: int  # rows whose answer max_length cut short
+    dropped: dict[str, int]  # reason -> rows
+
+
+class Prediction(Record):
+    """How well a model predicts given tokens."""
+
+    loss: float  # mean over the tokens, nats
+    accuracy: float  # fraction of the tokens that have the largest logit
+    tokens: int
+
+
+class BeforeAfter(Record):
+    """One measurement before and after training."""
+
+    before: Prediction
+    after: Prediction
+
+
+class Seconds(Record):
+    """Wall-clock seconds."""
+
+    calibration: float
+    training: float
+
+
+class Conditions(Record):
+    """What the numbers hold for: versions, revision and machine. Other keys are versions of packages."""
+
+    git_revision: str | None
+    world_size: int
+    device: str
+
+
+class RunFacts(Record):
+    """What is known of a run before its first step, and kept in every checkpoint for its results."""
+
+    ranks: dict[str, int] | None  # LoRA rank of every module; None where all are alike
+    inputs: dict[str, str]  # recipe field -> hash of its content
+    calibration_seconds: float
+    logit_drift: float  # see RunResults
+    residual_rounding: float  # see RunResults
+    baseline: dict[str, Score]  # benchmark -> score of the base
+    before: dict[str, Prediction]  # measured set -> prediction of the base
+
+
+class RunResults(Record):
+    """results.json of a finished run."""
+
+    recipe: str
+    model: str
+    base: Base
+    data: Data
+    method: str
+    variant: str | None = (
+        None  # what the method's name leaves open, such as the end of the spectrum
+    )
+    eigen_select: str | None = None  # of astra
+    rank: int | None  # None where no adapters were trained
+    lora_rank: int | None = None  # of the exported plain LoRA; None where there is none
+    alpha: float | None
+    lr: float
+    seed: int
+    steps: int
+    final_loss: float  # of the last step, nats per answer token
+    held_out: BeforeAfter | None = None
+    other_text: BeforeAfter | None = None
+    other_text_source: dict[str, str] | None = None  # path and sha256
+    trained_parameters: int | None = None
+    peak_memory: list[int] | None = None  # bytes, by rank
+    logit_drift: float  # largest change of a logit at step 0, over the largest logit
+    residual_rounding: float  # largest |s B0 A0 + W_res - W| / |W| of a module
+    engine: str
+    dtype: str
+    seconds: Seconds
+    baseline: dict[str, Score]  # benchmark -> score of the base
+    scores: dict[str, Score]  # benchmark -> score after training
+    conditions: Conditions
+
+    @property
+    def label(self) -> str:
+        """The method with its variant, which is never left out: `astra smallest`, `corda ipm`."""
+        variant = self.variant or self.eigen_select
+        return f"{self.method} {variant}" if variant else self.method
+
+
+class EvaluationResults(Record):
+    """results.json of launch/evaluate.py."""
+
+    base: Base
+    adapter: str | None
+    settings: dict[str, Any]  # the recipe's `eval` section
+    scores: dict[str, Score]
+    conditions: Conditions
+    adapter_sha256: str | None = None
+    dtype: str | None = None  # None where a server holds the model
+    url: str | None = None  # of the server
+
+
+def read_run_results(folder: Path) -> RunResults:
+    """Read results.json of a run. Raises UserError if the folder is not that of a finished run."""
+    return _read(folder, RunResults, "a finished run")
+
+
+def read_evaluation_results(folder: Path) -> EvaluationResults:
+    """Read results.json of launch/evaluate.py. Raises UserError if the folder holds none."""
+    return _read(folder, EvaluationResults, "a finished evaluation")
+
+
+def find_run_results(folder: Path) -> RunResults | None:
+    """Read results.json of a run, or return None if the run has not finished."""
+    return read_run_results(folder) if (folder / RESULTS).is_file() else None
+
+
+def write_results(folder: Path, results: Record) -> None:
+    """Write results.json, whole or not at all. A value that was never set is left out. Raises OSError."""
+    write_json(folder / RESULTS, results.model_dump(mode="json", exclude_unset=True))
+
+
+def _read(folder: Path, kind: type[RecordT], what: str) -> RecordT:
+    try:
+        values = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return kind.model_validate(values)
+    except (OSError, ValueError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else error
+        if isinstance(error, ValidationError):
+            reason = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}"
+        raise UserError(f"{folder} is not the folder of {what}: {reason}") from None
+
+
+def runs_table(folders: Sequence[Path]) -> str:
+    """Render finished runs as a Markdown table, one row each.
+
+    Scores are in percent with their 95 % Wilson interval and n. A score that was not made is left empty.
+    """
+    rows = [read_run_results(folder) for folder in folders]
+    benchmarks = sorted({name for row in rows for name in (*row.baseline, *row.scores)})
+    head = ["run", "method", "rank", "lr", "seed", "steps", "final loss"]
+    for name in benchmarks:
+        head += [f"{name} before", f"{name} after"]
+    head.append("training (s)")
+    lines = [head, ["---"] * len(head)]
+    for folder, row in zip(folders, rows, strict=True):
+        cells = [folder.resolve().name, row.label, row.rank or "", f"{row.lr:g}", row.seed]
+        cells += [row.steps, f"{row.final_loss:.4f}"]
+        for name in benchmarks:
+            cells += [_cell(row.baseline.get(name)), _cell(row.scores.get(name))]
+        cells.append(f"{row.seconds.training:.0f}")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return ""
+    low, high = score.interval
+    return f"{100 * score.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}, n = {score.n})"

@@ -1,0 +1,3 @@
+"""Units that several rooms convert by."""
+
+GIB = 2**30  # bytes
