@@ -1,4 +1,7 @@
-"""Engines shard a model over ranks; the rest of the project sees only the interface of engines.base."""
+"""Engines hold a model, whole or sharded over ranks. The project sees only engines.base.Engine.
+
+A new engine is one file here and one line in `make_engine`.
+"""
 
 import torch
 
@@ -6,18 +9,25 @@ from launch.engines.base import Engine
 
 
 def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """The engine called `name` in a recipe. Needs a started process group (distributed.start)."""
-    if name == "single":
-        from launch.engines.single import SingleEngine
+    """Make the engine that a recipe calls `name`. Needs a started process group.
 
-        return SingleEngine(device, dtype)
-    if name == "fsdp":
-        from launch.engines.fsdp import FsdpEngine
+    Args:
+        dtype: of the frozen base and of its forward passes.
+    """
+    # Imported here because each of these libraries takes seconds to import.
+    match name:
+        case "single":
+            from launch.engines.single import SingleEngine
 
-        return FsdpEngine(device, dtype)
-    from launch.engines.zero import ZeroEngine
+            return SingleEngine(device, dtype)
+        case "fsdp":
+            from launch.engines.fsdp import FsdpEngine
 
-    return ZeroEngine(name, device, dtype)
+            return FsdpEngine(device, dtype)
+        case _:  # the others are DeepSpeed's, one for each file in ds_configs/
+            from launch.engines.zero import ZeroEngine
+
+            return ZeroEngine(name, device, dtype)
 
 
 __all__ = ["Engine", "make_engine"]

@@ -1,4 +1,4 @@
-"""The small interface behind which DeepSpeed, and whatever else shards a model, stands."""
+"""The interface behind which DeepSpeed, FSDP2 or plain PyTorch holds and trains a model."""
 
 import json
 from collections.abc import Iterable
@@ -13,70 +13,101 @@ from transformers import PreTrainedModel
 from astra.weights import Weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-KINDS = (
-    "trained",
-    "exp_avg",
-    "exp_avg_sq",
-)  # of a parameter in training: its value, and AdamW's moments of it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments of a parameter
+STATE_KINDS = ("trained", *MOMENTS)  # of a parameter in training: its value and its moments
 
 
-def read_config(engine: str) -> dict:
-    """DeepSpeed's config of one of its engines: ds_configs/<engine>.json."""
-    return json.loads((CONFIGS / f"{engine}.json").read_text())
+def read_deepspeed_config(engine: str) -> dict:
+    """Read the DeepSpeed configuration of one of its engines, ds_configs/<engine>.json."""
+    return json.loads((CONFIGS / f"{engine}.json").read_text(encoding="utf-8"))
 
 
-class Stepper(Protocol):
-    """A model in training: gradients summed over micro batches and averaged over ranks, then one optimiser step."""
+class TrainState(Protocol):
+    """A model in training, with its optimiser.
+
+    Gradients are summed over micro batches and averaged over ranks before each optimiser step.
+    """
 
     model: nn.Module
-    """What the training's forward passes must call: the model itself, or the engine's wrapper around it."""
+    """What the training's forward passes must call: the model, or the engine's wrapper around it."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of one micro batch's scalar loss; `last`: of those before the step."""
+        """Add the gradient of one micro batch's scalar loss.
+
+        Args:
+            loss: scalar.
+            last: whether this is the step's last micro batch.
+        """
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Average over ranks, clip, update with learning rate `lr`, clear; the gradient norm before clipping, ()."""
+        """Average gradients over ranks, clip them, update with learning rate `lr`, clear them.
+
+        Returns:
+            The global gradient norm before clipping, a scalar tensor.
+        """
         ...
 
-    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
-        """KINDS of a parameter, whole and fp32, on every rank. Collective; after a step."""
+    def read_state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """Return STATE_KINDS of a parameter, whole and in fp32, on every rank.
+
+        Collective; to be called after a step.
+        """
         ...
 
-    def restore(
+    def restore_state(
         self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
     ) -> None:
-        """Set parameters and optimiser to what they were after `step` steps: (parameter, *KINDS) of each.
+        """Set parameters and optimiser to what they were after `step` steps.
 
-        Collective; before the first step, with the same values on every rank.
+        Collective; to be called before the first step, with the same values on every rank.
+
+        Args:
+            states: (parameter, *STATE_KINDS) of every trained parameter, each whole and in fp32.
         """
         ...
 
 
 class Engine(Weights, Protocol):
-    """How a model is held and stepped. Every function is collective."""
+    """How a model is held and trained. Every method is collective.
+
+    The order of calls: `load_model`, adapters attached, `materialize`, then any number of
+    `inference_mode` contexts, then `make_trainable`.
+    """
 
     device: torch.device
     sharded: bool
-    """True if ranks hold shards, so that all ranks must run every module the same number of times."""
+    """Whether ranks hold shards, so that all ranks must run every module equally often."""
     reentrant: bool
     """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
-    def load(self, path: str, full: bool = False) -> PreTrainedModel:
-        """The causal LM at the local folder `path`, on the device; sharded while it is read.
+    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
+        """Load the causal language model in the local folder `path`.
 
         Args:
-            full: all of it is to be trained, not frozen. Forward and backward passes are in the engine's dtype, but
-                AdamW steps fp32 weights: bfloat16 has 8 bits, so that updates below 2^-9 of a weight would be lost.
+            full: whether all parameters are to be trained. Forward and backward passes are in the
+                engine's dtype, but AdamW steps fp32 weights: bfloat16 has 8 significant bits, so
+                updates below 2^-9 of a weight would be lost.
+
+        Returns:
+            The model, frozen unless `full`. Its weights may not have values yet (FSDP2), so
+            adapters can be attached before it is sharded: see `materialize`.
         """
         ...
 
-    def inference(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it `model` can run forward passes, before it is trained."""
+    def materialize(self, model: nn.Module) -> None:
+        """Give the weights of a loaded `model`, adapters attached, their (sharded) values.
+
+        Does nothing where `load_model` did so already, or at a second call.
+        """
         ...
 
-    def training(
+    def inference_mode(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the materialized `model` runs forward passes, untrained yet."""
+        ...
+
+    def make_trainable(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-    ) -> Stepper:
-        """Make `model` trainable. It can run in eval mode too."""
+    ) -> TrainState:
+        """Put `model` and its optimiser in the engine's hands. The model can run in eval mode too."""
         ...

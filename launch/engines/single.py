@@ -1,4 +1,4 @@
-"""Plain PyTorch: every rank holds the whole model. Trains in one process; more ranks may only evaluate."""
+"""Plain PyTorch: every rank holds the whole model. Trains in one process; more ranks may evaluate."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +10,20 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
+from launch.engines.base import MOMENTS
 
 WEIGHTS = TorchWeights()
 
 
-class TorchStepper:
+class TorchTrainState:
     """A plain optimiser with gradient clipping, over whole or FSDP2-sharded parameters."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
+        self.model = model
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -28,30 +31,28 @@ class TorchStepper:
     def step(self, lr: float) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+    def read_state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]
-        return (
-            WEIGHTS.read(parameter),
-            WEIGHTS.read(state["exp_avg"]),
-            WEIGHTS.read(state["exp_avg_sq"]),
-        )
+        exp_avg, exp_avg_sq = (WEIGHTS.read(state[moment]) for moment in MOMENTS)
+        return WEIGHTS.read(parameter), exp_avg, exp_avg_sq
 
-    def restore(
+    def restore_state(
         self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
     ) -> None:
         for parameter, trained, *moments in states:
             WEIGHTS.write(parameter, trained)
             state = {"step": torch.tensor(float(step))}
-            for kind, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-                state[kind] = torch.zeros_like(parameter, requires_grad=False)
-                WEIGHTS.write(state[kind], value)
+            for moment, value in zip(MOMENTS, moments, strict=True):
+                state[moment] = torch.zeros_like(parameter, requires_grad=False)
+                WEIGHTS.write(state[moment], value)
             self.optimizer.state[parameter] = state
 
 
@@ -63,22 +64,24 @@ class SingleEngine(TorchWeights):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def load(self, path: str, full: bool = False) -> PreTrainedModel:
+    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
         dtype = torch.float32 if full else self.dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(
-            self.device
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = model.to(self.device)
         if dtype != self.dtype:
             model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)
         return model.requires_grad_(full)
 
+    def materialize(self, model: nn.Module) -> None:
+        """Do nothing: `load_model` reads whole weights."""
+
     @contextmanager
-    def inference(self, model: nn.Module) -> Iterator[None]:
+    def inference_mode(self, model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
 
-    def training(
+    def make_trainable(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-    ) -> TorchStepper:
+    ) -> TorchTrainState:
         assert dist.get_world_size() == 1, "gradients are not averaged over ranks"
-        return TorchStepper(model, optimizer, max_grad_norm)
+        return TorchTrainState(model, optimizer, max_grad_norm)
