@@ -1,157 +1,149 @@
-"""One optimiser step's rows as the batches of its forward passes: padded or packed, dealt to ranks, made ahead."""
+"""Examples as the tensors of one forward pass, padded or packed, and made ahead of their use."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from launch.config.schema import Recipe
-from launch.data.tokenize import TokenSet, deal
+from astra.moments import Batch
+from launch.data.order import Packing
+from launch.data.token_set import TokenSet
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Several rows to a sequence, attention kept within each."""
-
-    capacity: int  # tokens of a sequence
-    flat: bool  # a batch's sequences in one row without padding, as FlashAttention takes them
-
-
-def packing_of(recipe: Recipe, base: PreTrainedModel) -> Packing | None:
-    """How `recipe` packs the rows that `base` trains on."""
-    flat = base.config._attn_implementation == "flash_attention_2"
-    return Packing(recipe.data.max_length, flat) if recipe.data.packing else None
+IGNORED = -100  # a label that PyTorch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What `AnswerLoss` takes."""
+    """One micro batch of training, as training.loss.AnswerLoss takes it."""
 
-    input_ids: Tensor  # (rows, tokens), int64, padded on the right
-    positions: (
-        Tensor  # (n,), int64, in the flattened input_ids: the tokens whose next one the loss counts
-    )
-    targets: Tensor  # (n,), int64: those next tokens
-    position_ids: (
-        Tensor | None
-    )  # (rows, tokens), int64, each example's from 0; None if every row is one example
+    # (sequences, tokens), int64, padded on the right.
+    input_ids: Tensor
+    # (n,), int64: places in the flattened input_ids whose next token the loss counts.
+    loss_indices: Tensor
+    # (n,), int64: those next tokens.
+    targets: Tensor
+    # (sequences, tokens), int64, from 0 in each example; None where a sequence is one example.
+    position_ids: Tensor | None
 
     def to(self, device: torch.device) -> "TrainBatch":
-        """On `device`, without waiting for it."""
-        parts = (self.input_ids, self.positions, self.targets, self.position_ids)
+        """Copy to `device`, without waiting for the copy."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "TrainBatch":
+        """Copy to page-locked memory, from which a copy to a GPU runs in the background."""
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        position_ids = None if self.position_ids is None else function(self.position_ids)
         return TrainBatch(
-            *(part if part is None else part.to(device, non_blocking=True) for part in parts)
+            function(self.input_ids),
+            function(self.loss_indices),
+            function(self.targets),
+            position_ids,
         )
 
-    def pinned(self) -> "TrainBatch":
-        """In memory from which a copy to a GPU need not wait."""
-        parts = (self.input_ids, self.positions, self.targets, self.position_ids)
-        return TrainBatch(*(part if part is None else part.pin_memory() for part in parts))
 
-
-def make_share(
-    rows: Sequence[int],
-    lengths: Tensor,
-    rank: int,
-    world_size: int,
-    micro_batch: int,
-    packing: Packing | None,
-) -> list[list[list[int] | None]]:
-    """This rank's batches of the rows of one step; as many on every rank, sequences of weight 0 (None) included.
-
-    Sequences of like length come together, for little padding: those of one batch, and those that ranks run at the
-    same time, since a sharded rank waits for the slowest at every layer. What a step's sequences are depends on neither
-    world size nor micro batch.
-
-    Args:
-        micro_batch: sequences of a batch, at most; fewer where all ranks together have not so many.
-        packing: None: every row is a sequence.
-    """
-    ordered = sorted(rows, key=lambda row: -lengths[row])
-    sequences = pack(ordered, lengths, packing.capacity) if packing else [[row] for row in ordered]
-    return deal(
-        sequences, rank, world_size, min(micro_batch, math.ceil(len(sequences) / world_size))
-    )
-
-
-def pack(rows: Sequence[int], lengths: Tensor, capacity: int) -> list[list[int]]:
-    """`rows`, longest first, each into the first sequence that has room for it; fullest sequences first.
-
-    Needs at most 11/9 of the fewest possible sequences, plus one (first fit decreasing).
-    """
-    packed: list[list[int]] = []
-    room: list[int] = []
-    for row in rows:
-        length = int(lengths[row])
-        fits = next((i for i, left in enumerate(room) if left >= length), None)
-        if fits is None:
-            fits = len(packed)
-            packed.append([])
-            room.append(capacity)
-        packed[fits].append(row)
-        room[fits] -= length
-    return [packed[i] for i in sorted(range(len(packed)), key=lambda i: room[i])]
-
-
-def collate(
+def collate_sequences(
     tokens: TokenSet, sequences: Sequence[Sequence[int] | None], packing: Packing | None
 ) -> TrainBatch:
-    """The batch of `sequences`, each of one or more rows, on the CPU.
+    """Make the micro batch of `sequences`, each of one or more examples, on the CPU.
 
-    A sequence that is None weighs nothing: the first row of the one before it, or row 0, with nothing counted.
+    A sequence that is None weighs nothing: it repeats an example, and the loss counts none of it.
     """
-    filler = next((rows[0] for rows in reversed(sequences) if rows is not None), 0)
-    pieces = [
-        [
-            tokens.tokens[tokens.offsets[row] : tokens.offsets[row + 1]]
-            for row in ([filler] if rows is None else rows)
-        ]
-        for rows in sequences
-    ]
+    filler = next((examples[0] for examples in reversed(sequences) if examples is not None), 0)
+    pieces: list[list[Tensor]] = []  # of each sequence, the tokens of its examples
+    for examples in sequences:
+        pieces.append([_example_tokens(tokens, i) for i in examples or [filler]])
+    flat = packing is not None and packing.flat
+    indices = _find_loss_indices(tokens, sequences, pieces, flat)
+    input_ids = _join_pieces(pieces, flat)
+    position_ids = None
+    if packing is not None:
+        positions = [[torch.arange(len(piece)) for piece in examples] for examples in pieces]
+        position_ids = _join_pieces(positions, flat)
+    return TrainBatch(input_ids, indices, input_ids.flatten()[indices + 1], position_ids)
+
+
+def _find_loss_indices(
+    tokens: TokenSet,
+    sequences: Sequence[Sequence[int] | None],
+    pieces: list[list[Tensor]],
+    flat: bool,
+) -> Tensor:
+    """Find the places, in the flattened batch, whose next token is part of an answer."""
     width = max(sum(map(len, examples)) for examples in pieces)
-    places, at = [torch.empty(0, dtype=torch.int64)], 0
-    for number, (rows, examples) in enumerate(zip(sequences, pieces, strict=True)):
-        at = at if packing and packing.flat else number * width
-        for i, example in enumerate(examples):
-            if rows is not None:
-                answer = max(1, int(tokens.answer_starts[rows[i]]))
-                places.append(torch.arange(at + answer - 1, at + len(example) - 1))
-            at += len(example)
-
-    def together(parts: list[list[Tensor]]) -> Tensor:
-        # Padding is 0, also as a position: each such token is then an example of its own.
-        joined = [torch.cat(part).long() for part in parts]
-        return (
-            torch.cat(joined)[None]
-            if packing and packing.flat
-            else nn.utils.rnn.pad_sequence(joined, batch_first=True)
-        )
-
-    input_ids, positions = together(pieces), torch.cat(places)
-    position_ids = together(
-        [[torch.arange(len(piece)) for piece in examples] for examples in pieces]
-    )
-    return TrainBatch(
-        input_ids, positions, input_ids.flatten()[positions + 1], position_ids if packing else None
-    )
+    indices = [torch.empty(0, dtype=torch.int64)]
+    start = 0  # of the next example, in the flattened batch
+    for number, (examples, sequence_pieces) in enumerate(zip(sequences, pieces, strict=True)):
+        if not flat:
+            start = number * width
+        for i, piece in enumerate(sequence_pieces):
+            if examples is not None:
+                # The first token of a sequence has no token before it that could predict it.
+                answer = max(1, int(tokens.prompt_lengths[examples[i]]))
+                indices.append(torch.arange(start + answer - 1, start + len(piece) - 1))
+            start += len(piece)
+    return torch.cat(indices)
 
 
-def ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
-    """`items`, each made by a thread while the one before it is used."""
+def _join_pieces(pieces: list[list[Tensor]], flat: bool) -> Tensor:
+    """Join the pieces of each sequence: (1, tokens) if `flat`, else (sequences, tokens), padded.
+
+    Padding is 0, also as a position id: each such token is then an example of its own.
+    """
+    joined = [torch.cat(examples).long() for examples in pieces]
+    if flat:
+        return torch.cat(joined)[None]
+    return nn.utils.rnn.pad_sequence(joined, batch_first=True)
+
+
+def collate_examples(
+    tokens: TokenSet, examples: Sequence[int | None], device: torch.device
+) -> tuple[Batch, Tensor]:
+    """Make a right-padded batch of calibration or measurement.
+
+    An example that is None has weight 0: it repeats another one, and none of its tokens counts.
+
+    Returns:
+        The batch, and its labels: int64, IGNORED where the loss does not count; both are
+        (examples, tokens).
+    """
+    filler = next((example for example in examples if example is not None), 0)
+    pieces = []
+    for example in examples:
+        pieces.append(_example_tokens(tokens, filler if example is None else example).long())
+    input_ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=0)
+    places = torch.arange(input_ids.shape[1])
+    lengths = [
+        0 if example is None else len(piece)
+        for example, piece in zip(examples, pieces, strict=True)
+    ]
+    starts = [0 if example is None else int(tokens.prompt_lengths[example]) for example in examples]
+    token_mask = places < torch.tensor(lengths)[:, None]
+    is_answer = token_mask & (places >= torch.tensor(starts)[:, None])
+    labels = input_ids.masked_fill(~is_answer, IGNORED)
+    batch = Batch(input_ids=input_ids.to(device), token_mask=token_mask.to(device))
+    return batch, labels.to(device)
+
+
+def _example_tokens(tokens: TokenSet, example: int) -> Tensor:
+    return tokens.tokens[tokens.offsets[example] : tokens.offsets[example + 1]]
+
+
+def prefetch(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """Yield `items`, each made by a thread while the one before it is used."""
     end = object()
 
-    def begin() -> None:
+    def use_device() -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # pinning memory would else make a context on GPU 0
+            # Without this, pinning memory in the thread would make a CUDA context on GPU 0.
+            torch.cuda.set_device(device)
 
-    with ThreadPoolExecutor(1, initializer=begin) as thread:
+    with ThreadPoolExecutor(1, initializer=use_device) as thread:
         coming = thread.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)

@@ -1,4 +1,4 @@
-"""What a run starts from: a local model folder and tokens, checked and prepared once on every node."""
+"""What a run starts from: a local model folder and tokens, checked and prepared once on each node."""
 
 import socket
 from dataclasses import dataclass
@@ -9,69 +9,66 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from launch.config.schema import Recipe
-from launch.data.token_cache import Prepared, obtain
-from launch.data.tokenize import TokenSet
-from launch.quickstart import base as quickstart
-from launch.runtime.distributed import on_each_node
+from launch.data.token_cache import TokenFolder, obtain_tokens
+from launch.data.token_set import TokenSet, split_held_out
+from launch.runtime.distributed import run_on_each_node
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import commit_of, fetch_model, weights_hash
-from launch.scoring.held_out import split
+from launch.runtime.model_files import fetch_model, find_commit, hash_weights
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same on every rank."""
+    """What `prepare_inputs` found, the same on every rank but for the local path."""
 
-    recipe: Recipe  # with local paths in the place of `quickstart`
     model_path: Path
-    dtype: torch.dtype
-    tokens: TokenSet
-    held_out: TokenSet | None  # the last data.held_out rows, which are not in `tokens`
-    base: dict  # name, revision and hash of the base model
-    data: dict  # path, rows and hash of the tokens, and which rows were cut and dropped
+    dtype: torch.dtype  # of the base
+    tokens: TokenSet  # to train and calibrate on
+    held_out: TokenSet | None  # the last data.held_out examples, which are not in `tokens`
+    base: dict  # name, revision and hash of the base model, as results.json has them
+    data: dict  # path, counts and hash of the tokens, as results.json has them
 
 
-def prepare(recipe: Recipe, device: torch.device) -> Inputs:
-    """Resolve, check and tokenise the inputs of `recipe`. Collective.
+def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
+    """Fetch, check and tokenise what `recipe` names. Collective.
 
-    Local rank 0 of every node does it, so no shared disk is needed. Tokens that a node has already are not made again;
-    every rank maps them into its memory.
+    Local rank 0 of every node does the work, so no shared disk is needed. Tokens that a node has
+    already are not made again. Every rank maps them into its memory.
 
     Raises:
-        UserError: on every rank, what any node finds wrong; or the nodes' data or weights differ.
+        UserError: on every rank, for whatever any node finds wrong, or if the data or the weights
+            differ between nodes.
     """
-    recipe = quickstart.resolve(recipe, device)
-    outcomes = on_each_node(lambda: _prepare_node(recipe))
-    for other in outcomes:
-        for field, part, key in (
-            ("data.path", "data", "tokens_sha256"),
-            ("model.name", "base", "weights_sha256"),
-        ):
-            if other[part][key] != outcomes[0][part][key]:
-                raise UserError(
-                    f"{field}: its content on {other['host']} is not {outcomes[0]['host']}'s; copy it"
-                )
-    outcome = outcomes[dist.get_rank()]
-    tokens = Prepared(Path(outcome["prepared"]), outcome["manifest"]).open()
-    training, held_out = split(tokens, recipe.data.held_out)
+    nodes = run_on_each_node(lambda: _prepare_node(recipe))
+    first = nodes[0]
+    for node in nodes:
+        if node["data"]["tokens_sha256"] != first["data"]["tokens_sha256"]:
+            raise UserError(_describe_difference("data.path", node, first))
+        if node["base"]["weights_sha256"] != first["base"]["weights_sha256"]:
+            raise UserError(_describe_difference("model.name", node, first))
+    here = nodes[dist.get_rank()]
+    tokens = TokenFolder(Path(here["prepared"]), here["manifest"]).open_tokens()
+    training, held_out = split_held_out(tokens, recipe.data.held_out)
     return Inputs(
-        recipe,
-        Path(outcome["model_path"]),
-        resolve_dtype(recipe.model.dtype, device),
-        training,
-        held_out,
-        outcomes[0]["base"],
-        outcomes[0]["data"],
+        model_path=Path(here["model_path"]),
+        dtype=resolve_dtype(recipe.model.dtype, device),
+        tokens=training,
+        held_out=held_out,
+        base=first["base"],
+        data=first["data"],
     )
 
 
+def _describe_difference(field: str, node: dict, first: dict) -> str:
+    return f"{field}: its content on {node['host']} is not {first['host']}'s; copy it"
+
+
 def _prepare_node(recipe: Recipe) -> dict:
-    """What `prepare` hands on."""
+    """Prepare this node, and describe the result in plain values that ranks can exchange."""
     model_path = fetch_model(recipe.model.name, recipe.model.revision)
-    check_length(recipe, model_path)
-    folder, manifest = obtain(recipe.data, model_path)
-    commit = commit_of(model_path)
-    rows_commit = manifest["made_from"]["source"].get("commit")
+    check_max_length(recipe, model_path)
+    folder, manifest = obtain_tokens(recipe.data, model_path)
+    model_commit = find_commit(model_path)
+    data_commit = manifest["made_from"]["source"].get("commit")
     return {
         "host": socket.gethostname(),
         "model_path": str(model_path),
@@ -79,14 +76,14 @@ def _prepare_node(recipe: Recipe) -> dict:
         "manifest": manifest,
         "base": {
             "name": recipe.model.name,
-            "revision": commit or recipe.model.revision,
-            "revision_verified": commit is not None,
-            "weights_sha256": weights_hash(model_path),
+            "revision": model_commit or recipe.model.revision,
+            "revision_verified": model_commit is not None,
+            "weights_sha256": hash_weights(model_path),
         },
         "data": {
             "path": recipe.data.path,
-            "revision": rows_commit or recipe.data.revision,
-            "revision_verified": rows_commit is not None,
+            "revision": data_commit or recipe.data.revision,
+            "revision_verified": data_commit is not None,
             "rows": manifest["kept"],
             "cut": manifest["cut"],
             "dropped": manifest["dropped"],
@@ -95,18 +92,19 @@ def _prepare_node(recipe: Recipe) -> dict:
     }
 
 
-def check_length(recipe: Recipe, model_path: Path) -> None:
-    """Raises UserError if rows may be longer than the model's context."""
-    context = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+def check_max_length(recipe: Recipe, model_path: Path) -> None:
+    """Raise UserError if rows may be longer than the model's context."""
+    config = AutoConfig.from_pretrained(model_path)
+    context = getattr(config, "max_position_embeddings", None)
     if context and recipe.data.max_length > context:
         raise UserError(
-            f"data.max_length: {recipe.data.max_length} is above the {context} positions of {recipe.model.name}; "
-            "lower it"
+            f"data.max_length: {recipe.data.max_length} is above the {context} positions of "
+            f"{recipe.model.name}; lower it"
         )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a recipe's `model.dtype`; auto is bfloat16 on GPUs and float32 on CPUs."""
+    """Return the dtype that `model.dtype` names; auto is bfloat16 on GPUs and float32 on CPUs."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)

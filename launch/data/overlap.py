@@ -1,150 +1,197 @@
-"""Contamination: training rows that share a question, or 13 words in a row, with an evaluation suite.
+"""Contamination: training rows that share a question, or 13 words in a row, with a benchmark.
 
-Words are compared in lower case without punctuation. Of a suite, 13-grams of the questions and of the programs that are
-their references are looked for, but not its template: none has a word of a 5-gram that a tenth of the problems share
-("answer format answer1 answer2 answer3"), and none is a phrase that more than 3 problems share. Of code, the task's own
-text, without what the prompt puts around it, is a question too, and all its 13-grams count. Of a training row, its
-instruction with its input is compared with the questions, and that and its answer with the 13-grams. A rewording is not
-found.
+Words are compared in lower case, without punctuation. A row's instruction with its input is
+compared with a benchmark's questions; that and its answer with the 13-grams of the questions and of
+the programs that are references. Two kinds of 13-grams do not count: those with a word of the
+benchmark's template, which is every 5-gram that a tenth of its problems share ("answer format
+answer1 answer2 answer3"), and phrases, which more than 3 problems share. Of code, the task's own
+text, without what the prompt puts around it, is a question too, and all its 13-grams count. A
+rewording is not found.
 """
 
 import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from eval.tasks import TASKS, expand
+from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import Problem
 from launch.config.schema import Recipe
-from launch.data import sources as rows
+from launch.data.sources import Row, fetch_source, load_split, select_rows
+
+if TYPE_CHECKING:  # takes seconds to import
+    from datasets import Dataset
 
 GRAM = 13  # words; as GPT-3's authors took (Brown et al. 2020, appendix C)
-PHRASE = 3  # problems that may share a 13-gram before it counts as a phrase of the suite's
-TEMPLATE_GRAM, TEMPLATE_SHARE = (
-    5,
-    0.1,
-)  # words, and share of the problems that have them, of a suite's template
-EXAMPLES = 5  # rows of each suite that are named
+MAX_SHARED = 3  # problems that may share a 13-gram; one that more share is a phrase
+TEMPLATE_GRAM = 5  # words
+TEMPLATE_SHARE = 0.1  # of the problems, which share a 5-gram of the template
+MAX_EXAMPLES = 5  # rows that are named, of each benchmark
 
 
-class Suite(NamedTuple):
-    """What of a suite is looked for, and the indices of the problems that have it."""
+class BenchmarkIndex(NamedTuple):
+    """The questions and 13-grams of a benchmark, each with the indices of its problems."""
 
     problems: list[Problem]
     questions: dict[str, set[int]]
     grams: dict[str, set[int]]
-    phrases: int  # 13-grams left out because many problems share them
+    phrases: int  # 13-grams that do not count because many problems share them
 
 
-def check(recipe: Recipe, suites: list[str]) -> dict[str, dict]:
-    """Suite -> how many rows that `recipe` selects share something with it, with how many problems, and examples.
+@dataclass
+class _Tally:
+    """What the rows read so far share with one benchmark."""
 
-    Memory grows with the suites, not with the rows, which are streamed. Shows a progress bar.
+    rows: Counter[str] = field(default_factory=Counter)  # "question" or "13-gram" -> rows
+    problems: set[int] = field(default_factory=set)
+    examples: list[dict] = field(default_factory=list)
+
+
+def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
+    """Compare the rows that a recipe selects with benchmarks. Shows a progress bar.
+
+    Rows are streamed: memory grows with the benchmarks alone.
+
+    Args:
+        benchmarks: names of benchmarks and of groups.
+
+    Returns:
+        Name of the benchmark -> question (rows that share one), 13-gram (rows that share one, but
+        no question), problems (that share something with a row), examples (of rows), rows (in
+        all), of (problems in all) and phrases (see BenchmarkIndex).
 
     Raises:
-        UserError, EvalError: the rows or a suite cannot be read.
+        UserError: the rows cannot be read.
+        EvalError: a benchmark cannot be read.
     """
     data_dir = None if recipe.eval.data_dir is None else Path(recipe.eval.data_dir).expanduser()
-    index = {name: index_suite(TASKS[name].rows(data_dir, None)) for name in expand(suites)}
-    dataset = rows.load(recipe.data, rows.fetch(recipe.data))
-    found = {
-        name: {"question": 0, "13-gram": 0, "problems": set(), "examples": []} for name in index
-    }
+    indices = {}
+    for name in expand_groups(list(benchmarks)):
+        indices[name] = index_benchmark(BENCHMARKS[name].read_problems(data_dir, None))
+    tallies = {name: _Tally() for name in indices}
     num_rows = 0
-    for row in _stream(dataset, recipe):
+    for row in _stream_rows(load_split(recipe.data, fetch_source(recipe.data)), recipe):
         num_rows += 1
-        prompt = normalise(f"{row.instruction} {row.input}")
-        texts = (prompt, normalise(row.answer))
-        for name, suite in index.items():
-            same = suite.questions.get(prompt, set())
-            shared = {
-                gram: suite.grams[gram]
-                for text in texts
-                for gram in grams(text)
-                if gram in suite.grams
-            }
-            met = same.union(*shared.values())
-            if not met:
-                continue
-            how, text = ("question", prompt) if same else ("13-gram", next(iter(shared)))
-            found[name][how] += 1
-            found[name]["problems"] |= met
-            if len(found[name]["examples"]) < EXAMPLES:
-                problem = suite.problems[min(same or shared[text])].id
-                found[name]["examples"].append(
-                    {"row": row.number, "problem": problem, "shares": how, "text": text[:200]}
-                )
-    return {
-        name: of
-        | {"rows": num_rows, "problems": len(of["problems"]), "of": len(index[name].problems)}
-        | {"phrases": index[name].phrases}
-        for name, of in found.items()
-    }
+        _tally_row(row, indices, tallies)
+    overlaps = {}
+    for name, tally in tallies.items():
+        overlaps[name] = {
+            "question": tally.rows["question"],
+            "13-gram": tally.rows["13-gram"],
+            "problems": len(tally.problems),
+            "examples": tally.examples,
+            "rows": num_rows,
+            "of": len(indices[name].problems),
+            "phrases": indices[name].phrases,
+        }
+    return overlaps
 
 
-def _stream(dataset, recipe: Recipe) -> Iterator[rows.Row]:  # noqa: ANN001 (datasets is imported late)
-    total = min(len(dataset), recipe.data.limit or len(dataset))
+def _stream_rows(dataset: "Dataset", recipe: Recipe) -> Iterator[Row]:
+    """Yield the good rows that a recipe selects, with a progress bar."""
+    limit = recipe.data.limit
+    total = len(dataset) if limit is None else min(len(dataset), limit)
     with tqdm(total=total, desc="overlap", unit=" rows", disable=not sys.stderr.isatty()) as bar:
-        for chunk in rows.select(dataset, recipe.data):
+        for chunk in select_rows(dataset, recipe.data):
             yield from chunk.rows
-            bar.update((chunk.position if recipe.data.limit is None else chunk.selected) - bar.n)
+            done = chunk.position if limit is None else chunk.selected
+            bar.update(done - bar.n)
 
 
-def index_suite(problems: list[Problem]) -> Suite:
-    """The questions and 13-grams of `problems`, without their template's."""
-    texts = [tuple(map(normalise, (of.question, of.plain, of.reference))) for of in problems]
-    template = _template(texts)
+def _tally_row(
+    row: Row, indices: Mapping[str, BenchmarkIndex], tallies: Mapping[str, _Tally]
+) -> None:
+    """Add to the tallies what a row shares with each benchmark."""
+    question = normalise_text(f"{row.instruction} {row.input}")
+    texts = (question, normalise_text(row.answer))
+    for name, index in indices.items():
+        same = index.questions.get(question, set())
+        shared = {}
+        for text in texts:
+            for gram in split_grams(text):
+                if gram in index.grams:
+                    shared[gram] = index.grams[gram]
+        problems = same.union(*shared.values())
+        if not problems:
+            continue
+        kind, text = ("question", question) if same else ("13-gram", next(iter(shared)))
+        tally = tallies[name]
+        tally.rows[kind] += 1
+        tally.problems |= problems
+        if len(tally.examples) < MAX_EXAMPLES:
+            first = index.problems[min(same or shared[text])]
+            tally.examples.append(
+                {"row": row.number, "problem": first.id, "shares": kind, "text": text[:200]}
+            )
+
+
+def index_benchmark(problems: list[Problem]) -> BenchmarkIndex:
+    """Index the questions of `problems`, and the 13-grams that are neither template nor phrases."""
     questions: dict[str, set[int]] = {}
-    of_gram: dict[str, set[int]] = {}
-    for i, of_problem in enumerate(texts):
-        for question in filter(None, of_problem[:2]):
-            questions.setdefault(question, set()).add(i)
-        stretches = [
-            of_problem[1],
-            *(own for text in of_problem for own in _without(text, template)),
-        ]
-        for gram in (gram for stretch in stretches for gram in grams(stretch)):
-            of_gram.setdefault(gram, set()).add(i)
-    kept = {gram: having for gram, having in of_gram.items() if len(having) <= PHRASE}
-    return Suite(problems, questions, kept, len(of_gram) - len(kept))
+    grams: dict[str, set[int]] = {}
+    texts = []  # of each problem: question, the task's own text, reference
+    for problem in problems:
+        parts = (problem.question, problem.plain, problem.reference)
+        texts.append(tuple(map(normalise_text, parts)))
+    template = _find_template(texts)
+    for number, parts in enumerate(texts):
+        question, own_text, _ = parts
+        for text in (question, own_text):
+            if text:
+                questions.setdefault(text, set()).add(number)
+        stretches = [own_text]
+        for text in parts:
+            stretches += _remove_template(text, template)
+        for stretch in stretches:
+            for gram in split_grams(stretch):
+                grams.setdefault(gram, set()).add(number)
+    counted = {gram: numbers for gram, numbers in grams.items() if len(numbers) <= MAX_SHARED}
+    return BenchmarkIndex(problems, questions, counted, len(grams) - len(counted))
 
 
-def _template(texts: list[tuple[str, ...]]) -> set[str]:
-    """The 5-grams that a tenth of a suite's problems share, and more than a phrase's few."""
-    counts = Counter(
-        gram
-        for of_problem in texts
-        for gram in {gram for text in of_problem for gram in grams(text, TEMPLATE_GRAM)}
-    )
-    return {
-        gram for gram, count in counts.items() if count > max(PHRASE, TEMPLATE_SHARE * len(texts))
-    }
+def _find_template(texts: Sequence[tuple[str, ...]]) -> set[str]:
+    """Find the 5-grams that a tenth of the problems share, and more than share a 13-gram."""
+    counts: Counter[str] = Counter()
+    for parts in texts:
+        of_problem: set[str] = set()
+        for text in parts:
+            of_problem.update(split_grams(text, TEMPLATE_GRAM))
+        counts.update(of_problem)
+    least = max(MAX_SHARED, TEMPLATE_SHARE * len(texts))
+    return {gram for gram, count in counts.items() if count > least}
 
 
-def _without(text: str, template: set[str]) -> list[str]:
-    """The stretches of a normalised text between its words that belong to `template`."""
+def _remove_template(text: str, template: set[str]) -> list[str]:
+    """Return the stretches of a normalised text between its words that belong to the template."""
     words = text.split(" ")
-    own = [True] * len(words)
-    for i, gram in enumerate(grams(text, TEMPLATE_GRAM)):
+    is_own = [True] * len(words)
+    for start, gram in enumerate(split_grams(text, TEMPLATE_GRAM)):
         if gram in template:
-            own[i : i + TEMPLATE_GRAM] = [False] * TEMPLATE_GRAM
-    groups = groupby(zip(words, own, strict=True), key=lambda pair: pair[1])
-    return [" ".join(word for word, _ in group) for is_own, group in groups if is_own]
+            is_own[start : start + TEMPLATE_GRAM] = [False] * TEMPLATE_GRAM
+    stretches = []
+    for own, group in groupby(zip(words, is_own, strict=True), key=lambda pair: pair[1]):
+        if own:
+            stretches.append(" ".join(word for word, _ in group))
+    return stretches
 
 
-def normalise(text: str) -> str:
-    """Words in lower case with one space between: letters, digits and underscores in compatibility form."""
+def normalise_text(text: str) -> str:
+    """Return the words of a text in lower case, with one space between.
+
+    A word is a run of letters, digits and underscores in Unicode's compatibility form (NFKC).
+    """
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
 
 
-def grams(text: str, size: int = GRAM) -> Iterator[str]:
-    """Each stretch of `size` words of a normalised text."""
+def split_grams(text: str, size: int = GRAM) -> Iterator[str]:
+    """Yield every run of `size` words of a normalised text."""
     starts = [0, *(match.end() for match in re.finditer(" ", text)), len(text) + 1]
     for i in range(len(starts) - size):
         yield text[starts[i] : starts[i + size] - 1]

@@ -1,8 +1,12 @@
-"""Tokenised rows on disk: written once, in steps that a kill does not undo, and memory-mapped by every rank.
+"""Tokenised rows on disk: written once, in steps that a kill does not undo, and memory-mapped.
 
-A folder holds tokens.bin (int32, rows end to end), offsets.bin and answer_starts.bin (both int64; what they are says
-launch.data.tokenize.TokenSet) and, written last, manifest.json: what the tokens were made from, what was kept, cut
-and dropped, and each file's size and hash. While they are made, progress.json says up to where the files are whole.
+A folder of tokens holds three raw files and two JSON files:
+
+    tokens.bin          int32, the examples one after another
+    offsets.bin         int64, (examples + 1,): where each example begins, and the end
+    answer_starts.bin   int64, (examples,): each example's prompt length (see TokenSet)
+    manifest.json       written last: what the tokens were made from, counts, sizes and hashes
+    progress.json       only while the tokens are made: up to where the files are whole
 """
 
 import contextlib
@@ -10,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -19,112 +23,144 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from eval.tasks.base import ALPACA
+from eval.tasks.base import ALPACA_PROMPT
+from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
-from launch.data import sources as rows
-from launch.data.sources import BadRow, Chunk
-from launch.data.tokenize import ALPACA_INPUT, TokenSet, tokenise
-from launch.runtime import watchdog as watch
+from launch.data.prompts import ALPACA_INPUT_PROMPT
+from launch.data.sources import (
+    BadRow,
+    Chunk,
+    fetch_source,
+    identify_source,
+    list_data_files,
+    load_split,
+    select_rows,
+)
+from launch.data.token_set import TokenSet
+from launch.data.tokenize import tokenize_rows
+from launch.runtime import watchdog
 from launch.runtime.errors import UserError
-from launch.runtime.files import cache_root, locked, sync, write_json
-from launch.runtime.model_files import file_hash, load_tokenizer, tokenizer_hash
+from launch.runtime.files import cache_root, hash_file, sync_file, write_json
+from launch.runtime.locks import hold_lock
+from launch.runtime.model_files import hash_tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 1  # raised with every change of the files' layout
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 TOO_LONG, CUT = "no answer token within max_length", "answer cut at max_length"
-EXAMPLES = 3  # rows of each reason that are named
+NUM_NAMED = 3  # rows of each reason that the manifest names
 
 
-class Prepared(NamedTuple):
-    """A folder of tokens and its manifest."""
+class TokenFolder(NamedTuple):
+    """A finished folder of tokens, with its manifest."""
 
     folder: Path
     manifest: dict
 
-    def open(self) -> TokenSet:
-        """The tokens, memory-mapped. Files that are not as long as they were written were refused before."""
-        sizes = _sizes(self.manifest)
-        tensors = {
-            name: torch.from_file(
-                str(self.folder / _file(name)), shared=False, size=sizes[name], dtype=dtype
-            )
-            for name, dtype in DTYPES.items()
-        }
-        dropped = sum(self.manifest["dropped"].values())
-        return TokenSet(**tensors, num_cut=self.manifest["cut"], num_left_out=dropped)
+    def open_tokens(self) -> TokenSet:
+        """Map the tokens into memory. `obtain_tokens` has checked the files' sizes."""
+        sizes = _count_numbers(self.manifest)
+        tensors = {}
+        for name, dtype in DTYPES.items():
+            path = str(self.folder / _file_name(name))
+            tensors[name] = torch.from_file(path, shared=False, size=sizes[name], dtype=dtype)
+        return TokenSet(
+            tokens=tensors["tokens"],
+            offsets=tensors["offsets"],
+            prompt_lengths=tensors["answer_starts"],
+            num_truncated=self.manifest["cut"],
+            num_dropped=sum(self.manifest["dropped"].values()),
+        )
 
 
-def obtain(data: Data, model_path: Path) -> Prepared:
-    """The tokens of `data` with the tokenizer in `model_path`: of data.prepared, else of the cache, made if need be.
-
-    Raises:
-        UserError: data.prepared was made from something else, or is damaged; what `make` and `accept` raise.
-    """
-    if data.prepared is None:
-        path = rows.fetch(data)
-        wanted = made_from(data, model_path, path)
-        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        prepared = make(cache_root() / "tokens" / key, data, model_path, path)
-    else:
-        folder = Path(data.prepared).expanduser()
-        if not (folder / MANIFEST).is_file():
-            unfinished = (folder / PROGRESS).is_file()
-            what = (
-                "is unfinished; start prepare.py on it again"
-                if unfinished
-                else "is not there or has no manifest.json"
-            )
-            raise UserError(f"data.prepared: {folder} {what}")
-        prepared = Prepared(folder, _read(folder / MANIFEST))
-        _require_same(prepared, made_from(data, model_path, None), "data.prepared")
-        _check_sizes(prepared)
-    accept(prepared.manifest, data)
-    return prepared
-
-
-def made_from(data: Data, model_path: Path, path: Path | None) -> dict:
-    """What changes the tokens' bytes.
-
-    `path` is that of the rows; None leaves out what they hold, which need not be on this machine.
-    """
-    return {
-        "format": FORMAT,
-        "data": data.of_tokens(),
-        "prompts": [ALPACA, ALPACA_INPUT],
-        "tokenizer": tokenizer_hash(model_path),
-        "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
-    } | ({"source": rows.identify(path)} if path else {})
-
-
-def make(folder: Path, data: Data, model_path: Path, path: Path, verify: bool = False) -> Prepared:
-    """Tokens of the rows at `path` in `folder`: those that are there, whole, or made, on from where a kill left them.
+def obtain_tokens(data: Data, model_path: Path) -> TokenFolder:
+    """Find the tokens of `data` in data.prepared, or in the cache, where they are made if needed.
 
     Args:
-        verify: read the tokens that are there and compare their hashes, not their sizes alone.
+        model_path: folder of the model whose tokenizer is used.
 
     Raises:
-        UserError: the folder holds something else, or damaged tokens; rows that cannot be read; no row that is good.
+        UserError: data.prepared was made from something else or is damaged, and whatever
+            `make_tokens` and `check_refused_rows` raise.
     """
-    wanted = made_from(data, model_path, path)
+    if data.prepared is None:
+        source = fetch_source(data)
+        wanted = describe_origin(data, model_path, source)
+        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        tokens = make_tokens(cache_root() / "tokens" / key, data, model_path, source)
+    else:
+        tokens = _read_prepared(data, model_path)
+    check_refused_rows(tokens.manifest, data)
+    return tokens
+
+
+def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
+    """Check and return the folder that data.prepared names. Raises UserError."""
+    folder = Path(data.prepared).expanduser()
+    if not (folder / MANIFEST).is_file():
+        if (folder / PROGRESS).is_file():
+            state = "is unfinished; start prepare.py on it again"
+        else:
+            state = "is not there or has no manifest.json"
+        raise UserError(f"data.prepared: {folder} {state}")
+    tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
+    _require_same_origin(tokens, describe_origin(data, model_path, None), "data.prepared")
+    _check_sizes(tokens)
+    return tokens
+
+
+def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
+    """Describe everything that decides the tokens' bytes.
+
+    Args:
+        source: file or folder of the rows; None leaves out their content, which need not be on
+            this machine.
+    """
+    origin = {
+        "format": FORMAT,
+        "data": data.token_fields(),
+        "prompts": [ALPACA_PROMPT, ALPACA_INPUT_PROMPT],
+        "tokenizer": hash_tokenizer(model_path),
+        "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+    }
+    if source is not None:
+        origin["source"] = identify_source(source)
+    return origin
+
+
+def make_tokens(
+    folder: Path, data: Data, model_path: Path, source: Path, verify: bool = False
+) -> TokenFolder:
+    """Make the tokens of the rows at `source` in `folder`, unless they are there already.
+
+    A killed start is resumed after its last whole chunk of rows.
+
+    Args:
+        verify: whether to compare the hashes of tokens that are there, and not their sizes alone.
+
+    Raises:
+        UserError: the folder holds something else or damaged tokens, rows cannot be read, or no
+            row is good.
+    """
+    wanted = describe_origin(data, model_path, source)
     if not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
-            if not (folder / MANIFEST).is_file():  # it may have come while this waited
-                _make(folder, wanted, data, load_tokenizer(model_path), path)
-    prepared = Prepared(folder, _read(folder / MANIFEST))
-    _require_same(prepared, wanted, "--output")
-    _check_sizes(prepared)
-    for name, of in prepared.manifest["files"].items() if verify else ():
-        if file_hash(folder / name) != of["sha256"]:
-            raise UserError(
-                f"{folder / name}: damaged, its hash is not the manifest's; delete {folder} and prepare again"
-            )
-    return prepared
+        with hold_lock(folder / "lock"):
+            if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
+                _write_tokens(folder, wanted, data, load_tokenizer(model_path), source)
+    tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
+    _require_same_origin(tokens, wanted, "--output")
+    _check_sizes(tokens)
+    if verify:
+        _check_hashes(tokens)
+    return tokens
 
 
-def accept(manifest: dict, data: Data) -> None:
-    """Raises UserError, naming the first row and the counts, if there are rows that `data` says to refuse."""
+def check_refused_rows(manifest: dict, data: Data) -> None:
+    """Raise UserError, naming the first row and the counts, if `data` refuses rows it has.
+
+    Which rows those are say data.on_bad_row and data.on_cut.
+    """
     refused = dict(manifest["dropped"]) if data.on_bad_row == "refuse" else {}
     refused.pop(CUT, None)
     if data.on_cut == "refuse" and manifest["cut"]:
@@ -133,78 +169,91 @@ def accept(manifest: dict, data: Data) -> None:
         return
     row, what, reason = min((*manifest["examples"][reason][0], reason) for reason in refused)
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
-    remedies = ["data.on_cut=keep or drop"] if CUT in refused else []
-    remedies += ["data.on_bad_row=drop"] if refused.keys() - {CUT} else []
+    remedies = []
+    if CUT in refused:
+        remedies.append("data.on_cut=keep or drop")
+    if refused.keys() - {CUT}:
+        remedies.append("data.on_bad_row=drop")
     field = "data.max_length" if reason in (CUT, TOO_LONG) else "data.path"
     raise UserError(
-        f"{field}: row {row} of {data.path}: {what}; in all {counts}, of {manifest['selected']} rows: mend them, "
-        f"or set {' and '.join(remedies)}"
+        f"{field}: row {row} of {data.path}: {what}; in all {counts}, of {manifest['selected']} "
+        f"rows: mend them, or set {' and '.join(remedies)}"
     )
 
 
-def _make(
-    folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizerBase, path: Path
+def _write_tokens(
+    folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizerBase, source: Path
 ) -> None:
-    """Write the files and the manifest, chunk by chunk."""
-    tally = _tally(folder, wanted)
-    dataset = rows.load(data, path)
+    """Write the files chunk by chunk, and the manifest."""
+    tally = _read_tally(folder, wanted)
+    dataset = load_split(data, source)
     total = len(dataset) if data.limit is None else min(data.limit, len(dataset))
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / _file(name)).open("ab")) for name in DTYPES}
-        sizes = _sizes(tally)
-        for name, file in files.items():
-            file.truncate(
-                sizes[name] * DTYPES[name].itemsize if tally["read"] else 0
-            )  # what a kill left half written
-        if not tally["read"]:
-            files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
+        files = {}
+        for name in DTYPES:
+            files[name] = stack.enter_context((folder / _file_name(name)).open("ab"))
+        _truncate_files(files, tally)
         bar = stack.enter_context(
             tqdm(total=total, desc="tokenise", unit=" rows", disable=not sys.stderr.isatty())
         )
-        for chunk in rows.select(dataset, data, tally["read"], tally["selected"]):
-            watch.mark()
-            for name, values in _encode(chunk, tokenizer, data, tally).items():
+        for chunk in select_rows(dataset, data, tally["read"], tally["selected"]):
+            watchdog.heartbeat()
+            for name, values in _tokenize_chunk(chunk, tokenizer, data, tally).items():
                 files[name].write(torch.tensor(values, dtype=DTYPES[name]).numpy())
                 files[name].flush()
                 os.fsync(files[name].fileno())
             write_json(folder / PROGRESS, tally)
             bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
     if not tally["kept"]:
-        raise UserError(_nothing(tally, data))
-    described = {_file(name): _describe(folder / _file(name)) for name in DTYPES}
-    for name, size in _sizes(tally).items():
-        if described[_file(name)]["bytes"] != size * DTYPES[name].itemsize:
+        raise UserError(_describe_no_rows(tally, data))
+    _write_manifest(folder, tally, source)
+
+
+def _truncate_files(files: dict, tally: dict) -> None:
+    """Cut off what a killed start wrote after its last whole chunk."""
+    sizes = _count_numbers(tally)
+    begun = bool(tally["read"])
+    for name, file in files.items():
+        file.truncate(sizes[name] * DTYPES[name].itemsize if begun else 0)
+    if not begun:
+        files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
+
+
+def _write_manifest(folder: Path, tally: dict, source: Path) -> None:
+    """Check the files' lengths, and write the manifest that marks the folder as finished."""
+    files = {}
+    for name, size in _count_numbers(tally).items():
+        path = folder / _file_name(name)
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        if files[path.name]["bytes"] != size * DTYPES[name].itemsize:
             raise UserError(
-                f"--output: {folder / _file(name)} is not as long as what was written: another process writes there "
-                f"too, on a file system without locks; stop it, delete {folder} and prepare on one machine"
+                f"--output: {path} is not as long as what was written: another process writes "
+                f"there too, on a file system without locks; stop it, delete {folder} and prepare "
+                "on one machine"
             )
-    content = hashlib.sha256(
-        "".join(of["sha256"] for of in described.values()).encode()
-    ).hexdigest()
-    hashes = {name: file_hash(file) for name, file in rows.data_files(path).items()}
-    write_json(
-        folder / MANIFEST,
-        tally | {"source_sha256": hashes, "files": described, "tokens_sha256": content},
-    )
+    hashes = "".join(file["sha256"] for file in files.values())
+    manifest = tally | {
+        "source_sha256": {name: hash_file(path) for name, path in list_data_files(source).items()},
+        "files": files,
+        "tokens_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+    }
+    write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
 
 
-def _encode(
+def _tokenize_chunk(
     chunk: Chunk, tokenizer: PreTrainedTokenizerBase, data: Data, tally: dict
 ) -> dict[str, list[int]]:
-    """What a chunk adds to each file; `tally` is brought forward."""
+    """Return what a chunk adds to each file, and add it to `tally`."""
     added: dict[str, list[int]] = {name: [] for name in DTYPES}
     bad = list(chunk.bad)
-    for row, (ids, start) in zip(chunk.rows, tokenise(chunk.rows, tokenizer), strict=True):
+    tokenized = tokenize_rows(chunk.rows, tokenizer)
+    for row, (ids, prompt_length) in zip(chunk.rows, tokenized, strict=True):
         length = min(len(ids), data.max_length)
-        if start >= length:
-            bad.append(
-                BadRow(
-                    row.number,
-                    TOO_LONG,
-                    f"its prompt alone has {start} tokens, data.max_length is {length}",
-                )
-            )
+        if prompt_length >= length:
+            what = f"its prompt alone has {prompt_length} tokens, data.max_length is {length}"
+            bad.append(BadRow(row.number, TOO_LONG, what))
             continue
         if len(ids) > length:
             cut = BadRow(row.number, CUT, f"its answer is cut, {len(ids)} tokens to {length}")
@@ -212,43 +261,49 @@ def _encode(
                 bad.append(cut)
                 continue
             tally["cut"] += 1
-            _remember(tally, cut)
+            _name_row(tally, cut)
         tally["tokens"] += length
-        tally["answer_tokens"] += length - start
+        tally["answer_tokens"] += length - prompt_length
         tally["kept"] += 1
         added["tokens"] += ids[:length]
         added["offsets"].append(tally["tokens"])
-        added["answer_starts"].append(start)
+        added["answer_starts"].append(prompt_length)
     for row in bad:
         tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
-        _remember(tally, row)
+        _name_row(tally, row)
     tally |= {"read": chunk.position, "selected": chunk.selected}
     return added
 
 
-def _sizes(tally: dict) -> dict[str, int]:
-    """Numbers in each file."""
-    return {"tokens": tally["tokens"], "offsets": tally["kept"] + 1, "answer_starts": tally["kept"]}
+def _count_numbers(tally: dict) -> dict[str, int]:
+    """Return how many numbers each file holds."""
+    return {
+        "tokens": tally["tokens"],
+        "offsets": tally["kept"] + 1,
+        "answer_starts": tally["kept"],
+    }
 
 
-def _remember(tally: dict, row: BadRow) -> None:
-    examples = tally["examples"].setdefault(row.reason, [])
-    if len(examples) < EXAMPLES:
-        examples.append([row.number, row.what])
+def _name_row(tally: dict, row: BadRow) -> None:
+    """Note a row among the first few of its reason."""
+    named = tally["examples"].setdefault(row.reason, [])
+    if len(named) < NUM_NAMED:
+        named.append([row.number, row.what])
 
 
-def _tally(folder: Path, wanted: dict) -> dict:
-    """How far the folder's files are whole; from nothing if they are not begun. Raises UserError for other content."""
+def _read_tally(folder: Path, wanted: dict) -> dict:
+    """Read up to where the folder's files are whole; all zero in a new folder.
+
+    Raises UserError if the folder holds something else.
+    """
     if (folder / PROGRESS).is_file():
-        begun = Prepared(folder, _read(folder / PROGRESS))
-        _require_same(begun, wanted, "--output")
+        begun = TokenFolder(folder, _read_json(folder / PROGRESS))
+        _require_same_origin(begun, wanted, "--output")
         return begun.manifest
-    ours = {
-        "lock",
-        *map(_file, DTYPES),
-        f"{PROGRESS}.tmp",
-    }  # what a kill before the first chunk may leave
-    if others := {file.name for file in folder.iterdir()} - ours:
+    # What a kill before the first chunk may leave.
+    ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, DTYPES)}
+    others = {file.name for file in folder.iterdir()} - ours
+    if others:
         raise UserError(
             f"--output: {folder} holds other files ({min(others)}); choose an empty or new folder"
         )
@@ -256,40 +311,46 @@ def _tally(folder: Path, wanted: dict) -> dict:
     return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
 
 
-def _nothing(tally: dict, data: Data) -> str:
+def _describe_no_rows(tally: dict, data: Data) -> str:
+    """Say why nothing is left to train on."""
     if not tally["selected"]:
-        return f"data.path: nothing to train on in {data.path}: " + (
-            f"no row has {data.keep}" if data.keep else "it has no rows"
-        )
+        reason = f"no row has {data.filter}" if data.filter else "it has no rows"
+        return f"data.path: nothing to train on in {data.path}: {reason}"
     if TOO_LONG in tally["dropped"]:
         return "data.max_length: no row has an answer token within it; raise it"
-    row, what = min(examples[0] for examples in tally["examples"].values())
-    return f"data.path: row {row} of {data.path}: {what}; and no other of {tally['selected']} rows can be trained on"
+    row, what = min(rows[0] for rows in tally["examples"].values())
+    return (
+        f"data.path: row {row} of {data.path}: {what}; and no other of {tally['selected']} rows "
+        "can be trained on"
+    )
 
 
-def _require_same(prepared: Prepared, wanted: dict, option: str) -> None:
-    """Raises UserError, naming the first thing in which the tokens were made from another than `wanted`."""
-    old = prepared.manifest["made_from"]
-    for key, now in json.loads(json.dumps(wanted)).items():
-        for name, (before, after) in _pairs(key, old.get(key), now):
-            if before != after:
-                values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"
-                raise UserError(
-                    f"{option}: {prepared.folder} was made with another {name} ({values}); bring that back, or prepare "
-                    "into another folder"
-                )
+def _require_same_origin(tokens: TokenFolder, wanted: dict, option: str) -> None:
+    """Raise UserError, naming the first difference, if the tokens were not made from `wanted`."""
+    found = tokens.manifest["made_from"]
+    for name, before, after in _list_differences(found, json.loads(json.dumps(wanted))):
+        field = RENAMED_FIELDS.get(name, name)  # manifests hold old names
+        values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"
+        raise UserError(
+            f"{option}: {tokens.folder} was made with another {field} ({values}); bring that back, "
+            "or prepare into another folder"
+        )
 
 
-def _pairs(key: str, old: object, new: object) -> Iterable[tuple[str, tuple]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            (f"{key}.{name}", (old.get(name), new.get(name)))
-            for name in dict.fromkeys([*new, *old])
-        ]
-    return [(key, (old, new))]
+def _list_differences(found: dict, wanted: dict) -> Iterator[tuple[str, object, object]]:
+    """Yield (name, found, wanted) of what differs; keys that only `found` has do not count."""
+    for key, now in wanted.items():
+        before = found.get(key)
+        if not (isinstance(before, dict) and isinstance(now, dict)):
+            if before != now:
+                yield key, before, now
+            continue
+        for name in dict.fromkeys([*now, *before]):
+            if before.get(name) != now.get(name):
+                yield f"{key}.{name}", before.get(name), now.get(name)
 
 
-def _read(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -298,21 +359,25 @@ def _read(path: Path) -> dict:
         ) from None
 
 
-def _check_sizes(prepared: Prepared) -> None:
-    for name, of in prepared.manifest["files"].items():
-        path = prepared.folder / name
+def _check_sizes(tokens: TokenFolder) -> None:
+    """Raise UserError if a file is not as long as it was written."""
+    for name, file in tokens.manifest["files"].items():
+        path = tokens.folder / name
         size = path.stat().st_size if path.is_file() else None
-        if size != of["bytes"]:
-            found = "missing" if size is None else f"{size} bytes, not {of['bytes']}"
+        if size != file["bytes"]:
+            found = "missing" if size is None else f"{size} bytes, not {file['bytes']}"
+            raise UserError(f"{path}: damaged ({found}); delete {tokens.folder} and prepare again")
+
+
+def _check_hashes(tokens: TokenFolder) -> None:
+    """Raise UserError if a file's content has changed since it was written."""
+    for name, file in tokens.manifest["files"].items():
+        if hash_file(tokens.folder / name) != file["sha256"]:
             raise UserError(
-                f"{path}: damaged ({found}); delete {prepared.folder} and prepare again"
+                f"{tokens.folder / name}: damaged, its hash is not the manifest's; delete "
+                f"{tokens.folder} and prepare again"
             )
 
 
-def _describe(path: Path) -> dict:
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def _file(name: str) -> str:
+def _file_name(name: str) -> str:
     return f"{name}.bin"

@@ -1,0 +1,109 @@
+"""Prepare a folder of tokens that runs take as data.prepared, and report what it holds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.config.schema import Recipe
+from launch.data.inputs import check_max_length
+from launch.data.overlap import find_overlaps
+from launch.data.sources import fetch_source
+from launch.data.token_cache import check_refused_rows, make_tokens
+from launch.runtime.files import write_json, write_text
+from launch.runtime.model_files import fetch_model
+
+OVERLAP, REPORT = "overlap.json", "report.md"
+
+
+def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> None:
+    """Make the tokens of a recipe in `folder`, and write and print the report.
+
+    Started again, it resumes; a finished folder is checked byte by byte.
+
+    Args:
+        benchmarks: benchmarks and groups with which the rows are compared. What earlier starts
+            found of other benchmarks stays in the report.
+
+    Raises:
+        UserError: the rows cannot be read, or the recipe refuses some of them; or the folder holds
+            something else.
+        EvalError: a benchmark cannot be read.
+    """
+    model_path = fetch_model(recipe.model.name, recipe.model.revision, weights=False)
+    check_max_length(recipe, model_path)
+    source = fetch_source(recipe.data)
+    manifest = make_tokens(folder, recipe.data, model_path, source, verify=True).manifest
+    path = folder / OVERLAP
+    overlaps = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if benchmarks:
+        overlaps |= find_overlaps(recipe, benchmarks)
+        write_json(path, overlaps)
+    report = render_report(recipe, manifest, overlaps)
+    write_text(folder / REPORT, report)
+    print(report, flush=True)
+    check_refused_rows(manifest, recipe.data)  # last: the report says which rows those are
+
+
+def render_report(recipe: Recipe, manifest: dict, overlaps: Mapping[str, dict]) -> str:
+    """Render in Markdown what was kept, cut and dropped, and what benchmarks share with the rows.
+
+    Args:
+        manifest: of the tokens (launch.data.token_cache).
+        overlaps: see `find_overlaps`.
+    """
+    data, source = recipe.data, manifest["made_from"]["source"]
+    revision = f"revision {data.revision}, unverified"
+    if "commit" in source:
+        revision = f"commit {source['commit']}"
+    lines = [
+        f"# Tokens of {data.path}",
+        "",
+        f"Split {data.split}, {revision}; tokenizer of {recipe.model.name}; at most "
+        f"{data.max_length} tokens a row.",
+        "",
+        "| rows | |",
+        "|---|---|",
+        f"| read | {manifest['read']} |",
+        f"| skipped: not in data.filter | {manifest['read'] - manifest['selected']} |",
+    ]
+    for reason, count in sorted(manifest["dropped"].items()):
+        lines.append(f"| dropped: {reason} | {count} |")
+    lines += [
+        f"| kept | {manifest['kept']} |",
+        f"| of them, answer cut at {data.max_length} tokens | {manifest['cut']} |",
+        "",
+        f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
+        f"SHA-256 {manifest['tokens_sha256']}.",
+    ]
+    if manifest["examples"]:
+        lines += ["", "First rows of each reason:", ""]
+        for _, rows in sorted(manifest["examples"].items()):
+            lines += [f"- row {row}: {what}" for row, what in rows]
+    if overlaps:
+        lines += _render_overlaps(overlaps)
+    return "\n".join(lines) + "\n"
+
+
+def _render_overlaps(overlaps: Mapping[str, dict]) -> list[str]:
+    """Render the report's part on benchmarks, as lines."""
+    lines = [
+        "",
+        "## Overlap with evaluation suites",
+        "",
+        "| suite | rows | share a question | share 13 words only | problems met | "
+        "left out as phrases |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, overlap in overlaps.items():
+        lines.append(
+            f"| {name} | {overlap['rows']} | {overlap['question']} | {overlap['13-gram']} | "
+            f"{overlap['problems']} of {overlap['of']} | {overlap['phrases']} 13-grams |"
+        )
+    lines.append("")
+    for overlap in overlaps.values():
+        for example in overlap["examples"]:
+            lines.append(
+                f"- row {example['row']} and {example['problem']} share a {example['shares']}: "
+                f"{example['text']}"
+            )
+    return lines
