@@ -1,22 +1,33 @@
-"""Checkpoints of a run: all that training goes on from, alike for every engine and world size.
+"""Checkpoints of a run: all that training resumes from, alike for every engine and world size.
 
-A checkpoint is a folder `checkpoints/step-<n>` with `tensors.safetensors`, `metrics.jsonl` and, written last,
-`manifest.json` with the SHA-256 of the other two and its own. It is made beside and renamed, so it is whole or absent;
-what the disk does to it later is found by the checksums. The tensors are called by a trained parameter's name
-(launch.methods.trainable) and kind:
+A checkpoint is a folder `checkpoints/step-<n>` of three files:
 
-    initial               an adapter's factors A and B at step 0, from which W_res is rebuilt; nothing else is at step 0
-    trained               the parameter now, fp32: the optimiser's own copy where the model holds a rounded one
+    tensors.safetensors   see below
+    metrics.jsonl         the metrics of the steps done
+    manifest.json         written last: step, facts, the SHA-256 of the other two and its own
+
+The facts are what was measured before the first step (launch.run.results.RunFacts). A checkpoint is
+written to a folder `tmp-step-<n>` and then renamed, so `step-<n>` is complete or absent. Damage on
+disk after that is detected by the checksums: a checkpoint is intact if they match.
+
+A tensor is named `<parameter>.<kind>`, the parameter as in
+launch.training.trainable.find_trained_parameters. The kinds are
+
+    initial               an adapter's factors A0 and B0, from which W_res is rebuilt; at step 0 there
+                          are only these
+    trained               the parameter in fp32: the optimiser's master copy where the model holds
+                          the parameter in bf16
     exp_avg, exp_avg_sq   AdamW's moments
 
-The rows of every step follow from (recipe, step), and dropout's seed from (recipe, step, rank), so a step is all there
-is to know of the data position and of the random numbers.
+Nothing else needs saving. The examples of a step follow from (recipe, step); so do the learning rate
+and AdamW's step counter. Dropout masks follow from (recipe, step, rank, micro batch), so with
+dropout a resume is exact only at the same world size and micro batch.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,114 +38,186 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from astra.adapter import Factors
-from launch.engines.base import KINDS, Stepper
-from launch.runtime import watchdog as watch
-from launch.runtime.distributed import broadcast_tensor, on_rank0
+from launch.engines.base import STATE_KINDS, TrainState
+from launch.run.metrics import Metrics
+from launch.runtime import watchdog
+from launch.runtime.distributed import broadcast_tensor, run_on_rank0
 from launch.runtime.errors import UserError
-from launch.runtime.files import sync, sync_folder, write_json
-from launch.training.loop import Metrics
+from launch.runtime.files import hash_file, sync_file, sync_folder, write_json
 
 FOLDER = "checkpoints"  # in the run folder
-STEPS = f"step-{'[0-9]' * 7}"
+STEP_GLOB = f"step-{'[0-9]' * 7}"
 TENSORS, METRICS, MANIFEST = "tensors.safetensors", "metrics.jsonl", "manifest.json"
-
-_damaged: set[Path] = set()  # that this process has passed over
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, as every rank sees it; only rank 0 need see its files."""
+    """An intact checkpoint, as every rank knows it. Only rank 0 need see its files."""
 
     folder: Path
     step: int
-    facts: dict  # what `save` was given
+    facts: dict  # the facts that `save` was given
     history: list[Metrics]  # of the steps done
 
 
-def save(
-    run: Path,
-    step: int,
+class CheckpointStore:
+    """The checkpoints of one run, of which the newest few are kept."""
+
+    def __init__(self, run_folder: Path, num_kept: int) -> None:
+        self.folder = run_folder / FOLDER
+        self.num_kept = num_kept
+        self.damaged: set[Path] = set()  # found by rank 0; they do not count as kept ones
+
+    def find_newest(self) -> Checkpoint | None:
+        """Return the newest intact checkpoint, and print which ones are damaged. Rank 0 calls it."""
+        for path in sorted(self.folder.glob(STEP_GLOB), reverse=True):
+            try:
+                manifest = _verify_checkpoint(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                print(f"checkpoint {path} is damaged and skipped: {error}", flush=True)
+                self.damaged.add(path)
+                continue
+            lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+            history = [json.loads(line) for line in lines]
+            return Checkpoint(path, manifest["step"], manifest["facts"], history)
+        return None
+
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, nn.Parameter],
+        initial: Mapping[str, Factors],
+        state: TrainState | None,
+        facts: dict,
+        history: list[Metrics],
+    ) -> None:
+        """Write the checkpoint of `step`, then remove all but the newest few. Collective.
+
+        The tensors are gathered one after another. Only rank 0 keeps them, in the CPU's memory,
+        until they are written.
+
+        Args:
+            parameters: name -> trained parameter.
+            initial: on rank 0, module name -> A0, B0 of its adapter.
+            state: None at step 0, when what is trained follows from `initial` and the base.
+            facts: JSON values, which `find_newest` returns.
+
+        Raises:
+            UserError: on every rank, if it cannot be written. Older ones are left as they were.
+        """
+        tensors = _gather_tensors(parameters, initial, state)
+
+        def write() -> None:
+            self._write(step, tensors, facts, history)
+            self._prune(step)
+
+        with watchdog.without_stall_limit():
+            run_on_rank0(write)
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
+    ) -> None:
+        """Write one checkpoint beside its place, and rename it. Raises UserError."""
+        path = self.folder / f"step-{step:07d}"
+        aside = self.folder / f"tmp-{path.name}"
+        try:
+            for left in self.folder.glob("tmp-*"):  # by a launch that was killed
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+            save_file(tensors, aside / TENSORS)
+            lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+            (aside / METRICS).write_text(lines, encoding="utf-8")
+            sums = {}
+            for name in (TENSORS, METRICS):
+                sync_file(aside / name)
+                sums[name] = hash_file(aside / name)
+            manifest = {"step": step, "sha256": sums, "facts": facts}
+            checksum = {"manifest_sha256": _hash_manifest(manifest)}
+            write_json(aside / MANIFEST, manifest | checksum)
+            if path.exists():  # damaged: an intact one would have been resumed from
+                shutil.rmtree(path)
+            aside.rename(path)
+            self.damaged.discard(path)
+            sync_folder(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"checkpoint of step {step}: cannot write {path}: {error}; make room and start the "
+                "same command again, which resumes from the one before"
+            ) from None
+
+    def _prune(self, step: int) -> None:
+        """Of the checkpoints up to `step`, keep the newest intact ones and remove the others.
+
+        Later ones are damaged. They stay until training comes to their step and replaces them.
+        """
+        paths = sorted(self.folder.glob(STEP_GLOB))
+        older = [path for path in paths if int(path.name.removeprefix("step-")) <= step]
+        intact = [path for path in older if path not in self.damaged]
+        kept = intact[-self.num_kept :]
+        for path in older:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _gather_tensors(
     parameters: Mapping[str, nn.Parameter],
     initial: Mapping[str, Factors],
-    stepper: Stepper | None,
-    facts: dict,
-    history: list[Metrics],
-    keep: int,
-) -> None:
-    """Write the checkpoint of `step` into the run folder `run`, then remove all but the `keep` newest. Collective.
-
-    The tensors are gathered one after the other; only rank 0 keeps them, in the CPU's memory, until they are written.
-
-    Args:
-        parameters: name -> trained parameter. initial: module name -> A0, B0 of adapters.
-        stepper: None at step 0, when what is trained follows from `initial` and the base.
-        facts: JSON that `newest` gives back.
-
-    Raises:
-        UserError: on every rank, if it cannot be written; the older ones are as they were.
-    """
+    state: TrainState | None,
+) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors on rank 0, nothing on the others. Collective."""
+    is_rank0 = dist.get_rank() == 0
     tensors = {}
-    for name, parameter in parameters.items() if stepper is not None else ():
-        watch.mark()
-        for kind, value in zip(KINDS, stepper.state(parameter), strict=True):
-            if dist.get_rank() == 0:
-                tensors[f"{name}.{kind}"] = value.cpu().contiguous()
-    for name, factors in initial.items():
-        for side, value in zip("AB", factors, strict=True):
-            tensors[f"{name}.{side}.initial"] = value.contiguous()
-
-    def write() -> None:
-        _write(run / FOLDER, step, tensors, facts, history)
-        _prune(run / FOLDER, step, keep)
-
-    with watch.untimed():
-        on_rank0(write)
+    if state is not None:
+        for name, parameter in parameters.items():
+            watchdog.heartbeat()
+            values = state.read_state(parameter)
+            if is_rank0:
+                for kind, value in zip(STATE_KINDS, values, strict=True):
+                    tensors[f"{name}.{kind}"] = value.cpu().contiguous()
+    if is_rank0:
+        for name, factors in initial.items():
+            tensors[f"{name}.A.initial"] = factors.a.contiguous()
+            tensors[f"{name}.B.initial"] = factors.b.contiguous()
+    return tensors
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in the run folder `run`, or None; says which ones are damaged. Rank 0 calls it."""
-    for path in sorted((run / FOLDER).glob(STEPS), reverse=True):
-        try:
-            manifest = _verify(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"checkpoint {path} is damaged and passed over: {error}", flush=True)
-            _damaged.add(path)
-            continue
-        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-        return Checkpoint(
-            path, manifest["step"], manifest["facts"], [json.loads(line) for line in lines]
-        )
-    return None
-
-
-def initial(
+def make_initial_reader(
     checkpoint: Checkpoint, device: torch.device
 ) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
-    """(module name, W) -> (A0, B0): rank 0 reads them, every rank gets them. Collective, in order of calls."""
-    return lambda name, _: tuple(
-        _read(checkpoint, f"{name}.{side}.initial", device) for side in "AB"
-    )
+    """Return a function (module name, W) -> (A0, B0) that reads a checkpoint.
+
+    Rank 0 reads, and every rank gets the factors: its calls are collective, in the same order.
+    """
+
+    def read_initial_factors(name: str, _weight: Tensor) -> tuple[Tensor, Tensor]:
+        a0 = _read_tensor(checkpoint, f"{name}.A.initial", device)
+        b0 = _read_tensor(checkpoint, f"{name}.B.initial", device)
+        return a0, b0
+
+    return read_initial_factors
 
 
-def restore(
+def restore_training(
     checkpoint: Checkpoint,
     parameters: Mapping[str, nn.Parameter],
-    stepper: Stepper,
+    state: TrainState,
     device: torch.device,
 ) -> None:
-    """The trained parameters, and AdamW's moments of them, as they were after the checkpoint's step. Collective."""
+    """Set trained parameters and AdamW's state to what the checkpoint holds. Collective."""
     if checkpoint.step == 0:
         return
-    stepper.restore(
-        checkpoint.step,
-        (
-            (parameter, *(_read(checkpoint, f"{name}.{kind}", device) for kind in KINDS))
-            for name, parameter in parameters.items()
-        ),
-    )
+
+    def read_states() -> Iterator[tuple[nn.Parameter, Tensor, Tensor, Tensor]]:
+        for name, parameter in parameters.items():
+            values = [_read_tensor(checkpoint, f"{name}.{kind}", device) for kind in STATE_KINDS]
+            yield parameter, *values
+
+    state.restore_state(checkpoint.step, read_states())
 
 
-def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+def _read_tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+    """Read one tensor on rank 0 and broadcast it. Collective."""
     value = None
     if dist.get_rank() == 0:
         with safe_open(checkpoint.folder / TENSORS, framework="pt") as file:
@@ -142,65 +225,21 @@ def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
     return broadcast_tensor(value, device)
 
 
-def _write(
-    folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
-) -> None:
-    path = folder / f"step-{step:07d}"
-    aside = folder / f"tmp-{path.name}"
-    try:
-        for left in folder.glob("tmp-*"):  # of a start that was killed
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / TENSORS)
-        (aside / METRICS).write_text(
-            "".join(json.dumps(metrics) + "\n" for metrics in history), encoding="utf-8"
-        )
-        for name in (TENSORS, METRICS):
-            sync(aside / name)
-        sums = {name: _sha256(aside / name) for name in (TENSORS, METRICS)}
-        manifest = {"step": step, "sha256": sums, "facts": facts}
-        write_json(aside / MANIFEST, manifest | {"manifest_sha256": _manifest_sum(manifest)})
-        if path.exists():  # damaged: a whole one would have been resumed from
-            shutil.rmtree(path)
-        aside.rename(path)
-        _damaged.discard(path)
-        sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"checkpoint of step {step}: cannot write {path}: {error}; make room and start the same command again, "
-            "which goes on from the one before"
-        ) from None
+def _verify_checkpoint(path: Path) -> dict:
+    """Return the manifest of an intact checkpoint.
 
-
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the `keep` newest whole ones up to `step`, which is one."""
-    older = sorted(
-        path for path in folder.glob(STEPS) if int(path.name.removeprefix("step-")) <= step
-    )
-    kept = [path for path in older if path not in _damaged][-keep:]
-    for path in older:
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _verify(path: Path) -> dict:
-    """The manifest of a whole checkpoint. Raises what reading and checking raise for a damaged one."""
+    Raises ValueError, or whatever reading raises, for a damaged one.
+    """
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.pop("manifest_sha256") != _manifest_sum(manifest):
-        raise ValueError(f"{MANIFEST} does not have its checksum")
+    if manifest.pop("manifest_sha256") != _hash_manifest(manifest):
+        raise ValueError(f"{MANIFEST} does not match its checksum")
     for name in (TENSORS, METRICS):
-        if _sha256(path / name) != manifest["sha256"][name]:
-            raise ValueError(f"{name} does not have its checksum")
+        if hash_file(path / name) != manifest["sha256"][name]:
+            raise ValueError(f"{name} does not match its checksum")
     if path.name != f"step-{manifest['step']:07d}":
         raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
     return manifest
 
 
-def _manifest_sum(manifest: dict) -> str:
+def _hash_manifest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a training makes of its hardware: the arithmetic of a step, the device's peak, and memory."""
+"""What a training makes of its hardware: a step's arithmetic, the device's peak, and memory."""
 
 import resource
 from dataclasses import dataclass
@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of torch.cuda.get_device_name(); the first that fits counts.
+from launch.runtime.compat import get_full_shape
+
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
+# match counts, so longer names stand before shorter ones.
 PEAKS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -26,77 +29,90 @@ PEAKS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCounts:
     """Floating-point operations of a model's forward and backward passes, by what they grow with."""
 
-    token: float
-    answer_token: float
-    square: float  # of a row's length
+    per_token: float
+    per_answer_token: float
+    per_squared_length: float  # of an example's length in tokens: attention
 
-    def of(self, lengths: Tensor, answer_tokens: int) -> float:
-        """Of rows of these `lengths` with so many counted tokens in all."""
+    def count_step(self, lengths: Tensor, num_answer_tokens: int) -> float:
+        """Count the operations of one step.
+
+        Args:
+            lengths: (examples,), tokens of each.
+            num_answer_tokens: of all of them together.
+        """
         squares = float(lengths.double().square().sum())
         return (
-            self.token * int(lengths.sum())
-            + self.answer_token * answer_tokens
-            + self.square * squares
+            self.per_token * int(lengths.sum())
+            + self.per_answer_token * num_answer_tokens
+            + self.per_squared_length * squares
         )
 
 
-def work_of(base: PreTrainedModel) -> Work | None:
-    """The arithmetic of training `base`, adapters in it included; None if not all its matrices are Linears'.
+def count_training_flops(base: PreTrainedModel) -> FlopCounts | None:
+    """Count the arithmetic of training `base`, with the adapters in it.
 
-    Counted are 2 operations for each multiplication by a weight and token: in the forward pass, for the gradient with
-    respect to the input, and, where the weight is trained, for its own. So 4 for each element of a frozen weight and 6
-    for each of a trained one; for the output head, per answer token, since no other logits are computed. Attention is
-    counted over the lower triangle: scores and their product with the values, 2 L^2 d per layer forward and twice that
-    backward. Not counted: norms, activations, softmax, the optimiser, padding, and what gradient checkpointing computes
-    anew. The first layer counts as if its input's gradient were computed.
+    A multiplication by one weight for one token is 2 operations. It is done in the forward pass, for
+    the gradient with respect to the input, and, where the weight is trained, for its own gradient:
+    4 operations for each element of a frozen weight and 6 for each of a trained one. The output
+    head counts per answer token, since no other logits are computed. Attention counts over the
+    lower triangle: scores and their product with the values, 2 L^2 d per layer forward and twice
+    that backward.
+
+    Not counted: norms, activations, softmax, the optimiser, padding, and what gradient
+    checkpointing computes again. The first layer counts as if its input's gradient were computed.
+
+    Returns:
+        None where the model has matrices that are not those of nn.Linear or nn.Embedding.
     """
     head, config = base.get_output_embeddings(), base.config.get_text_config()
-    of_head = (
-        set() if head is None else set(head.modules())
-    )  # an adapter's parts too, if there is one
-    token, answer_token = 0, 0
+    head_modules = set() if head is None else set(head.modules())  # with an adapter's parts
+    per_token, per_answer_token = 0, 0
     for module in base.modules():
-        own = [
-            p for p in module.parameters(recurse=False) if len(getattr(p, "ds_shape", p.shape)) > 1
-        ]
         if isinstance(module, nn.Linear):
-            flops = (
-                (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
-            )
-            token, answer_token = (
-                (token, answer_token + flops)
-                if module in of_head
-                else (token + flops, answer_token)
-            )
-        elif own and not isinstance(module, nn.Embedding):
+            factor = 6 if module.weight.requires_grad else 4
+            flops = factor * module.in_features * module.out_features
+            if module in head_modules:
+                per_answer_token += flops
+            else:
+                per_token += flops
+        elif _has_matrices(module) and not isinstance(module, nn.Embedding):
             return None
-    heads, layers = (
-        getattr(config, "num_attention_heads", None),
-        getattr(config, "num_hidden_layers", None),
-    )
-    if head is None or not heads or not layers:
+    num_heads = getattr(config, "num_attention_heads", None)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if head is None or not num_heads or not num_layers:
         return None
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Work(token, answer_token, 6 * layers * width)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return FlopCounts(per_token, per_answer_token, 6 * num_layers * num_heads * head_size)
 
 
-def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that `device` can do at most with bf16 matrices, from the table; None for other dtypes and devices."""
+def _has_matrices(module: nn.Module) -> bool:
+    """Return whether a module has parameters of two or more dimensions of its own."""
+    return any(len(get_full_shape(p)) > 1 for p in module.parameters(recurse=False))
+
+
+def find_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Look up the FLOP/s that `device` can do at most with bf16 matrices.
+
+    Returns:
+        None for other dtypes, and for devices that are not in PEAKS.
+    """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on its GPU by PyTorch's count, else resident in memory."""
+def read_peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held.
+
+    On a GPU by PyTorch's count, else resident in main memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What computes the same numbers faster, where it is installed: attention kernels, Liger, torch.compile."""
+"""What computes the same numbers faster: attention kernels, packing, Liger's kernels, torch.compile."""
 
 import importlib.util
 import os
@@ -11,30 +11,36 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from launch.config.schema import Recipe
+from launch.data.order import Packing
 from launch.engines.base import Engine
+from launch.runtime.compat import list_layer_classes, read_attention, undo_compile
 from launch.runtime.distributed import all_reduce_max
 from launch.runtime.errors import UserError
-from launch.training.loss import leak
+from launch.training.loss import measure_packing_leak
+
+MAX_LEAK = 1e-6  # relative; it is 0, but for rounding where experts batch tokens
 
 
-def require(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError if this machine lacks what `recipe` asks for."""
-    gpu = device.type == "cuda"
+def require_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if this machine lacks what `recipe` asks for."""
+    is_gpu = device.type == "cuda"
     if recipe.model.attention == "flash_attention_2":
-        if dtype != torch.bfloat16 or not gpu:
+        if dtype != torch.bfloat16 or not is_gpu:
             raise UserError(
                 "model.attention: flash_attention_2 needs a GPU and model.dtype=bfloat16; set sdpa"
             )
         if not is_flash_attn_2_available():
             raise UserError(
-                "model.attention: flash_attention_2 is not installed; pip install flash-attn, or set sdpa"
+                "model.attention: flash_attention_2 is not installed; pip install flash-attn, or "
+                "set sdpa"
             )
-    if recipe.train.compile and not gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+    needs_compiler = recipe.train.compile and not is_gpu
+    if needs_compiler and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
             "train.compile: needs a C++ compiler; apt-get install g++, or set train.compile=false"
         )
     if recipe.train.liger:
-        if not gpu:
+        if not is_gpu:
             raise UserError("train.liger: its kernels need a GPU; set train.liger=false")
         if importlib.util.find_spec("liger_kernel") is None:
             raise UserError(
@@ -42,30 +48,40 @@ def require(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
             )
 
 
+def choose_packing(recipe: Recipe, base: PreTrainedModel) -> Packing | None:
+    """Return how `recipe` packs the examples that `base` trains on; None if it does not."""
+    if not recipe.data.packing:
+        return None
+    is_flat = read_attention(base.config) == "flash_attention_2"
+    return Packing(recipe.data.max_length, is_flat)
+
+
 def require_packing(engine: Engine, model: nn.Module) -> None:
-    """Raises UserError, on every rank, if `model` lets packed examples see one another. Collective."""
-    with engine.inference(model):
-        moved = all_reduce_max(leak(model, engine.device), engine.device)
-    if not moved <= 1e-6:  # it is 0, but for rounding where experts batch tokens
+    """Raise UserError, on every rank, if `model` lets packed examples see one another. Collective."""
+    with engine.inference_mode(model):
+        leak = measure_packing_leak(model, engine.device)
+    leak = all_reduce_max(leak, engine.device)
+    if not leak <= MAX_LEAK:  # also for NaN
         raise UserError(
-            f"data.packing: an example's loss moves by {moved:.1e} with the one packed before it: this model's "
-            "attention does not keep them apart; set data.packing=false"
+            f"data.packing: an example's loss moves by {leak:.1e} with the one packed before it: "
+            "this model's attention does not keep them apart; set data.packing=false"
         )
 
 
-def put_in(base: PreTrainedModel, recipe: Recipe) -> None:
-    """The attention that `recipe` names, unless it is `auto`, and Liger's kernels if it asks for them, into `base`."""
+def apply_kernels(base: PreTrainedModel, recipe: Recipe) -> None:
+    """Put the attention that `recipe` names, and Liger's kernels, into `base`. Raises UserError."""
     attention = recipe.model.attention
     if attention != "auto":
         try:
             base.set_attn_implementation(attention)
         except (ValueError, ImportError) as error:
             raise UserError(f"model.attention: {str(error).splitlines()[0]}") from None
-        if base.config._attn_implementation != attention:
+        if read_attention(base.config) != attention:
             raise UserError(f"model.attention: {type(base).__name__} cannot change it; set auto")
     if not recipe.train.liger:
         return
-    try:  # the loss stays ours, which computes fewer logits
+    try:
+        # The loss stays ours, which computes fewer logits.
         apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     except (ImportError, TypeError) as error:
         raise UserError(
@@ -74,18 +90,21 @@ def put_in(base: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def compile_layers(base: PreTrainedModel) -> list[nn.Module]:
-    """Have each decoder layer compiled when it first runs, alike for rows of all lengths; the layers."""
-    layers = [
-        module
-        for module in base.modules()
-        if type(module).__name__.removeprefix("FSDP") in base._no_split_modules
-    ]
-    for layer in layers:
-        layer.compile(dynamic=True)
+    """Have each decoder layer compiled when it first runs, for rows of any length.
+
+    Returns:
+        The layers, for `uncompile_layers`.
+    """
+    layers = []
+    for module in base.modules():
+        # FSDP2 makes a subclass of a layer's class, with FSDP before its name.
+        if type(module).__name__.removeprefix("FSDP") in list_layer_classes(base):
+            module.compile(dynamic=True)
+            layers.append(module)
     return layers
 
 
-def uncompile(layers: list[nn.Module]) -> None:
+def uncompile_layers(layers: list[nn.Module]) -> None:
     """Run `layers` as they were written again."""
     for layer in layers:
-        layer._compiled_call_impl = None
+        undo_compile(layer)

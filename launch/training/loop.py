@@ -1,190 +1,232 @@
-"""The training loop: whatever the engine and world size, the same steps and the same losses."""
+"""The training loop.
+
+Without dropout, engine, world size and micro batch change the losses by rounding only.
+"""
 
 import contextlib
 import hashlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.config.schema import Train
-from launch.data.batches import Packing, TrainBatch, ahead, collate, make_share
-from launch.data.tokenize import TokenSet
-from launch.engines.base import Engine, Stepper
-from launch.runtime import watchdog as watch
+from launch.data.batches import TrainBatch, collate_sequences, prefetch
+from launch.data.order import Packing, plan_micro_batches
+from launch.data.token_set import TokenSet
+from launch.engines.base import Engine, TrainState
+from launch.run.metrics import Metrics
+from launch.runtime import watchdog
 from launch.runtime.errors import DivergedError
-from launch.training.flops import GIB, Work, peak_memory
+from launch.runtime.units import GIB
+from launch.training.flops import FlopCounts, read_peak_memory
 from launch.training.loss import AnswerLoss
 
 
-class Metrics(TypedDict):
-    """One optimiser step, a line of metrics.jsonl."""
-
-    step: int  # from 1
-    loss: float  # mean over the step's answer tokens, nats
-    grad_norm: float  # before clipping
-    lr: float
-    tokens: int  # answer tokens of the step, over all ranks
-    all_tokens: int  # of prompts and answers, over all ranks
-    tokens_per_second: float  # answer tokens, per device
-    all_tokens_per_second: float  # per device
-    tflops: (
-        float | None
-    )  # 1e12 floating-point operations a second, per device (launch.training.flops.work_of)
-    utilisation: float | None  # their share of the device's peak; None if one of them is unknown
-    peak_memory_gib: float  # of rank 0 so far
-    data_wait: float  # seconds of the step that rank 0 waited for a batch
-    seconds: float  # spent in training steps so far, over all starts of the run
-    seconds_left: float  # at the mean pace of the run's steps
-
-
 @dataclass(frozen=True)
-class _Launched:
+class LaunchedStep:
     """A step that the device may still be busy with."""
 
-    step: int
+    index: int  # from 0
     lr: float
-    answer_tokens: int
-    lengths: Tensor  # of its rows
-    data_wait: float
-    numbers: Callable[
-        [], list[float]
-    ]  # summed loss and requests to stop, over all ranks, and the gradient norm
+    num_answer_tokens: int  # over all ranks
+    lengths: Tensor  # (examples,), tokens of each example of the step, over all ranks
+    data_wait: float  # seconds that this rank waited for batches
+    # Waits for the device. Returns the loss summed over the answer tokens of all ranks, the number
+    # of ranks that were asked to stop, and the gradient norm before clipping.
+    read_numbers: Callable[[], list[float]]
+
+
+class StepRecorder:
+    """Computes the metrics of launched steps, and measures training time over all launches."""
+
+    def __init__(
+        self,
+        num_steps: int,
+        history: Sequence[Metrics],
+        device: torch.device,
+        flop_counts: FlopCounts | None,
+        peak_flops: float | None,
+    ) -> None:
+        self.num_steps = num_steps
+        self.device = device
+        self.flop_counts = flop_counts
+        self.peak_flops = peak_flops
+        # Seconds of training over all launches of the run, up to `began`.
+        self.seconds = history[-1]["seconds"] if history else 0.0
+        self.began = time.perf_counter()
+        self.stopping = False  # whether a rank was asked to stop
+
+    def restart_clock(self) -> None:
+        """Start timing anew, so that what the caller did since the last step does not count.
+
+        Such as saving a checkpoint.
+        """
+        self.began = time.perf_counter()
+
+    def finish_step(self, launched: LaunchedStep) -> Metrics:
+        """Wait for a step's numbers and return its metrics. Raises DivergedError."""
+        summed_loss, num_asked_to_stop, grad_norm = launched.read_numbers()
+        loss = summed_loss / launched.num_answer_tokens
+        step = launched.index + 1
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; lower train.lr "
+                "or check the data"
+            )
+        self.stopping |= num_asked_to_stop > 0
+        now = time.perf_counter()
+        # Summed over devices, since the rates below are per device.
+        device_seconds = (now - self.began) * dist.get_world_size()
+        self.seconds += now - self.began
+        self.began = now
+        num_tokens = int(launched.lengths.sum())
+        flops = None  # per second and device
+        if self.flop_counts is not None:
+            counted = self.flop_counts.count_step(launched.lengths, launched.num_answer_tokens)
+            flops = counted / device_seconds
+        return Metrics(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=launched.lr,
+            tokens=launched.num_answer_tokens,
+            all_tokens=num_tokens,
+            tokens_per_second=launched.num_answer_tokens / device_seconds,
+            all_tokens_per_second=num_tokens / device_seconds,
+            tflops=flops / 1e12 if flops else None,
+            utilisation=flops / self.peak_flops if flops and self.peak_flops else None,
+            peak_memory_gib=read_peak_memory(self.device) / GIB,
+            data_wait=launched.data_wait,
+            seconds=self.seconds,
+            seconds_left=self.seconds / step * (self.num_steps - step),
+        )
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warmup from 0, then a cosine to 0, of step 0, 1, ... (transformers' get_cosine_schedule_with_warmup)."""
+    """Return the learning rate of `step`, counted from 0.
+
+    Linear warmup from 0 to `peak`, then half a cosine towards 0: transformers'
+    get_cosine_schedule_with_warmup, with its first step at rate 0.
+    """
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return peak * step / max(1, warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    angle = math.pi * (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
-def make_stepper(engine: Engine, model: nn.Module, settings: Train) -> Stepper:
-    """AdamW over the parameters of `model` that require gradients, in the engine's hands. Collective."""
+def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> TrainState:
+    """Make AdamW over all parameters of `model` that require gradients. Collective.
+
+    Returns:
+        The engine's state, whose `model` computes the loss of `model`, see AnswerLoss.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return engine.training(AnswerLoss(model), optimizer, settings.max_grad_norm)
+    return engine.make_trainable(AnswerLoss(model), optimizer, settings.max_grad_norm)
 
 
 def train(
-    stepper: Stepper,
+    state: TrainState,
     tokens: TokenSet,
     steps: Sequence[Sequence[int]],
     settings: Train,
     device: torch.device,
-    done: Sequence[Metrics] = (),
+    history: Sequence[Metrics] = (),
     packing: Packing | None = None,
-    work: Work | None = None,
-    peak: float | None = None,
+    flop_counts: FlopCounts | None = None,
+    peak_flops: float | None = None,
 ) -> Iterator[Metrics]:
-    """One optimiser step for each item of `steps` after those already `done`.
+    """Run one optimiser step for each item of `steps` after those in `history`. Collective.
 
-    Collective. A step's loss is the mean over all its answer tokens: n of them are counted over all ranks and micro
-    batches, each micro batch's summed loss is multiplied by world_size / n, and the engine averages gradients over
-    ranks. So neither world size nor micro batch changes the loss curve, beyond rounding.
-
-    A GPU is never waited for but for the numbers of the step before the one it has just been given: a step's metrics
-    come while the next one runs. At a checkpoint's step, and the last one, they come first: what the caller then saves
-    is the state after the step whose metrics it has just been given, and those were finite.
+    On a GPU the metrics of a step are yielded after the next step has been launched, so that the
+    GPU is busy while the CPU reads them. Before a checkpoint, and at the last step, the loop waits
+    and yields at once. What the caller then saves is the state after the step just yielded, whose
+    loss and gradient norm were finite.
 
     When a rank is asked to stop (launch.runtime.watchdog), all ranks end after the same step.
 
     Args:
-        packing: None: every row is a sequence. work: of the model. peak: FLOP/s of a device.
+        steps: for each step of the run, its examples, over all ranks.
+        history: the metrics of the steps of earlier launches.
+        packing: None where every example is a sequence of its own.
+        flop_counts: counts a step's FLOPs for the metrics; None leaves them out.
+        peak_flops: FLOP/s that one device can do at most.
+
+    Yields:
+        The metrics of each step.
 
     Raises:
         DivergedError: on every rank, when the loss or the gradient norm is not finite.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = tokens.lengths()
-    stepper.model.train()
-    before = time.perf_counter()
-    seconds = done[-1]["seconds"] if done else 0.0
-    launched: deque[_Launched] = deque()
-    stopping = False
+    remaining = steps[len(history) :]
+    recorder = StepRecorder(len(steps), history, device, flop_counts, peak_flops)
+    unread: list[LaunchedStep] = []  # steps whose numbers have not been read: at most two
+    state.model.train()
+    micro_batches = _make_batches(tokens, lengths, remaining, settings.micro_batch, packing, device)
+    with contextlib.closing(prefetch(micro_batches, device)) as batches:
+        for index, examples in enumerate(remaining, start=len(history)):
+            watchdog.heartbeat(f"training step {index + 1}")
+            torch.manual_seed(_dropout_seed(settings.seed, index, rank))
 
-    def finish(this: _Launched) -> Metrics:
-        nonlocal before, seconds, stopping
-        summed, asked, grad_norm = this.numbers()
-        loss = summed / this.answer_tokens
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"step {this.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; lower train.lr "
-                "or check the data"
-            )
-        stopping |= asked > 0
-        now = time.perf_counter()
-        of_devices = (now - before) * world_size
-        flops = work.of(this.lengths, this.answer_tokens) / of_devices if work else None
-        seconds, before = seconds + now - before, now
-        return Metrics(
-            step=this.step + 1,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=this.lr,
-            tokens=this.answer_tokens,
-            all_tokens=int(this.lengths.sum()),
-            tokens_per_second=this.answer_tokens / of_devices,
-            all_tokens_per_second=int(this.lengths.sum()) / of_devices,
-            tflops=flops / 1e12 if flops else None,
-            utilisation=flops / peak if flops and peak else None,
-            peak_memory_gib=peak_memory(device) / GIB,
-            data_wait=this.data_wait,
-            seconds=seconds,
-            seconds_left=seconds / (this.step + 1) * (len(steps) - this.step - 1),
-        )
-
-    batches = ahead(
-        _batches(tokens, lengths, steps[len(done) :], settings.micro_batch, packing, device), device
-    )
-    with contextlib.closing(batches):
-        for step, rows in enumerate(steps[len(done) :], start=len(done)):
-            watch.mark(f"training step {step + 1}")
-            torch.manual_seed(_dropout_seed(settings.seed, step, rank))
-            answer_tokens = tokens.answer_tokens(rows)
-            numbers = torch.zeros(2, dtype=torch.float64, device=device)
-            waited, last = 0.0, False
-            while not last:
+            # Forward and backward. An answer token is one that the loss counts. The step has n of
+            # them, spread over ranks and micro batches, and its loss is their mean:
+            #     L = 1/n * sum over ranks and micro batches of summed_loss
+            # with summed_loss the cross-entropy summed over one micro batch's answer tokens. The
+            # engine adds gradients up over micro batches and averages them over ranks, that is, it
+            # divides by world_size. With every summed_loss times world_size / n, the result is the
+            # gradient of L. So neither world size nor micro batch changes it, beyond rounding.
+            num_answer_tokens = tokens.count_answer_tokens(examples)
+            step_sums = torch.zeros(2, dtype=torch.float64, device=device)
+            data_wait, is_last = 0.0, False
+            while not is_last:
                 asked = time.perf_counter()
-                batch, last = next(batches)
-                waited += time.perf_counter() - asked
+                batch, is_last = next(batches)
+                data_wait += time.perf_counter() - asked
                 batch = batch.to(device)
-                loss = stepper.model(
-                    batch.input_ids, batch.positions, batch.targets, batch.position_ids
+                summed_loss = state.model(  # an AnswerLoss: it returns the loss, no logits
+                    batch.input_ids, batch.loss_indices, batch.targets, batch.position_ids
                 )
-                stepper.backward(loss * (world_size / answer_tokens), last)
-                numbers[0] += loss.detach()
-            lr = learning_rate(step, len(steps), settings.lr, settings.warmup_ratio)
-            grad_norm = stepper.step(lr)
-            numbers[1].fill_(float(watch.stopping()))
-            dist.all_reduce(numbers)
-            numbers = _to_host(torch.cat([numbers, grad_norm.to(numbers).reshape(1)]))
-            launched.append(
-                _Launched(step, lr, answer_tokens, lengths[torch.as_tensor(rows)], waited, numbers)
+                state.backward(summed_loss * (world_size / num_answer_tokens), is_last)
+                step_sums[0] += summed_loss.detach()
+
+            # Optimiser step.
+            lr = learning_rate(index, len(steps), settings.lr, settings.warmup_ratio)
+            grad_norm = state.step(lr)
+
+            # Sum over ranks: n * L, and how many ranks were asked to stop. All ranks see the same
+            # sums, so all of them end after the same step.
+            step_sums[1].fill_(float(watchdog.stop_requested()))
+            dist.all_reduce(step_sums)
+            numbers = torch.cat([step_sums, grad_norm.to(step_sums).reshape(1)])
+            read_numbers = _copy_to_host(numbers)
+            step_lengths = lengths[torch.as_tensor(examples)]
+            unread.append(
+                LaunchedStep(index, lr, num_answer_tokens, step_lengths, data_wait, read_numbers)
             )
-            at_once = (
-                device.type != "cuda"
-                or (step + 1) % settings.checkpoint_every == 0
-                or step + 1 == len(steps)
-            )
-            while len(launched) > (0 if at_once or stopping else 1):
-                yield finish(launched.popleft())
-            if stopping:
+
+            # Log. On a GPU the newest step stays unread while the next one is launched.
+            is_checkpoint = (index + 1) % settings.checkpoint_every == 0
+            wait = device.type != "cuda" or is_checkpoint or index + 1 == len(steps)
+            while unread:
+                # finish_step may set recorder.stopping; then the newest step is read as well.
+                if len(unread) == 1 and not (wait or recorder.stopping):
+                    break
+                yield recorder.finish_step(unread.pop(0))
+            if recorder.stopping:
                 return
-            if not launched:
-                before = (
-                    time.perf_counter()
-                )  # what the caller does between steps (a checkpoint) is not training
+            if not unread:
+                recorder.restart_clock()
 
 
-def _batches(
+def _make_batches(
     tokens: TokenSet,
     lengths: Tensor,
     steps: Sequence[Sequence[int]],
@@ -192,17 +234,19 @@ def _batches(
     packing: Packing | None,
     device: torch.device,
 ) -> Iterator[tuple[TrainBatch, bool]]:
-    """This rank's batches of `steps`, on the CPU, and whether each is its step's last one."""
+    """Yield this rank's micro batches of `steps`, on the CPU, and whether each is its step's last."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for rows in steps:
-        share = make_share(rows, lengths, rank, world_size, micro_batch, packing)
-        for number, sequences in enumerate(share, start=1):
-            batch = collate(tokens, sequences, packing)
-            yield batch.pinned() if device.type == "cuda" else batch, number == len(share)
+    for examples in steps:
+        planned = plan_micro_batches(examples, lengths, rank, world_size, micro_batch, packing)
+        for number, sequences in enumerate(planned, start=1):
+            batch = collate_sequences(tokens, sequences, packing)
+            if device.type == "cuda":
+                batch = batch.pin_memory()
+            yield batch, number == len(planned)
 
 
-def _to_host(values: Tensor) -> Callable[[], list[float]]:
-    """`values` on their way to the host while the device goes on; calling it waits for them alone."""
+def _copy_to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying `values` to the host; return a function that waits for them and them alone."""
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -210,15 +254,18 @@ def _to_host(values: Tensor) -> Callable[[], list[float]]:
     copied = torch.cuda.Event()
     copied.record()
 
-    def wait() -> list[float]:
+    def read() -> list[float]:
         copied.synchronize()
         return host.tolist()
 
-    return wait
+    return read
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of one step on one rank: a run that goes on from a checkpoint draws what the undisturbed one would have."""
-    return int.from_bytes(
-        hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big", signed=True
-    )
+    """Return the seed of one step on one rank.
+
+    It depends on nothing else, so a resumed run draws what the undisturbed one would have drawn.
+    Ranks draw different masks, so with dropout the losses depend on world size and micro batch.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)

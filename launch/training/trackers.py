@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: optional packages, to which a run's metrics also go."""
+"""TensorBoard and Weights & Biases: optional packages to which a run's metrics also go."""
 
 import contextlib
 import importlib.util
@@ -10,83 +10,95 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from launch.config.schema import Recipe
-from launch.runtime.distributed import on_rank0
+from launch.run.metrics import Metrics
+from launch.runtime.distributed import run_on_rank0
 from launch.runtime.errors import UserError
-from launch.training.loop import Metrics
 
 Log = Callable[[Metrics], None]
 
 
-def require(names: Sequence[str]) -> None:
-    """Raises UserError if a tracker's package is not installed."""
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise UserError if a tracker's package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"tracking: {name} is not installed; pip install -r requirements-extras.txt, or leave it out"
+                f"tracking: {name} is not installed; pip install -r requirements-extras.txt, or "
+                "leave it out"
             )
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
-    """What logs a step to the recipe's trackers, which go on after step `done`; they are rank 0's. Collective."""
-    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
+def open_trackers(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
+    """Open the recipe's trackers on rank 0; yield what logs a step to all of them. Collective.
+
+    Args:
+        done: the step after which they resume.
+    """
+    makers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
     logs: list[Log] = []
 
-    def log(step: Metrics) -> None:
-        for each in logs:
-            each(step)
+    def log_step(step: Metrics) -> None:
+        for log in logs:
+            log(step)
 
     with contextlib.ExitStack() as stack:
 
-        def start() -> None:
-            logs.extend(
-                stack.enter_context(makers[name](recipe, folder, done)) for name in recipe.tracking
-            )
+        def open_all() -> None:
+            for name in recipe.tracking:
+                logs.append(stack.enter_context(makers[name](recipe, folder, done)))
 
-        on_rank0(start)
-        yield log
+        run_on_rank0(open_all)
+        yield log_step
 
 
 @contextlib.contextmanager
-def _tensorboard(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
+def _open_tensorboard(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed start logged after its last checkpoint is hidden: those steps come again.
+    # purge_step hides what a killed start logged after its last checkpoint: those steps come again.
     with SummaryWriter(folder / "tensorboard", purge_step=done + 1) as writer:
 
-        def log(step: Metrics) -> None:
+        def log_step(step: Metrics) -> None:
             for key, value in step.items():
                 if key != "step" and value is not None:
                     writer.add_scalar(f"train/{key}", value, step["step"])
 
-        yield log
+        yield log_step
 
 
 @contextlib.contextmanager
-def _wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
+def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _reached() else "offline")
-    kept = folder / "wandb_id"  # so that a start that goes on adds to the run of the one before
-    if not done or not kept.is_file():
-        kept.write_text(secrets.token_hex(4))
-    to = {"id": kept.read_text(), "resume": "allow", "mode": mode}
+    mode = os.environ.get("WANDB_MODE") or ("online" if _is_reachable() else "offline")
+    # The id is kept, so that a resumed start adds to the wandb run of the one before.
+    id_file = folder / "wandb_id"
+    if not done or not id_file.is_file():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         run = wandb.init(
-            project="astra-recipes", name=folder.name, dir=folder, config=recipe.model_dump(), **to
+            project="astra-recipes",
+            name=folder.name,
+            dir=folder,
+            config=recipe.model_dump(),
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            mode=mode,
         )
     except wandb.Error as error:
         raise UserError(
             f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline"
         ) from None
+
+    def log_step(step: Metrics) -> None:
+        run.log({f"train/{key}": value for key, value in step.items()}, step=step["step"])
+
     with run:
-        yield lambda step: run.log(
-            {f"train/{key}": value for key, value in step.items()}, step=step["step"]
-        )
+        yield log_step
 
 
-def _reached() -> bool:
-    """Whether wandb's server can be reached from here."""
+def _is_reachable() -> bool:
+    """Return whether wandb's server can be reached from here."""
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=3).close()

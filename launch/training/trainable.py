@@ -1,0 +1,95 @@
+"""What is trained: adapters in the base, or all of its parameters. All that differs is here."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from astra.adapter import (
+    ADAPTER,
+    Factors,
+    attach_adapters,
+    get_lora_layers,
+    get_trained_parameters,
+    read_factors,
+    read_magnitudes,
+)
+from launch.config.schema import Adapter
+from launch.data.inputs import Inputs
+from launch.engines import Engine
+from launch.runtime.distributed import run_on_rank0
+from launch.training.export import save_adapters, save_model
+
+
+def attach_trainable(
+    base: PreTrainedModel, settings: Adapter, lora_ranks: dict[str, int] | None = None
+) -> nn.Module:
+    """Return the model that is trained: `base` with PEFT's layers at the targets, or itself.
+
+    Args:
+        lora_ranks: of every module, where they are not all alike.
+    """
+    method = settings.method_record
+    if method.trains_all:
+        return base
+    return attach_adapters(
+        base,
+        settings.targets,
+        settings.rank,
+        settings.alpha,
+        settings.dropout,
+        lora_ranks,
+        rslora=method.use_rslora,
+        dora=method.use_dora,
+    )
+
+
+def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return base-model module name -> PEFT layer; empty where there are no adapters."""
+    return get_lora_layers(model) if isinstance(model, PeftModel) else {}
+
+
+def find_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> trained parameter in the model's order: what checkpoints hold.
+
+    A tied parameter has its first name. To be called once the engine has sharded the model, since
+    FSDP2 puts other parameters in the places of the model's own.
+    """
+    if isinstance(model, PeftModel):
+        return get_trained_parameters(get_lora_layers(model))
+    return dict(model.named_parameters())
+
+
+def as_base(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context within which `model`, not initialised yet, computes what its base does."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def export_trained(
+    folder: Path,
+    model: nn.Module,
+    engine: Engine,
+    inputs: Inputs,
+    initial: Mapping[str, Factors],
+) -> Path:
+    """Write what was trained into the run folder, in PEFT's or transformers' format. Collective.
+
+    Args:
+        initial: on rank 0, A0 and B0 by module name.
+
+    Returns:
+        The folder that users load: `lora` or, where there is no plain LoRA, `adapter` or `model`.
+    """
+    if not isinstance(model, PeftModel):
+        save_model(folder / "model", model, engine, inputs)
+        return folder / "model"
+    layers = get_lora_layers(model)
+    trained = read_factors(layers, engine)
+    magnitudes = read_magnitudes(layers, engine)
+    config = model.peft_config[ADAPTER]
+    run_on_rank0(lambda: save_adapters(folder, config, inputs.base, initial, trained, magnitudes))
+    return folder / ("adapter" if magnitudes else "lora")
