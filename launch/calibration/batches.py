@@ -1,113 +1,124 @@
-"""The rows that a calibration runs, in batches.
+"""The examples that a calibration runs, in batches.
 
-`exact`: prompt, answer and EOS as in training, every real token counted. `reference`: as the authors' code has them
-(LyoAI/Astra, dataset/loader.py and astra.py): another prompt, no EOS after the answer, padded with EOS to the maximum
-length, the last token cut off, and padding counted. Their draw of rows is not reproduced, nor sums in less than fp64.
+`exact`: prompt, answer and end of sequence as in training; every real token counts.
+
+`reference`: as the authors' code has them (LyoAI/Astra, dataset/loader.py and astra.py): another
+prompt, no end of sequence after the answer, padded with it to the maximum length, the last token
+cut off, and padding counted. Their draw of rows is not reproduced, nor sums in less than fp64.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from astra.moments import Batch
-from eval.tasks.base import ALPACA
-from launch.config.schema import Data, Recipe
+from eval.tasks.base import ALPACA_PROMPT
+from launch.config.schema import Recipe
+from launch.data.batches import collate_examples
 from launch.data.inputs import Inputs
-from launch.data.sources import EMPTY, NOT_TEXT, fetch, load, select
-from launch.data.tokenize import choose, collate, deal, encode
-from launch.methods import registry as methods
-from launch.runtime.distributed import on_rank0
+from launch.data.order import sample_examples, shard_batches
+from launch.data.sources import EMPTY, NOT_TEXT, fetch_source, load_split, select_rows
+from launch.data.tokenize import encode_texts
+from launch.runtime.distributed import run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import load_tokenizer
 
-REFERENCE = "{instruction}\n### Response:{answer}"
+REFERENCE_PROMPT = "{instruction}\n### Response:{answer}"
+EOS = "eos"  # the key of the end-of-sequence token among encoded samples
 
 
-def prompt(recipe: Recipe) -> str:
-    """What a sample's text is made by."""
-    return REFERENCE if recipe.calibration.statistics == "reference" else ALPACA
+def choose_prompt(recipe: Recipe) -> str:
+    """Return the template of a sample's text, which is part of what decides a calibration."""
+    return REFERENCE_PROMPT if recipe.calibration.statistics == "reference" else ALPACA_PROMPT
 
 
-def sample_ids(recipe: Recipe, inputs: Inputs) -> list[int]:
-    """The rows that are calibrated on; none for a method that looks at weights alone."""
-    settings, tokens = recipe.calibration, inputs.tokens
-    if methods.kind(recipe).needs == "weight":
+def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
+    """Draw the examples to calibrate on; none for a method that looks at weights alone."""
+    settings = recipe.calibration
+    if recipe.statistic == "weight":
         return []
-    rows = len(tokens)
-    if settings.statistics == "reference":  # it has rows too that are too long to be trained on
-        rows += sum(
-            count
-            for reason, count in inputs.data["dropped"].items()
-            if reason not in (NOT_TEXT, EMPTY)
-        )
-    return choose(rows, settings.samples, settings.seed)
+    num_examples = len(inputs.tokens)
+    if settings.statistics == "reference":
+        # The reference also has rows that are too long to be trained on.
+        for reason, count in inputs.data["dropped"].items():
+            if reason not in (NOT_TEXT, EMPTY):
+                num_examples += count
+    return sample_examples(num_examples, settings.samples, settings.seed)
 
 
-def lengths(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:
-    """(samples,), tokens of each that are counted."""
+def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:
+    """Return how many tokens of each sample count, (samples,)."""
     if recipe.calibration.statistics == "reference":
         return torch.full((len(samples),), recipe.data.max_length - 1)
     return inputs.tokens.lengths()[samples]
 
 
-def parts(
+def make_calibration_batches(
     recipe: Recipe, inputs: Inputs, samples: list[int], device: torch.device
 ) -> list[list[Batch]]:
-    """This rank's batches of the samples, or of each of their halves; no part without samples. Collective."""
+    """Make this rank's batches of all samples, or with split_half of each half. Collective.
+
+    Returns:
+        One list of batches, or two; none without samples.
+    """
     if not samples:
         return []
     halves = [samples]
     if recipe.calibration.split_half:
-        halves = [samples[: len(samples) // 2], samples[len(samples) // 2 :]]
+        middle = len(samples) // 2
+        halves = [samples[:middle], samples[middle:]]
     if not all(halves):
         raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
     if recipe.calibration.statistics == "reference":
-        encoded = on_rank0(lambda: _encode_reference(recipe.data, inputs.model_path, samples))
-        return [
-            _reference_batches(encoded, half, recipe.data.max_length, device) for half in halves
-        ]
-    return [_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
+        encoded = run_on_rank0(lambda: _encode_reference(recipe, inputs, samples))
+        length = recipe.data.max_length
+        return [_make_reference_batches(encoded, half, length, device) for half in halves]
+    return [_make_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
 
 
-def _batches(inputs: Inputs, samples: list[int], size: int, device: torch.device) -> list[Batch]:
-    made = []
-    for rows in deal(samples, dist.get_rank(), dist.get_world_size(), size):
-        batch, labels = collate(inputs.tokens, rows, device)
-        made.append(batch | {"labels": labels})
-    return made
+def _make_batches(
+    inputs: Inputs, samples: list[int], size: int, device: torch.device
+) -> list[Batch]:
+    batches = []
+    for examples in shard_batches(samples, dist.get_rank(), dist.get_world_size(), size):
+        batch, labels = collate_examples(inputs.tokens, examples, device)
+        batches.append(batch | {"labels": labels})
+    return batches
 
 
-def _encode_reference(data: Data, model_path: Path, samples: list[int]) -> dict:
-    """The token ids of each sample, and EOS, as `eos`."""
-    tokenizer = load_tokenizer(model_path)
-    rows = [row for chunk in select(load(data, fetch(data)), data) for row in chunk.rows]
-    texts = [
-        REFERENCE.format(
-            instruction="\n".join(filter(None, (row.instruction, row.input))), answer=row.answer
-        )
-        for row in (rows[i] for i in samples)
-    ]
-    return dict(zip(samples, encode(tokenizer, texts), strict=True)) | {
-        "eos": tokenizer.eos_token_id
-    }
+def _encode_reference(recipe: Recipe, inputs: Inputs, samples: list[int]) -> dict:
+    """Return the token ids of each sample by its number, and the end-of-sequence token as EOS."""
+    data = recipe.data
+    tokenizer = load_tokenizer(inputs.model_path)
+    rows = []
+    for chunk in select_rows(load_split(data, fetch_source(data)), data):
+        rows += chunk.rows
+    texts = []
+    for sample in samples:
+        row = rows[sample]
+        instruction = f"{row.instruction}\n{row.input}" if row.input else row.instruction
+        texts.append(REFERENCE_PROMPT.format(instruction=instruction, answer=row.answer))
+    encoded = dict(zip(samples, encode_texts(tokenizer, texts), strict=True))
+    return encoded | {EOS: tokenizer.eos_token_id}
 
 
-def _reference_batches(
+def _make_reference_batches(
     encoded: dict, samples: list[int], length: int, device: torch.device
 ) -> list[Batch]:
-    made = []
-    for (row,) in deal(samples, dist.get_rank(), dist.get_world_size(), 1):
-        text = encoded[samples[0] if row is None else row][:length]
-        ids = torch.tensor([text + [encoded["eos"]] * (length - len(text))], device=device)[:, :-1]
-        positions = torch.arange(length - 1, device=device)[None]
-        made.append(
-            Batch(
-                input_ids=ids,
-                counted=torch.full_like(ids, row is not None, dtype=torch.bool),
-                attention_mask=(positions < len(text)).long(),
-            )
+    """Make this rank's batches of one sample each, padded to `length`, without the last token."""
+    batches = []
+    positions = torch.arange(length - 1, device=device)[None]
+    for (sample,) in shard_batches(samples, dist.get_rank(), dist.get_world_size(), 1):
+        # A missing sample has weight 0: it repeats another one.
+        ids = encoded[samples[0] if sample is None else sample][:length]
+        padded = ids + [encoded[EOS]] * (length - len(ids))
+        input_ids = torch.tensor([padded], device=device)[:, :-1]
+        batch = Batch(
+            input_ids=input_ids,
+            token_mask=torch.full_like(input_ids, sample is not None, dtype=torch.bool),
+            attention_mask=(positions < len(ids)).long(),
         )
-    return made
+        batches.append(batch)
+    return batches

@@ -1,117 +1,248 @@
-"""What fine-tuning did to the outputs: the spectra of a run's base and of its trained model on the same rows."""
+"""Measure what fine-tuning did to the outputs of the adapted modules: their effective ranks.
 
+Both are measured on the run's calibration rows: before with the run's base, after with its trained
+model. The effective rank is the exponential of the entropy of the normalised eigenvalues of the
+outputs' second moment (astra.spectrum).
+"""
+
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from astra import adapter
-from launch.calibration import run as calibration
-from launch.calibration import store as artifact
-from launch.config.schema import Recipe, read, validate
-from launch.data.inputs import Inputs, prepare
+from astra.adapter import find_targets, load_adapter
+from launch.calibration.report import group_by_kind
+from launch.calibration.run import make_calibration
+from launch.calibration.store import is_finished, read_summary
+from launch.config.loading import read_stored_recipe, validate_recipe
+from launch.config.schema import Recipe
+from launch.data.inputs import Inputs, prepare_inputs
 from launch.engines import Engine, make_engine
-from launch.run import plots as figures
-from launch.runtime import watchdog as watch
-from launch.runtime.distributed import on_rank0, say, start, stop
+from launch.run import plots
+from launch.run.results import RESULTS
+from launch.runtime import watchdog
+from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
 
-RESULT = "effective_rank.json"
-EXPORTS = (
-    "model",
-    "lora",
-    "adapter",
-)  # of a run, the first that is there: `adapter` alone is on the original base
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = "after"  # in the run folder; holds everything that is measured here
+EFFECTIVE_RANKS = f"{FOLDER}/effective_rank.json"  # in the run folder
+FIGURE = "effective_rank.png"
+# Exports of a run. The first that exists is measured. `adapter` is valid on the original base only
+# where the run exported no `lora`.
+EXPORTS = ("model", "lora", "adapter")
 
 
-def measure_run(run: Path, engine: str | None, stall: float) -> None:
-    """Effective ranks of the outputs on the run's calibration rows, before and after its training.
+class RankChange(NamedTuple):
+    """Effective rank of a module's outputs before and after training."""
 
-    Every rank of a launcher calls it, with whatever engine. Writes RUN/after/effective_rank.json (module -> size,
-    before, after), a figure, and the two calibrations with all eigenvalues.
+    before: float
+    after: float
 
-    Raises UserError if `run` is not the folder of a finished run.
+
+def measure_effective_ranks(run: Path, recipe: Recipe, device: torch.device) -> None:
+    """Measure effective ranks before and after the training of `run`. Collective.
+
+    Writes RUN/after/effective_rank.json (module -> size, before, after), a figure beside it, and
+    the two calibrations with all eigenvalues. A calibration that is already there is kept.
+
+    Args:
+        run: folder of a finished run.
+        recipe: see `make_measuring_recipe`.
     """
-    device = start(stall)
-
-    def check() -> Path:
-        there = [run / name for name in EXPORTS if (run / name).is_dir()]
-        if not there or not (run / "results.json").is_file():
-            raise UserError(f"--after: {run} is not the folder of a finished run")
-        return there[0]
-
-    exported = on_rank0(check)
-    recipe = _measuring(read(str(run / "recipe.yaml"), []), engine)
-    watch.stage("reading the inputs")
-    inputs = prepare(recipe, device)
+    exported = _find_export(run)
+    watchdog.set_phase("reading the inputs")
+    inputs = prepare_inputs(recipe, device)
     for when in ("before", "after"):
-        folder = run / "after" / when
-        if not on_rank0((folder / artifact.MANIFEST).is_file):
+        folder = run / FOLDER / when
+        if not run_on_rank0(lambda folder=folder: is_finished(folder)):
             trained = exported if when == "after" else None
-            _calibrate(inputs, make_engine(recipe.engine, device, inputs.dtype), trained, folder)
+            engine = make_engine(recipe.engine, device, inputs.dtype)
+            _calibrate_model(recipe, inputs, engine, trained, folder)
     if dist.get_rank() == 0:
-        _write(run / "after", recipe.adapter.targets)
-        say(
-            f"effective ranks before and after: {run / 'after' / RESULT} and {run / 'after' / 'effective_rank.png'}"
+        _write_comparison(run / FOLDER, recipe.adapter.targets)
+        print_rank0(
+            f"effective ranks before and after: {run / EFFECTIVE_RANKS} and {run / FOLDER / FIGURE}"
         )
-    stop()
 
 
-def _measuring(recipe: Recipe, engine: str | None) -> Recipe:
-    """`recipe` with a calibration that sees every eigenvalue, whatever the run's method needed of it."""
-    kept = recipe.calibration.model_dump(include={"samples", "batch_size", "seed", "memory_gib"})
+def _find_export(run: Path) -> Path:
+    """Return the folder of the trained model. Raises UserError if the run has not finished.
+
+    Collective.
+    """
+
+    def find_export() -> Path:
+        exports = [run / name for name in EXPORTS if (run / name).is_dir()]
+        if not exports or not (run / RESULTS).is_file():
+            raise UserError(f"--after: {run} is not the folder of a finished run")
+        return exports[0]
+
+    return run_on_rank0(find_export)
+
+
+def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
+    """Return the recipe of `run` with a calibration that sees every eigenvalue. Collective.
+
+    Args:
+        run: folder of a finished run, of any method.
+        engine: that runs the model; the recipe's when None.
+
+    Raises:
+        UserError: `run` is not the folder of a finished run.
+    """
+    _find_export(run)
+    recipe = read_stored_recipe(run / "recipe.yaml")
+    calibrated = recipe.calibration.model_dump(
+        include={"samples", "batch_size", "seed", "memory_gib"}
+    )
     values = recipe.model_dump(include={"model", "data", "train", "engine"})
+    values["calibration"] = calibrated
     values["adapter"] = {
         "method": "astra",
         "eigen_select": "largest",
         "rank": 1,
         "targets": recipe.adapter.targets,
     }
-    return validate(values | {"calibration": kept} | ({"engine": engine} if engine else {}))
+    if engine:
+        values["engine"] = engine
+    return validate_recipe(values)
 
 
-def _calibrate(inputs: Inputs, engine: Engine, trained: Path | None, folder: Path) -> None:
-    """Calibrate the base, or the model that `trained` makes of it, into `folder`. Collective."""
-    watch.stage("loading the base")
-    whole = trained is not None and trained.name == "model"
-    base = engine.load(str(trained if whole else inputs.model_path))
-    base.register_forward_pre_hook(lambda *_: watch.mark())
-    linears = adapter.find_targets(base, inputs.recipe.adapter.targets)
-    with engine.inference(base):  # FSDP2 shards and loads the base here
-        pass
-    if trained is not None and not whole:
-        _merge(base, trained, engine)
-    with engine.inference(base):
-        calibration.make(inputs.recipe, inputs, engine, base, linears, folder)
+def _calibrate_model(
+    recipe: Recipe, inputs: Inputs, engine: Engine, trained: Path | None, folder: Path
+) -> None:
+    """Calibrate the base, or the model whose export is `trained`, into `folder`. Collective."""
+    watchdog.set_phase("loading the base")
+    is_model = trained is not None and trained.name == "model"
+    base = engine.load_model(str(trained if is_model else inputs.model_path))
+    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+    linears = find_targets(base, recipe.adapter.targets)
+    engine.materialize(base)
+    if trained is not None and not is_model:
+        _merge_adapter(base, trained, engine)
+    with engine.inference_mode(base):
+        make_calibration(recipe, inputs, engine, base, linears, folder)
 
 
-def _merge(base: nn.Module, folder: Path, engine: Engine) -> None:
-    """`W + s B A` of the adapter in `folder` in the place of every W; of DoRA, its rows at their trained lengths."""
-    factors, scaling = adapter.load(folder)
+def _merge_adapter(base: nn.Module, folder: Path, engine: Engine) -> None:
+    """Replace every adapted weight W of `base` by W + s B A of the adapter in `folder`. Collective.
+
+    Where the adapter has DoRA's magnitudes, the rows of the sum are scaled to them.
+    """
+    factors, scaling = load_adapter(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     for name, (a, b) in factors.items():
         parameter = base.get_submodule(name).weight
         weight = engine.read(parameter)
         merged = weight.double() + scaling * (b.double() @ a.double()).to(weight.device)
-        if (length := tensors.get(f"base_model.model.{name}.lora_magnitude_vector")) is not None:
-            merged *= (length.to(merged) / merged.norm(dim=1))[:, None]
+        magnitude = tensors.get(f"base_model.model.{name}.lora_magnitude_vector")
+        if magnitude is not None:
+            merged *= (magnitude.to(merged) / merged.norm(dim=1))[:, None]
         engine.write(parameter, merged.to(weight.dtype))
 
 
-def _write(folder: Path, targets: list[str]) -> None:
-    before, after = (artifact.summary(folder / when)["modules"] for when in ("before", "after"))
-    modules = {
-        name: {"size": before[name]["size"]}
-        | {when: of[name]["effective_rank"] for when, of in (("before", before), ("after", after))}
-        for name in sorted(before, key=lambda name: _place(name, targets))
-    }
-    figures.effective_rank(figures.by_layer(modules), folder / "effective_rank.png")
-    write_json(folder / RESULT, modules)
+def _write_comparison(folder: Path, targets: list[str]) -> None:
+    """Write effective_rank.json and its figure from the two calibrations in `folder`."""
+    before = read_summary(folder / "before")["modules"]
+    after = read_summary(folder / "after")["modules"]
+    modules = {}
+    for name in sorted(before, key=lambda name: _place_module(name, targets)):
+        modules[name] = {
+            "size": before[name]["size"],
+            "before": before[name]["effective_rank"],
+            "after": after[name]["effective_rank"],
+        }
+    changes = _get_changes(modules)
+    plot_effective_ranks(group_by_layer(changes), folder / FIGURE)
+    write_json(folder / Path(EFFECTIVE_RANKS).name, modules)
 
 
-def _place(name: str, targets: list[str]) -> tuple:
-    """Where a module comes: by layer, as a number, then as the recipe lists its kind."""
+def _place_module(name: str, targets: list[str]) -> tuple[list[int], int, str]:
+    """Return a sort key: the numbers in a module's name, then its kind's place in `targets`."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
     kind = next(i for i, target in enumerate(targets) if f".{name}".endswith(f".{target}"))
-    return [int(part) for part in name.split(".") if part.isdigit()], kind, name
+    return numbers, kind, name
+
+
+def read_effective_ranks(run: Path) -> dict[str, RankChange]:
+    """Read the effective ranks of a run's modules; none where they were not measured."""
+    path = run / EFFECTIVE_RANKS
+    if not path.is_file():
+        return {}
+    return _get_changes(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _get_changes(modules: Mapping[str, Mapping[str, float]]) -> dict[str, RankChange]:
+    """Return the effective ranks of the modules of effective_rank.json."""
+    return {name: RankChange(of["before"], of["after"]) for name, of in modules.items()}
+
+
+def group_by_layer(changes: Mapping[str, RankChange]) -> dict[str, dict[str, RankChange]]:
+    """Group the modules of a run as `layer 1` -> kind -> change.
+
+    A module's layer is its place among the modules of its kind.
+    """
+    layers: dict[str, dict[str, RankChange]] = {}
+    for kind, names in group_by_kind(changes).items():
+        for number, name in enumerate(names, start=1):
+            layers.setdefault(f"layer {number}", {})[kind] = changes[name]
+    return layers
+
+
+def average_by_kind(changes: Mapping[str, RankChange]) -> dict[str, RankChange]:
+    """Return the means over the layers of a run, by kind of module."""
+    means = {}
+    for kind, names in group_by_kind(changes).items():
+        before, after = np.mean([changes[name] for name in names], axis=0).tolist()
+        means[kind] = RankChange(before, after)
+    return means
+
+
+def plot_effective_ranks(rows: Mapping[str, Mapping[str, RankChange]], path: Path) -> Path:
+    """Draw effective ranks before (a tick) and after (a dot), and return `path`.
+
+    Args:
+        rows: label -> kind of module -> change; a line for each label in the panel of each kind.
+    """
+    kinds = list(dict.fromkeys(kind for changes in rows.values() for kind in changes))
+    num_columns = min(4, len(kinds))
+    num_rows = -(-len(kinds) // num_columns)
+    figure, axes = plots.make_figure(num_columns, num_rows, 2.7, 1.1 + 0.22 * len(rows))
+    for index, (axis, kind) in enumerate(zip(axes.flat, kinds, strict=False)):
+        changes = {y: row[kind] for y, row in enumerate(rows.values()) if kind in row}
+        _draw_changes(axis, changes)
+        is_first_column = index % num_columns == 0
+        axis.set_yticks(range(len(rows)), list(rows) if is_first_column else [])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_title(kind, fontsize="medium")
+        axis.margins(x=0.12)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    figure.supxlabel(
+        "effective rank of the outputs on the calibration rows: | before, dot after",
+        fontsize="medium",
+    )
+    return plots.save_figure(figure, path)
+
+
+def _draw_changes(axis: "Axes", changes: Mapping[int, RankChange]) -> None:
+    """Draw the change of each row of a panel: a line from a tick to a dot."""
+    for y, change in changes.items():
+        axis.plot(list(change), [y, y], color=plots.COLOURS[0], linewidth=1.2, zorder=2)
+    rows = list(changes)
+    before = [change.before for change in changes.values()]
+    after = [change.after for change in changes.values()]
+    axis.plot(before, rows, "|", color="black", markersize=9)
+    axis.plot(after, rows, "o", color=plots.COLOURS[1], markersize=4.5)

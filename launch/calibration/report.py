@@ -1,190 +1,207 @@
-"""What a calibration saw, to look at: spectrum.json, plots and a page that sums them up."""
+"""Write what a calibration saw, for people: spectrum.json, plots, and a page that sums them up."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from astra.eigen import Checks
-from astra.spectrum import figures
-from launch.calibration import store as artifact
+from astra.spectrum import summarise_spectrum
+from launch.calibration.store import SPECTRUM, read_solutions
 from launch.config.schema import Recipe
-from launch.run.plots import COLOURS, figure, save
+from launch.run.plots import COLOURS, make_figure, save_figure
 from launch.runtime.files import write_json, write_text
 
-POINTS = 64  # of an eigenvalue curve in spectrum.json; the files of windows hold them all
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "osv^DPX"  # of the kinds of modules in plots by layer
+MAX_POINTS = 64  # of an eigenvalue curve in spectrum.json; the files of the windows hold them all
+# Figure of a module in spectrum.json that is plotted by layer -> label of its axis.
+LAYER_LABELS = {
+    "effective_rank": "effective rank of the outputs",
+    "largest_angle": "largest angle between halves (degrees)",
+}
+# Column of the page -> figure of a module in spectrum.json, and how it is printed.
+PAGE_COLUMNS = {
+    "outputs": ("size", "d"),
+    "r": ("rank", "d"),
+    "zero": ("zero_eigenvalues", "d"),
+    "effective rank": ("effective_rank", ".1f"),
+    "tail energy": ("tail_energy_share", ".1e"),
+    "gap at r": ("gap_at_rank", ".3f"),
+}
+ANGLE_COLUMN = {"largest angle": ("largest_angle", ".1f")}
+ANGLE_NOTE = (
+    "\nThe angles are between the subspaces of the two halves of the samples: near 0 the "
+    "calibration set decides them, near 90 degrees other samples would give others.\n"
+)
 
 
-def write(folder: Path, recipe: Recipe, reach: Mapping[str, int], tokens: int) -> list[str]:
-    """spectrum.json, README.md and plots from the windows in `folder`; lines for the user, warnings among them.
+def write_report(
+    folder: Path, recipe: Recipe, reach: Mapping[str, int], num_tokens: int
+) -> list[str]:
+    """Write spectrum.json, README.md and plots from the windows in `folder`.
 
     Args:
-        reach: dimensions of its outputs that a module's weight and bias can reach at all.
-        tokens: that were counted.
+        reach: module -> the dimensions of its outputs that its weight and bias can reach at all.
+        num_tokens: that were calibrated on.
+
+    Returns:
+        Lines to print, warnings among them.
     """
     modules: dict[str, dict] = {}
     spectra: dict[str, Tensor] = {}
-    for name, found in artifact.modules(folder):
-        spectra[name] = found["spectrum"]
-        modules[name] = figures(found["spectrum"], found["values"]) | {
-            "reach": reach[name],
-            "checks": Checks(*found["checks"].tolist())._asdict(),
-            "largest_angle": math.degrees(found["angles"].max().item())
-            if len(found["angles"])
-            else None,
-            "median_angle": math.degrees(found["angles"].median().item())
-            if len(found["angles"])
-            else None,
-            "curve": _curve(found["spectrum"]),
-        }
-    worst = {
-        key: max(module["checks"][key] for module in modules.values()) for key in Checks._fields
+    for name, solution in read_solutions(folder):
+        spectra[name] = solution["spectrum"]
+        modules[name] = _describe_module(solution, reach[name])
+    worst = {}
+    for key in Checks._fields:
+        worst[key] = max(module["checks"][key] for module in modules.values())
+    checks = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
+    lines = [f"worst check, 1 being let pass: {checks}"]
+    lines += list_warnings(modules, num_tokens, recipe)
+
+    spectrum = {
+        "tokens": num_tokens,
+        "eigen_select": recipe.adapter.eigen_select,
+        "worst_checks": worst,
+        "modules": modules,
     }
-    lines = [
-        "worst check, 1 being let pass: "
-        + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()),
-        *doubts(modules, tokens, recipe),
-    ]
-    write_json(
-        folder / artifact.SPECTRUM,
-        {
-            "tokens": tokens,
-            "eigen_select": recipe.adapter.eigen_select,
-            "worst_checks": worst,
-            "modules": modules,
-        },
-    )
+    write_json(folder / SPECTRUM, spectrum)
     plots = [
-        _plot_curves(spectra, modules, folder),
+        _plot_spectra(spectra, modules, folder),
         _plot_by_layer("effective_rank", modules, folder),
     ]
     if recipe.calibration.split_half:
         plots.append(_plot_by_layer("largest_angle", modules, folder))
-    write_text(folder / "README.md", _page(modules, lines, plots, recipe))
+    write_text(folder / "README.md", _write_page(modules, lines, plots, recipe))
     return lines
 
 
-def doubts(modules: Mapping[str, dict], tokens: int, recipe: Recipe) -> list[str]:
-    """Warnings about subspaces that the calibration's tokens do not determine."""
+def _describe_module(solution: Mapping[str, Tensor], reach: int) -> dict:
+    """Return a module's figures for spectrum.json from its solution."""
+    angles = solution["angles"]  # empty without split_half
+    largest = math.degrees(angles.max().item()) if len(angles) else None
+    median = math.degrees(angles.median().item()) if len(angles) else None
+    return summarise_spectrum(solution["spectrum"], solution["values"]) | {
+        "reach": reach,
+        "checks": Checks(*solution["checks"].tolist())._asdict(),
+        "largest_angle": largest,
+        "median_angle": median,
+        "curve": _thin_out(solution["spectrum"]),
+    }
+
+
+def list_warnings(modules: Mapping[str, dict], num_tokens: int, recipe: Recipe) -> list[str]:
+    """Return warnings about subspaces that the calibration's tokens do not determine.
+
+    The output moment of fewer tokens than dimensions has a null space that more tokens would
+    narrow, and which of its vectors are taken is a choice. Dimensions that the weight cannot reach
+    are in the null space whatever the tokens, so a tail within them does not depend on the tokens.
+
+    Args:
+        modules: module -> its figures in spectrum.json.
+    """
     if recipe.adapter.eigen_select != "smallest":
         return []
-    arbitrary = [
-        name
-        for name, module in modules.items()
-        if tokens < module["reach"] and module["rank"] > module["size"] - module["reach"]
-    ]
-    if not arbitrary:
+    undetermined = []
+    for name, module in modules.items():
+        unreachable = module["size"] - module["reach"]
+        if num_tokens < module["reach"] and module["rank"] > unreachable:
+            undetermined.append(name)
+    if not undetermined:
         return []
+    first = undetermined[0]
     return [
-        f"warning: {tokens} calibration tokens do not determine the tail of {len(arbitrary)} modules, such as "
-        f"{arbitrary[0]} of {modules[arbitrary[0]]['size']} outputs: some of its eigenvectors are a choice "
-        "within a null space; raise calibration.samples"
+        f"warning: {num_tokens} calibration tokens do not determine the tail of "
+        f"{len(undetermined)} modules, such as {first} of {modules[first]['size']} outputs: some "
+        "of its eigenvectors are a choice within a null space; raise calibration.samples"
     ]
 
 
-def _curve(spectrum: Tensor) -> dict[str, list]:
-    """At most POINTS eigenvalues, at indices evenly spaced in rank: {index: [...], value: [...]}."""
-    indices = (
-        torch.linspace(0, len(spectrum) - 1, min(POINTS, len(spectrum))).round().long().unique()
-    )
+def _thin_out(spectrum: Tensor) -> dict[str, list]:
+    """Return at most MAX_POINTS eigenvalues, evenly spaced by index, as `index` and `value`."""
+    num_points = min(MAX_POINTS, len(spectrum))
+    indices = torch.linspace(0, len(spectrum) - 1, num_points).round().long().unique()
     return {"index": indices.tolist(), "value": spectrum[indices].tolist()}
 
 
-def _by_kind(modules: Mapping[str, dict]) -> dict[str, list[str]]:
-    """Names of modules by the last part of the name, each in the model's order."""
+def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names of modules by their last part, such as `q_proj`, in the given order."""
     kinds: dict[str, list[str]] = {}
-    for name in modules:
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    for name in names:
+        kind = name.rsplit(".", 1)[-1]
+        kinds.setdefault(kind, []).append(name)
     return kinds
 
 
-def _plot_curves(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], folder: Path) -> Path:
-    """Eigenvalues over their trace, by kind of module, a curve for each layer from dark (first) to light."""
-    from matplotlib import colormaps
-
-    kinds = _by_kind(modules)
-    columns = min(4, len(kinds))
-    of, axes = figure(columns, math.ceil(len(kinds) / columns), 3.2, 2.6)
+def _plot_spectra(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], folder: Path) -> Path:
+    """Draw spectrum.png, with a panel for each kind of module."""
+    kinds = group_by_kind(modules)
+    num_columns = min(4, len(kinds))
+    figure, axes = make_figure(num_columns, math.ceil(len(kinds) / num_columns), 3.2, 2.6)
     for axis, (kind, names) in zip(axes.flat, kinds.items(), strict=False):
-        for i, name in enumerate(names):
-            curve = spectra[name] / spectra[name].sum()
-            shown = curve > 0
-            colour = colormaps["viridis"](i / max(1, len(names)))
-            axis.semilogy(
-                torch.arange(len(curve))[shown], curve[shown], color=colour, linewidth=0.8
-            )
-        zeros = min(modules[name]["zero_eigenvalues"] for name in names)
+        _draw_spectra(axis, [spectra[name] for name in names])
         axis.axvline(
             modules[names[0]]["rank"], color=COLOURS[1], linestyle="--", linewidth=1, label="r"
         )
-        axis.set(
-            title=f"{kind}, {zeros} zeros" if zeros else kind,
-            xlabel="index",
-            ylabel="share of trace",
-        )
+        zeros = min(modules[name]["zero_eigenvalues"] for name in names)
+        title = f"{kind}, {zeros} zeros" if zeros else kind
+        axis.set(title=title, xlabel="index", ylabel="share of trace")
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     for axis in axes.flat[len(kinds) :]:
         axis.set_visible(False)
-    return save(of, folder / "spectrum.png")
+    return save_figure(figure, folder / "spectrum.png")
+
+
+def _draw_spectra(axis: "Axes", spectra: Sequence[Tensor]) -> None:
+    """Draw eigenvalues over their trace, a curve for each layer from dark (the first) to light."""
+    from matplotlib import colormaps
+
+    for i, spectrum in enumerate(spectra):
+        shares = spectrum / spectrum.sum()
+        is_shown = shares > 0  # the axis is logarithmic
+        colour = colormaps["viridis"](i / max(1, len(spectra)))
+        indices = torch.arange(len(shares))[is_shown]
+        axis.semilogy(indices, shares[is_shown], color=colour, linewidth=0.8)
 
 
 def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
-    labels = {
-        "effective_rank": "effective rank of the outputs",
-        "largest_angle": "largest angle between halves (degrees)",
-    }
-    of, axes = figure(1, 1, 6, 3.6)
+    """Draw the figure `key` of all modules by layer, with a line for each kind of module."""
+    figure, axes = make_figure(1, 1, 6, 3.6)
     (axis,) = axes.flat
     axis.set_prop_cycle(color=COLOURS)
-    for marker, (kind, names) in zip(
-        "osv^DPX" * len(modules), _by_kind(modules).items(), strict=False
-    ):
-        axis.plot([modules[name][key] for name in names], marker=marker, markersize=4, label=kind)
-    axis.set(xlabel="layer", ylabel=labels[key])
+    for i, (kind, names) in enumerate(group_by_kind(modules).items()):
+        values = [modules[name][key] for name in names]
+        axis.plot(values, marker=MARKERS[i % len(MARKERS)], markersize=4, label=kind)
+    axis.set(xlabel="layer", ylabel=LAYER_LABELS[key])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    return save(of, folder / f"{key}.png")
+    return save_figure(figure, folder / f"{key}.png")
 
 
-def _page(modules: Mapping[str, dict], lines: list[str], plots: list[Path], recipe: Recipe) -> str:
-    """README.md of a calibration."""
-    split = recipe.calibration.split_half
-    head = ["module", "outputs", "r", "zero", "effective rank", "tail energy", "gap at r"]
-    head += ["largest angle"] if split else []
-    rows = []
-    for kind, names in _by_kind(modules).items():
-
-        def spread(key: str, form: str, names: list[str] = names) -> str:
-            found = [modules[name][key] for name in names if modules[name][key] is not None]
-            if not found:
-                return ""
-            low, high = f"{min(found):{form}}", f"{max(found):{form}}"
-            return low if low == high else f"{low} to {high}"
-
-        row = [
-            f"{kind} ({len(names)})",
-            spread("size", "d"),
-            spread("rank", "d"),
-            spread("zero_eigenvalues", "d"),
-        ]
-        row += [
-            spread("effective_rank", ".1f"),
-            spread("tail_energy_share", ".1e"),
-            spread("gap_at_rank", ".3f"),
-        ]
-        rows.append(row + ([spread("largest_angle", ".1f")] if split else []))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+def _write_page(
+    modules: Mapping[str, dict], lines: list[str], plots: list[Path], recipe: Recipe
+) -> str:
+    """Return the text of a calibration's README.md."""
+    is_split = recipe.calibration.split_half
+    columns = PAGE_COLUMNS | (ANGLE_COLUMN if is_split else {})
+    rows = [["module", *columns]]
+    rows.append(["---"] * len(rows[0]))
+    for kind, names in group_by_kind(modules).items():
+        row = [f"{kind} ({len(names)})"]
+        for key, form in columns.values():
+            row.append(_format_range([modules[name][key] for name in names], form))
+        rows.append(row)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     pictures = "\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.name})" for plot in plots)
-    angles = (
-        "\nThe angles are between the subspaces of the two halves of the samples: near 0 the calibration set decides "
-        "them, near 90 degrees other samples would give others.\n"
-        if split
-        else ""
-    )
+    angles = ANGLE_NOTE if is_split else ""
     return f"""# Calibration: {recipe.model.name}, eigen_select {recipe.adapter.eigen_select}
 
 {chr(10).join(lines)}
@@ -198,3 +215,12 @@ eigenvalue r over eigenvalue r + 1; near 1 the tail's edge is hardly determined.
 
 `spectrum.json` has every module's figures, `window-*.safetensors` every eigenvalue and the eigenvectors.
 """
+
+
+def _format_range(values: Iterable[float | None], form: str) -> str:
+    """Return the least and the greatest of the values that are not None, or an empty text."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = f"{min(known):{form}}", f"{max(known):{form}}"
+    return low if low == high else f"{low} to {high}"

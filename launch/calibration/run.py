@@ -1,81 +1,103 @@
 """A recipe's calibration: made window by window, or taken from `calibration.path`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra import adapter
-from astra.calibrate import calibrate
-from astra.errors import AstraError
-from astra.moments import Batch, find_groups
-from astra.spectrum import allocate
-from astra.windows import make_plan
-from launch.calibration import batches as samples
-from launch.calibration import report as spectrum
-from launch.calibration import store as artifact
+from astra.adapter import find_targets
+from astra.calibrate import ModuleProblem, Solution, calibrate_modules
+from astra.moments import find_groups
+from astra.spectrum import allocate_ranks
+from astra.windows import CalibrationPlan, make_plan
+from launch.calibration.batches import (
+    choose_prompt,
+    count_tokens,
+    draw_samples,
+    make_calibration_batches,
+)
+from launch.calibration.report import write_report
+from launch.calibration.store import (
+    begin_calibration,
+    check_calibration,
+    copy_summary,
+    finish_calibration,
+    is_finished,
+    read_solution,
+    read_summary,
+    save_window,
+)
 from launch.config.schema import Recipe
-from launch.data.inputs import Inputs, prepare
-from launch.data.tokenize import TokenSet, collate
+from launch.data.inputs import Inputs, prepare_inputs
 from launch.engines import Engine, make_engine
-from launch.methods import registry as methods
-from launch.methods.registry import CALIBRATED
-from launch.run.folder import lock, make_folder
-from launch.runtime import watchdog as watch
-from launch.runtime.distributed import on_rank0, say, start, stop
+from launch.methods.base import crop_solution
+from launch.run.folder import make_folder
+from launch.run.progress import show_progress
+from launch.run.provenance import describe_conditions, dtype_name
+from launch.runtime import watchdog
+from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
-from launch.training import metrics_log as tracking
-from launch.training.export import dtype_name
+from launch.runtime.locks import FolderLock
+from launch.runtime.units import GIB
 from launch.training.loss import label_loss
 
-GIB = 2**30
+TIE_BREAK = (
+    "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
+    "onto what the weight cannot reach, then onto the null space of the moment"
+)
+MIN_KEPT_RANK = 256  # vectors kept of a module where ranks follow from its spectrum
 
 
-def calibrate_alone(recipe: Recipe, folder: Path, stall: float) -> None:
-    """Make the calibration of `recipe` in `folder`, for runs whose `calibration.path` it is to be.
+def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Make the calibration of `recipe` in `folder`, for runs to take as calibration.path.
 
-    Every rank of a launcher calls it. Started again it goes on after the last window, and leaves a finished one alone.
+    Collective. A killed start is resumed after its last window; a finished folder is left alone.
+
+    Raises:
+        UserError: the recipe's method needs no calibration, or the folder cannot be used.
     """
-    device = start(stall)
-    if recipe.adapter.method not in CALIBRATED:
+    if not recipe.adapter.method_record.is_calibrated:
         raise UserError(f"adapter.method: {recipe.adapter.method} needs no calibration")
+    lock = FolderLock(folder)
 
     def open_folder() -> None:
         make_folder(folder)
-        lock(folder / "lock")
+        lock.acquire()
 
-    on_rank0(open_folder)
-    watch.stage("reading the inputs")
-    inputs = prepare(recipe, device)
-    made = make_from_base(
-        inputs.recipe, inputs, make_engine(recipe.engine, device, inputs.dtype), folder
-    )
-    say(
-        f"the calibration is in {folder}: set calibration.path={folder}"
-        if made
-        else f"{folder} holds it, finished"
-    )
-    stop()
+    run_on_rank0(open_folder)
+    watchdog.set_phase("reading the inputs")
+    inputs = prepare_inputs(recipe, device)
+    engine = make_engine(recipe.engine, device, inputs.dtype)
+    if calibrate_base(recipe, inputs, engine, folder):
+        print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
+    else:
+        print_rank0(f"{folder} holds it, finished")
 
 
-def make_from_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path) -> bool:
-    """Load the base, make the calibration in `folder`, let go of the base; False if it was there. Collective."""
-    if recipe.calibration.path or on_rank0(lambda: (folder / artifact.MANIFEST).is_file()):
-        on_rank0(lambda: artifact.check(folder, manifest(recipe, inputs, {})))
+def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path) -> bool:
+    """Load the base, make the calibration in `folder`, and let go of the base. Collective.
+
+    Returns:
+        False if the calibration was there already.
+    """
+    if recipe.calibration.path or run_on_rank0(lambda: is_finished(folder)):
+        described = describe_calibration(recipe, inputs, {})
+        run_on_rank0(lambda: check_calibration(folder, described))
         return False
-    watch.stage("loading the base")
-    base = engine.load(str(inputs.model_path))
-    base.register_forward_pre_hook(lambda *_: watch.mark())
-    linears = adapter.find_targets(base, recipe.adapter.targets)
-    with engine.inference(base):
-        make(recipe, inputs, engine, base, linears, folder)
+    watchdog.set_phase("loading the base")
+    base = engine.load_model(str(inputs.model_path))
+    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+    linears = find_targets(base, recipe.adapter.targets)
+    engine.materialize(base)
+    with engine.inference_mode(base):
+        make_calibration(recipe, inputs, engine, base, linears, folder)
     return True
 
 
-def obtain(
+def obtain_calibration(
     recipe: Recipe,
     inputs: Inputs,
     engine: Engine,
@@ -83,29 +105,33 @@ def obtain(
     linears: Mapping[str, nn.Linear],
     folder: Path,
 ) -> Path | None:
-    """The folder of the recipe's calibration: `calibration.path`'s, checked, or `folder`, where it is made. Collective.
+    """Return the folder of the recipe's calibration, which is made in `folder` if needed.
 
-    None for a method that needs none. Raises UserError if that at `calibration.path` is not this recipe's.
+    Collective. With calibration.path that folder is checked and taken instead.
+
+    Returns:
+        None for a method that needs no calibration.
+
+    Raises:
+        UserError: the calibration at calibration.path is not this recipe's.
     """
-    if recipe.adapter.method not in CALIBRATED:
+    if not recipe.adapter.method_record.is_calibrated:
         return None
-    described = manifest(recipe, inputs, {})
+    described = describe_calibration(recipe, inputs, {})
     if recipe.calibration.path is not None:
         source = Path(recipe.calibration.path).expanduser()
-        on_rank0(lambda: artifact.check(source, described))
-        on_rank0(lambda: artifact.copy_summary(source, folder))
-        say(f"calibration: taken from {source}")
+        run_on_rank0(lambda: check_calibration(source, described))
+        run_on_rank0(lambda: copy_summary(source, folder))
+        print_rank0(f"calibration: taken from {source}")
         return source
-    if on_rank0(
-        lambda: (folder / artifact.MANIFEST).is_file()
-    ):  # of a start that was killed after it
-        on_rank0(lambda: artifact.check(folder, described))
+    if run_on_rank0(lambda: is_finished(folder)):  # of a start that was killed after it
+        run_on_rank0(lambda: check_calibration(folder, described))
     else:
-        make(recipe, inputs, engine, model, linears, folder)
+        make_calibration(recipe, inputs, engine, model, linears, folder)
     return folder
 
 
-def make(
+def make_calibration(
     recipe: Recipe,
     inputs: Inputs,
     engine: Engine,
@@ -113,123 +139,189 @@ def make(
     linears: Mapping[str, nn.Linear],
     folder: Path,
 ) -> None:
-    """Calibrate `model`, as its engine's inference has it, into `folder`, from the first window not there. Collective.
+    """Calibrate `model`, in its engine's inference mode, into `folder`. Collective.
 
-    The plan is printed before it runs; the checks of the solutions, and what is doubtful, afterwards.
+    Begins with the first window that is not there. The plan is printed before it runs; the checks
+    of the solutions, and warnings, afterwards.
     """
-    watch.stage("calibration", timed=True)
+    watchdog.set_phase("calibration", timed=True)
     started = time.perf_counter()
-    settings, rank = recipe.calibration, dist.get_rank()
-    ids, kind = samples.sample_ids(recipe, inputs), methods.kind(recipe)
-    lengths = samples.lengths(recipe, inputs, ids)
-    parts = samples.parts(recipe, inputs, ids, engine.device)
-    groups = find_groups(model, linears, parts[0][0] if parts else None, kind.needs)
-    plan = make_plan(
-        model,
-        linears,
-        groups,
-        tokens=int(lengths.max()) * settings.batch_size if ids else 0,
-        parts=len(parts),
-        memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
-        decomposed=kind.decomposes,
-    )
-    say(plan.describe())
-    described = manifest(recipe, inputs, tracking.conditions(dist.get_world_size(), engine.device))
+    samples = draw_samples(recipe, inputs)
+    lengths = count_tokens(recipe, inputs, samples)
+    parts = make_calibration_batches(recipe, inputs, samples, engine.device)
+    plan = _plan_calibration(recipe, model, linears, parts, lengths)
+    print_rank0(plan.describe())
+    conditions = describe_conditions(dist.get_world_size(), engine.device)
+    described = describe_calibration(recipe, inputs, conditions)
     described["windows"] = [list(window.groups) for window in plan.windows]
-    done = on_rank0(lambda: artifact.begin(folder, described))
-    if done:
-        say(f"going on after window {done} of {len(plan.windows)}, from {folder}")
-    kept = artifact.kept_rank(recipe)
-    windows = calibrate(
+    num_done = run_on_rank0(lambda: begin_calibration(folder, described))
+    if num_done:
+        print_rank0(f"resuming after window {num_done} of {len(plan.windows)}, from {folder}")
+    windows = calibrate_modules(
         model,
         linears,
         parts,
         engine,
         plan,
-        methods.finder(recipe),
+        _make_solver(recipe),
         loss=label_loss,
-        ranks={name: _rank_of(name, linear, kept, recipe) for name, linear in linears.items()},
-        start=done,
-        progress=lambda items, name: tracking.progress(items, len(items), name, rank),
+        lora_ranks=_choose_kept_ranks(recipe, linears),
+        start=num_done,
+        progress=_show_calibration_progress,
     )
-    for number, found in enumerate(windows, start=done):
-        with watch.untimed():
-            on_rank0(lambda number=number, found=found: artifact.save_window(folder, number, found))
-    seconds, tokens = time.perf_counter() - started, int(lengths.sum())
-    say(f"calibration: {len(linears)} modules, {tokens} tokens, {seconds:.1f} s")
-    if recipe.adapter.method == "astra":
-        reach = {
-            name: min(x.out_features, x.in_features + (x.bias is not None))
-            for name, x in linears.items()
-        }
-        for line in on_rank0(lambda: spectrum.write(folder, recipe, reach, tokens)):
-            say(line)
-    on_rank0(lambda: artifact.finish(folder, {"tokens": tokens, "seconds": seconds}))
+    for number, solutions in enumerate(windows, start=num_done):
+        with watchdog.without_stall_limit():
+            run_on_rank0(
+                lambda number=number, solutions=solutions: save_window(folder, number, solutions)
+            )
+    facts = {"tokens": int(lengths.sum()), "seconds": time.perf_counter() - started}
+    print_rank0(
+        f"calibration: {len(linears)} modules, {facts['tokens']} tokens, {facts['seconds']:.1f} s"
+    )
+    if recipe.adapter.method_record.solution == "subspace":
+        reach = {name: _count_reachable_outputs(linear) for name, linear in linears.items()}
+        for line in run_on_rank0(lambda: write_report(folder, recipe, reach, facts["tokens"])):
+            print_rank0(line)
+    run_on_rank0(lambda: finish_calibration(folder, facts))
 
 
-def _rank_of(name: str, linear: nn.Linear, kept: int, recipe: Recipe) -> int:
-    smaller = min(linear.in_features, linear.out_features)
-    if recipe.adapter.rank > smaller:
-        raise AstraError(
-            f"adapter.rank: {recipe.adapter.rank} is above the smaller side, {smaller}, of {name}"
-        )
-    if recipe.adapter.method == "lora_ga" and 2 * recipe.adapter.rank > smaller:
-        raise AstraError(
-            f"adapter.rank: lora_ga needs twice {recipe.adapter.rank}, and {name} has a side of {smaller}"
-        )
-    return min(kept, smaller)
+def _plan_calibration(
+    recipe: Recipe,
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    parts: list[list],
+    lengths: Tensor,
+) -> CalibrationPlan:
+    """Plan the windows that keep the statistics within calibration.memory_gib."""
+    settings = recipe.calibration
+    first_batch = parts[0][0] if parts else None
+    memory = None if settings.memory_gib is None else settings.memory_gib * GIB
+    return make_plan(
+        model,
+        linears,
+        find_groups(model, linears, first_batch, recipe.statistic),
+        tokens=int(lengths.max()) * settings.batch_size if len(lengths) else 0,
+        num_parts=len(parts),
+        memory=memory,
+        decomposition=recipe.adapter.method_record.decomposition,
+    )
 
 
-def allocated_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
-    """Each module's rank from its effective rank in the calibration in `folder`; None for uniform ranks. Collective."""
+def _make_solver(recipe: Recipe) -> Callable[[ModuleProblem], Solution]:
+    """Return the function that solves one module of the recipe's method."""
+    solve, settings = recipe.adapter.method_record.solve, recipe.method_settings()
+    return lambda problem: solve(problem, settings)
+
+
+def _show_calibration_progress(items: list, description: str) -> object:
+    return show_progress(items, len(items), description, dist.get_rank())
+
+
+def _count_reachable_outputs(linear: nn.Linear) -> int:
+    """Return how many dimensions of its outputs a module's weight and bias can reach at all."""
+    has_bias = linear.bias is not None
+    return min(linear.out_features, linear.in_features + has_bias)
+
+
+def choose_kept_rank(recipe: Recipe) -> int:
+    """Return how many vectors a calibration keeps of each module that has as many."""
+    rank = recipe.adapter.rank
+    if recipe.adapter.rank_allocation == "effective_rank":
+        return max(2 * rank, MIN_KEPT_RANK)
+    return rank
+
+
+def _choose_kept_ranks(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict[str, int]:
+    """Return how many vectors are kept of each module. Raises UserError for a rank too large."""
+    rank, kept = recipe.adapter.rank, choose_kept_rank(recipe)
+    per_rank = recipe.adapter.method_record.vectors_per_rank
+    ranks = {}
+    for name, linear in linears.items():
+        smaller = min(linear.in_features, linear.out_features)
+        if per_rank * rank > smaller:
+            needed = f"{rank}" if per_rank == 1 else f"{per_rank} x {rank}"
+            raise UserError(
+                f"adapter.rank: {recipe.adapter.method} needs {needed} vectors, and {name} has a "
+                f"smaller side of {smaller}; lower it"
+            )
+        ranks[name] = min(kept, smaller)
+    return ranks
+
+
+def allocate_lora_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
+    """Return each module's rank by its effective rank in the calibration in `folder`. Collective.
+
+    Returns:
+        None where all ranks are alike.
+    """
     if recipe.adapter.rank_allocation == "uniform":
         return None
-    figures = on_rank0(lambda: artifact.summary(folder)["modules"])
-    return allocate(
-        {name: module["effective_rank"] for name, module in figures.items()},
-        {name: module["rank"] for name, module in figures.items()},
-        recipe.adapter.rank,
-    )
+    modules = run_on_rank0(lambda: read_summary(folder)["modules"])
+    effective = {name: module["effective_rank"] for name, module in modules.items()}
+    kept = {name: module["rank"] for name, module in modules.items()}
+    return allocate_ranks(effective, kept, recipe.adapter.rank)
 
 
-def manifest(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
-    """Everything that decides what is found, to go beside it; None where the method does not look at it."""
-    settings, wanted = recipe.calibration, recipe.adapter
+def make_factor_source(
+    recipe: Recipe, source: Path | None, lora_ranks: Mapping[str, int], device: torch.device
+) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function (module name, whole W) -> (A0, B0), fp64: the method's initial factors.
+
+    Its calls are collective, in the same order on every rank.
+
+    Args:
+        source: folder of the calibration; None for a method that needs none.
+        lora_ranks: of every module.
+    """
+    method, settings = recipe.adapter.method_record, recipe.method_settings()
+
+    def make_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rank, solution = lora_ranks[name], None
+        if source is not None:
+
+            def crop(whole: Solution) -> Solution:
+                return crop_solution(whole, method, rank, settings)
+
+            solution = read_solution(source, name, device, crop)
+        return method.make_factors(name, weight, rank, settings, solution)
+
+    return make_factors
+
+
+def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
+    """Describe everything that decides the solutions, as the manifest has it.
+
+    A value is None where the method does not depend on it.
+    """
+    settings, adapter = recipe.calibration, recipe.adapter
+    method = adapter.method_record
     of_data = {
         "data": inputs.data,
-        "prompt": samples.prompt(recipe),
+        "prompt": choose_prompt(recipe),
         "max_length": recipe.data.max_length,
-        "sample_ids": samples.sample_ids(recipe, inputs),
+        "sample_ids": draw_samples(recipe, inputs),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "split_half": settings.split_half,
     }
-    of_astra = {
-        "eigen_select": wanted.eigen_select,
+    of_subspace = {
+        "eigen_select": adapter.eigen_select,
         "statistics": settings.statistics,
-        "tie_break": "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
-        "onto what the weight cannot reach, then onto the null space of the moment",
+        "tie_break": TIE_BREAK,
     }
+    if recipe.statistic == "weight":
+        of_data = dict.fromkeys(of_data)
+    if method.solution != "subspace":
+        of_subspace = dict.fromkeys(of_subspace)
     return {
-        "method": wanted.method,
+        "method": adapter.method,
         "base": inputs.base,
         "dtype": dtype_name(inputs.dtype),
-        "rank": artifact.kept_rank(recipe),
-        "corda_mode": wanted.corda_mode if wanted.method == "corda" else None,
-        "scaling": methods.scaling(recipe) if wanted.method in methods.SCALED else None,
-        "targets": wanted.targets,
-        **(of_data if methods.kind(recipe).needs != "weight" else dict.fromkeys(of_data)),
-        **(of_astra if wanted.method == "astra" else dict.fromkeys(of_astra)),
+        "rank": choose_kept_rank(recipe),
+        "corda_mode": adapter.corda_mode if method.variant == "corda_mode" else None,
+        "scaling": recipe.method_settings().scaling if method.depends_on_scaling else None,
+        "targets": adapter.targets,
+        **of_data,
+        **of_subspace,
         "conditions": conditions,
     }
-
-
-def probe(tokens: TokenSet, engine: Engine) -> Batch:
-    """One training row of this rank, on which the change of the logits at step 0 is measured."""
-    return collate(tokens, [dist.get_rank() % len(tokens)], engine.device)[0]
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits of `batch`, (rows, tokens, vocabulary), fp32. Collective for a sharded model."""
-    return model(input_ids=batch["input_ids"], use_cache=False).logits.float()

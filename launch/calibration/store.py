@@ -1,17 +1,19 @@
-"""A calibration on disk: one file for each window and, last, manifest.json; for Astra, spectrum.json and plots too.
+"""A calibration on disk: one file for each window and, written last, manifest.json.
 
-Until it is finished the manifest is called unfinished.json; a start that finds it there goes on after the last window.
-`window-<n>.safetensors` holds, for every module, fp64, what its method finds. For Astra:
+Until it is finished the manifest is called unfinished.json. A start that finds it there resumes
+after the last window. Astra's also has spectrum.json, plots and a page (calibration/report.py).
+`window-<n>.safetensors` holds what was solved of each module, fp64. For Astra:
 
-    <module>.vectors    (d_out, r)  the chosen eigenvectors, columns in ascending order of eigenvalue
-    <module>.values     (r,)        their eigenvalues
-    <module>.spectrum   (d_out,)    all eigenvalues
-    <module>.checks     (3,)        how exact they are, in units of what is let pass (astra.eigen.Checks)
-    <module>.angles     (r,) or (0,)  principal angles between the two halves' subspaces, with calibration.split_half
+    <module>.vectors    (d_out, r)     the chosen eigenvectors, in ascending order of eigenvalue
+    <module>.values     (r,)           their eigenvalues
+    <module>.spectrum   (d_out,)       all eigenvalues
+    <module>.checks     (3,)           how exact they are (astra.eigen.Checks)
+    <module>.angles     (r,) or (0,)   with calibration.split_half, the principal angles between the
+                                       subspaces of the two halves
 
 For the other methods:
 
-    <module>.a0         (r, d_in)   the initial factors, those that a smaller rank would take first
+    <module>.a0         (r, d_in)      the initial factors; those that a smaller rank takes are first
     <module>.b0         (d_out, r)
 """
 
@@ -21,19 +23,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from astra.calibrate import Found
-from astra.eigen import Subspace
-from launch.config.schema import Recipe
+from astra.calibrate import Solution
+from launch.methods.registry import METHODS
 from launch.runtime.distributed import broadcast_tensor
 from launch.runtime.errors import UserError
-from launch.runtime.files import sync, sync_folder, write_json
+from launch.runtime.files import sync_file, sync_folder, write_json
 
 MANIFEST, UNFINISHED, SPECTRUM = "manifest.json", "unfinished.json", "spectrum.json"
-CONTENT = {  # what decides what is found, and the recipe field that is to be looked at where it differs
+# What decides the solutions, and the recipe field to look at where it differs.
+CONTENT = {
     "method": "adapter.method",
     "statistics": "calibration.statistics",
     "base.weights_sha256": "model.name",
@@ -50,43 +52,53 @@ CONTENT = {  # what decides what is found, and the recipe field that is to be lo
 }
 
 
-def begin(folder: Path, manifest: dict) -> int:
-    """How many windows `folder` already holds of the calibration that `manifest` describes; rank 0 calls it.
+def begin_calibration(folder: Path, manifest: dict) -> int:
+    """Note that the calibration which `manifest` describes is made in `folder`. Rank 0 calls it.
 
-    Anything that is of another calibration is removed.
+    Files of another calibration are removed.
+
+    Returns:
+        How many windows of this calibration are there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / UNFINISHED
-    described = json.loads(
-        json.dumps({key: value for key, value in manifest.items() if key != "conditions"})
-    )
     found = _read_json(path)
-    if (
-        found is not None
-        and {key: value for key, value in found.items() if key != "conditions"} == described
-    ):
-        done = 0
-        while _window(folder, done).is_file():
-            done += 1
-        return done
-    for old in (path, *_windows(folder)):
+    if found is not None and _without_conditions(found) == _without_conditions(manifest):
+        return _count_windows(folder)
+    for old in (path, *_list_windows(folder)):
         old.unlink(missing_ok=True)
     write_json(path, manifest)
     return 0
 
 
-def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
-    """Write one window's modules, aside and then renamed. Raises UserError if it cannot be written."""
-    tensors = {
-        f"{name}.{key}": value.cpu().contiguous()
-        for name, one in found.items()
-        for key, value in one.items()
-    }
-    path = _window(folder, number)
+def _without_conditions(manifest: dict) -> dict:
+    """Return a manifest as JSON has it, without the conditions: another machine may resume."""
+    values = {key: value for key, value in manifest.items() if key != "conditions"}
+    return json.loads(json.dumps(values))
+
+
+def _count_windows(folder: Path) -> int:
+    """Count the windows from the first one on, without gaps."""
+    count = 0
+    while _window_path(folder, count).is_file():
+        count += 1
+    return count
+
+
+def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) -> None:
+    """Write the solutions of one window's modules, whole or not at all.
+
+    Raises UserError if they cannot be written.
+    """
+    tensors = {}
+    for name, solution in solutions.items():
+        for field, value in solution.items():
+            tensors[f"{name}.{field}"] = value.cpu().contiguous()
+    path = _window_path(folder, number)
     aside = path.with_suffix(".tmp")
     try:
         save_file(tensors, aside)
-        sync(aside)
+        sync_file(aside)
         aside.replace(path)
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -96,136 +108,117 @@ def save_window(folder: Path, number: int, found: Mapping[str, Found]) -> None:
         ) from None
 
 
-def finish(folder: Path, facts: dict) -> None:
+def finish_calibration(folder: Path, facts: dict) -> None:
     """Mark the calibration in `folder` as whole, and note `facts` in its manifest."""
     write_json(folder / UNFINISHED, _read_json(folder / UNFINISHED) | facts)
     (folder / UNFINISHED).replace(folder / MANIFEST)
     sync_folder(folder)
 
 
-def seconds(folder: Path) -> float:
-    """What the finished calibration in `folder` took. Rank 0 calls it."""
+def is_finished(folder: Path) -> bool:
+    """Return whether `folder` holds a whole calibration."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_seconds(folder: Path) -> float:
+    """Read how long the finished calibration in `folder` took."""
     return _read_json(folder / MANIFEST)["seconds"]
 
 
-def modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every module's name and what was found of it but its vectors, in the order they were found."""
-    for path in _windows(folder):
+def read_solutions(folder: Path) -> Iterator[tuple[str, Solution]]:
+    """Yield every module's name and solution, without its eigenvectors, in the order of solving."""
+    for path in _list_windows(folder):
         with safe_open(path, framework="pt") as file:
             fields: dict[str, list[str]] = {}
-            for name, field in (key.rsplit(".", 1) for key in file.keys()):  # noqa: SIM118 (not a dict)
-                fields.setdefault(name, []).append(field)
-            for name, of in fields.items():
-                yield (
-                    name,
-                    {
-                        field: file.get_tensor(f"{name}.{field}")
-                        for field in of
-                        if field != "vectors"
-                    },
-                )
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name, field = key.rsplit(".", 1)
+                if field != "vectors":
+                    fields.setdefault(name, []).append(field)
+            for name, names in fields.items():
+                yield name, {field: file.get_tensor(f"{name}.{field}") for field in names}
 
 
-def read_subspace(
-    folder: Path, name: str, rank: int, select: str, device: torch.device
-) -> Subspace:
-    """The `rank` eigenvectors of module `name` that `select` names: rank 0 reads, every rank gets them. Collective."""
+def read_solution(
+    folder: Path, name: str, device: torch.device, crop: Callable[[Solution], Solution]
+) -> Solution:
+    """Read one module's solution on rank 0, and hand it to every rank. Collective.
 
-    def crop(
-        vectors: Tensor, values: Tensor, spectrum: Tensor, checks: Tensor
-    ) -> tuple[Tensor, ...]:
-        kept, size = vectors.shape[1], len(spectrum)
-        start = {
-            "smallest": 0,
-            "largest": kept - rank,
-            "random": 0,
-            "middle": (size - rank) // 2 - (size - kept) // 2,
-        }
-        columns = slice(start[select], start[select] + rank)
-        return vectors[:, columns], values[columns], spectrum, checks
+    Args:
+        crop: rank 0 applies it before the result is sent.
 
-    return Subspace(*_read(folder, name, ("vectors", "values", "spectrum", "checks"), crop, device))
-
-
-def read_factors(folder: Path, name: str, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first `rank` of the initial factors (A0, B0) of module `name`, likewise. Collective."""
-    return _read(folder, name, ("a0", "b0"), lambda a0, b0: (a0[:rank], b0[:, :rank]), device)
+    Raises:
+        UserError: the calibration has no such module.
+    """
+    tensors: Solution = {}
+    if dist.get_rank() == 0:
+        tensors = crop(_load_solution(folder, name))
+    fields = [list(tensors)]
+    dist.broadcast_object_list(fields)
+    solution = {}
+    for field in fields[0]:
+        value = tensors.get(field)
+        solution[field] = broadcast_tensor(None if value is None else value.contiguous(), device)
+    return solution
 
 
-def _read(
-    folder: Path,
-    name: str,
-    fields: tuple[str, ...],
-    crop: Callable[..., tuple[Tensor, ...]],
-    device: torch.device,
-) -> tuple[Tensor, ...]:
-    def load() -> tuple[Tensor, ...]:
-        for path in _windows(folder):
-            with safe_open(path, framework="pt") as file:
-                if f"{name}.{fields[0]}" in file.keys():  # noqa: SIM118 (not a dict)
-                    return crop(*(file.get_tensor(f"{name}.{field}") for field in fields))
-        raise UserError(f"calibration.path: {folder} has no {fields[0]} of {name}; calibrate again")
-
-    tensors = [None] * len(fields)
-    if torch.distributed.get_rank() == 0:
-        tensors = [tensor.contiguous() for tensor in load()]
-    return tuple(broadcast_tensor(tensor, device) for tensor in tensors)
+def _load_solution(folder: Path, name: str) -> Solution:
+    prefix = f"{name}."
+    for path in _list_windows(folder):
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.rpartition(".")[0] == name]  # noqa: SIM118
+            if keys:
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+    raise UserError(f"calibration.path: {folder} has no solution of {name}; calibrate again")
 
 
-def check(folder: Path, manifest: dict) -> None:
-    """Raises UserError naming the first thing in which the calibration in `folder` is not that of `manifest`."""
+def check_calibration(folder: Path, manifest: dict) -> None:
+    """Raise UserError, naming the first difference, if `folder` is not what `manifest` describes."""
     found = _read_json(folder / MANIFEST)
     if found is None:
-        state = (
-            "is not finished; run launch/calibrate.py again"
-            if (folder / UNFINISHED).is_file()
-            else "has none"
-        )
+        unfinished = (folder / UNFINISHED).is_file()
+        state = "is not finished; run launch/calibrate.py again" if unfinished else "has none"
         raise UserError(f"calibration.path: {folder} {state}")
     wanted = json.loads(json.dumps(manifest))
     for key, field in CONTENT.items():
-        there, here = _get(found, key), _get(wanted, key)
+        there, here = _get_value(found, key), _get_value(wanted, key)
         if there != here:
             raise UserError(
-                f"{field}: the calibration in {folder} was made with another {key} ({_short(there)}, here "
-                f"{_short(here)}); calibrate again, or set the recipe to it"
+                f"{field}: the calibration in {folder} was made with another {key} "
+                f"({_shorten(there)}, here {_shorten(here)}); calibrate again, or set the recipe "
+                "to it"
             )
-    exact = wanted["eigen_select"] == "random" or wanted["method"] == "lora_ga"
-    if found["rank"] < wanted["rank"] or (exact and found["rank"] != wanted["rank"]):
+    is_random = wanted["eigen_select"] == "random"
+    needs_exact_rank = is_random or METHODS[wanted["method"]].needs_exact_rank
+    if found["rank"] < wanted["rank"] or (needs_exact_rank and found["rank"] != wanted["rank"]):
         raise UserError(
-            f"adapter.rank: {wanted['rank']} vectors are needed and the calibration in {folder} has "
-            f"{found['rank']}; calibrate again with that rank"
+            f"adapter.rank: {wanted['rank']} vectors are needed and the calibration in {folder} "
+            f"has {found['rank']}; calibrate again with that rank"
         )
 
 
 def copy_summary(source: Path, folder: Path) -> None:
-    """What there is to look at of a calibration made elsewhere, into a run's own folder; its eigenvectors stay."""
+    """Copy what there is to look at of a calibration into a run's own folder, not its solutions."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.suffix in (".json", ".png", ".md"):
             shutil.copy(path, folder / path.name)
 
 
-def summary(folder: Path) -> dict:
-    """spectrum.json of the calibration in `folder`. Rank 0 calls it."""
+def read_summary(folder: Path) -> dict:
+    """Read spectrum.json of the calibration in `folder`."""
     return json.loads((folder / SPECTRUM).read_text(encoding="utf-8"))
 
 
-def kept_rank(recipe: Recipe) -> int:
-    """Vectors that a calibration keeps of each module, where it has as many."""
-    wanted = recipe.adapter
-    return max(2 * wanted.rank, 256) if wanted.rank_allocation == "effective_rank" else wanted.rank
-
-
-def _window(folder: Path, number: int) -> Path:
+def _window_path(folder: Path, number: int) -> Path:
     return folder / f"window-{number:04d}.safetensors"
 
 
-def _windows(folder: Path) -> list[Path]:
+def _list_windows(folder: Path) -> list[Path]:
     return sorted(folder.glob("window-[0-9][0-9][0-9][0-9].safetensors"))
 
 
 def _read_json(path: Path) -> dict | None:
+    """Read a JSON file; None if it is not there. Raises UserError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -236,13 +229,14 @@ def _read_json(path: Path) -> dict | None:
         ) from None
 
 
-def _get(manifest: dict, key: str) -> object:
+def _get_value(manifest: dict, key: str) -> object:
+    """Return the value at a key such as `base.weights_sha256`; None if there is none."""
     value: object = manifest
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
