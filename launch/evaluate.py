@@ -1,22 +1,28 @@
-"""Score a model, with or without an adapter, on benchmarks: generation on all ranks or by a server, then grades.
+"""Score a model, with or without an adapter, on benchmarks.
 
-Started again on the same --output it goes on with the responses that are not there yet. --grade grades stored responses
-again, --compare holds two results against each other; neither needs a model."""
+All ranks generate, or a server does; then each response is graded. Started again on the same
+--output, it resumes with the responses that are missing. --grade grades stored responses again,
+--compare compares two evaluations; neither needs a model."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if (
-    not __package__
-):  # run as a script: the repository root, not launch/, is where imports are looked up
+if not __package__:  # run as a script: imports are to be looked up from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.tasks import GROUPS, TASKS
+from eval.tasks import BENCHMARKS, GROUPS
 from launch import cli
-from launch.config.schema import Eval, section
-from launch.runtime.errors import UserError, run
+from launch.config.loading import validate_section
+from launch.config.schema import Eval, Model
+from launch.runtime.entry import run_command
+from launch.runtime.errors import UserError
+
+if TYPE_CHECKING:  # takes seconds to import, and a wrong option is to be answered at once
+    import torch
+
+    from launch.run.results import Score
 
 EXAMPLES = """\
   python launch/evaluate.py --model meta-llama/Llama-2-7b-hf --adapter runs/metamath/lora --suite gsm8k --output scores
@@ -25,17 +31,38 @@ EXAMPLES = """\
   python launch/evaluate.py --backend openai --url http://localhost:8000/v1 --model llama --suite humaneval --output s
   python launch/evaluate.py --compare scores/base scores/astra
   python launch/evaluate.py --grade scores/generations.jsonl --data-dir data"""
+FIELDS = (  # of a recipe's section `eval`, whose options these are too
+    "data_dir",
+    "limit",
+    "prompt",
+    "max_new_tokens",
+    "batch_size",
+    "samples",
+    "temperature",
+    "seed",
+    "timeout",
+    "allow_unsandboxed",
+)
 
 
 def main() -> None:
-    defaults = Eval()
-    parser = cli.parser(__doc__, EXAMPLES)
+    arguments = _make_parser().parse_args()
+    if arguments.compare:
+        _compare(*arguments.compare)
+    elif arguments.grade:
+        _regrade(arguments)
+    else:
+        _evaluate(arguments)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--model",
         help="base model: hub id, local folder, or quickstart; with a server, its name there",
     )
-    add("--revision", default="main", help="hub revision of the model (default main)")
+    cli.add_field_options(parser, Model, "revision")
     add(
         "--adapter",
         type=Path,
@@ -44,60 +71,23 @@ def main() -> None:
     add(
         "--suite",
         action="append",
-        choices=[*TASKS, *GROUPS],
+        choices=[*BENCHMARKS, *GROUPS],
         help="benchmark; repeatable (default gsm8k)",
     )
-    add("--data-dir", help="folder with the benchmarks' files (default: the hub), or quickstart")
-    add("--limit", type=int, help="problems of each suite, the first so many (default all)")
-    add(
-        "--prompt",
-        default=defaults.prompt,
-        choices=["recipe", "literature"],
-        help="default %(default)s",
-    )
-    add("--max-new-tokens", type=int, help="default: each benchmark's published number")
-    add(
-        "--batch-size",
-        type=int,
-        default=defaults.batch_size,
-        help="on each rank, default %(default)s",
-    )
-    add(
-        "--samples",
-        type=int,
-        default=1,
-        help="responses to each problem, for pass@k (default %(default)s)",
-    )
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--seed", type=int, default=0, help="of samples (default %(default)s)")
-    add(
-        "--timeout",
-        type=float,
-        default=defaults.timeout,
-        help="seconds of a generated program (default %(default)s)",
-    )
-    add(
-        "--allow-unsandboxed",
-        action="store_true",
-        help="run programs even where nothing can box them in",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="default %(default)s",
-    )
+    cli.add_field_options(parser, Eval, *FIELDS)
+    cli.add_field_options(parser, Model, "dtype")
     add(
         "--engine",
         default="single",
         choices=["single", "zero3", "fsdp"],
-        help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards (default %(default)s)",
+        help="single: every rank holds the whole model; zero3, fsdp: ranks hold shards "
+        "(default %(default)s)",
     )
     add(
         "--backend",
         default="transformers",
         choices=["transformers", "openai"],
-        help="default %(default)s",
+        help="what generates: this command, or a server (default %(default)s)",
     )
     add("--url", help="of an OpenAI-compatible server, up to and with /v1")
     add(
@@ -120,224 +110,117 @@ def main() -> None:
         help="folders of two evaluations: the paired difference",
     )
     add("--output", type=Path, help="folder for results.json and generations.jsonl")
-    cli.add_stall(parser)
-    arguments = parser.parse_args()
-    if arguments.compare:
-        _compare(*arguments.compare)
-    elif arguments.grade:
-        _grade_again(arguments)
-    else:
-        for name in ("model", "output", *(["url"] if arguments.backend == "openai" else [])):
-            if getattr(arguments, name) is None:
-                raise UserError(f"--{name}: is required")
-        _evaluate(arguments)
-
-
-def _settings(arguments: argparse.Namespace) -> Eval:
-    fields = (
-        "data_dir",
-        "limit",
-        "prompt",
-        "max_new_tokens",
-        "batch_size",
-        "samples",
-        "temperature",
-        "seed",
-    )
-    fields += ("timeout", "allow_unsandboxed")
-    values = {name: getattr(arguments, name) for name in fields}
-    return section(Eval, suites=arguments.suite or ["gsm8k"], **values)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    import torch.distributed as dist
-
-    from launch.quickstart import base as quickstart
-    from launch.run.folder import make_folder
-    from launch.runtime import watchdog as watch
-    from launch.runtime.distributed import on_rank0, start, stop
-    from launch.runtime.files import write_json
-    from launch.scoring.score import describe, read_problems
-    from launch.training import metrics_log as tracking
-
-    device = start(arguments.stall)
-    watch.stage("reading the inputs")
-    on_rank0(lambda: make_folder(arguments.output))
-    if quickstart.NAME in (arguments.model, arguments.data_dir):
-        folder = str(quickstart.ensure(device))
-        arguments.model = folder if arguments.model == quickstart.NAME else arguments.model
-        arguments.data_dir = folder if arguments.data_dir == quickstart.NAME else arguments.data_dir
-    settings = _settings(arguments)
-    problems = read_problems(settings)
-    backend = _with_server if arguments.backend == "openai" else _with_model
-    identity, scores = backend(arguments, settings, problems, device)
-    if dist.get_rank() == 0:
-        results = identity | {
-            "adapter": arguments.adapter and str(arguments.adapter),
-            "settings": settings.model_dump(),
-            "scores": scores,
-            "conditions": tracking.conditions(dist.get_world_size(), device),
-        }
-        write_json(arguments.output / "results.json", results)
-        table = describe(scores)
-        (arguments.output / "results.md").write_text(table + "\n")
-        print(table)
-        print(f"responses and their grades: {arguments.output / 'generations.jsonl'}")
-    stop()
-
-
-def _with_model(
-    arguments: argparse.Namespace, settings: Eval, problems: dict, device
-) -> tuple[dict, dict]:  # noqa: ANN001
-    """What the responses depend on, and the scores; by the model itself, on all ranks. Collective."""
-    import torch.distributed as dist
-
-    from astra import adapter
-    from launch.data.inputs import resolve_dtype
-    from launch.engines import make_engine
-    from launch.runtime import watchdog as watch
-    from launch.runtime.distributed import on_each_node, on_rank0
-    from launch.runtime.model_files import fetch_model, load_tokenizer, weights_hash
-    from launch.scoring import score
-    from launch.training.export import dtype_name
-
-    def fetch() -> tuple[Path, str]:
-        path = fetch_model(arguments.model, arguments.revision)
-        return path, weights_hash(path)
-
-    fetched = on_each_node(fetch)  # disks need not be shared
-    path, _ = fetched[dist.get_rank()]
-    if len({content for _, content in fetched}) > 1:
-        raise UserError(
-            f"--model: the weights of {arguments.model} differ between the nodes; copy one's to all"
-        )
-    base = {"name": arguments.model, "weights_sha256": fetched[0][1]}
-    made_for = (
-        on_rank0(lambda: _check_adapter(arguments.adapter, base)) if arguments.adapter else None
-    )
-    adapter_hash = on_rank0(lambda: weights_hash(arguments.adapter)) if arguments.adapter else None
-    tokenizer = load_tokenizer(path)
-    engine = make_engine(arguments.engine, device, resolve_dtype(arguments.dtype, device))
-    watch.stage("loading the base")
-    model = engine.load(str(path))
-    model.register_forward_pre_hook(lambda *_: watch.mark())
-    if arguments.adapter:
-        model = adapter.attach_saved(model, arguments.adapter)
-        with engine.inference(model):  # FSDP2 shards and loads the base here
-            pass
-        adapter.write_saved(model, arguments.adapter, engine)
-    if made_for and made_for["on"] == "residual":
-        base_model = model.get_base_model()
-        adapter.subtract(base_model, *adapter.load(arguments.adapter.parent / "astra_init"), engine)
-    identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
-    with engine.inference(model):  # FSDP2 shards and loads a base without adapter here
-        watch.stage("scoring", timed=True)
-        return identity, score(
-            engine, model, tokenizer, problems, settings, arguments.output, identity
-        )
-
-
-def _with_server(
-    arguments: argparse.Namespace, settings: Eval, problems: dict, device
-) -> tuple[dict, dict]:  # noqa: ANN001
-    """What the responses depend on, and the scores; by the server at --url."""
-    from eval.generation.server import complete
-    from launch.runtime import watchdog as watch
-    from launch.scoring.score import score_responses
-
-    identity = {"base": {"name": arguments.model, "weights_sha256": None}, "url": arguments.url}
-
-    def responses(suite, requests: list):  # noqa: ANN001, ANN202
-        return complete(
-            arguments.url,
-            arguments.model,
-            [request.prompt for request in requests],
-            max_new_tokens=settings.max_new_tokens or suite.max_new_tokens,
-            stops=suite.stops if settings.prompt == "literature" else (),
-            temperature=settings.temperature,
-            seeds=[request.seed for request in requests],
-            concurrency=arguments.concurrency,
-        )
-
-    watch.stage("scoring", timed=True)
-    return identity, score_responses(responses, problems, settings, arguments.output, identity)
-
-
-def _grade_again(arguments: argparse.Namespace) -> None:
-    """Grade the rows of a file, with no model: by both graders, to --output or beside the file."""
-    from eval import grading
-    from launch.scoring.score import describe, read_generations
-
-    path = arguments.grade
-    if not path.is_file():
-        raise UserError(f"--grade: no file {path}")
-    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        raise UserError(
-            f"--grade: the last line of {path} has no end; it may be cut short: complete or remove it"
-        )
-    rows = read_generations(path)
-    if not rows:
-        raise UserError(f"--grade: {path} has no rows")
-    options = {"timeout": arguments.timeout, "allow_unsandboxed": arguments.allow_unsandboxed}
-    for number, row in enumerate(rows, start=1):
-        if row.get("suite") not in TASKS or not isinstance(row.get("output"), str):
-            raise UserError(
-                f"--grade: row {number} of {path} needs a suite ({', '.join(TASKS)}) and the text output"
-            )
-    scores, graded = {}, []
-    for name in dict.fromkeys(row["suite"] for row in rows):
-        suite, of = TASKS[name], [row for row in rows if row["suite"] == name]
-        problems = grading.problems_of(
-            suite, of, Path(arguments.data_dir) if arguments.data_dir else None
-        )
-        grades = list(grading.grade(suite, problems, [row["output"] for row in of], **options))
-        for row, given in zip(of, grades, strict=True):
-            reason = {"reason": given["strict"].reason} if suite.kind == "code" else {}
-            graded.append(row | {grader: grade.passed for grader, grade in given.items()} | reason)
-        found = {
-            grader: grading.summary([[g[grader].passed] for g in grades]) for grader in grades[0]
-        }
-        scores[name] = found["strict"] | {"literature": found["literature"], "prompt": ""}
-    output = arguments.output or path.parent
-    output.mkdir(parents=True, exist_ok=True)
-    where = output / "graded.jsonl"
-    where.write_text("".join(json.dumps(row) + "\n" for row in graded))
-    print(describe(scores))
-    print(f"grades: {where}")
+    cli.add_stall_option(parser)
+    return parser
 
 
 def _compare(first: Path, second: Path) -> None:
-    from eval.compare import compare, describe
-    from launch.scoring.score import GENERATIONS, read_generations
+    from launch.scoring.compare_evaluations import compare_evaluations
 
-    for folder in (first, second):
-        if not (folder / GENERATIONS).is_file():
-            raise UserError(
-                f"--compare: {folder} has no {GENERATIONS}; give folders of launch/evaluate.py or of runs"
-            )
-    rows = [read_generations(folder / GENERATIONS) for folder in (first, second)]
-    print(describe(compare(*rows), (str(first), str(second))))
+    print(compare_evaluations(first, second))
 
 
-def _check_adapter(folder: Path, base: dict) -> dict | None:
-    """What the adapter was made for; UserError if that is another base, or the folder holds no adapter."""
-    from launch.training import export
+def _regrade(arguments: argparse.Namespace) -> None:
+    from launch.scoring.regrade import GRADED, regrade_responses
+    from launch.scoring.score import render_scores
 
-    if not (folder / "adapter_config.json").is_file():
-        hint = f"; did you mean {folder / 'lora'}?" if (folder / "lora").is_dir() else ""
-        raise UserError(f"--adapter: {folder} has no adapter_config.json{hint}")
-    made_for = export.read_base(folder)
-    if made_for and made_for["weights_sha256"] != base["weights_sha256"]:
-        raise UserError(
-            f"--adapter: {folder} was made for {made_for['name']} with weights {made_for['weights_sha256'][:12]}, not "
-            f"for {base['name']} with {base['weights_sha256'][:12]}; give that base as --model"
+    output = arguments.output or arguments.grade.parent
+    scores = regrade_responses(
+        arguments.grade,
+        output,
+        Path(arguments.data_dir) if arguments.data_dir else None,
+        arguments.timeout,
+        arguments.allow_unsandboxed,
+    )
+    print(render_scores(scores))
+    print(f"grades: {output / GRADED}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    required = ["model", "output"]
+    if arguments.backend == "openai":
+        required.append("url")
+    for name in required:
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name}: is required")
+
+    from launch.run.folder import make_folder
+    from launch.runtime import watchdog
+    from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
+    from launch.scoring.evaluate_model import ModelSource, evaluate_model
+    from launch.scoring.evaluate_server import evaluate_server
+    from launch.scoring.score import read_problems
+
+    device = start_process_group(arguments.stall)
+    watchdog.set_phase("reading the inputs")
+    output = arguments.output
+    run_on_rank0(lambda: make_folder(output))
+    model, data_dir = _resolve_quickstart(arguments.model, arguments.data_dir, device)
+    values = {name: getattr(arguments, name) for name in FIELDS} | {"data_dir": data_dir}
+    settings = validate_section(Eval, suites=arguments.suite or ["gsm8k"], **values)
+    problems = read_problems(settings)
+    if arguments.backend == "openai":
+        identity, scores = evaluate_server(
+            arguments.url, model, arguments.concurrency, problems, settings, output
         )
-    if made_for and made_for["on"] == "residual" and not (folder.parent / "astra_init").is_dir():
-        raise UserError(
-            f"--adapter: {folder} needs {folder.parent / 'astra_init'}, which is missing; use lora/ instead"
+    else:
+        source = ModelSource(
+            model, arguments.revision, arguments.adapter, arguments.dtype, arguments.engine
         )
-    return made_for
+        identity, scores = evaluate_model(source, device, problems, settings, output)
+    run_on_rank0(
+        lambda: _write_results(output, identity, arguments.adapter, settings, scores, device)
+    )
+    stop_process_group()
+
+
+def _resolve_quickstart(
+    model: str, data_dir: str | None, device: "torch.device"
+) -> tuple[str, str | None]:
+    """Return `model` and `data_dir` with the quickstart's folder in the place of its name.
+
+    The quickstart is made first if it is not cached. Collective.
+    """
+    from launch.quickstart import base as quickstart
+
+    if quickstart.NAME not in (model, data_dir):
+        return model, data_dir
+    folder = str(quickstart.ensure_quickstart(device))
+    model = folder if model == quickstart.NAME else model
+    data_dir = folder if data_dir == quickstart.NAME else data_dir
+    return model, data_dir
+
+
+def _write_results(
+    output: Path,
+    identity: dict,
+    adapter: Path | None,
+    settings: Eval,
+    scores: dict[str, "Score"],
+    device: "torch.device",
+) -> None:
+    """Write results.json and results.md, and print the scores; on rank 0."""
+    import torch.distributed as dist
+
+    from launch.run.provenance import describe_conditions
+    from launch.run.results import EvaluationResults, write_results
+    from launch.runtime.files import write_text
+    from launch.scoring.responses import GENERATIONS
+    from launch.scoring.score import render_scores
+
+    results = EvaluationResults(
+        **identity,
+        adapter=None if adapter is None else str(adapter),
+        settings=settings.model_dump(),
+        scores=scores,
+        conditions=describe_conditions(dist.get_world_size(), device),
+    )
+    write_results(output, results)
+    table = render_scores(scores)
+    write_text(output / "results.md", table + "\n")
+    print(table)
+    print(f"responses and their grades: {output / GENERATIONS}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,11 +1,10 @@
-"""Score a model on suites: problems, generation, grades. Every response is kept as soon as it is there."""
+"""Score a model on benchmarks: what is asked, how it is graded, and what the grades add up to."""
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,291 +13,326 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from eval.generation.schedule import generate, too_long
-from eval.grading import grade, summary
-from eval.sandbox import check as sandbox
-from eval.tasks import TASKS, expand
-from eval.tasks.base import GRADERS, Problem, Suite
+from eval.generation.schedule import find_overlong_prompts, generate_responses
+from eval.grading import Grade, grade_responses, summarise_passes
+from eval.sandbox.box import choose_box
+from eval.tasks import BENCHMARKS, expand_groups
+from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
 from launch.config.schema import Eval
-from launch.data.tokenize import encode, prompt
+from launch.data.prompts import format_prompt
+from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
-from launch.runtime.distributed import on_rank0, say
-from launch.runtime.errors import UserError
-from launch.runtime.files import write_json, write_text
-from launch.training.metrics_log import progress, progress_of
+from launch.run.progress import show_progress, show_progress_of_parts
+from launch.run.results import Score
+from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.scoring.responses import ResponseKey, append_responses, open_responses, write_graded
 
-GENERATIONS, MADE_WITH = "generations.jsonl", "generation.json"
+# Fields of Eval that change responses.
+DECODING = ("prompt", "max_new_tokens", "temperature", "seed")
 
 
 class Request(NamedTuple):
-    """One response that is wanted."""
+    """One response that is to be made."""
 
+    benchmark: str
     problem: Problem
     sample: int  # from 0
     prompt: str
     seed: int
 
+    @property
+    def key(self) -> ResponseKey:
+        """The name under which the response is kept."""
+        return self.benchmark, self.problem.id, self.sample
 
-Responses = Callable[[Suite, list[Request]], Iterable[dict[int, str]]]
-"""Makes responses: index of a request -> response, of several at a time, until all are there."""
+
+MakeResponses = Callable[[Benchmark, list[Request]], Iterable[dict[int, str]]]
+"""Makes the responses to requests of one benchmark, several at a time: index -> response."""
+
+Grades = dict[Grader, Grade]
+"""The grades of one response."""
 
 
 def read_problems(settings: Eval) -> dict[str, list[Problem]]:
-    """Suite name -> its problems, read on rank 0 and handed to all. Collective.
+    """Read the problems of every benchmark on rank 0, and hand them to all ranks. Collective.
 
-    Raises UserError, also where programs could not be boxed in: before anything long has run.
+    Returns:
+        Name of the benchmark -> its problems.
+
+    Raises:
+        UserError: a benchmark cannot be read, or nothing here can isolate its programs.
     """
     data_dir = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
-    suites = expand(settings.suites)
+    names = expand_groups(settings.suites)
+    has_programs = any(BENCHMARKS[name].kind == "code" for name in names)
 
-    def rows() -> dict[str, list[Problem]]:
-        if not settings.allow_unsandboxed and any(TASKS[suite].kind == "code" for suite in suites):
-            sandbox.isolation()
-        return {suite: TASKS[suite].rows(data_dir, settings.limit) for suite in suites}
+    def read() -> dict[str, list[Problem]]:
+        if has_programs and not settings.allow_unsandboxed:
+            # Raises now what would otherwise end the scoring hours later.
+            choose_box()
+        return {name: BENCHMARKS[name].read_problems(data_dir, settings.limit) for name in names}
 
-    return on_rank0(rows)
+    return run_on_rank0(read)
 
 
-def score(
+def score_benchmarks(
     engine: Engine,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    problems: dict[str, list[Problem]],
+    problems: Mapping[str, list[Problem]],
     settings: Eval,
     folder: Path,
     identity: dict,
-) -> dict[str, dict]:
-    """Generate and grade every suite with `model`; collective. See `score_responses`."""
+) -> dict[str, Score]:
+    """Generate responses with `model` and grade them. Collective; see `score_responses`.
+
+    Args:
+        model: able to run forward passes: within the engine's `inference_mode`, or in training.
+    """
     model.eval()
 
-    def responses(suite: Suite, requests: list[Request]) -> Iterable[dict[int, str]]:
-        prompts = encode(tokenizer, [request.prompt for request in requests])
-        if full := too_long(model, prompts):
-            say(
-                f"warning: {suite.name}: {len(full)} of {len(prompts)} prompts fill the model's context: no response"
+    def make_responses(benchmark: Benchmark, requests: list[Request]) -> Iterable[dict[int, str]]:
+        prompts = encode_texts(tokenizer, [request.prompt for request in requests])
+        if full := find_overlong_prompts(model, prompts):
+            # Their responses are empty, and so graded as wrong.
+            print_rank0(
+                f"warning: {benchmark.name}: {len(full)} of {len(prompts)} prompts fill the "
+                "model's context: no response"
             )
-        return generate(
+        return generate_responses(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=settings.max_new_tokens or suite.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
             batch_size=settings.batch_size,
             device=engine.device,
             sharded=engine.sharded,
-            stops=suite.stops if settings.prompt == "literature" else (),
+            stops=benchmark.stops if settings.prompt == "literature" else (),
             temperature=settings.temperature,
             seeds=[request.seed for request in requests],
         )
 
-    return score_responses(responses, problems, settings, folder, identity)
+    return score_responses(make_responses, problems, settings, folder, identity)
 
 
 def score_responses(
-    responses: Responses,
-    problems: dict[str, list[Problem]],
+    make_responses: MakeResponses,
+    problems: Mapping[str, list[Problem]],
     settings: Eval,
     folder: Path,
     identity: dict,
-) -> dict[str, dict]:
-    """Get and grade the responses to every suite; collective. Rank 0 keeps each in `folder`/generations.jsonl.
+) -> dict[str, Score]:
+    """Get the responses to every benchmark and grade them. Collective.
 
-    Started again it gets those that are not there yet. Responses that another model or other settings made are set
-    aside, as generations.previous.jsonl.
+    Rank 0 keeps each response in `folder`/generations.jsonl as soon as it is there, so a new start
+    asks only for those that are missing. Responses that another model or other settings made are
+    set aside (see launch.scoring.responses).
 
     Args:
         identity: what the responses depend on besides `settings`: model, adapter, dtype.
 
     Returns:
-        Suite -> the strict grader's eval.grading.summary, and {literature: the literature's, prompt, max_new_tokens,
-        temperature, empty (responses), data_sha256, seconds} and, of code, isolation: verdicts by what boxed them in.
+        Name of the benchmark -> its score. Beyond the fields of Score it has max_new_tokens,
+        temperature, empty (number of empty responses), seconds and, of programs, isolation:
+        what isolated them -> number of programs.
     """
-    made_with = identity | {
-        key: getattr(settings, key) for key in ("prompt", "max_new_tokens", "temperature", "seed")
-    }
-    kept = on_rank0(lambda: _open(folder, made_with)) if problems else {}
-    scores = {}
-    for name, rows in problems.items():
-        start, suite = time.perf_counter(), TASKS[name]
-        wanted = [
-            Request(row, sample, *_ask(suite, row, sample, settings))
-            for row in rows
-            for sample in range(settings.samples)
-        ]
-        requests = [
-            request for request in wanted if (name, request.problem.id, request.sample) not in kept
-        ]
-        for part in _shown(
-            responses(suite, requests) if requests else [], suite, requests, len(wanted)
-        ):
-            found = {
-                (name, requests[i].problem.id, requests[i].sample): output
-                for i, output in part.items()
-            }
-            kept |= found
-            on_rank0(lambda found=found: _keep(folder, found))
-        outputs = [kept[name, request.problem.id, request.sample] for request in wanted]
-        grades = partial(_grade, suite, wanted, outputs, settings, folder)
-        scores[name] = on_rank0(grades) | {
-            "prompt": settings.prompt,
-            "max_new_tokens": settings.max_new_tokens or suite.max_new_tokens,
-            "temperature": settings.temperature,
-            "empty": sum(not output for output in outputs),
-            "data_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-            "seconds": time.perf_counter() - start,
-        }
+    if not problems:
+        return {}
+    made_with = identity | {field: getattr(settings, field) for field in DECODING}
+    kept = run_on_rank0(lambda: open_responses(folder, made_with))
+    scores: dict[str, Score] = {}
+    # Of generations.jsonl, with grades. Only rank 0, which writes them, has them.
+    rows: list[dict] = []
+    for name, of_benchmark in problems.items():
+        start = time.perf_counter()
+        benchmark = BENCHMARKS[name]
+        requests = _make_requests(benchmark, of_benchmark, settings)
+        outputs, grades = _get_responses(
+            make_responses, benchmark, requests, kept, settings, folder
+        )
+        run_on_rank0(partial(_grade_remaining, benchmark, requests, outputs, grades, settings))
+        if dist.get_rank() == 0:
+            rows += _make_rows(benchmark, requests, outputs, grades)
+        totals = run_on_rank0(
+            partial(_summarise_grades, benchmark, requests, grades, settings.samples)
+        )
+        scores[name] = Score(
+            **totals,
+            prompt=settings.prompt,
+            max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+            temperature=settings.temperature,
+            empty=sum(not output for output in outputs.values()),
+            data_sha256=hashlib.sha256(json.dumps(of_benchmark).encode()).hexdigest(),
+            seconds=time.perf_counter() - start,
+        )
+    run_on_rank0(lambda: write_graded(folder, rows))
     return scores
 
 
-def _ask(suite: Suite, problem: Problem, sample: int, settings: Eval) -> tuple[str, int]:
-    """The prompt of one response, and its seed."""
-    asked = (
-        prompt(problem.question)
-        if settings.prompt == "recipe"
-        else suite.literature_prompt(problem.question)
+def _make_requests(
+    benchmark: Benchmark, problems: Sequence[Problem], settings: Eval
+) -> list[Request]:
+    """Make the requests of one benchmark: all samples of a problem, then those of the next."""
+    format_question = (
+        format_prompt if settings.prompt == "recipe" else benchmark.format_literature_prompt
     )
-    digest = hashlib.sha256(f"{settings.seed} {problem.id} {sample}".encode()).digest()
-    return asked, int.from_bytes(digest[:8], "big")
+    requests = []
+    for problem in problems:
+        prompt = format_question(problem.question)
+        for sample in range(settings.samples):
+            # By name and not by place, so that a limit or a new start changes no response.
+            digest = hashlib.sha256(f"{settings.seed} {problem.id} {sample}".encode()).digest()
+            seed = int.from_bytes(digest[:8], "big")
+            requests.append(Request(benchmark.name, problem, sample, prompt, seed))
+    return requests
 
 
-def _shown(
-    parts: Iterable[dict[int, str]], suite: Suite, requests: list[Request], total: int
-) -> Iterator[dict[int, str]]:
-    """`parts`, with a progress bar that shows the accuracy so far of answers; programs are graded at the end."""
-    graded: list[bool] = []
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    done = total - len(requests)
+def _get_responses(
+    make_responses: MakeResponses,
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    kept: Mapping[ResponseKey, str],
+    settings: Eval,
+    folder: Path,
+) -> tuple[dict[ResponseKey, str], dict[ResponseKey, Grades]]:
+    """Get the responses to all `requests`, and write those that were missing. Collective.
 
-    def note() -> str:
-        return f"accuracy {100 * sum(graded) / len(graded):.1f} %" if graded else ""
+    Answers are graded as they arrive, for the accuracy that the progress bar shows. Programs take
+    seconds each, for which generation would wait: they are graded at the end, and so are the
+    responses of earlier starts.
 
-    for part in progress_of(parts, done, total, suite.name, rank, note):
-        if rank == 0 and suite.kind == "answer":
-            graded += [
-                suite.grade(output, requests[i].problem, "strict") for i, output in part.items()
-            ]
-        yield part
-
-
-def _open(folder: Path, made_with: dict) -> dict[tuple[str, str, int], str]:
-    """The responses that `folder` holds, if they were made with the same: (suite, problem, sample) -> response."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, note = folder / GENERATIONS, folder / MADE_WITH
-    if path.is_file() and not (
-        note.is_file() and json.loads(note.read_text()) == json.loads(json.dumps(made_with))
-    ):
-        path.replace(folder / "generations.previous.jsonl")
-        print(
-            f"{path} was made with other settings, and is generations.previous.jsonl now",
-            flush=True,
-        )
-    write_json(note, made_with)
-    rows = read_generations(path) if path.is_file() else []
-    write_text(
-        path, "".join(_line(row) for row in rows)
-    )  # without a last line that a kill cut short
-    return {(row["suite"], row["id"], row["sample"]): row["output"] for row in rows}
-
-
-def read_generations(path: Path) -> list[dict]:
-    """The rows of a file of responses; a last line without its end, which a kill cut short, is left out.
-
-    Raises UserError, naming the line, for any other that is not a JSON object.
+    Returns:
+        The response to every request, on all ranks; and the grades that were given, on rank 0.
     """
+    outputs = {request.key: kept[request.key] for request in requests if request.key in kept}
+    missing = [request for request in requests if request.key not in outputs]
+    grades: dict[ResponseKey, Grades] = {}
+
+    def store(part: Mapping[int, str]) -> None:
+        # Written before it is graded: a response costs more than its grade.
+        append_responses(folder, {missing[i].key: output for i, output in part.items()})
+        if benchmark.kind == "answer":
+            arrived = [missing[i] for i in part]
+            grades.update(_grade_requests(benchmark, arrived, outputs, settings))
+
+    def describe_accuracy() -> str:
+        passed = [given["strict"].passed for given in grades.values()]
+        return f"accuracy {100 * sum(passed) / len(passed):.1f} %" if passed else ""
+
+    parts = make_responses(benchmark, missing) if missing else []
+    for part in show_progress_of_parts(
+        parts, len(outputs), len(requests), benchmark.name, dist.get_rank(), describe_accuracy
+    ):
+        outputs.update({missing[i].key: output for i, output in part.items()})
+        run_on_rank0(partial(store, part))
+    return outputs, grades
+
+
+def _grade_requests(
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    outputs: Mapping[ResponseKey, str],
+    settings: Eval,
+) -> Iterator[tuple[ResponseKey, Grades]]:
+    """Grade the responses to `requests`, in order."""
+    box = choose_box(settings.allow_unsandboxed) if benchmark.kind == "code" else None
+    grades = grade_responses(
+        benchmark,
+        [request.problem for request in requests],
+        [outputs[request.key] for request in requests],
+        timeout=settings.timeout,
+        box=box,
+    )
+    yield from zip((request.key for request in requests), grades, strict=True)
+
+
+def _grade_remaining(
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    outputs: Mapping[ResponseKey, str],
+    grades: dict[ResponseKey, Grades],
+    settings: Eval,
+) -> None:
+    """Add to `grades` those of the responses that have none yet, with a progress bar."""
+    remaining = [request for request in requests if request.key not in grades]
+    if remaining:
+        graded = _grade_requests(benchmark, remaining, outputs, settings)
+        grades.update(show_progress(graded, len(remaining), f"grade {benchmark.name}", 0))
+
+
+def _make_rows(
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    outputs: Mapping[ResponseKey, str],
+    grades: Mapping[ResponseKey, Grades],
+) -> list[dict]:
+    """Make the graded rows of generations.jsonl, in the order of `requests`."""
     rows = []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"line {number} of {path} is not JSON ({error}); mend or remove it"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"line {number} of {path} is not an object with fields; mend or remove it"
-            )
+    for request in requests:
+        given = grades[request.key]
+        row = {
+            "suite": request.benchmark,
+            "id": request.problem.id,
+            "sample": request.sample,
+            "question": request.problem.question,
+            "reference": request.problem.reference,
+            "output": outputs[request.key],
+        }
+        row |= {grader: given[grader].passed for grader in GRADERS}
+        if benchmark.kind == "code":
+            # Why the program failed, and what isolated it.
+            strict = given["strict"]
+            row |= {"reason": strict.reason, "isolation": strict.isolation}
         rows.append(row)
     return rows
 
 
-def _line(row: dict) -> str:
-    return (
-        json.dumps(row, ensure_ascii=True) + "\n"
-    )  # escaped: a response may hold half of a surrogate pair
-
-
-def _keep(folder: Path, found: dict[tuple[str, str, int], str]) -> None:
-    with (folder / GENERATIONS).open("a", encoding="utf-8") as file:
-        for (suite, problem, sample), output in found.items():
-            file.write(_line({"suite": suite, "id": problem, "sample": sample, "output": output}))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _grade(
-    suite: Suite, requests: list[Request], outputs: list[str], settings: Eval, folder: Path
+def _summarise_grades(
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    grades: Mapping[ResponseKey, Grades],
+    samples: int,
 ) -> dict:
-    """Grade one suite on rank 0, note each grade beside its response, and sum up."""
-    problems = [request.problem for request in requests]
-    options = {"timeout": settings.timeout, "allow_unsandboxed": settings.allow_unsandboxed}
-    grades = list(
-        progress(grade(suite, problems, outputs, **options), len(outputs), f"grade {suite.name}", 0)
-    )
-    noted = []
-    for request, output, of in zip(requests, outputs, grades, strict=True):
-        row = {"suite": suite.name, "id": request.problem.id, "sample": request.sample}
-        row |= {
-            "question": request.problem.question,
-            "reference": request.problem.reference,
-            "output": output,
-        }
-        row |= {grader: given.passed for grader, given in of.items()}
-        if suite.kind == "code":
-            row |= {"reason": of["strict"].reason, "isolation": of["strict"].isolation}
-        noted.append(row)
-    others = [row for row in read_generations(folder / GENERATIONS) if row["suite"] != suite.name]
-    write_text(folder / GENERATIONS, "".join(map(_line, [*others, *noted])))
-    found = {
-        grader: _summary([of[grader].passed for of in grades], settings.samples)
-        for grader in GRADERS
-    }
-    boxes = (
-        {"isolation": dict(Counter(of["strict"].isolation for of in grades))}
-        if suite.kind == "code"
-        else {}
-    )
-    return found["strict"] | {"grader": "strict", "literature": found["literature"]} | boxes
+    """Return the fields of Score that follow from the grades, with isolation of programs."""
+    # In the order of requests the samples of one problem are neighbours.
+    in_order = [grades[request.key] for request in requests]
+    totals = {}
+    for grader in GRADERS:
+        passed = [given[grader].passed for given in in_order]
+        by_problem = [passed[i : i + samples] for i in range(0, len(passed), samples)]
+        totals[grader] = summarise_passes(by_problem)
+    found = totals["strict"] | {"grader": "strict", "literature": totals["literature"]}
+    if benchmark.kind == "code":
+        found["isolation"] = dict(Counter(given["strict"].isolation for given in in_order))
+    return found
 
 
-def _summary(passed: list[bool], samples: int) -> dict:
-    return summary([passed[start : start + samples] for start in range(0, len(passed), samples)])
+def render_scores(scores: Mapping[str, Score]) -> str:
+    """Render scores as a Markdown table, one row a benchmark, accuracies in percent.
 
-
-def describe(scores: dict[str, dict]) -> str:
-    """A Markdown table, one row a suite: both graders' accuracies in percent, with the 95 % interval and n."""
+    Where all eight commonsense benchmarks are there, a last row has their unweighted mean.
+    """
     lines = [
         "| suite | strict (%) | 95 % interval | literature (%) | n | prompt |",
         "|---|---|---|---|---|---|",
     ]
-    for suite, of in scores.items():
-        low, high = of["interval"]
-        literature = of["literature"]["accuracy"]
-        cells = [
-            suite,
-            f"{100 * of['accuracy']:.1f}",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            f"{100 * literature:.1f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, str(of['n']), of['prompt']])} |")
-        for k, value in of.get("pass_at", {}).items():
+    for name, score in scores.items():
+        low, high = score.interval
+        lines.append(
+            f"| {name} | {100 * score.accuracy:.1f} | {100 * low:.1f} to {100 * high:.1f} | "
+            f"{100 * score.literature.accuracy:.1f} | {score.n} | {score.prompt} |"
+        )
+        for k, value in (score.pass_at or {}).items():
             lines.append(
-                f"| {suite} pass@{k} | {100 * value:.1f} | | | {of['n']} | {of['prompt']} |"
+                f"| {name} pass@{k} | {100 * value:.1f} | | | {score.n} | {score.prompt} |"
             )
-    commonsense = [scores[suite] for suite in expand(["commonsense"]) if suite in scores]
-    if len(commonsense) == len(expand(["commonsense"])):
-        means = [
-            sum(part["accuracy"] for part in of) / 8
-            for of in (commonsense, [of["literature"] for of in commonsense])
-        ]
-        lines.append(f"| mean of the eight | {100 * means[0]:.1f} | | {100 * means[1]:.1f} | | |")
+    # LLM-Adapters and later papers quote this mean.
+    commonsense = expand_groups(["commonsense"])
+    if all(name in scores for name in commonsense):
+        strict = [scores[name].accuracy for name in commonsense]
+        literature = [scores[name].literature.accuracy for name in commonsense]
+        lines.append(
+            f"| mean of the eight | {100 * (sum(strict) / 8):.1f} | | "
+            f"{100 * (sum(literature) / 8):.1f} | | |"
+        )
     return "\n".join(lines)

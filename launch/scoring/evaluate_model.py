@@ -1,0 +1,134 @@
+"""Load a model, with or without an adapter, and score it on all ranks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from astra import adapter
+from eval.tasks.base import Problem
+from launch.config.schema import Eval
+from launch.data.inputs import resolve_dtype
+from launch.engines import Engine, make_engine
+from launch.run.provenance import dtype_name
+from launch.run.results import Score
+from launch.runtime import watchdog
+from launch.runtime.distributed import run_on_each_node, run_on_rank0
+from launch.runtime.errors import UserError
+from launch.runtime.model_files import fetch_model, hash_weights, load_tokenizer
+from launch.scoring.score import score_benchmarks
+from launch.training.export import read_adapter_base
+
+
+class ModelSource(NamedTuple):
+    """A model to score."""
+
+    name: str  # hub id or local folder of the base
+    revision: str  # of the hub
+    adapter: Path | None  # lora/ or adapter/ of a run, or any PEFT adapter
+    dtype: str  # as in a recipe's model.dtype
+    engine: str  # as in a recipe
+
+
+def evaluate_model(
+    source: ModelSource,
+    device: torch.device,
+    problems: Mapping[str, list[Problem]],
+    settings: Eval,
+    folder: Path,
+) -> tuple[dict, dict[str, Score]]:
+    """Load the model and score it. Collective.
+
+    Returns:
+        What the responses depend on besides `settings`, as JSON values; and the scores.
+
+    Raises:
+        UserError: there is no such model or adapter, or the adapter is for another base.
+    """
+    path, base = _fetch_base(source)
+    on_residual, adapter_hash = False, None
+    if source.adapter is not None:
+        on_residual = run_on_rank0(lambda: _check_adapter(source.adapter, base))
+        adapter_hash = run_on_rank0(lambda: hash_weights(source.adapter))
+    tokenizer = load_tokenizer(path)
+    engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
+    watchdog.set_phase("loading the base")
+    model = _load_model(path, source.adapter, on_residual, engine)
+    identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
+    with engine.inference_mode(model):
+        watchdog.set_phase("scoring", timed=True)
+        scores = score_benchmarks(engine, model, tokenizer, problems, settings, folder, identity)
+    return identity, scores
+
+
+def _fetch_base(source: ModelSource) -> tuple[Path, dict]:
+    """Fetch the base on every node, since nodes need not share a disk. Collective.
+
+    Returns:
+        Its folder on this node, and {name, weights_sha256}.
+    """
+
+    def fetch() -> tuple[Path, str]:
+        path = fetch_model(source.name, source.revision)
+        return path, hash_weights(path)
+
+    fetched = run_on_each_node(fetch)
+    hashes = [weights for _, weights in fetched]
+    if len(set(hashes)) > 1:
+        raise UserError(
+            f"--model: the weights of {source.name} differ between the nodes; copy one's to all"
+        )
+    path, _ = fetched[dist.get_rank()]
+    return path, {"name": source.name, "weights_sha256": hashes[0]}
+
+
+def _check_adapter(folder: Path, base: dict) -> bool:
+    """Check that the adapter in `folder` fits the base.
+
+    Returns:
+        Whether it is for the residual base, which is to be rebuilt from ../astra_init.
+
+    Raises:
+        UserError: the folder holds no adapter, or that of another base, or lacks ../astra_init.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        hint = f"; did you mean {folder / 'lora'}?" if (folder / "lora").is_dir() else ""
+        raise UserError(f"--adapter: {folder} has no adapter_config.json{hint}")
+    made_for = read_adapter_base(folder)
+    if made_for is None:
+        return False
+    if made_for["weights_sha256"] != base["weights_sha256"]:
+        raise UserError(
+            f"--adapter: {folder} was made for {made_for['name']} with weights "
+            f"{made_for['weights_sha256'][:12]}, not for {base['name']} with "
+            f"{base['weights_sha256'][:12]}; give that base as --model"
+        )
+    if made_for["on"] != "residual":
+        return False
+    initial = folder.parent / "astra_init"
+    if not initial.is_dir():
+        raise UserError(f"--adapter: {folder} needs {initial}, which is missing; use lora/ instead")
+    return True
+
+
+def _load_model(
+    path: Path, adapter_folder: Path | None, on_residual: bool, engine: Engine
+) -> nn.Module:
+    """Load the base in `path` with its adapter, for `engine.inference_mode`. Collective."""
+    base = engine.load_model(str(path))
+    # Each forward pass is progress: a response of thousands of tokens may take minutes.
+    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+    if adapter_folder is None:
+        engine.materialize(base)
+        return base
+    # Attached before the base is sharded: FSDP2 does not manage parameters that come later.
+    model = adapter.attach_saved_adapter(base, adapter_folder)
+    engine.materialize(model)
+    adapter.write_saved_adapter(model, adapter_folder, engine)
+    if on_residual:
+        initial, scaling = adapter.load_adapter(adapter_folder.parent / "astra_init")
+        adapter.subtract_initial(model.get_base_model(), initial, scaling, engine)
+    return model

@@ -1,0 +1,50 @@
+"""Score the model behind an OpenAI-compatible server, such as vLLM's."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from eval.generation.server import request_completions
+from eval.tasks.base import Benchmark, Problem
+from launch.config.schema import Eval
+from launch.run.results import Score
+from launch.runtime import watchdog
+from launch.scoring.score import Request, score_responses
+
+
+def evaluate_server(
+    url: str,
+    model: str,
+    concurrency: int,
+    problems: Mapping[str, list[Problem]],
+    settings: Eval,
+    folder: Path,
+) -> tuple[dict, dict[str, Score]]:
+    """Score the model that the server at `url` calls `model`. Collective.
+
+    Args:
+        url: up to and with /v1.
+        concurrency: requests to the server at once.
+
+    Returns:
+        What the responses depend on besides `settings`, as JSON values; and the scores.
+
+    Raises:
+        EvalError: the server refuses, or does not answer.
+    """
+
+    def make_responses(benchmark: Benchmark, requests: list[Request]) -> Iterable[dict[int, str]]:
+        return request_completions(
+            url,
+            model,
+            [request.prompt for request in requests],
+            max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+            stops=benchmark.stops if settings.prompt == "literature" else (),
+            temperature=settings.temperature,
+            seeds=[request.seed for request in requests],
+            concurrency=concurrency,
+        )
+
+    # A server does not say which weights it has: a name and an address are all there is.
+    identity = {"base": {"name": model, "weights_sha256": None}, "url": url}
+    watchdog.set_phase("scoring", timed=True)
+    return identity, score_responses(make_responses, problems, settings, folder, identity)
