@@ -1,1 +1,1 @@
-"""What a run would take, before it is paid for."""
+"""Planning: what a run would take, before it is paid for."""

@@ -1,53 +1,46 @@
-"""What a run would take, from the model's config alone: no weights, no GPU, nothing allocated.
+"""Estimate what a run takes, from the model's config alone: no weights, no GPU, nothing allocated.
 
-One calibration batch and one micro batch really run, on PyTorch's fake tensors, which have shapes and no memory: the
-bytes alive at the peak and the matrix products are counted while the run's own code makes them.
+One calibration batch and one micro batch really run, on PyTorch's fake tensors, which have shapes
+and no memory. The bytes alive at the peak and the matrix products are counted while the run's own
+code makes them. Every example is taken to be data.max_length tokens long.
 """
 
 import math
-import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from astra import adapter
-from astra.flops import solve_flops, sum_flops
-from astra.gradients import gradients
-from astra.moments import find_groups, forward
-from astra.windows import FP64, Plan, find_layers, make_plan
+from astra.adapter import get_base_layers
+from astra.flops import count_solve_flops, count_sum_flops
+from astra.gradients import sum_gradients
+from astra.moments import find_groups, run_forward
+from astra.windows import FP64_BYTES, CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
-from launch.engines.base import read_config
-from launch.methods import registry as methods
-from launch.methods import trainable
+from launch.engines.base import read_deepspeed_config
+from launch.methods.base import Method
+from launch.planning.counting import CountingMode, discard_gradients
+from launch.runtime import compat
+from launch.runtime.units import GIB
 from launch.training.loss import AnswerLoss, label_loss
+from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
-FP32 = 4  # bytes
-ATEN = torch.ops.aten
-FLOPS = flop_registry | {
-    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        ATEN._scaled_dot_product_flash_attention
-    ],
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        ATEN._scaled_dot_product_flash_attention_backward
-    ],
-}
+FP32_BYTES = 4
+MOMENTS = "both moments of AdamW, fp32"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's cost on each rank."""
+    """One stage's cost."""
 
-    memory: dict[str, int]  # bytes by what they hold; all are held at once at the stage's peak
+    memory: dict[str, int]  # bytes on each rank by what they hold, all at once at the stage's peak
     flops: float  # in the model's dtype, over all ranks
 
     @property
     def peak(self) -> int:
+        """Bytes on each rank at the stage's peak."""
         return sum(self.memory.values())
 
 
@@ -60,259 +53,299 @@ class Estimate:
     calibration: Stage
     initialisation: Stage
     training: Stage
-    windows: Plan | None  # None: the method needs no calibration
-    hidden_states: int  # bytes on the CPU, on each rank: carried from window to window
+    windows: CalibrationPlan | None  # None: the method needs no calibration
+    hidden_states: int  # bytes on the CPU, on each rank, carried from window to window
     sum_flops: float  # fp64, of the calibration's sums, over all ranks
     solve_flops: float  # fp64, of its eigenproblems, over all ranks
     files: dict[str, int]  # bytes by what they hold
 
+    def get_stages(self) -> dict[str, Stage]:
+        """Return the stages by name, in the order in which they run."""
+        return {
+            "calibration": self.calibration,
+            "initialisation": self.initialisation,
+            "training": self.training,
+        }
 
-def estimate(
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What a calibration takes; by default none is made."""
+
+    windows: CalibrationPlan | None = None
+    pass_bytes: int = 0  # at the peak of a forward pass, or a forward and a backward pass
+    hidden_states: int = 0
+    flops: float = 0.0
+    sum_flops: float = 0.0
+    solve_flops: float = 0.0
+
+
+def estimate_run(
     config: PretrainedConfig,
     recipe: Recipe,
     *,
-    ranks: int,
+    world_size: int,
     dtype: torch.dtype,
     checkpointing: bool,
     steps: int,
 ) -> Estimate:
-    """The cost of `recipe` with a model of `config` on `ranks` ranks, every row being data.max_length tokens long.
+    """Estimate what `recipe` takes with a model of `config` on `world_size` ranks.
 
     Args:
-        dtype: of the base. checkpointing: gradients with activations computed anew. steps: of the optimiser.
+        dtype: of the base.
+        checkpointing: whether activations are computed again for the backward pass.
+        steps: of the optimiser.
 
     Raises:
         AstraError: targets, ranks or calibration.memory_gib do not fit the model.
     """
-    wanted, settings = recipe.adapter, recipe.train
+    method = recipe.adapter.method_record
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(
-            wanted.method == "full"
-        )
-    parameters = sum(p.numel() for p in base.parameters())
-    model = trainable.attach(base, wanted)
-    linears = adapter.base_layers(trainable.layers(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = _held(recipe.engine, base, trained, ranks, full=wanted.method == "full")
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base.requires_grad_(method.trains_all)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    model = attach_trainable(base, recipe.adapter)
+    linears = get_base_layers(find_lora_layers(model))
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = _count_held_bytes(recipe.engine, base, num_trained, world_size, method.trains_all)
 
-    length, rows = recipe.data.max_length, recipe.calibration.batch_size
-    windows, samples, statistics_flops, solving_flops, carried = None, 0, 0.0, 0.0, 0
-    with FakeTensorMode():
-        _fake(model)
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        if wanted.method in methods.CALIBRATED:
-            kind = methods.kind(recipe)
-            with trainable.untrained(model):
-                groups = find_groups(model, linears, {"input_ids": ids}, kind.needs)
-            memory = recipe.calibration.memory_gib
-            windows = make_plan(
-                base,
-                linears,
-                groups,
-                tokens=length * rows,
-                parts=1 + recipe.calibration.split_half,
-                memory=None if memory is None else memory * 2**30,
-                decomposed=kind.decomposes,
-            )
-            samples = 0 if kind.needs == "weight" else recipe.calibration.samples
-            of_rank = math.ceil(samples / (rows * ranks)) * rows
-            hidden = config.get_text_config().hidden_size
-            carried = (
-                of_rank * length * hidden * dtype.itemsize
-                if windows.layers and kind.needs != "gradient"
-                else 0
-            )
-            statistics_flops = samples * length * sum(sum_flops(group, linears) for group in groups)
-            kept = dict.fromkeys(linears, wanted.rank)
-            solving_flops = sum(
-                solve_flops(group, linears, kept, kind.decomposes) for group in groups
-            )
-        with _Counting() as calibrating, trainable.untrained(model):
-            if windows and kind.needs == "gradient":
-                window = windows.windows[0]
-                gradients(
-                    model.eval(), linears, [{"input_ids": ids, "labels": ids}], window, label_loss
-                )
-                calibrating.peak -= (
-                    window.statistics
-                )  # whose in-place sums are not among the products counted
-                calibrating.flops *= len(windows.windows)
-            else:
-                with torch.no_grad():
-                    forward(model.eval(), {"input_ids": ids})
-        calibration_flops = calibrating.flops / rows * samples
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / ranks))
-        ids = torch.zeros(micro_batch, length, dtype=torch.long)
-        _without_gradients(model)
-        counted = torch.arange(
-            ids.numel() - 1
-        )  # every token, as rows are taken to be as long as may be
-        with _Counting() as training:
-            AnswerLoss(model.train())(ids, counted, ids.flatten()[1:]).backward()
-    step_flops = training.flops / micro_batch * settings.global_batch
+    with compat.make_fake_mode():
+        # Attention takes a costlier path with meta tensors than with the CPU tensors of this mode.
+        compat.replace_tensors(model)
+        calibration = _Calibration()
+        if method.is_calibrated:
+            calibration = _estimate_calibration(base, model, linears, recipe, world_size)
+        activations, step_flops = _estimate_step(model, recipe, world_size, checkpointing)
 
-    largest = max(
-        (linear.in_features * linear.out_features for linear in linears.values()), default=0
-    )
-    # W in its own dtype, gathered and copied; W, B0 A0, W_res and what is between them in fp64.
-    one_weight = largest * (3 * dtype.itemsize + 6 * FP64)
-    of_windows = {
-        "statistics": max(window.statistics for window in windows.windows) if windows else 0,
-        "forward pass or solving": max(calibrating.peak if samples else 0, windows.working)
-        if windows
-        else 0,
-    }
     return Estimate(
-        parameters,
-        trained,
-        calibration=Stage(_but(held, "gradients and optimiser") | of_windows, calibration_flops),
-        initialisation=Stage(
-            {key: held[key] for key in ("base", "adapters")} | {"one weight": one_weight}, 0.0
-        ),
-        # Activations are at their most when the backward pass begins, with nothing under way.
+        parameters=num_parameters,
+        trainable=num_trained,
+        calibration=_make_calibration_stage(held, calibration),
+        initialisation=_make_initialisation_stage(held, linears, dtype),
+        # Activations are at their most when the backward pass begins, with no gathering under way.
         training=Stage(
-            _but(held, "prefetched") | {"activations": training.peak}, steps * step_flops
+            _leave_out(held, "prefetched") | {"activations": activations}, steps * step_flops
         ),
-        windows=windows,
-        hidden_states=carried,
-        sum_flops=statistics_flops,
-        solve_flops=solving_flops,
-        files={
-            **_files(wanted.method, parameters * dtype.itemsize, FP32 * trained),
-            "calibration: eigenvectors, or factors, fp64": FP64
-            * wanted.rank
-            * sum(
-                x.out_features + (wanted.method != "astra") * x.in_features
-                for x in linears.values()
-            )
-            if windows
-            else 0,
-        },
+        windows=calibration.windows,
+        hidden_states=calibration.hidden_states,
+        sum_flops=calibration.sum_flops,
+        solve_flops=calibration.solve_flops,
+        files=_count_file_bytes(recipe, num_parameters * dtype.itemsize, num_trained, linears),
     )
 
 
-def _files(method: str, whole: int, trained: int) -> dict[str, int]:
-    """Bytes of a checkpoint and of what is exported, by what they hold; `whole` model and fp32 `trained` parameters."""
-    moments = "both moments of AdamW, fp32"
-    if method == "full":
-        return {f"a checkpoint (all parameters and {moments})": 3 * trained, "export: model": whole}
-    exported = {"dora": 1, "lora": 2, "rslora": 2, "eva": 2}.get(
-        method, 4
-    )  # the others start on a residual
-    names = {
-        4: "adapter, astra_init and lora of twice the rank",
-        2: "adapter and lora",
-        1: "adapter",
-    }[exported]
+def _estimate_calibration(
+    base: PreTrainedModel,
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    recipe: Recipe,
+    world_size: int,
+) -> _Calibration:
+    """Plan the recipe's calibration, and run one batch of it on fake tensors."""
+    settings, length = recipe.calibration, recipe.data.max_length
+    method, statistic = recipe.adapter.method_record, recipe.statistic
+    ids = torch.zeros(settings.batch_size, length, dtype=torch.long)
+    with as_base(model):
+        groups = find_groups(model, linears, {"input_ids": ids}, statistic)
+    plan = make_plan(
+        base,
+        linears,
+        groups,
+        tokens=length * settings.batch_size,
+        num_parts=1 + settings.split_half,
+        memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
+        decomposition=method.decomposition,
+    )
+    num_samples = 0 if statistic == "weight" else settings.samples
+    if statistic == "gradient":
+        peak, flops = _run_gradients(model, linears, ids, plan)
+    else:
+        peak, flops = _run_forward(model, ids)
+
+    hidden_states = 0
+    if plan.layers is not None and statistic != "gradient":
+        num_batches = math.ceil(num_samples / (settings.batch_size * world_size))  # of a rank
+        hidden_size = base.config.get_text_config().hidden_size
+        num_tokens = num_batches * settings.batch_size * length
+        hidden_states = num_tokens * hidden_size * base.dtype.itemsize
+    lora_ranks = dict.fromkeys(linears, recipe.adapter.rank)
+    return _Calibration(
+        windows=plan,
+        pass_bytes=peak if num_samples else 0,
+        hidden_states=hidden_states,
+        flops=flops / settings.batch_size * num_samples,
+        sum_flops=num_samples * length * sum(count_sum_flops(group, linears) for group in groups),
+        solve_flops=sum(
+            count_solve_flops(group, linears, lora_ranks, method.decomposition) for group in groups
+        ),
+    )
+
+
+def _run_forward(model: nn.Module, ids: Tensor) -> tuple[int, int]:
+    """Run a forward pass of the base. Returns bytes at the peak, and floating-point operations."""
+    with CountingMode() as counted, as_base(model), torch.no_grad():
+        run_forward(model.eval(), {"input_ids": ids})
+    return counted.peak, counted.flops
+
+
+def _run_gradients(
+    model: nn.Module, linears: Mapping[str, nn.Linear], ids: Tensor, plan: CalibrationPlan
+) -> tuple[int, int]:
+    """Run the forward and backward passes that gradients are calibrated with.
+
+    Returns:
+        Bytes at the peak beside the statistics, and floating-point operations over all windows.
+    """
+    window = plan.windows[0]
+    with CountingMode() as counted, as_base(model):
+        batch = {"input_ids": ids, "labels": ids}
+        sum_gradients(model.eval(), linears, [batch], window, label_loss)
+    # The statistics are counted as a part of the plan. Adding to them in place counts no product.
+    return counted.peak - window.statistics_bytes, counted.flops * len(plan.windows)
+
+
+def _estimate_step(
+    model: nn.Module, recipe: Recipe, world_size: int, checkpointing: bool
+) -> tuple[int, float]:
+    """Run one micro batch forwards and backwards on fake tensors.
+
+    Returns:
+        Bytes of activations at the peak, and floating-point operations of a whole step.
+    """
+    settings = recipe.train
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    micro_batch = min(settings.micro_batch, math.ceil(settings.global_batch / world_size))
+    ids = torch.zeros(micro_batch, recipe.data.max_length, dtype=torch.long)
+    discard_gradients(model)  # they are counted as held, and sharded
+    every_token = torch.arange(ids.numel() - 1)  # as if all were part of an answer
+    with CountingMode() as counted:
+        AnswerLoss(model.train())(ids, every_token, ids.flatten()[1:]).backward()
+    return counted.peak, counted.flops / micro_batch * settings.global_batch
+
+
+def _make_calibration_stage(held: dict[str, int], calibration: _Calibration) -> Stage:
+    """Return the calibration's memory and arithmetic. Nothing is being trained yet."""
+    statistics = working = 0
+    plan = calibration.windows
+    if plan is not None:
+        statistics = max(window.statistics_bytes for window in plan.windows)
+        working = max(calibration.pass_bytes, plan.working_bytes)
+    memory = _leave_out(held, "gradients and optimiser")
+    memory |= {"statistics": statistics, "forward pass or solving": working}
+    return Stage(memory, calibration.flops)
+
+
+def _make_initialisation_stage(
+    held: dict[str, int], linears: Mapping[str, nn.Linear], dtype: torch.dtype
+) -> Stage:
+    """Return the memory in which A0, B0 and W_res are written, one module after the other."""
+    sizes = [linear.in_features * linear.out_features for linear in linears.values()]
+    # W in its own dtype, gathered and copied; W, B0 A0, W_res and what is between them in fp64.
+    one_weight = max(sizes, default=0) * (3 * dtype.itemsize + 6 * FP64_BYTES)
+    memory = {"base": held["base"], "adapters": held["adapters"], "one weight": one_weight}
+    return Stage(memory, 0.0)
+
+
+def _count_file_bytes(
+    recipe: Recipe, model_bytes: int, num_trained: int, linears: Mapping[str, nn.Linear]
+) -> dict[str, int]:
+    """Return the bytes of a checkpoint, of what is exported and of the calibration, by contents."""
+    method, trained_bytes = recipe.adapter.method_record, FP32_BYTES * num_trained
+    if method.trains_all:
+        checkpoint, num_copies = f"a checkpoint (all parameters and {MOMENTS})", 3
+        exported, export_bytes = "export: model", model_bytes
+    else:
+        checkpoint, num_copies = f"a checkpoint (A0, B0, what is trained and {MOMENTS})", 4
+        exported, num_exported = _describe_export(method)
+        export_bytes = num_exported * trained_bytes
+    calibration_bytes = 0
+    if method.is_calibrated:
+        for linear in linears.values():
+            # Eigenvectors are of the outputs. Factors are A0 of the inputs and B0 of the outputs.
+            size = linear.out_features
+            if method.solution == "factors":
+                size += linear.in_features
+            calibration_bytes += FP64_BYTES * recipe.adapter.rank * size
     return {
-        f"a checkpoint (A0, B0, what is trained and {moments})": 4 * trained,
-        f"export: {names}": exported * trained,
+        checkpoint: num_copies * trained_bytes,
+        exported: export_bytes,
+        "calibration: eigenvectors, or factors, fp64": calibration_bytes,
     }
 
 
-def _held(engine: str, base: nn.Module, trained: int, ranks: int, full: bool) -> dict[str, int]:
-    """Bytes on each rank's device of the model and its optimiser, by engine; `gathered` while they are used."""
-    of_zero = {} if engine in ("single", "fsdp") else read_config(engine)["zero_optimization"]
-    sharded, offload = engine == "fsdp" or of_zero.get("stage") == 3, "offload_param" in of_zero
-    whole, stepped = _weight_bytes(base, full), FP32 * trained
+def _describe_export(method: Method) -> tuple[str, int]:
+    """Return what a method with adapters exports, and how many times the trained values that is."""
+    if method.use_dora:
+        return "export: adapter", 1
+    if method.starts_on_residual:
+        return "export: adapter, astra_init and lora of twice the rank", 4
+    return "export: adapter and lora", 2
+
+
+def _count_held_bytes(
+    engine: str, base: nn.Module, num_trained: int, world_size: int, trains_all: bool
+) -> dict[str, int]:
+    """Return the bytes on each rank's device of the model and its optimiser, by what they hold.
+
+    `gathered` are whole weights in use where ranks hold shards, `prefetched` those that come next.
+    """
+    zero = {}
+    if engine not in ("single", "fsdp"):
+        zero = read_deepspeed_config(engine)["zero_optimization"]
+    is_sharded = engine == "fsdp" or zero.get("stage") == 3
+    is_offloaded = "offload_param" in zero
+    num_shards = world_size if is_sharded else 1
+    weights = _count_weight_bytes(base, trains_all)
+    stepped = FP32_BYTES * num_trained  # what AdamW steps
+    # In full fine-tuning FSDP2 and plain PyTorch hold what AdamW steps. DeepSpeed holds a copy in
+    # the model's dtype beside it.
+    held_weights = stepped if trains_all and not zero else weights
     held = {
-        # Of full fine-tuning FSDP2 and plain PyTorch hold what AdamW steps, DeepSpeed a copy in the model's dtype.
-        "base": (stepped if full and not of_zero else whole) // (ranks if sharded else 1),
-        "adapters": 0 if full else stepped // (ranks if sharded else 1),
-        "gradients and optimiser": 3 * stepped // ranks,  # AdamW has two moments
+        "base": held_weights // num_shards,
+        "adapters": 0 if trains_all else stepped // num_shards,
+        "gradients and optimiser": 3 * stepped // world_size,  # AdamW has two moments
         "gathered": 0,
         "prefetched": 0,
     }
-    if of_zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
-        buffer = FP32 * min(trained, of_zero["reduce_bucket_size"])
-        held["gradients and optimiser"] = buffer + (0 if offload else 4 * stepped // ranks)
-    if offload:
+    if zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
+        buffer = FP32_BYTES * min(num_trained, zero["reduce_bucket_size"])
+        stepped_shard = 0 if is_offloaded else 4 * stepped // world_size
+        held["gradients and optimiser"] = buffer + stepped_shard
+    if is_offloaded:
         held |= {"base": 0, "adapters": 0}
-    if engine == "fsdp":  # a layer while the next one comes, or what is outside of layers
-        layers = sorted(_weight_bytes(layer, full) for layer in find_layers(base, {}))
-        held["gathered"] = max(whole - sum(layers) + layers[-1], sum(layers[-2:])) * (
-            2 if full else 1
-        )  # and gradients
-    elif engine == "single" and full and whole < stepped:
-        held["gathered"] = whole  # autocast's copies
-    elif sharded and (ranks > 1 or offload):
+    if engine == "fsdp":
+        held["gathered"] = _count_fsdp_gathered(base, weights, trains_all)
+    elif engine == "single" and trains_all and weights < stepped:
+        held["gathered"] = weights  # autocast's copies
+    elif is_sharded and (world_size > 1 or is_offloaded):
         itemsize = next(base.parameters()).element_size()
-        held["gathered"] = min(whole, of_zero["stage3_max_live_parameters"] * itemsize)
-        held["prefetched"] = 2 * min(
-            whole, of_zero["stage3_prefetch_bucket_size"] * itemsize
-        )  # and its copy
+        held["gathered"] = min(weights, zero["stage3_max_live_parameters"] * itemsize)
+        prefetched = min(weights, zero["stage3_prefetch_bucket_size"] * itemsize)
+        held["prefetched"] = 2 * prefetched  # and its copy
     return held
 
 
-def _but(parts: dict[str, int], left_out: str) -> dict[str, int]:
-    return {name: size for name, size in parts.items() if name != left_out}
+def _count_fsdp_gathered(base: nn.Module, weights: int, trains_all: bool) -> int:
+    """Return the bytes that FSDP2 gathers at its peak, of a base with `weights` bytes.
 
-
-def _weight_bytes(module: nn.Module, full: bool) -> int:
-    """Of the base's weights in `module`: adapters are what is trained where that is not all."""
-    return sum(
-        p.numel() * p.element_size() for p in module.parameters() if full or not p.requires_grad
-    )
-
-
-class _Counting(TorchDispatchMode):
-    """Counts the bytes of tensors made within it, at their most, and the arithmetic of matrix products.
-
-    Not by FlopCounterMode, whose hooks keep inputs of modules alive, and which does not know attention on CPUs.
+    Those are one layer and the parameters outside of layers, or one layer while the next comes.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = self.flops = 0
-        self.known: weakref.WeakSet = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (PyTorch's signature)
-        given = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        }
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket in FLOPS:
-            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage not in self.known:
-                    self.known.add(storage)
-                    self.alive += storage.nbytes()
-                    self.peak = max(self.peak, self.alive)
-                    weakref.finalize(storage, self._freed, storage.nbytes())
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.alive -= size
+    layers = sorted(_count_weight_bytes(layer, trains_all) for layer in find_layers(base, {}))
+    gathered = max(weights - sum(layers) + layers[-1], sum(layers[-2:]))
+    return 2 * gathered if trains_all else gathered  # with their gradients
 
 
-def _fake(model: nn.Module) -> None:
-    """Under a FakeTensorMode, CPU tensors in the places of meta ones, for which attention takes a costlier path."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(
-                        torch.empty(old.shape, dtype=old.dtype), old.requires_grad
-                    )
-                module._parameters[name] = made[id(old)]
-        for name, old in module._buffers.items():
-            if old is not None:
-                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+def _count_weight_bytes(module: nn.Module, trains_all: bool) -> int:
+    """Return the bytes of the base's weights in `module`, without the adapters'."""
+    total = 0
+    for parameter in module.parameters():
+        if trains_all or not parameter.requires_grad:
+            total += parameter.numel() * parameter.element_size()
+    return total
 
 
-def _without_gradients(model: nn.Module) -> None:
-    """Let go of every gradient as soon as it is there: they are counted by `_held`, sharded."""
-
-    def let_go(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(let_go)
+def _leave_out(parts: dict[str, int], name: str) -> dict[str, int]:
+    """Return a copy of `parts` without the part called `name`."""
+    return {key: size for key, size in parts.items() if key != name}

@@ -1,1 +1,1 @@
-"""Tables of runs: which are needed, what they gave, how it is shown."""
+"""Sweeps: tables of runs, the jobs that fill them, and how their results are shown."""

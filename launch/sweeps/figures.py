@@ -1,93 +1,317 @@
-"""The figures of a table: loss and gradient norm by step, scores, scores against what varies, effective ranks."""
+"""Draw a table's figures: metrics by step, scores, scores against what varies, effective ranks."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launch.calibration.effective_rank import RESULT
-from launch.run import plots as figures
+import numpy as np
+
+from launch.calibration.effective_rank import (
+    RankChange,
+    average_by_kind,
+    plot_effective_ranks,
+    read_effective_ranks,
+)
+from launch.run import plots
+from launch.run.metrics import read_metrics
 from launch.sweeps.render import RATES
-from launch.sweeps.summary import Column, Group, mean_interval, table_columns
-from launch.sweeps.table import Sweep, columns
-from launch.training.metrics_log import read_metrics
+from launch.sweeps.summary import Column, Group, Point, list_columns
+from launch.sweeps.table import Rate, Sweep, list_benchmarks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WINDOW = 5  # steps of the moving average of noisy curves
+OFFSET = 0.28  # between the points of one row of scores
+
+Curves = Mapping[str, Sequence[Sequence[float]]]
+"""Label of a line -> a value at every step, for each of the line's runs."""
 
 
-def draw(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Every figure that the runs which are there allow, as PNG files called TABLE_<what>.png in `folder`."""
-    there = [group for group in groups if group.results]
-    if not there:
+def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Draw every figure that the finished runs allow, as `folder`/TABLE_<what>.png.
+
+    Returns:
+        The paths of the figures.
+    """
+    finished = [group for group in groups if group.results]
+    if not finished:
         return []
-
-    def path(what: str) -> Path:
-        return folder / f"{sweep.name}_{what}.png"
-
-    made = []
-    rates = list(dict.fromkeys(group.rate for group in there))
+    rates = list(dict.fromkeys(group.rate for group in finished))
+    paths = []
     for rate in rates:
-        of = [group for group in there if group.rate == rate]
-        end = f"_{rate}" if len(rates) > 1 else ""
-        for key, label in figures.LABELS.items():
-            made.append(
-                figures.curves(
-                    _panels(sweep, of, key, rate), label, path(key + end), log=key == "grad_norm"
-                )
-            )
-    for column in table_columns(sweep, there):
+        members = [group for group in finished if group.rate == rate]
+        suffix = f"_{rate}" if len(rates) > 1 else ""
+        for key, label in plots.METRIC_LABELS.items():
+            path = _get_path(sweep, folder, key + suffix)
+            panels = _collect_curves(sweep, members, key, rate)
+            paths.append(draw_curves(panels, label, path, is_log=key == "grad_norm"))
+
+    # Where learning rates are chosen, these are the rows at their own.
+    first = [group for group in finished if group.rate == rates[0]]
+    wanted = [*list_benchmarks(sweep.table), "mean", "held-out_loss"]
+    for column in list_columns(sweep, finished):
         what = column.title.removesuffix(" (%)").replace(" ", "_")
-        wanted = what in (*columns(sweep.table), "mean", "held-out_loss")
-        if not wanted or not any(group.numbers(column) for group in there):
+        if what not in wanted or not any(group.get_values(column) for group in finished):
             continue
+        path = _get_path(sweep, folder, what)
         if sweep.table.vary:
-            made.append(
-                _against(
-                    sweep, [group for group in there if group.rate == rates[0]], column, path(what)
-                )
-            )
+            lines = _collect_lines(first, column)
+            field = sweep.table.vary.fields[0]
+            paths.append(draw_scores_by_value(lines, field, column.title, path))
         else:
-            made.append(figures.scores(_points(there, column), column.title, path(what)))
-    ranks = {
-        _line(sweep, group): figures.by_kind(json.loads(file.read_text(encoding="utf-8")))
-        for group in there
-        if group.rate == rates[0]
-        for file in [Path(next(iter(group.folders.values()))) / "after" / RESULT]
-        if file.is_file()
-    }
+            paths.append(draw_scores(_collect_points(finished, column), column.title, path))
+
+    ranks = _collect_effective_ranks(sweep, first)
     if ranks:
-        made.append(figures.effective_rank(ranks, path("effective_rank")))
-    return made
+        paths.append(plot_effective_ranks(ranks, _get_path(sweep, folder, "effective_rank")))
+    return paths
 
 
-def _panels(
-    sweep: Sweep, groups: Sequence[Group], key: str, rate: str
-) -> dict[str, dict[str, list]]:
-    """Title -> line -> that metric by step of each seed: rows are panels where something varies, else lines."""
-    panels: dict[str, dict[str, list]] = {}
+def _get_path(sweep: Sweep, folder: Path, what: str) -> Path:
+    """Return the path of the figure that shows `what`."""
+    return folder / f"{sweep.name}_{what}.png"
+
+
+def _collect_curves(
+    sweep: Sweep, groups: Sequence[Group], key: str, rate: Rate
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Return the panels of a figure of the metric `key` by step, as title -> curves.
+
+    Rows are panels where something varies, and lines of one panel where nothing does.
+    """
+    panels: dict[str, dict[str, list[list[float]]]] = {}
     for group in groups:
-        title, line = (
-            (group.label, str(group.value)) if sweep.table.vary else (RATES[rate], group.label)
-        )
-        runs = [read_metrics(Path(group.folders[seed])) for seed in group.results]
-        panels.setdefault(title, {})[line] = [[step[key] for step in run] for run in runs]
+        if sweep.table.vary:
+            title, line = group.label, str(group.value)
+        else:
+            title, line = RATES[rate], group.label
+        runs = [read_metrics(group.folders[seed]) for seed in group.results]
+        panels.setdefault(title, {})[line] = [[step[key] for step in steps] for steps in runs]
     return panels
 
 
-def _points(groups: Sequence[Group], column: Column) -> dict[str, dict[str, figures.Point]]:
-    """Row -> whose rate -> point."""
-    found: dict[str, dict[str, figures.Point]] = {}
+def _collect_points(groups: Sequence[Group], column: Column) -> dict[str, dict[str, Point]]:
+    """Return the points of a figure of scores, as row -> learning rate -> mean."""
+    rows: dict[str, dict[str, Point]] = {}
     for group in groups:
-        if point := mean_interval(list(group.numbers(column).values())):
-            kind = f"{RATES[group.rate]}{f', {group.lr:g}' if group.rate == 'common' else ''}"
-            found.setdefault(group.label, {})[kind] = point
-    return found
+        point = group.estimate_column(column)
+        if point is not None:
+            kind = RATES[group.rate]
+            if group.rate == "common":
+                kind += f", {group.lr:g}"
+            rows.setdefault(group.label, {})[kind] = point
+    return rows
 
 
-def _against(sweep: Sweep, groups: Sequence[Group], column: Column, path: Path) -> Path:
-    lines: dict[str, dict] = {}
+def _collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[Any, Point]]:
+    """Return the lines of a figure of scores by value, as row -> value -> mean."""
+    lines: dict[str, dict[Any, Point]] = {}
     for group in groups:
-        if point := mean_interval(list(group.numbers(column).values())):
+        point = group.estimate_column(column)
+        if point is not None:
             lines.setdefault(group.label, {})[group.value] = point
-    return figures.against(lines, sweep.table.vary.fields[0], column.title, path)
+    return lines
 
 
-def _line(sweep: Sweep, group: Group) -> str:
-    return f"{group.label} {group.value}" if sweep.table.vary else group.label
+def _collect_effective_ranks(
+    sweep: Sweep, groups: Sequence[Group]
+) -> dict[str, dict[str, RankChange]]:
+    """Return the effective ranks of each group's first run, where they were measured."""
+    rows = {}
+    for group in groups:
+        first_run = next(iter(group.folders.values()))
+        changes = read_effective_ranks(first_run)
+        if changes:
+            label = f"{group.label} {group.value}" if sweep.table.vary else group.label
+            rows[label] = average_by_kind(changes)
+    return rows
+
+
+def draw_curves(panels: Mapping[str, Curves], label: str, path: Path, is_log: bool = False) -> Path:
+    """Draw one value by optimiser step, and return `path`.
+
+    A line is the moving average over steps, and the mean over its runs. The range from the least to
+    the greatest run is shaded.
+
+    Args:
+        panels: title -> curves.
+        label: of the y axis.
+        is_log: whether the y axis is logarithmic.
+    """
+    drawn = _split_panels(panels)
+    num_columns = min(3, len(drawn))
+    num_rows = -(-len(drawn) // num_columns)
+    width = 4.6 if num_columns > 1 else 6.5
+    figure, axes = plots.make_figure(num_columns, num_rows, width, 4.2)
+    used, unused = axes.flat[: len(drawn)], axes.flat[len(drawn) :]
+    for axis, (title, part, curves) in zip(used, drawn, strict=True):
+        _draw_panel(axis, part, curves)
+        axis.set(xlabel="optimiser step", ylabel=label, title=title)
+        if is_log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(_format_minor_tick)
+        _add_legend(axis)
+    _share_limits(list(used))
+    for axis in unused:
+        axis.set_visible(False)
+    return plots.save_figure(figure, path)
+
+
+def _split_panels(panels: Mapping[str, Curves]) -> list[tuple[str, list[str], Curves]]:
+    """Split panels of too many lines. Returns title, lines that are told apart, and all curves."""
+    split = []
+    for title, curves in panels.items():
+        parts = plots.split_labels(list(curves))
+        for number, part in enumerate(parts, start=1):
+            suffix = f" ({number} of {len(parts)}, others grey)" if len(parts) > 1 else ""
+            split.append((title + suffix, part, curves))
+    return split
+
+
+def _draw_panel(axis: "Axes", part: Sequence[str], curves: Curves) -> None:
+    """Draw the curves of one panel, those that are not in `part` in grey."""
+    for name, runs in curves.items():
+        if name not in part:
+            steps, mean, _, _ = _smooth_runs(runs)
+            axis.plot(steps, mean, color=plots.GREY, linewidth=0.7, zorder=1)
+    for index, name in enumerate(part):
+        steps, mean, low, high = _smooth_runs(curves[name])
+        style = plots.style_line(index)
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axis.plot(
+            steps,
+            mean,
+            **style,
+            markevery=plots.space_markers(index, len(steps)),
+            markersize=4,
+            linewidth=1.3,
+            label=name,
+            zorder=3,
+        )
+
+
+def _smooth_runs(
+    runs: Sequence[Sequence[float]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Average each run's values over WINDOW steps.
+
+    Returns:
+        The middle steps of the windows, and the mean, least and greatest of the runs there. Runs of
+        different length are cut to the shortest.
+    """
+    length = min(map(len, runs))
+    window = min(WINDOW, length)
+    weights = np.ones(window) / window
+    averaged = np.array([np.convolve(run[:length], weights, mode="valid") for run in runs])
+    steps = np.arange(averaged.shape[1]) + 1 + (window - 1) / 2
+    return steps, averaged.mean(0), averaged.min(0), averaged.max(0)
+
+
+def _format_minor_tick(value: float, _: int) -> str:
+    """Return the label of a minor tick of a logarithmic axis: 2 and 5 of each decade have one."""
+    first_digit = f"{value:e}"[0]
+    return f"{value:g}" if first_digit in "25" else ""
+
+
+def draw_scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> Path:
+    """Draw a row for each label, with a point and its interval for each kind; return `path`.
+
+    Args:
+        rows: label -> kind, such as the learning rate it was trained at -> mean.
+        label: of the x axis.
+    """
+    figure, axes = plots.make_figure(1, 1, 6.5, 1.2 + 0.36 * len(rows))
+    (axis,) = axes.flat
+    kinds = list(dict.fromkeys(kind for points in rows.values() for kind in points))
+    for i, kind in enumerate(kinds):
+        shift = (i - (len(kinds) - 1) / 2) * OFFSET
+        points = {y + shift: row[kind] for y, row in enumerate(rows.values()) if kind in row}
+        axis.errorbar(
+            [point.mean for point in points.values()],
+            list(points),
+            xerr=[point.half or 0 for point in points.values()],
+            fmt=plots.MARKERS[i],
+            color=plots.COLOURS[i],
+            markerfacecolor=plots.COLOURS[i] if i == 0 else "white",
+            markersize=5,
+            capsize=2,
+            linewidth=1,
+            label=kind,
+        )
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    axis.set_xlim(_clip_percent(axis.get_xlim(), label))
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncol=2, fontsize="small", frameon=False)
+    return plots.save_figure(figure, path)
+
+
+def draw_scores_by_value(
+    lines: Mapping[str, Mapping[Any, Point]], x_label: str, y_label: str, path: Path
+) -> Path:
+    """Draw scores against what varies, with a line for each label, and return `path`.
+
+    Positive numbers are spaced by their logarithm, anything else evenly.
+
+    Args:
+        lines: label -> value -> mean.
+    """
+    parts = plots.split_labels(list(lines))
+    figure, axes = plots.make_figure(len(parts), 1, 5.2, 4.4)
+    values = list(dict.fromkeys(value for points in lines.values() for value in points))
+    is_numeric = all(isinstance(value, int | float) and value > 0 for value in values)
+    x = {value: value if is_numeric else i for i, value in enumerate(values)}
+    for axis, part in zip(axes.flat, parts, strict=True):
+        for name, points in lines.items():
+            if name not in part:
+                places = sorted((x[value], point.mean) for value, point in points.items())
+                axis.plot(*zip(*places, strict=True), color=plots.GREY, linewidth=0.7, zorder=1)
+        for index, name in enumerate(part):
+            places = sorted((x[value], *point) for value, point in lines[name].items())
+            axis.errorbar(
+                [place for place, _, _ in places],
+                [mean for _, mean, _ in places],
+                yerr=[half or 0 for _, _, half in places],
+                **plots.style_line(index),
+                markersize=5,
+                capsize=2,
+                linewidth=1.3,
+                label=name,
+            )
+        if is_numeric:
+            axis.set_xscale("log", base=2)
+        # Ticks at the values that were run, not at matplotlib's powers of two.
+        axis.set_xticks(list(x.values()), [str(value) for value in values])
+        axis.minorticks_off()
+        axis.set(xlabel=x_label, ylabel=y_label, ylim=_clip_percent(axis.get_ylim(), y_label))
+        _add_legend(axis)
+    _share_limits(list(axes.flat))
+    return plots.save_figure(figure, path)
+
+
+def _clip_percent(limits: tuple[float, float], label: str) -> tuple[float, float]:
+    """Return the limits of an axis: of percentages, none outside of 0 to 100.
+
+    The interval of few seeds may reach further.
+    """
+    low, high = limits
+    return (max(low, -2), min(high, 102)) if label.endswith("(%)") else limits
+
+
+def _add_legend(axis: "Axes") -> None:
+    """Add a grid, and a legend below the axis."""
+    axis.grid(alpha=0.3)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small", frameon=False
+    )
+
+
+def _share_limits(axes: Sequence["Axes"]) -> None:
+    """Give all axes the y limits that hold the values of each."""
+    limits = [axis.get_ylim() for axis in axes]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    for axis in axes:
+        axis.set_ylim(low, high)

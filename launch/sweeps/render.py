@@ -1,69 +1,109 @@
-"""A table's groups as Markdown, LaTeX and CSV."""
+"""Render a table's groups as Markdown, LaTeX and CSV."""
 
 import csv
 import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from launch.run.plots import Point
-from launch.sweeps.summary import Column, Group, best, mean_interval, published, table_columns
-from launch.sweeps.table import Rate, Sweep, columns
+from launch.sweeps.summary import (
+    Column,
+    Group,
+    Point,
+    Published,
+    find_best,
+    find_published,
+    list_columns,
+)
+from launch.sweeps.table import Rate, Sweep, list_benchmarks
 
 RATES: dict[Rate, str] = {
     "recipe": "at the recipe's learning rate",
     "own": "each at its own learning rate",
     "common": "all at one learning rate",
 }
-TEST = (
-    "Mean over seeds, and half of its 95 % interval (Student's t). Bold: best of its block, where a two-sided test "
-    "against the next best gives p < 0.05 (paired t-test over common seeds, else Welch's), without correction for the "
-    "number of columns. An empty cell has not been run."
+TEST_NOTE = (
+    "Mean over seeds, and half of its 95 % interval (Student's t). Bold: best of its block, where "
+    "a two-sided test against the next best gives p < 0.05 (paired t-test over common seeds, else "
+    "Welch's), without correction for the number of columns. An empty cell has not been run."
 )
-SPECIAL = {
+LATEX_PACKAGES = (
+    "% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide tabular fit"
+)
+LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": "$<$",
     ">": "$>$",
+    "±": r"$\pm$",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
+CSV_HEAD = (
+    "row",
+    "value",
+    "rate",
+    "learning_rate",
+    "column",
+    "mean",
+    "low",
+    "high",
+    "n",
+    "published",
+    "source",
+)
 
 
-class Cell(NamedTuple):
-    """A cell's text, and whether it is the best of its block."""
+class Entry(NamedTuple):
+    """The text in one place of a rendered table."""
 
     text: str
-    bold: bool = False
+    is_best: bool = False  # of its column in its block
 
 
-def blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[Cell]]]:
-    """Heading -> rows of cells, the first being the titles; a block for each rate and varied value."""
-    shown = table_columns(sweep, groups)
-    suites = columns(sweep.table)
-    numbers = published(groups, suites)
-    with_published = [suite for suite in suites if any(suite in of for of in numbers.values())]
-    head = ["row", "learning rate", "seeds", *(column.title for column in shown)]
-    head += [f"{suite} published (%)" for suite in with_published]
-    found: dict[str, list[list[Cell]]] = {}
-    for heading, members in _members(sweep, groups).items():
-        winners = [best([groups[i] for i in members], column) for column in shown]
-        rows = [[Cell(title) for title in head]]
+def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[Entry]]]:
+    """Return the blocks of the table, one for each learning rate and varied value.
+
+    Returns:
+        Heading -> rows of entries. The first row holds the titles.
+    """
+    columns = list_columns(sweep, groups)
+    published = find_published(groups, list_benchmarks(sweep.table))
+    benchmarks = []  # those that have a published score, each a column
+    for name in list_benchmarks(sweep.table):
+        if any(name in scores for scores in published.values()):
+            benchmarks.append(name)
+    titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
+    titles += [f"{name} published (%)" for name in benchmarks]
+    # A mean is compared with those of its own block only.
+    blocks = {}
+    for heading, members in _group_by_heading(sweep, groups).items():
+        best = [find_best([groups[i] for i in members], column) for column in columns]
+        rows = [[Entry(title) for title in titles]]
         for place, i in enumerate(members):
-            group, known = groups[i], numbers.get(i, {})
-            row = [Cell(group.label), Cell(_rate(group)), Cell(_seeds(group))]
-            for column, winner in zip(shown, winners, strict=True):
-                point = mean_interval(list(group.numbers(column).values()))
-                row.append(Cell(_text(point, column), winner == place))
-            row += [
-                Cell(f"{known[suite]['value']:.2f}" if suite in known else "")
-                for suite in with_published
-            ]
-            rows.append(row)
-        found[heading] = rows
-    return found
+            are_best = [index == place for index in best]
+            rows.append(_build_row(groups[i], columns, are_best, benchmarks, published.get(i, {})))
+        blocks[heading] = rows
+    return blocks
 
 
-def _members(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[int]]:
-    """Heading -> indices of its groups."""
+def _build_row(
+    group: Group,
+    columns: Sequence[Column],
+    are_best: Sequence[bool],
+    benchmarks: Sequence[str],
+    published: dict[str, Published],
+) -> list[Entry]:
+    """Return a group's row of the table: its `columns`, then published scores of `benchmarks`."""
+    at_edge = " (end of its grid)" if group.at_edge else ""
+    row = [Entry(group.label), Entry(f"{group.lr:g}{at_edge}"), Entry(_format_seeds(group))]
+    for column, is_best in zip(columns, are_best, strict=True):
+        row.append(Entry(_format_point(group.estimate_column(column), column), is_best))
+    for name in benchmarks:
+        row.append(Entry(f"{published[name].value:.2f}" if name in published else ""))
+    return row
+
+
+def _group_by_heading(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[int]]:
+    """Return the indices of the groups of each block, by its heading."""
     vary = sweep.table.vary
     found: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
@@ -73,21 +113,18 @@ def _members(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[int]]:
     return found
 
 
-def _rate(group: Group) -> str:
-    return f"{group.lr:g}{' (end of its grid)' if group.at_edge else ''}"
+def _format_seeds(group: Group) -> str:
+    """Return how many seeds have finished, of how many where some have not."""
+    text = str(len(group.results))
+    if len(group.results) != group.num_wanted:
+        text += f" of {group.num_wanted}"
+    if group.num_diverged:
+        text += f", {group.num_diverged} diverged"
+    return text
 
 
-def _seeds(group: Group) -> str:
-    """How many are in, of how many."""
-    count = (
-        f"{len(group.results)}"
-        if len(group.results) == group.wanted
-        else f"{len(group.results)} of {group.wanted}"
-    )
-    return count + (f", {group.diverged} diverged" if group.diverged else "")
-
-
-def _text(point: Point | None, column: Column) -> str:
+def _format_point(point: Point | None, column: Column) -> str:
+    """Return a mean, with its interval where the column's numbers are compared."""
     if point is None:
         return ""
     if point.half is None or column.better is None:
@@ -95,111 +132,92 @@ def _text(point: Point | None, column: Column) -> str:
     return f"{point.mean:{column.form}} ± {point.half:{column.form}}"
 
 
-def notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
-    """What is to be said under the table: the test, revisions, where published numbers are from."""
-    results = [of for group in groups for of in group.results.values()]
-    lines = [TEST]
+def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
+    """List the notes under the table: the test, conditions, sources of published numbers."""
+    notes = [TEST_NOTE]
     rates = sweep.table.learning_rates
     if rates:
-        lines.append(
-            f"A row's own learning rate has the least held-out loss of its grid on seed {rates.seed}; no score counts."
+        notes.append(
+            "A row's own learning rate has the least held-out loss of its grid on seed "
+            f"{rates.seed}; no score counts."
         )
-    sizes = sorted(
-        {f"{suite}: n = {score['n']}" for of in results for suite, score in of["scores"].items()}
-    )
-    revisions = sorted({of["conditions"]["git_revision"] or "no revision" for of in results})
-    machines = sorted(
-        {f"{of['conditions']['world_size']} x {of['conditions']['device']}" for of in results}
-    )
-    if results:
-        lines.append(f"{'; '.join([*sizes, *machines])}; revision {', '.join(revisions)}.")
-    sources = {
-        of["source"]
-        for suites in published(groups, columns(sweep.table)).values()
-        for of in suites.values()
-    }
+    sizes, machines, revisions = set(), set(), set()
+    for group in groups:
+        for results in group.results.values():
+            sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
+            conditions = results.conditions
+            machines.add(f"{conditions.world_size} x {conditions.device}")
+            revisions.add(conditions.git_revision or "no revision")
+    if revisions:  # at least one run has finished
+        held_for = "; ".join([*sorted(sizes), *sorted(machines)])
+        notes.append(f"{held_for}; revision {', '.join(sorted(revisions))}.")
+    sources = set()
+    for scores in find_published(groups, list_benchmarks(sweep.table)).values():
+        sources |= {score.source for score in scores.values()}
     if sources:
-        lines.append(f"Published: {'; '.join(sorted(sources))}.")
-    return lines
+        notes.append(f"Published: {'; '.join(sorted(sources))}.")
+    return notes
 
 
-def markdown(sweep: Sweep, groups: Sequence[Group]) -> str:
-    """The table in Markdown, block after block."""
+def render_markdown(sweep: Sweep, groups: Sequence[Group]) -> str:
+    """Render the table in Markdown, block after block."""
 
-    def text(cell: Cell) -> str:
-        shown = cell.text.replace("|", "\\|")
-        return f"**{shown}**" if cell.bold else shown
+    def render_entry(entry: Entry) -> str:
+        text = entry.text.replace("|", "\\|")
+        return f"**{text}**" if entry.is_best else text
 
     lines = [f"# {sweep.name}", ""]
-    for heading, (head, *rows) in blocks(sweep, groups).items():
+    for heading, (titles, *rows) in build_blocks(sweep, groups).items():
         lines += [f"{heading}:", ""]
-        for cells in (head, [Cell("---")] * len(head), *rows):
-            lines.append(f"| {' | '.join(map(text, cells))} |")
+        for row in (titles, [Entry("---")] * len(titles), *rows):
+            lines.append(f"| {' | '.join(map(render_entry, row))} |")
         lines.append("")
-    return "\n".join([*lines, *notes(sweep, groups)]) + "\n"
+    return "\n".join([*lines, *list_notes(sweep, groups)]) + "\n"
 
 
-def latex(sweep: Sweep, groups: Sequence[Group]) -> str:
-    r"""The table for \input, with the booktabs package: a heading over each block, the notes below."""
+def render_latex(sweep: Sweep, groups: Sequence[Group]) -> str:
+    r"""Render the table for \input, with the booktabs package: a heading above each block."""
 
-    def text(cell: Cell) -> str:
-        return f"\\textbf{{{escape(cell.text)}}}" if cell.bold else escape(cell.text)
+    def render_entry(entry: Entry) -> str:
+        text = escape_latex(entry.text)
+        return f"\\textbf{{{text}}}" if entry.is_best else text
 
-    lines = ["% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide tabular fit"]
-    for heading, (head, *rows) in blocks(sweep, groups).items():
-        lines += [
-            f"\\noindent {escape(heading)}:\\\\*",
-            f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-            "\\toprule",
-        ]
-        lines += [f"{' & '.join(map(text, head))} \\\\", "\\midrule"]
-        lines += [f"{' & '.join(map(text, row))} \\\\" for row in rows]
+    lines = [LATEX_PACKAGES]
+    for heading, (titles, *rows) in build_blocks(sweep, groups).items():
+        alignment = f"l{'r' * (len(titles) - 1)}"
+        lines += [f"\\noindent {escape_latex(heading)}:\\\\*", f"\\begin{{tabular}}{{{alignment}}}"]
+        lines += ["\\toprule", f"{' & '.join(map(render_entry, titles))} \\\\", "\\midrule"]
+        lines += [f"{' & '.join(map(render_entry, row))} \\\\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}", "\\par"]
-    lines += [
-        "{\\footnotesize",
-        *(f"\\noindent {escape(note)}\\par" for note in notes(sweep, groups)),
-        "}",
-    ]
+    lines.append("{\\footnotesize")
+    lines += [f"\\noindent {escape_latex(note)}\\par" for note in list_notes(sweep, groups)]
+    lines.append("}")
     return "\n".join(lines) + "\n"
 
 
-def escape(text: str) -> str:
-    """`text` as LaTeX shows it."""
-    return "".join(SPECIAL.get(character, character) for character in text).replace("±", "$\\pm$")
+def escape_latex(text: str) -> str:
+    """Return `text` with the characters that are special to LaTeX escaped."""
+    return "".join(LATEX_SPECIAL.get(character, character) for character in text)
 
 
-def to_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
-    """One line a group and column that has a number: unrounded mean, its interval, n, published number and source."""
+def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
+    """Render a line for each group and column that has a number, none of them rounded."""
     file = io.StringIO()
-    out = csv.writer(file, lineterminator="\n")
-    out.writerow(
-        [
-            "row",
-            "value",
-            "rate",
-            "learning_rate",
-            "column",
-            "mean",
-            "low",
-            "high",
-            "n",
-            "published",
-            "source",
-        ]
-    )
-    numbers = published(groups, columns(sweep.table))
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_HEAD)
+    columns = list_columns(sweep, groups)
+    published = find_published(groups, list_benchmarks(sweep.table))
     for i, group in enumerate(groups):
-        for column in table_columns(sweep, groups):
-            point = mean_interval(list(group.numbers(column).values()))
+        for column in columns:
+            point = group.estimate_column(column)
             if point is None:
                 continue
-            ends = (
-                ["", ""]
-                if point.half is None
-                else [point.mean - point.half, point.mean + point.half]
-            )
-            known = numbers.get(i, {}).get(column.title.removesuffix(" (%)"), {})
-            of = ["" if group.value is None else group.value, group.rate, group.lr, column.title]
-            last = [len(group.numbers(column)), known.get("value", ""), known.get("source", "")]
-            out.writerow([group.label, *of, point.mean, *ends, *last])
+            low = high = ""
+            if point.half is not None:
+                low, high = point.mean - point.half, point.mean + point.half
+            benchmark = column.title.removesuffix(" (%)")
+            score = published.get(i, {}).get(benchmark, ("", ""))
+            value = "" if group.value is None else group.value
+            line = [group.label, value, group.rate, group.lr, column.title, point.mean, low, high]
+            writer.writerow([*line, len(group.get_values(column)), *score])
     return file.getvalue()

@@ -1,9 +1,10 @@
-"""A table's runs, grouped over seeds: means, intervals, and which best is better than the next beyond chance.
+"""Group a table's runs over seeds, with means, their intervals, and a test of the best mean.
 
-Means have 95 % intervals of Student's t over the seeds. The best mean of a column is marked only where a two-sided test
-of it against the next best gives p < 0.05: a paired t-test where both groups have the same seeds (runs of one seed
-share the order of the rows), Welch's t-test otherwise. One seed decides nothing, and neither do differences without
-spread: few seeds with coarse scores give equal ones by chance.
+Means have 95 % intervals of Student's t over the seeds. The best mean of a column is marked only
+where a two-sided test of it against the next best gives p < 0.05: a paired t-test where both groups
+have the same seeds (runs of one seed share the order of the training data), Welch's t-test
+otherwise. One seed decides nothing, and neither do differences without spread: few seeds with
+coarse scores give equal ones by chance.
 """
 
 import json
@@ -17,275 +18,320 @@ import yaml
 from scipy import stats
 
 from launch.config.schema import Recipe
-from launch.run.plots import Point
+from launch.run.results import Prediction, RunResults, find_run_results
 from launch.runtime.errors import UserError
-from launch.sweeps.table import TABLES, Rate, Sweep, columns, diverged, read_results
+from launch.runtime.units import GIB
+from launch.sweeps.table import TABLES, Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 ROUNDING = 1e-9  # relative: numbers that are no further apart are equal
-GIB = 2**30
+
+
+class Point(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    half: float | None  # of its 95 % interval; None for a single seed, which has none
 
 
 class Column(NamedTuple):
     """A number of a run."""
 
     title: str
-    of: Callable[[dict], float | None]  # results.json -> the number; None where the run has none
-    form: str = ".1f"
-    better: Literal["high", "low"] | None = None
+    value: Callable[[RunResults], float | None]  # None where the run has no such number
+    form: str  # format specification
+    better: Literal["high", "low"] | None = None  # None: neither is better
+
+
+class Published(NamedTuple):
+    """A published score."""
+
+    value: float  # percent
+    source: str
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one row at one value and rate."""
+    """The runs of one cell at one learning rate, over seeds."""
 
-    label: str
+    label: str  # of the row
     value: Any  # None where nothing varies
     rate: Rate
-    lr: float | None  # None where no run is there yet
-    at_edge: bool  # its own rate is the least or greatest of its grid
-    wanted: int  # seeds
-    diverged: int
-    results: dict[int, dict]  # seed -> results.json
-    folders: dict[int, str]  # seed -> run folder
-    adapter: dict  # of the resolved recipe
+    lr: float
+    at_edge: bool  # its own learning rate is the least or the greatest of its grid
+    num_wanted: int  # seeds
+    num_diverged: int
+    results: dict[int, RunResults]  # by seed, of the finished runs
+    folders: dict[int, Path]  # by seed, of all runs
+    method: str  # with its variant
+    rank: int
     model: str
 
-    def numbers(self, column: Column) -> dict[int, float]:
-        """Seed -> number, of the runs that have it."""
-        found = {seed: column.of(results) for seed, results in self.results.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def get_values(self, column: Column) -> dict[int, float]:
+        """Return the column's number of every run that has it, by seed."""
+        values = {}
+        for seed, results in self.results.items():
+            value = column.value(results)
+            if value is not None:
+                values[seed] = value
+        return values
+
+    def estimate_column(self, column: Column) -> Point | None:
+        """Return the column's mean over the seeds; None where no run has the number."""
+        return estimate_mean(list(self.get_values(column).values()))
 
 
-def mean_interval(values: Sequence[float]) -> Point | None:
-    """The mean and half of its 95 % interval of Student's t; no interval for one value, None for none."""
+def estimate_mean(values: Sequence[float]) -> Point | None:
+    """Return the mean and half of its 95 % interval of Student's t; None for no values."""
     if not values:
         return None
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Point(mean, None)
-    return Point(mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)))
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return Point(mean, float(quantile * stats.sem(values)))
 
 
-def differ(first: dict[int, float], second: dict[int, float]) -> bool:
-    """Whether the means of two groups (seed -> number) differ at LEVEL; see this file's beginning for the test."""
+def means_differ(first: dict[int, float], second: dict[int, float]) -> bool:
+    """Return whether the means of two groups (seed -> number) differ significantly.
+
+    The module's docstring names the test.
+    """
     if min(len(first), len(second)) < 2:
         return False
-    paired = first.keys() == second.keys()
-    samples = (
-        [[first[seed] - second[seed] for seed in first]]
-        if paired
-        else [[*first.values()], [*second.values()]]
-    )
-    size = max(map(abs, [*first.values(), *second.values()]))
-    if all(max(of) - min(of) <= ROUNDING * size for of in samples):  # no spread to test against
-        return False
-    test = stats.ttest_1samp(*samples, 0) if paired else stats.ttest_ind(*samples, equal_var=False)
-    return bool(test.pvalue < LEVEL)
+    values = [list(first.values()), list(second.values())]
+    size = max(map(abs, values[0] + values[1]))
+    if first.keys() == second.keys():
+        differences = [first[seed] - second[seed] for seed in first]
+        if not _has_spread(differences, size):
+            return False
+        test = stats.ttest_1samp(differences, 0)
+    else:
+        if not any(_has_spread(sample, size) for sample in values):
+            return False
+        test = stats.ttest_ind(*values, equal_var=False)
+    return bool(test.pvalue < SIGNIFICANCE_LEVEL)
 
 
-def best(groups: Sequence[Group], column: Column) -> int | None:
-    """Index of the group whose mean is best and differs from the next best; None if there is none."""
-    numbers = {i: found for i, group in enumerate(groups) if (found := group.numbers(column))}
-    means = {i: mean_interval(list(found.values())).mean for i, found in numbers.items()}
-    order = sorted(
-        (i for i in means if math.isfinite(means[i])), key=means.get
-    )  # NaN has no place in an order
-    if column.better is None or len(order) < 2:
+def _has_spread(sample: Sequence[float], size: float) -> bool:
+    """Return whether numbers differ by more than the rounding of numbers as large as `size`."""
+    return max(sample) - min(sample) > ROUNDING * size
+
+
+def find_best(groups: Sequence[Group], column: Column) -> int | None:
+    """Return the index of the group whose mean is best and differs from the next best, if any."""
+    if column.better is None:
         return None
-    first, second = order[:2] if column.better == "low" else order[:-3:-1]
-    return first if differ(numbers[first], numbers[second]) else None
+    means = {}
+    for i, group in enumerate(groups):
+        point = group.estimate_column(column)
+        if point is not None and math.isfinite(point.mean):  # NaN has no place in an order
+            means[i] = point.mean
+    if len(means) < 2:
+        return None
+    ascending = sorted(means, key=means.get)
+    first, second = ascending[:2] if column.better == "low" else ascending[:-3:-1]
+    values = [groups[i].get_values(column) for i in (first, second)]
+    return first if means_differ(*values) else None
 
 
-def collect(sweep: Sweep) -> list[Group]:
-    """Every group of the table, those at own rates first, then in the table's order.
+def collect_groups(sweep: Sweep) -> list[Group]:
+    """Return every group of the table, those at own learning rates first, then in its order.
 
-    Raises UserError if runs whose recipes have the same model, data or benchmarks were made with other content of them.
+    Raises:
+        UserError: runs whose recipes have the same model, data or benchmarks were made with
+            different content of them.
     """
     _check_inputs(sweep)
     groups = []
-    for unit in sweep.units():
-        for rate, runs in sweep.scored(unit).items():
-            folders = {run.recipe.train.seed: sweep.folder / run.name for run in runs}
-            found = {
-                seed: results
-                for seed, folder in folders.items()
-                if (results := read_results(folder))
-            }
-            grid, recipe = sweep.grid(unit), runs[0].recipe
-            groups.append(
-                Group(
-                    label=unit.label,
-                    value=unit.value,
-                    rate=rate,
-                    lr=recipe.train.lr,
-                    at_edge=rate == "own"
-                    and len(grid) > 1
-                    and recipe.train.lr in (min(grid), max(grid)),
-                    wanted=len(runs),
-                    diverged=sum(map(diverged, folders.values())),
-                    results=found,
-                    folders={seed: str(folder) for seed, folder in folders.items()},
-                    adapter=recipe.adapter.model_dump(),
-                    model=recipe.model.name,
-                )
-            )
+    for cell in sweep.list_cells():
+        for rate, runs in sweep.eval_runs(cell).items():
+            groups.append(_make_group(sweep, cell, rate, runs))
     return sorted(groups, key=lambda group: group.rate != "own")
 
 
+def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Group:
+    """Read the results of a cell's runs at one learning rate."""
+    folders = {run.recipe.train.seed: sweep.folder / run.name for run in runs}
+    results = {}
+    for seed, folder in folders.items():
+        found = find_run_results(folder)
+        if found is not None:
+            results[seed] = found
+    recipe, grid = runs[0].recipe, sweep.learning_rate_grid(cell)
+    lr = recipe.train.lr
+    return Group(
+        label=cell.label,
+        value=cell.value,
+        rate=rate,
+        lr=lr,
+        at_edge=rate == "own" and len(grid) > 1 and lr in (min(grid), max(grid)),
+        num_wanted=len(runs),
+        num_diverged=sum(map(has_diverged, folders.values())),
+        results=results,
+        folders=folders,
+        method=_label_method(recipe),
+        rank=recipe.adapter.rank,
+        model=recipe.model.name,
+    )
+
+
+def _label_method(recipe: Recipe) -> str:
+    """Return the recipe's method with its variant, as `RunResults.label` does for a run."""
+    method, variant = recipe.adapter.method, recipe.variant
+    return f"{method} {variant}" if variant else method
+
+
 def _check_inputs(sweep: Sweep) -> None:
-    seen: dict[str, tuple[str, Path]] = {}
-    for unit in sweep.units():
-        for run in (
-            *sweep.choosing(unit).values(),
-            *(run for of in sweep.scored(unit).values() for run in of),
-        ):
+    """Raise UserError if two runs with the same fields of an input had different content of it."""
+    seen: dict[str, tuple[str, Path]] = {}  # input and its fields -> its content, and whose
+    for cell in sweep.list_cells():
+        for run in sweep.list_runs(cell):
             folder = sweep.folder / run.name
-            for name, fields, content in _inputs(run.recipe, read_results(folder) or {}):
-                if content is None:  # made before this was recorded, or without it
-                    continue
-                first, where = seen.setdefault(json.dumps([name, fields]), (content, folder))
+            results = find_run_results(folder)
+            if results is None:
+                continue
+            for name, fields, content in _list_inputs(run.recipe, results):
+                key = json.dumps([name, fields])
+                first, where = seen.setdefault(key, (content, folder))
                 if content != first:
                     raise UserError(
-                        f"--table: {folder} was made with another {name} than {where} ({content[:12]}, not "
-                        f"{first[:12]}); remove the older runs, or give --output another folder"
+                        f"--table: {folder} was made with another {name} than {where} "
+                        f"({content[:12]}, not {first[:12]}); remove the older runs, or give "
+                        "--output another folder"
                     )
 
 
-def _inputs(recipe: Recipe, results: dict) -> Iterator[tuple[str, list, str | None]]:
-    """What a run was made with: what it is, the values in its recipe that decide it, and what it was."""
+def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, list, str]]:
+    """Yield what a run was made with, where that is known.
+
+    Yields:
+        Name of the input, values of the recipe's fields that decide it, and its content.
+    """
     model, data, settings = recipe.model, recipe.data, recipe.eval
     weights = [model.name, model.revision]
-    yield f"content of model.name {model.name}", weights, _at(results, "base", "weights_sha256")
-    yield (
-        f"content of data.path {data.path}",
-        [weights, data.of_tokens()],
-        _at(results, "data", "tokens_sha256"),
-    )
-    yield "dtype", [model.dtype], results.get("dtype")
-    yield (
-        f"content of eval.other_text {settings.other_text}",
-        [],
-        _at(results, "other_text_source", "sha256"),
-    )
-    for suite, score in results.get("scores", {}).items():
-        yield (
-            f"content of suite {suite}",
-            [settings.data_dir, settings.limit],
-            score.get("data_sha256"),
-        )
+    if results.base.weights_sha256 is not None:
+        yield f"content of model.name {model.name}", weights, results.base.weights_sha256
+    tokens = [weights, data.token_fields()]
+    yield f"content of data.path {data.path}", tokens, results.data.tokens_sha256
+    yield "dtype", [model.dtype], results.dtype
+    if results.other_text_source is not None:
+        content = results.other_text_source["sha256"]
+        yield f"content of eval.other_text {settings.other_text}", [], content
+    for benchmark, score in results.scores.items():
+        if score.data_sha256 is not None:
+            fields = [settings.data_dir, settings.limit]
+            yield f"content of suite {benchmark}", fields, score.data_sha256
 
 
-def table_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
-    """The table's columns: suites first; those of which no run has a number are left out, suites are not."""
-    suites = [
-        Column(f"{suite} (%)", lambda results, suite=suite: _score(results, suite), ".1f", "high")
-        for suite in columns(sweep.table)
+def list_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
+    """Return the table's columns: benchmarks, then what else at least one run has a number of."""
+    benchmarks = list_benchmarks(sweep.table)
+    columns = [
+        Column(f"{name} (%)", lambda results, name=name: _get_score(results, name), ".1f", "high")
+        for name in benchmarks
     ]
-    if len(suites) > 1:
-        suites.append(
-            Column(
-                "mean (%)",
-                lambda results: _mean_score(results, columns(sweep.table)),
-                ".1f",
-                "high",
-            )
+    if len(benchmarks) > 1:
+        columns.append(
+            Column("mean (%)", lambda results: _average_scores(results, benchmarks), ".1f", "high")
         )
-    others = [
-        Column(
-            "held-out loss", lambda results: _at(results, "held_out", "after", "loss"), ".4f", "low"
-        ),
-        Column(
-            "other-text loss before",
-            lambda results: _at(results, "other_text", "before", "loss"),
-            ".3f",
-        ),
-        Column(
-            "other-text loss after",
-            lambda results: _at(results, "other_text", "after", "loss"),
-            ".3f",
-            "low",
-        ),
-        Column(
-            "other-text accuracy before (%)",
-            lambda results: _percent(results, "other_text", "before", "accuracy"),
-            ".1f",
-        ),
-        Column(
-            "other-text accuracy after (%)",
-            lambda results: _percent(results, "other_text", "after", "accuracy"),
-            ".1f",
-            "high",
-        ),
-        Column(
-            "trained parameters (M)",
-            lambda results: _scaled(results.get("trained_parameters"), 1e6),
-            ".3f",
-        ),
-        Column("calibration (s)", lambda results: results["seconds"]["calibration"], ".1f"),
-        Column("training (s)", lambda results: results["seconds"]["training"], ".1f"),
-        Column(
-            "peak memory (GiB)",
-            lambda results: _scaled(max(results.get("peak_memory") or [0]), GIB),
-            ".2f",
-        ),
-    ]
-    return suites + [column for column in others if any(group.numbers(column) for group in groups)]
+    for column in OTHER_COLUMNS:
+        if any(group.get_values(column) for group in groups):
+            columns.append(column)
+    return columns
 
 
-def published(groups: Sequence[Group], suites: Sequence[str]) -> dict[int, dict[str, dict]]:
-    """Index of a group -> suite -> {value, source}: the published number for its model, method and rank."""
+def _get_score(results: RunResults, benchmark: str) -> float | None:
+    """Return a run's score of a benchmark in percent."""
+    score = results.scores.get(benchmark)
+    return None if score is None else 100 * score.accuracy
+
+
+def _average_scores(results: RunResults, benchmarks: Sequence[str]) -> float | None:
+    """Return the mean score of a run in percent; None unless it has all of them."""
+    scores = [_get_score(results, benchmark) for benchmark in benchmarks]
+    return None if None in scores else sum(scores) / len(scores)
+
+
+def _get_other_text_loss(results: RunResults, when: Literal["before", "after"]) -> float | None:
+    """Return a run's loss on the other text before or after training."""
+    prediction = _get_other_text(results, when)
+    return None if prediction is None else prediction.loss
+
+
+def _get_other_text_accuracy(results: RunResults, when: Literal["before", "after"]) -> float | None:
+    """Return a run's accuracy on the other text before or after training, in percent."""
+    prediction = _get_other_text(results, when)
+    return None if prediction is None else 100 * prediction.accuracy
+
+
+def _get_other_text(results: RunResults, when: Literal["before", "after"]) -> Prediction | None:
+    """Return what a run measured on the other text before or after training."""
+    if results.other_text is None:
+        return None
+    return results.other_text.before if when == "before" else results.other_text.after
+
+
+def _get_held_out_loss(results: RunResults) -> float | None:
+    """Return a run's held-out loss after training."""
+    return None if results.held_out is None else results.held_out.after.loss
+
+
+def _get_trained_millions(results: RunResults) -> float | None:
+    """Return how many million parameters a run trained."""
+    return None if results.trained_parameters is None else results.trained_parameters / 1e6
+
+
+def _get_peak_memory(results: RunResults) -> float | None:
+    """Return the peak memory in GiB of the rank that had the largest."""
+    return max(results.peak_memory) / GIB if results.peak_memory else None
+
+
+OTHER_COLUMNS = [
+    Column("held-out loss", _get_held_out_loss, ".4f", "low"),
+    Column("other-text loss before", lambda r: _get_other_text_loss(r, "before"), ".3f"),
+    Column("other-text loss after", lambda r: _get_other_text_loss(r, "after"), ".3f", "low"),
+    Column(
+        "other-text accuracy before (%)", lambda r: _get_other_text_accuracy(r, "before"), ".1f"
+    ),
+    Column(
+        "other-text accuracy after (%)",
+        lambda r: _get_other_text_accuracy(r, "after"),
+        ".1f",
+        "high",
+    ),
+    Column("trained parameters (M)", _get_trained_millions, ".3f"),
+    Column("calibration (s)", lambda r: r.seconds.calibration, ".1f"),
+    Column("training (s)", lambda r: r.seconds.training, ".1f"),
+    Column("peak memory (GiB)", _get_peak_memory, ".2f"),
+]
+
+
+def find_published(
+    groups: Sequence[Group], benchmarks: Sequence[str]
+) -> dict[int, dict[str, Published]]:
+    """Find the published scores for the model, method and rank of each group.
+
+    Returns:
+        Index of a group -> benchmark -> score. Groups without any are left out.
+    """
     entries = yaml.safe_load((TABLES / "published.yaml").read_text(encoding="utf-8"))
-    found: dict[int, dict[str, dict]] = {}
+    found: dict[int, dict[str, Published]] = {}
     for i, group in enumerate(groups):
         for entry in entries:
             if (
-                _plain(entry["model"]) == _plain(group.model)
-                and entry["method"] == method_of(group.adapter)
-                and entry["rank"] == group.adapter["rank"]
+                _strip_model_name(entry["model"]) == _strip_model_name(group.model)
+                and entry["method"] == group.method
+                and entry["rank"] == group.rank
             ):
-                of = {
-                    suite: {"value": value, "source": entry["source"]}
-                    for suite, value in entry["scores"].items()
-                }
-                found.setdefault(i, {}).update(
-                    {suite: of[suite] for suite in suites if suite in of}
-                )
+                scores = found.setdefault(i, {})
+                for benchmark, value in entry["scores"].items():
+                    if benchmark in benchmarks:
+                        scores[benchmark] = Published(value, entry["source"])
     return found
 
 
-def method_of(adapter: dict) -> str:
-    """A method with the choice within it, which is never left out: `astra smallest`, `corda ipm`."""
-    choice = {"astra": "eigen_select", "corda": "corda_mode"}.get(adapter["method"])
-    return f"{adapter['method']} {adapter[choice]}" if choice else adapter["method"]
-
-
-def _plain(model: str) -> str:
-    """A model's name without owner, folder or format."""
-    return model.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-hf").removeprefix("meta-")
-
-
-def _score(results: dict, suite: str) -> float | None:
-    score = results["scores"].get(suite)
-    return None if score is None else 100 * score["accuracy"]
-
-
-def _mean_score(results: dict, suites: Sequence[str]) -> float | None:
-    found = [_score(results, suite) for suite in suites]
-    return None if None in found else sum(found) / len(found)
-
-
-def _at(results: dict, *keys: str) -> float | None:
-    value: Any = results
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _percent(results: dict, *keys: str) -> float | None:
-    value = _at(results, *keys)
-    return None if value is None else 100 * value
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return value / unit if value else None
+def _strip_model_name(model: str) -> str:
+    """Return a model's name in lower case, without owner, folder or format."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return name.removesuffix("-hf").removeprefix("meta-")

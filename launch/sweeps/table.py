@@ -1,7 +1,7 @@
-"""The typed table: which runs a comparison needs, what each of them is called, and which learning rate is a row's own.
+"""Read a table: which runs a comparison needs, their folders' names, and each row's learning rate.
 
-A run's folder is named by its row and a hash of its whole resolved recipe. What a changed table, recipe or default
-leads to are new folders; the old ones stay and are not looked at.
+A run's folder is named by its row and a hash of its whole resolved recipe. A change of the table,
+of a recipe or of a default leads to new folders. The old ones stay and are ignored.
 """
 
 import hashlib
@@ -15,28 +15,32 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from eval.tasks import GROUPS, TASKS, expand
-from launch.config.schema import (
+from eval.tasks import BENCHMARKS, GROUPS, expand_groups
+from launch.config.loading import (
     RECIPES,
-    Name,
-    Number,
-    Recipe,
-    Section,
-    find,
-    load,
-    read,
-    section,
-    to_yaml,
+    dump_recipe,
+    find_yaml,
+    load_yaml,
+    read_recipe,
+    validate_section,
 )
+from launch.config.schema import Name, Number, Recipe, Section
+from launch.run.results import RunResults, find_run_results
 from launch.runtime.errors import UserError
 
 TABLES = RECIPES / "tables"
+DIGITS = 6  # of a learning rate that is scaled by rate_factor: 0.1 x 2e-3 is 2e-4
 
 Rate = Literal["recipe", "own", "common"]
-"""Whose learning rate: the recipe's or the row's; the row's best of the grid; the one that all rows share."""
+"""Which learning rate a group of runs is at.
+
+`recipe`: the recipe's or the row's. `own`: the best of the row's grid. `common`: one for all rows.
+"""
 
 
 class Row(Section):
+    """A row of a table: the settings that tell it from the other rows."""
+
     recipe: Name | None = Field(
         None, description="file in recipes/, or a path; the table's when null"
     )
@@ -47,6 +51,8 @@ class Row(Section):
 
 
 class LearningRates(Section):
+    """How each row's learning rate is chosen."""
+
     grid: list[Number] = Field(
         min_length=1, description="learning rates to choose each row's own from"
     )
@@ -55,6 +61,8 @@ class LearningRates(Section):
 
 
 class Vary(Section):
+    """A further dimension of a table: every row is run at each of its values."""
+
     fields: list[Name] = Field(
         min_length=1, description="fields of the recipe that take each of the values together"
     )
@@ -71,7 +79,7 @@ class Table(Section):
         None, description="how rates are chosen; the recipe's when null"
     )
     vary: Vary | None = Field(None, description="a further dimension, such as the rank")
-    suites: list[Literal[*TASKS, *GROUPS]] = Field(
+    suites: list[Literal[*BENCHMARKS, *GROUPS]] = Field(
         description="columns: benchmarks to score; none is only losses"
     )
     spectra: bool = Field(
@@ -80,20 +88,18 @@ class Table(Section):
     rows: dict[Name, Row] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _distinct(self) -> "Table":
-        for name, values in (
-            ("seeds", self.seeds),
-            ("vary.values", self.vary.values if self.vary else []),
-        ):
+    def _check_values_are_distinct(self) -> "Table":
+        lists = {"seeds": self.seeds, "vary.values": self.vary.values if self.vary else []}
+        for name, values in lists.items():
             if len({json.dumps(value) for value in values}) < len(values):
                 raise ValueError(f"{name}: the same value twice")
         return self
 
 
-class Unit(NamedTuple):
-    """A row at one of the values that vary; its runs wait for no other unit's."""
+class Cell(NamedTuple):
+    """A row at one of the values that vary. Its runs do not wait for those of other cells."""
 
-    label: str
+    label: str  # of the row
     value: Any  # None where nothing varies
 
 
@@ -113,138 +119,177 @@ class Sweep:
     name: str
     table: Table
     overrides: tuple[str, ...]
-    folder: Path
+    folder: Path  # of the run folders
 
-    def units(self) -> list[Unit]:
-        """In the table's order: all values of the first row, then of the second."""
+    def list_cells(self) -> list[Cell]:
+        """List the cells in the table's order: all values of the first row, then of the second."""
         values = self.table.vary.values if self.table.vary else [None]
-        return [Unit(label, value) for label in self.table.rows for value in values]
+        return [Cell(label, value) for label in self.table.rows for value in values]
 
-    def grid(self, unit: Unit) -> list[float]:
-        """The learning rates that the unit's own is chosen from; none where rates are the recipe's."""
-        rates, factor = self.table.learning_rates, self.table.rows[unit.label].rate_factor
-        return (
-            [float(f"{rate * factor:.6g}") for rate in rates.grid] if rates else []
-        )  # 0.1 x 2e-3 is 2e-4
+    def learning_rate_grid(self, cell: Cell) -> list[float]:
+        """Return the learning rates to choose the cell's own from; none if it is the recipe's."""
+        rates = self.table.learning_rates
+        if rates is None:
+            return []
+        factor = self.table.rows[cell.label].rate_factor
+        return [float(f"{rate * factor:.{DIGITS}g}") for rate in rates.grid]
 
-    def run(self, unit: Unit, lr: float | None, seed: int, suites: Sequence[str]) -> Run:
-        """The run of a unit. Later settings win: seed, table, row, command line, varied value, rate, suites."""
-        row, vary = self.table.rows[unit.label], self.table.vary
-        settings = {"train.seed": seed, "calibration.seed": seed} | self.table.set | row.set
-        last = dict.fromkeys(vary.fields, unit.value) if vary else {}
-        last |= {"train.lr": lr} if lr is not None else {}
-        last |= {"eval.suites": list(suites)}
-        overrides = [
-            *map(_override, settings.items()),
-            *self.overrides,
-            *map(_override, last.items()),
-        ]
+    def make_run(self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]) -> Run:
+        """Resolve the recipe of a run and name its folder.
+
+        Of two settings of a field the later one wins: seed, table, row, command line, varied value,
+        learning rate, benchmarks.
+
+        Args:
+            lr: None for the recipe's or the row's.
+            benchmarks: that the run is scored on.
+
+        Raises:
+            UserError: what `read_recipe` finds wrong in the recipe.
+        """
+        row, vary = self.table.rows[cell.label], self.table.vary
+        first = {"train.seed": seed, "calibration.seed": seed} | self.table.set | row.set
+        last = dict.fromkeys(vary.fields, cell.value) if vary else {}
+        if lr is not None:
+            last["train.lr"] = lr
+        last["eval.suites"] = list(benchmarks)
+        overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
-        recipe = read(source, overrides)
-        words = [
-            unit.label,
-            *([] if unit.value is None else [unit.value]),
-            f"lr{recipe.train.lr:g}",
-            f"seed{seed}",
-        ]
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, words))).strip("-")
-        arguments = (
-            "--recipe",
-            source,
-            *(word for override in overrides for word in ("--set", override)),
-        )
-        return Run(f"{slug}-{identity(recipe)}", recipe, arguments)
+        recipe = read_recipe(source, overrides)
 
-    def choosing(self, unit: Unit) -> dict[float, Run]:
-        """The runs by which the unit's learning rate is chosen, by rate: without suites, so that no score can count."""
-        return {
-            lr: self.run(unit, lr, self.table.learning_rates.seed, []) for lr in self.grid(unit)
-        }
+        words = [cell.label] if cell.value is None else [cell.label, str(cell.value)]
+        words += [f"lr{recipe.train.lr:g}", f"seed{seed}"]
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-")
+        arguments = ["--recipe", source]
+        for override in overrides:
+            arguments += ["--set", override]
+        return Run(f"{slug}-{hash_recipe(recipe)}", recipe, tuple(arguments))
 
-    def own_rate(self, unit: Unit) -> float | None:
-        """The rate of the grid with the least held-out loss; None until its runs are done, or if all have diverged."""
+    def tuning_runs(self, cell: Cell) -> dict[float, Run]:
+        """Return the runs that choose the cell's learning rate, by learning rate.
+
+        They are scored on no benchmark, so no score can count.
+        """
+        runs = {}
+        for lr in self.learning_rate_grid(cell):
+            runs[lr] = self.make_run(cell, lr, self.table.learning_rates.seed, [])
+        return runs
+
+    def tuned_lr(self, cell: Cell) -> float | None:
+        """Return the learning rate of the grid with the least held-out loss.
+
+        Returns:
+            None until all tuning runs have ended, or if all of them have diverged.
+        """
         losses = {}
-        for lr, run in self.choosing(unit).items():
-            results = read_results(self.folder / run.name)
-            if results is None and not diverged(self.folder / run.name):
+        for lr, run in self.tuning_runs(cell).items():
+            folder = self.folder / run.name
+            results = find_run_results(folder)
+            if results is None and not has_diverged(folder):
                 return None
-            loss = results["held_out"]["after"]["loss"] if results else math.inf
-            losses[lr] = (
-                loss if math.isfinite(loss) else math.inf
-            )  # min() keeps a NaN that comes first
+            losses[lr] = _get_tuning_loss(results)
         best = min(losses, key=losses.get, default=None)
         return None if best is None or losses[best] == math.inf else best
 
-    def scored(self, unit: Unit) -> dict[Rate, list[Run]]:
-        """The runs that fill the unit's row, one a seed, by whose rate they are at; no `own` until that is chosen."""
-        rates: dict[Rate, float | None] = {"recipe": None}
-        if self.table.learning_rates:
-            own = self.own_rate(unit)
-            rates = {"own": own} if own is not None else {}
+    def eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
+        """Return the runs that fill the cell, one a seed, by which learning rate they are at.
+
+        There is no `own` until that learning rate is chosen.
+        """
+        rates: dict[Rate, float | None] = {}
+        if self.table.learning_rates is None:
+            rates["recipe"] = None
+        else:
+            own = self.tuned_lr(cell)
+            if own is not None:
+                rates["own"] = own
             rates["common"] = self.table.learning_rates.common
-        return {
-            rate: [self.run(unit, lr, seed, self.table.suites) for seed in self.table.seeds]
-            for rate, lr in rates.items()
-        }
+        runs = {}
+        for rate, lr in rates.items():
+            runs[rate] = [
+                self.make_run(cell, lr, seed, self.table.suites) for seed in self.table.seeds
+            ]
+        return runs
+
+    def list_runs(self, cell: Cell) -> list[Run]:
+        """List the cell's runs that are known so far: for tuning, then for evaluation.
+
+        A run may be in the list twice, where two of the learning rates are the same.
+        """
+        runs = list(self.tuning_runs(cell).values())
+        for group in self.eval_runs(cell).values():
+            runs += group
+        return runs
 
 
 def read_table(source: str, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
-    """The table called `source` (a file in recipes/tables/, or a path); every run it can lead to has been validated.
+    """Read a table and validate the recipes of every run that it can lead to.
 
     `extends: NAME` in a table takes over the fields of another one that it does not set itself.
 
     Args:
-        overrides: `a.b=value`, for every run. output: where the runs are; runs/tables/NAME when None.
+        source: name of a file in recipes/tables/, or a path to one.
+        overrides: `a.b=value`, for every run.
+        output: folder of the runs; runs/tables/NAME when None.
 
     Raises:
-        UserError: unknown table or key, bad value, or what `launch.config.schema.read` finds wrong in a row's recipe.
+        UserError: unknown table or key, bad value, or what `read_recipe` finds wrong
+            in a row's recipe.
     """
-    path = find(source, TABLES, "--table")
-    values, seen = load(path, "--table"), {path}
-    while extends := values.pop("extends", None):
-        base = find(str(extends), TABLES, "--table")
-        if base in seen:
-            raise UserError(f"--table: {path} extends itself, through {base.stem}")
-        seen.add(base)
-        values = load(base, "--table") | values
-    table = section(Table, **values)
-    sweep = Sweep(path.stem, table, tuple(overrides), output or Path("runs") / "tables" / path.stem)
-    for unit in sweep.units():
+    path = find_yaml(source, TABLES, "--table")
+    table = validate_section(Table, **_load_table(path))
+    folder = output or Path("runs") / "tables" / path.stem
+    sweep = Sweep(path.stem, table, tuple(overrides), folder)
+    for cell in sweep.list_cells():
         try:
-            of = [
-                *sweep.choosing(unit).values(),
-                sweep.run(unit, None, table.seeds[0], table.suites),
-            ]
+            runs = [*sweep.tuning_runs(cell).values()]
+            runs.append(sweep.make_run(cell, None, table.seeds[0], table.suites))
         except UserError as error:
-            raise UserError(f"rows.{unit.label}: {error}") from None
-        if sweep.grid(unit) and not all(run.recipe.data.held_out for run in of):
+            raise UserError(f"rows.{cell.label}: {error}") from None
+        if table.learning_rates and not all(run.recipe.data.held_out for run in runs):
             raise UserError(
-                f"data.held_out: learning rates of {path.stem} are chosen by it; set it in the table"
+                f"data.held_out: learning rates of {path.stem} are chosen by it; "
+                "set it in the table"
             )
     return sweep
 
 
-def identity(recipe: Recipe) -> str:
-    """Ten characters that stand for everything in a resolved recipe."""
-    return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:10]
+def _load_table(path: Path) -> dict:
+    """Load the fields of a table and of those it extends. Raises UserError if it extends itself."""
+    values, seen = load_yaml(path, "--table"), {path}
+    while extends := values.pop("extends", None):
+        base = find_yaml(str(extends), TABLES, "--table")
+        if base in seen:
+            raise UserError(f"--table: {path} extends itself, through {base.stem}")
+        seen.add(base)
+        values = load_yaml(base, "--table") | values
+    return values
 
 
-def read_results(folder: Path) -> dict | None:
-    """results.json of a run; None if it has not finished."""
-    path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def hash_recipe(recipe: Recipe) -> str:
+    """Return ten hexadecimal digits that stand for everything in a resolved recipe."""
+    return hashlib.sha256(dump_recipe(recipe, old_names=True).encode()).hexdigest()[:10]
 
 
-def diverged(folder: Path) -> bool:
-    """Whether a run ended because its loss was not finite: another start would end so too."""
+def has_diverged(folder: Path) -> bool:
+    """Return whether a run ended because its loss was not finite, as another start would."""
     path = folder / "state.json"
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "diverged"
 
 
-def columns(table: Table) -> list[str]:
-    """The suites that are scored, groups spelled out."""
-    return expand(table.suites)
+def list_benchmarks(table: Table) -> list[str]:
+    """List the benchmarks that the table's runs are scored on, with groups spelled out."""
+    return expand_groups(table.suites)
 
 
-def _override(item: tuple[str, Any]) -> str:
-    return f"{item[0]}={json.dumps(item[1])}"  # JSON is YAML
+def _get_tuning_loss(results: RunResults | None) -> float:
+    """Return a run's held-out loss, or infinity where that is not finite or the run diverged."""
+    if results is None or results.held_out is None:
+        return math.inf
+    loss = results.held_out.after.loss
+    return loss if math.isfinite(loss) else math.inf  # min() would keep a NaN that comes first
+
+
+def _to_overrides(settings: dict[str, Any]) -> list[str]:
+    """Return settings as `field=value` of the command line. Values are JSON, which is also YAML."""
+    return [f"{field}={json.dumps(value)}" for field, value in settings.items()]

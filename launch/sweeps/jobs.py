@@ -1,0 +1,259 @@
+"""Run the missing jobs of a sweep, several side by side. A job that fails does not end the others.
+
+Each training is launch/train.py with a folder of its own. Killed at any time, the same command
+resumes: finished runs are skipped, and the others resume from their last checkpoint.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from launch.run.results import RESULTS
+from launch.sweeps.table import Cell, Sweep, has_diverged
+
+COMMANDS = Path(__file__).resolve().parents[1]  # the folder of train.py and calibrate.py
+# What calibrate.py --after writes into a run folder. Named here too, as the module that writes it
+# imports torch, for which this command would take seconds to start.
+EFFECTIVE_RANKS = Path("after") / "effective_rank.json"
+STOPPED = 75  # sysexits.h: a temporary failure
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+POLL_SECONDS = 0.1  # between two looks at the running jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to run: a training, or a measurement of a finished run."""
+
+    name: str
+    command: tuple[str, ...]  # without the launcher
+    output: Path  # the file that exists once the job is done
+    log: Path
+
+
+class Stop:
+    """A request to stop, made by a signal. The running jobs are told; they save and end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        """Handle a signal."""
+        self.requested = True
+
+
+def list_jobs(sweep: Sweep, cell: Cell) -> list[Job]:
+    """List every job of a cell that is known so far, done or not.
+
+    The runs at the cell's own learning rate are known once that is chosen, and the measurement of
+    effective ranks once the run that it measures has finished.
+    """
+    logs = sweep.folder / "logs"
+    jobs = {}
+    for run in sweep.list_runs(cell):
+        folder = sweep.folder / run.name
+        command = (str(COMMANDS / "train.py"), *run.arguments, "--output", str(folder))
+        jobs[run.name] = Job(run.name, command, folder / RESULTS, logs / f"{run.name}.log")
+    measured = _find_measured_run(sweep, cell)
+    if measured is not None:
+        name = f"{measured.name}-after"
+        command = (str(COMMANDS / "calibrate.py"), "--after", str(measured))
+        jobs[name] = Job(name, command, measured / EFFECTIVE_RANKS, logs / f"{name}.log")
+    return list(jobs.values())
+
+
+def _find_measured_run(sweep: Sweep, cell: Cell) -> Path | None:
+    """Return the folder of the run whose effective ranks the table wants, if it has finished."""
+    if not sweep.table.spectra:
+        return None
+    eval_runs = sweep.eval_runs(cell)
+    runs = eval_runs.get("own", eval_runs.get("recipe"))
+    if not runs:
+        return None
+    folder = sweep.folder / runs[0].name  # of the first seed
+    return folder if (folder / RESULTS).is_file() else None
+
+
+def count_jobs(sweep: Sweep, cell: Cell) -> int:
+    """Count the jobs that the cell will have had, at most, when all are done."""
+    jobs = list_jobs(sweep, cell)
+    count = len(jobs)
+    if sweep.table.learning_rates and sweep.tuned_lr(cell) is None:
+        count += len(sweep.table.seeds)
+    if sweep.table.spectra and not any(job.output.name == EFFECTIVE_RANKS.name for job in jobs):
+        count += 1
+    return count
+
+
+def is_done(job: Job) -> bool:
+    """Return whether another start would change nothing."""
+    return job.output.is_file() or has_diverged(job.output.parent)
+
+
+def print_jobs(sweep: Sweep) -> None:
+    """Print every cell with its index, and under it its jobs that are known so far."""
+    for index, cell in enumerate(sweep.list_cells()):
+        value = "" if cell.value is None else f" {cell.value}"
+        print(f"{index} {cell.label}{value}")
+        for job in list_jobs(sweep, cell):
+            print(f"    {'done   ' if is_done(job) else 'missing'} {job.name}")
+
+
+def run_jobs(
+    list_known_jobs: Callable[[], list[Job]], num_slots: int, launcher: list[str], stop: Stop
+) -> Iterator[tuple[Job, str | None]]:
+    """Run the jobs that are not done, `num_slots` at a time.
+
+    Once `stop` is requested no job is started, and the running ones are told to stop.
+
+    Args:
+        list_known_jobs: lists all jobs. It is called again whenever a job has ended, since the
+            results of that job may lead to others.
+        launcher: the words that come before every job's command.
+
+    Yields:
+        Each job as it ends, with None or why it failed.
+    """
+    ended: set[str] = set()
+    running: dict[subprocess.Popen, Job] = {}
+    is_told = False
+    while True:
+        if not stop.requested and len(running) < num_slots:
+            started = ended | {job.name for job in running.values()}
+            missing = [
+                job for job in list_known_jobs() if job.name not in started and not is_done(job)
+            ]
+            for job in missing[: num_slots - len(running)]:
+                running[_start_job(job, num_slots, launcher)] = job
+        if not running:
+            return
+        while not (finished := [process for process in running if process.poll() is not None]):
+            if stop.requested and not is_told:
+                is_told = True
+                for process in running:
+                    os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(POLL_SECONDS)
+        for process in finished:
+            job = running.pop(process)
+            ended.add(job.name)
+            yield job, None if is_done(job) else _describe_failure(job, process.returncode)
+
+
+def _start_job(job: Job, num_slots: int, launcher: list[str]) -> subprocess.Popen:
+    """Start a job. What it prints is appended to its log, after its command line."""
+    environment = dict(os.environ)
+    if num_slots > 1:  # a single job divides the cores among its ranks itself
+        threads = max(1, len(os.sched_getaffinity(0)) // num_slots)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        log = files.enter_context(job.log.open("a"))
+        log.write(f"$ {shlex.join([*launcher, *job.command])}\n")
+        log.flush()
+        # In a session of its own Ctrl-C does not reach the job: only `run_jobs` tells it to stop.
+        return subprocess.Popen(
+            [*launcher, *job.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_stop_with_parent,
+        )
+
+
+def _stop_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _describe_failure(job: Job, code: int) -> str:
+    """Return a job's exit code and the last line of its log that is not empty."""
+    text = job.log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1] if lines else ''}"
+
+
+def run_sweep(sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[str]) -> int:
+    """Run the missing jobs of `cells` and print which failed.
+
+    Returns:
+        The command's exit code: 0 if all jobs are done, 1 if some failed, STOPPED if told to stop.
+    """
+    stop = Stop()
+
+    def list_known_jobs() -> list[Job]:
+        jobs = {}
+        for cell in cells:
+            jobs |= {job.name: job for job in list_jobs(sweep, cell)}
+        return list(jobs.values())
+
+    def count_all() -> int:
+        return sum(count_jobs(sweep, cell) for cell in cells)
+
+    total, num_before = count_all(), sum(map(is_done, list_known_jobs()))
+    print(f"{sweep.name}: {num_before} runs of {total} are in {sweep.folder}", flush=True)
+    failures: dict[str, str] = {}
+    started = time.monotonic()
+    with tqdm(
+        total=total,
+        initial=num_before,
+        desc=sweep.name,
+        unit="run",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        ended = run_jobs(list_known_jobs, num_slots, launcher, stop)
+        for num_ended, (job, failure) in enumerate(ended, start=1):
+            if failure and not stop.requested:  # a job that is told to stop has not failed
+                failures[job.name] = failure
+            total = count_all()
+            bar.total = total
+            bar.set_postfix_str(job.name)
+            bar.update()
+            if bar.disable:
+                done = num_before + num_ended
+                minutes = (total - done) * (time.monotonic() - started) / num_ended / 60
+                state = failure or "done"
+                print(f"{done}/{total} {job.name}: {state}; {minutes:.0f} min left", flush=True)
+    if not stop.requested:
+        failures |= _find_exhausted_grids(sweep, cells, failures)
+    return _print_outcome(sweep, failures, stop)
+
+
+def _find_exhausted_grids(
+    sweep: Sweep, cells: list[Cell], failures: dict[str, str]
+) -> dict[str, str]:
+    """Return a failure for each cell whose tuning runs have all diverged, by its label."""
+    found = {}
+    for cell in cells:
+        runs = sweep.tuning_runs(cell).values()
+        has_failed = any(run.name in failures for run in runs)
+        if runs and not has_failed and sweep.tuned_lr(cell) is None:
+            found[cell.label] = (
+                "every learning rate of its grid diverged; give the row a lower grid"
+            )
+    return found
+
+
+def _print_outcome(sweep: Sweep, failures: dict[str, str], stop: Stop) -> int:
+    """Print what failed and return the command's exit code."""
+    for name, failure in failures.items():
+        print(f"failed: {name}: {failure}", file=sys.stderr)
+    if stop.requested:
+        print("stopped; the same command resumes", file=sys.stderr, flush=True)
+        return STOPPED
+    if failures:
+        logs = sweep.folder / "logs"
+        print(f"{len(failures)} failed; logs are in {logs}", file=sys.stderr, flush=True)
+        return 1
+    return 0
