@@ -1,17 +1,19 @@
-"""Make a recipe's calibration alone, for runs to take as calibration.path. Started again, it goes on after the last
-finished window. --after RUN instead measures what a finished run's training did to the outputs: their effective
-ranks on its calibration rows, before and after."""
+"""Make a recipe's calibration alone, for runs to take as calibration.path.
+
+Started again, it resumes after the last finished window. --after RUN measures instead what the
+training of a finished run did to the outputs: their effective ranks, before and after, on the run's
+calibration rows."""
 
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a script: the repository root, not launch/, is where imports are looked up
+if not __package__:  # run as a script: imports are to be looked up from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch import cli
-from launch.runtime.errors import UserError, run
+from launch.config.schema import Recipe
+from launch.runtime.entry import run_command
+from launch.runtime.errors import UserError
 
 EXAMPLES = """\
   deepspeed launch/calibrate.py --recipe metamath --output calibrations/metamath
@@ -21,8 +23,9 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, EXAMPLES, fields=True)
-    cli.add_recipe(parser, required=False)
+    """Calibrate, or measure a finished run, as the command line says."""
+    parser = cli.make_parser(__doc__, EXAMPLES, fields=True)
+    cli.add_recipe_options(parser, required=False)
     parser.add_argument("--output", type=Path, help="folder of the calibration")
     parser.add_argument(
         "--after",
@@ -34,23 +37,41 @@ def main() -> None:
     if arguments.after:
         if arguments.recipe or arguments.set or arguments.output:
             raise UserError(
-                "--after: the run says what is measured and where; only --engine can be given with it"
+                "--after: the run says what is measured and where; only --engine can be given with "
+                "it"
             )
-        from launch.calibration.effective_rank import measure_run
-
-        measure_run(arguments.after, arguments.engine, arguments.stall)
+        _measure_run(arguments.after, arguments.engine, arguments.stall)
         return
     for name in ("recipe", "output"):
         if getattr(arguments, name) is None:
             raise UserError(f"--{name}: is required")
-    recipe, _ = cli.read_recipe(arguments)
+    recipe, _ = cli.read_recipe_options(arguments)
+    _calibrate(recipe, arguments.output, arguments.stall)
 
-    from launch.calibration.run import (
-        calibrate_alone,
-    )  # takes seconds, so only when the recipe is known to be good
 
-    calibrate_alone(recipe, arguments.output, arguments.stall)
+def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
+    """Make the calibration of `recipe` in `output`."""
+    # These take seconds to import, so only when the recipe is known to be good.
+    from launch.calibration.run import calibrate_alone
+    from launch.quickstart.base import resolve_quickstart
+    from launch.runtime.distributed import start_process_group, stop_process_group
+
+    device = start_process_group(stall)
+    calibrate_alone(resolve_quickstart(recipe, device), output, device)
+    stop_process_group()
+
+
+def _measure_run(run: Path, engine: str | None, stall: float) -> None:
+    """Measure what the training of a finished run did to the outputs."""
+    from launch.calibration.effective_rank import make_measuring_recipe, measure_effective_ranks
+    from launch.quickstart.base import resolve_quickstart
+    from launch.runtime.distributed import start_process_group, stop_process_group
+
+    device = start_process_group(stall)
+    recipe = resolve_quickstart(make_measuring_recipe(run, engine), device)
+    measure_effective_ranks(run, recipe, device)
+    stop_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,15 +1,17 @@
-"""From a recipe to a trained, exported and evaluated adapter. Started again, it goes on from its last checkpoint."""
+"""Train an adapter from a recipe, export it and score it.
+
+Started again with the same --output, it resumes from the last checkpoint."""
 
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a script: the repository root, not launch/, is where imports are looked up
+if not __package__:  # run as a script: imports are to be looked up from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch import cli, plan
-from launch.runtime.errors import UserError, run
+from launch import cli
+from launch.planning.options import add_plan_options, read_plan_options
+from launch.runtime.entry import run_command
+from launch.runtime.errors import UserError
 
 EXAMPLES = """\
   deepspeed --num_gpus 2 launch/train.py --recipe quickstart
@@ -19,8 +21,9 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, EXAMPLES, fields=True)
-    cli.add_recipe(parser)
+    """Run the recipe of the command line, or print what it would take."""
+    parser = cli.make_parser(__doc__, EXAMPLES, fields=True)
+    cli.add_recipe_options(parser)
     parser.add_argument("--output", type=Path, help="run folder (default runs/RECIPE)")
     parser.add_argument(
         "--plan", action="store_true", help="only say what the run would take (see launch/plan.py)"
@@ -35,22 +38,24 @@ def main() -> None:
         type=float,
         help="peak of a device, for its utilisation (known for many GPUs with a bf16 base)",
     )
-    plan.add_machine(parser)
+    add_plan_options(parser)
     arguments = parser.parse_args()
     if arguments.peak_tflops is not None and arguments.peak_tflops <= 0:
         raise UserError("--peak-tflops: must be above 0")
-    recipe, name = cli.read_recipe(arguments)
+    recipe, name = cli.read_recipe_options(arguments)
+    # With torch these take seconds to import, so only when the command line is known to be good.
     if arguments.plan:
-        plan.show(recipe, arguments)
-        return
+        options = read_plan_options(arguments)
+        from launch.planning.printout import print_plan
 
-    from launch.pipeline import (
-        fine_tune,
-    )  # takes seconds, so only when the recipe is known to be good
+        if not print_plan(recipe, options):
+            sys.exit(1)
+        return
+    from launch.pipeline import fine_tune
 
     folder = arguments.output or Path("runs") / name
     fine_tune(recipe, name, folder, arguments.stall, arguments.profile, arguments.peak_tflops)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
