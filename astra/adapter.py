@@ -1,4 +1,11 @@
-"""Initial factors into PEFT's LoRA layers of a (sharded) model, and trained factors out of them into PEFT's format."""
+"""Adapters in PEFT's LoRA layers of a model that may be sharded, and in PEFT's file format.
+
+The adapter of a module with weight W is `dW = s B A`, with A (r, d_in), B (d_out, r) and the
+scaling s = alpha / r. Training starts at factors A0 and B0 whose product need not be zero.
+Therefore W is replaced by `W_res = W - s B0 A0`, so that the model's output stays as it was.
+Training changes A and B, and `W_res + s B A` is the merged weight. On the original W the same
+change is `s (B A - B0 A0)`: a plain LoRA of rank 2r.
+"""
 
 import copy
 import json
@@ -9,114 +16,146 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from astra.errors import AstraError
+from astra.moments import is_distributed
 from astra.weights import Weights
 
-ADAPTER = "default"  # PEFT's name of a model's only adapter
+ADAPTER = "default"  # PEFT's name for a model's only adapter
+PREFIX = "base_model.model."  # of module names in PEFT's files
+TENSORS = "adapter_model.safetensors"  # PEFT's name for the file of factors
 
 
 class Factors(NamedTuple):
-    """One module's adapter: `dW = s B A`."""
+    """The factors of one module's adapter `dW = s B A`."""
 
     a: Tensor  # (r, d_in)
     b: Tensor  # (d_out, r)
 
 
 def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """The linear modules whose name is, or ends with a dot and, one of `targets`; in the model's order.
+    """Return the modules that `targets` name, in the model's order: name -> module.
 
-    Raises AstraError for a target that matches nothing, that is no nn.Linear, or whose weight is tied to another
-    module's (changing it to `W_res` would change the other).
+    A target names every module whose full name it is, or whose name ends with a dot and the target.
+
+    Raises:
+        AstraError: a target matches nothing, or a module that is not an nn.Linear, or one whose
+            weight is tied to another module: replacing it by `W_res` would change the other.
     """
-    ends = {target: f".{target}" for target in targets}
+    num_users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            num_users[id(parameter)] = num_users.get(id(parameter), 0) + 1
     found: dict[str, nn.Linear] = {}
-    matched = set()
-    owners: dict[int, int] = {}
-    for parameter in (p for m in model.modules() for p in m.parameters(recurse=False)):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    matched: set[str] = set()
     for name, module in model.named_modules():
-        hits = {target for target, end in ends.items() if name == target or name.endswith(end)}
+        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
         if not hits:
             continue
         if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise AstraError(f"{name} is a {kind}, not a linear layer; leave it out", "targets")
+        if num_users[id(module.weight)] > 1:
             raise AstraError(
-                f"adapter.targets: {name} is a {type(module).__name__}, not a linear layer; leave it out"
+                f"the weight of {name} is tied to another module; leave it out", "targets"
             )
-        if owners[id(module.weight)] > 1:
-            raise AstraError(
-                f"adapter.targets: the weight of {name} is tied to another module; leave it out"
-            )
-        matched |= hits
+        matched.update(hits)
         found[name] = module
     for target in targets:
         if target not in matched:
-            known = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            )
+            known = ", ".join(_list_linear_suffixes(model))
             raise AstraError(
-                f"adapter.targets: {target!r} matches no module; linear modules here: {', '.join(known)}"
+                f"{target!r} matches no module; linear modules here: {known}", "targets"
             )
     return found
 
 
-def attach(
+def _list_linear_suffixes(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all linear layers, sorted."""
+    suffixes = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            suffixes.add(name.rsplit(".", 1)[-1])
+    return sorted(suffixes)
+
+
+def attach_adapters(
     model: nn.Module,
     targets: list[str],
-    rank: int,
+    lora_rank: int,
     alpha: float,
     dropout: float,
-    ranks: Mapping[str, int] | None = None,
+    lora_ranks: Mapping[str, int] | None = None,
     rslora: bool = False,
     dora: bool = False,
 ) -> PeftModel:
-    """`model` with PEFT's LoRA layers at `targets`, whose values `initialise` sets.
+    """Return `model` with PEFT's LoRA layers at `targets`; initialise_layers sets their values.
 
     Args:
-        ranks: of every module, where they are not all `rank`; the scaling is s = alpha / rank in all of them.
-        rslora: s = alpha / sqrt(rank) (arXiv 2312.03732).
-        dora: rows of W + dW have the direction only, and a trained magnitude (arXiv 2402.09353).
+        lora_ranks: module name -> r, if not all are `lora_rank`. All modules have the same scaling,
+            s = alpha / lora_rank.
+        rslora: s = alpha / sqrt(lora_rank) instead (arXiv 2312.03732).
+        dora: train a magnitude for each row, and take only the row's direction from W + dW (arXiv
+            2402.09353).
 
-    Raises AstraError where find_targets does, or if a rank is above its module's smaller side.
+    Raises:
+        AstraError: find_targets refuses a target, or a rank is above the smaller side of its
+            module.
     """
     linears = find_targets(model, targets)
-    ranks = ranks or dict.fromkeys(linears, rank)
+    lora_ranks = lora_ranks or dict.fromkeys(linears, lora_rank)
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
-        if ranks[name] > smaller:
+        if lora_ranks[name] > smaller:
             raise AstraError(
-                f"adapter.rank: {ranks[name]} is above the smaller side, {smaller}, of {name}; lower it"
+                f"{lora_ranks[name]} is above the smaller side, {smaller}, of {name}; lower it",
+                "rank",
             )
-    others = {name: number for name, number in ranks.items() if number != rank}
+    # PEFT takes the ranks that differ from r as a pattern, and their alphas, which keep s alike.
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for name, own_rank in lora_ranks.items():
+        if own_rank != lora_rank:
+            rank_pattern[name] = own_rank
+            alpha_pattern[name] = alpha * own_rank / lora_rank
     config = LoraConfig(
-        r=rank,
+        r=lora_rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
-        rank_pattern=others,
-        alpha_pattern={name: alpha * number / rank for name, number in others.items()},
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         use_rslora=rslora,
         use_dora=dora,
     )
     return get_peft_model(model, config)
 
 
-def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """Base-model module name -> PEFT layer, in the model's order."""
-    return {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
+def get_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return PEFT's LoRA layers by their module's name in the base model, in the model's order."""
+    layers = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            layers[name] = module
+    return layers
 
 
-def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
-    """`{module}.A`, `{module}.B` and, of DoRA, `{module}.magnitude` -> trained parameter, in the model's order."""
+def get_base_layers(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Linear]:
+    """Return the frozen nn.Linear inside each of PEFT's LoRA layers, by module name."""
+    return {name: layer.base_layer for name, layer in layers.items()}
+
+
+def get_trained_parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
+    """Return the trained parameters in the model's order.
+
+    Their names are `{module}.A`, `{module}.B` and, for DoRA, `{module}.magnitude`.
+    """
     named = {}
     for name, layer in layers.items():
         named[f"{name}.A"] = layer.lora_A[ADAPTER].weight
@@ -126,27 +165,30 @@ def parameters(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
     return named
 
 
-def initialise(
+def initialise_layers(
     layers: Mapping[str, LoraLayer],
-    factors: Callable[[str, Tensor], tuple[Tensor, Tensor]],
+    make_factors: Callable[[str, Tensor], tuple[Tensor, Tensor]],
     weights: Weights,
 ) -> float:
-    """Set A0, B0 and `W_res = W - s B0 A0` in every layer, in place; of DoRA also its magnitudes, W's row norms.
+    """Write A0, B0, `W_res = W - s B0 A0` and DoRA's magnitudes into every layer. Collective.
 
-    Collective. The product is formed in fp64 from the factors exactly as stored (their parameter's dtype), and W_res
-    rounded to the base's dtype once.
+    The product is formed in fp64 from the factors as stored, rounded to their parameters' dtype.
+    W_res is rounded once, to the base's dtype.
 
     Args:
-        factors: (module name, whole W) -> fp64 (A0, B0), alike on every rank.
+        make_factors: (module name, whole W) -> fp64 (A0, B0), identical on every rank.
 
     Returns:
-        The largest `|s B0 A0 + W_res - W| / |W|` (Frobenius) over the modules: at most 2^-8 in bf16, 0 for B0 = 0.
+        The largest `|s B0 A0 + W_res - W| / |W|` (Frobenius norms) of any module: at most 2^-8 in
+        bf16, and 0 if B0 = 0.
     """
     worst = 0.0
     for name, layer in layers.items():
         weight = weights.read(layer.base_layer.weight)
-        a_parameter, b_parameter = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        a0, b0 = factors(name, weight)
+        a_parameter = layer.lora_A[ADAPTER].weight
+        b_parameter = layer.lora_B[ADAPTER].weight
+        a0, b0 = make_factors(name, weight)
+        # Rounded as they are stored, so that W_res lacks exactly what the adapter adds.
         a0, b0 = a0.to(a_parameter.dtype), b0.to(b_parameter.dtype)
         weights.write(a_parameter, a0)
         weights.write(b_parameter, b0)
@@ -154,143 +196,168 @@ def initialise(
         if product.any():
             residual = (weight.double() - product).to(weight.dtype)
             weights.write(layer.base_layer.weight, residual)
-            error = (product + residual.double() - weight.double()).norm() / weight.double().norm()
+            rounding = product + residual.double() - weight.double()
+            error = rounding.norm() / weight.double().norm()
             worst = max(worst, error.item())
         for vector in layer.lora_magnitude_vector.values():
-            # PEFT's own function and dtype, so that its forward pass finds the very same norm: a ratio of exactly 1.
-            weights.write(
-                vector.weight, vector.get_weight_norm(weight, torch.zeros_like(weight), 1)
-            )
+            # PEFT divides by the same norm in the forward pass: the ratio is exactly 1.
+            norms = vector.get_weight_norm(weight, torch.zeros_like(weight), 1)
+            weights.write(vector.weight, norms)
     return worst
 
 
 def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str, Factors]:
-    """The whole A and B of every layer, on the CPU, in their stored dtype. Collective."""
-    return {
-        name: Factors(
-            weights.read(layer.lora_A[ADAPTER].weight).cpu(),
-            weights.read(layer.lora_B[ADAPTER].weight).cpu(),
-        )
-        for name, layer in layers.items()
-    }
+    """Return the whole A and B of every layer, on the CPU, in their stored dtype. Collective.
+
+    Only rank 0 writes them to files. To save memory the result is empty on the other ranks.
+    """
+    is_rank0 = not is_distributed() or dist.get_rank() == 0
+    factors = {}
+    for name, layer in layers.items():
+        a = weights.read(layer.lora_A[ADAPTER].weight)
+        b = weights.read(layer.lora_B[ADAPTER].weight)
+        if is_rank0:
+            factors[name] = Factors(a.cpu(), b.cpu())
+    return factors
+
+
+def read_magnitudes(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str, Tensor]:
+    """Return DoRA's whole magnitudes, (d_out,), of every layer, on the CPU. Collective.
+
+    Empty for other adapters.
+    """
+    magnitudes = {}
+    for name, layer in layers.items():
+        for vector in layer.lora_magnitude_vector.values():
+            magnitudes[name] = weights.read(vector.weight).cpu()
+    return magnitudes
 
 
 def to_plain_lora(
     trained: Mapping[str, Factors], initial: Mapping[str, Factors]
 ) -> dict[str, Factors]:
-    """`s (B A - B0 A0)` as a rank-2r LoRA of the ORIGINAL base: A' = [A; A0], B' = [B, -B0].
+    """Return `s (B A - B0 A0)` as the factors of a LoRA of rank 2r for the ORIGINAL base.
 
-    Exact: no product is rounded. Its scaling must stay s, so alpha doubles with the rank.
+    They are A' = [A; A0], (2r, d_in), and B' = [B, -B0], (d_out, 2r), without any rounding. The
+    scaling must stay s, so save_adapter doubles alpha with the rank.
     """
-    return {
-        name: Factors(torch.cat([a, initial[name].a]), torch.cat([b, -initial[name].b], 1))
-        for name, (a, b) in trained.items()
-    }
+    plain = {}
+    for name, (a, b) in trained.items():
+        a0, b0 = initial[name]
+        plain[name] = Factors(torch.cat([a, a0]), torch.cat([b, -b0], 1))
+    return plain
 
 
-def read_magnitudes(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str, Tensor]:
-    """DoRA's whole magnitude vector (d_out,) of every layer, on the CPU; empty for other adapters. Collective."""
-    return {
-        name: weights.read(vector.weight).cpu()
-        for name, layer in layers.items()
-        for vector in layer.lora_magnitude_vector.values()
-    }
-
-
-def save(
+def save_adapter(
     folder: Path,
     config: LoraConfig,
     base: str,
     factors: Mapping[str, Factors],
     magnitudes: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `factors` in PEFT's format (adapter_config.json, adapter_model.safetensors) for the base model `base`.
+    """Write `factors` to `folder` in PEFT's format, for the base model `base`.
 
-    The ranks are the factors' own and alpha grows with them, so that s stays. `init_lora_weights` is the plain one:
+    adapter_config.json has the ranks of `factors`: those of `config`, or twice those for a plain
+    LoRA. Alpha grows with the ranks so that s stays. `init_lora_weights` is PEFT's default, because
     PEFT changes the base when it loads a config that names a data-driven initialisation.
     """
     config = copy.deepcopy(config)
-    name, (a, _) = next(iter(factors.items()))
-    times = len(a) // config.rank_pattern.get(name, config.r)
-    grown = math.sqrt(times) if config.use_rslora else times
-    config.r, config.lora_alpha = times * config.r, grown * config.lora_alpha
-    config.rank_pattern = {name: times * rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: grown * alpha for name, alpha in config.alpha_pattern.items()}
+    first_name, (first_a, _) = next(iter(factors.items()))
+    # 1, or 2 for a plain LoRA of rank 2r
+    rank_factor = len(first_a) // config.rank_pattern.get(first_name, config.r)
+    # s = alpha / r, or alpha / sqrt(r) for rsLoRA
+    alpha_factor = math.sqrt(rank_factor) if config.use_rslora else rank_factor
+    config.r = rank_factor * config.r
+    config.lora_alpha = alpha_factor * config.lora_alpha
+    for name, rank in config.rank_pattern.items():
+        config.rank_pattern[name] = rank_factor * rank
+    for name, alpha in config.alpha_pattern.items():
+        config.alpha_pattern[name] = alpha_factor * alpha
     config.base_model_name_or_path = base
-    config.init_lora_weights, config.inference_mode = True, True
+    config.init_lora_weights = True
+    config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tensors = {}
     for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
     for name, magnitude in (magnitudes or {}).items():
-        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.contiguous()
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def load(folder: Path) -> tuple[dict[str, Factors], float]:
-    """The factors that `save` wrote to `folder`, and their scaling s."""
+def load_adapter(folder: Path) -> tuple[dict[str, Factors], float]:
+    """Return the factors that save_adapter wrote to `folder`, and their scaling s."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    ends = (".lora_A.weight", ".lora_B.weight")
-    names = [
-        key.removeprefix("base_model.model.").removesuffix(ends[0])
-        for key in tensors
-        if key.endswith(ends[0])
-    ]
-    factors = {
-        name: Factors(*(tensors[f"base_model.model.{name}{end}"] for end in ends)) for name in names
-    }
-    return factors, config["lora_alpha"] / (
-        math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
-    )
+    tensors = load_file(folder / TENSORS)
+    factors = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            stem = key.removesuffix(".lora_A.weight")
+            factors[stem.removeprefix(PREFIX)] = Factors(a, tensors[f"{stem}.lora_B.weight"])
+    divisor = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    return factors, config["lora_alpha"] / divisor
 
 
-def attach_saved(model: nn.Module, folder: Path) -> PeftModel:
-    """`model` with the layers of the PEFT LoRA in `folder`, whose values `write_saved` sets once they have storage."""
+def attach_saved_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Return `model` with the layers of the PEFT LoRA in `folder`, without their values.
+
+    write_saved_adapter sets the values. An engine may shard the model between the two calls.
+
+    Raises:
+        AstraError: the adapter is not a LoRA.
+    """
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != PeftType.LORA:
+        kind = config.peft_type.value
         raise AstraError(
-            f"--adapter: {folder} is a {config.peft_type.value} adapter, not a LoRA; it cannot be loaded"
+            f"{folder} is a {kind} adapter, not a LoRA; it cannot be loaded", "adapter"
         )
     config.init_lora_weights = True  # PEFT would change the base for a data-driven initialisation
     return get_peft_model(model, config)
 
 
-def write_saved(model: PeftModel, folder: Path, weights: Weights) -> None:
-    """Set the LoRA factors of `model` to those in `folder`. Collective.
+def write_saved_adapter(model: PeftModel, folder: Path, weights: Weights) -> None:
+    """Set the adapter of `model` to the values in `folder`. Collective.
 
-    Raises AstraError unless `folder` holds just the factors that its own config names.
+    Raises:
+        AstraError: `folder` lacks the file of factors, or the file's tensors are not those that the
+            folder's adapter_config.json describes.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / TENSORS
     if not path.is_file():
-        raise AstraError(f"--adapter: {folder} has no {path.name}")
+        raise AstraError(f"{folder} has no {path.name}", "adapter")
     wanted = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    ends = r"(?:\.weight|(?<=lora_magnitude_vector))$"  # PEFT leaves .weight out after the latter
-    found = {
-        re.sub(ends, f".{ADAPTER}.weight", key): value for key, value in load_file(path).items()
-    }
-    if odd := sorted(found.keys() ^ wanted.keys()):
+    # `lora_A.weight` in the file is `lora_A.default.weight` in the model. Magnitudes have no
+    # `.weight` in the file.
+    suffix = r"(?:\.weight|(?<=lora_magnitude_vector))$"
+    found = {}
+    for key, value in load_file(path).items():
+        found[re.sub(suffix, f".{ADAPTER}.weight", key)] = value
+    mismatched = sorted(found.keys() ^ wanted.keys())
+    if mismatched:
         raise AstraError(
-            f"--adapter: {path} does not fit the model and adapter_config.json: {odd[0]}"
+            f"{path} does not fit the model and adapter_config.json: {mismatched[0]}", "adapter"
         )
     for name, parameter in wanted.items():
         weights.write(parameter, found[name])
 
 
-def subtract(
+def subtract_initial(
     model: nn.Module, initial: Mapping[str, Factors], scaling: float, weights: Weights
 ) -> None:
-    """Turn the original base into `W_res`, rebuilt from the stored A0, B0 as `initialise` made it. Collective."""
+    """Turn the original base into `W_res = W - s B0 A0`, as initialise_layers does. Collective.
+
+    The result has the same bits, because A0 and B0 are those that were stored.
+
+    Args:
+        initial: module name -> A0, B0.
+        scaling: s.
+    """
     for name, (a0, b0) in initial.items():
         module = model.get_submodule(name)
         parameter = getattr(module, "base_layer", module).weight
         weight = weights.read(parameter)
         product = scaling * (b0.double() @ a0.double()).to(weight.device)
         weights.write(parameter, (weight.double() - product).to(weight.dtype))
-
-
-def base_layers(layers: Mapping[str, LoraLayer]) -> dict[str, nn.Linear]:
-    """Base-model module name -> the frozen linear layer inside the PEFT layer."""
-    return {name: layer.base_layer for name, layer in layers.items()}

@@ -1,270 +1,397 @@
-"""Distributed calibration: every rank runs its batches, statistics are reduced, each module is solved once.
+"""Calibrate a model on many ranks: sum statistics of its modules, then solve each module once.
 
-What a method finds of a module is a few named tensors. It is a pure function of a Problem, and the rest is alike for
-all methods. Astra's is here; others' take what is in inits.
+A module is a linear layer `y = W x + b` that gets an adapter. For Astra (arXiv 2602.19111) it needs
+r eigenvectors of the second moment of its outputs,
+
+    C = 1/n sum_t y_t y_t^T,        t = 1 ... n, all tokens of all calibration samples.
+
+Words that mean the same throughout this package:
+
+* module: a linear layer that gets an adapter, known by its name in the model. `linears` maps the
+  names to the modules.
+* rank: a process of the torch.distributed process group. Each runs its own share of the samples. A
+  function that is said to be collective must be called by all ranks together.
+* r or lora_rank: the rank of an adapter.
+* statistic: which kind of sum a module needs: input, output, scaled output, gradient, or weight for
+  none (moments.Statistic). The sums themselves are a moments.Moment or a gradients.Gradient.
+* moment: a second moment such as C, kept as sums over tokens until it is needed (moments.Moment).
+* group: the modules that share one statistic and its sums. q_proj, k_proj and v_proj read the same
+  x, and the one moment of x gives the C of each: without a bias, C = W (1/n sum_t x_t x_t^T) W^T.
+* window: consecutive decoder layers whose sums are held in memory together
+  (windows.CalibrationPlan).
+* owner: the rank that receives the sums of a group over all ranks, and solves its modules.
+* solve a module: compute its Solution, for Astra r eigenvectors of its C. How is the caller's
+  choice: a `Solver` is a function from a `ModuleModuleProblem` to a `Solution`. Astra's is
+  `solve_subspace`; those of other methods use the functions of astra.inits.
+* part: the samples that are summed together: all of them, or one of two halves, whose solutions are
+  then compared.
+
+Window by window, `calibrate_modules` sums over each rank's tokens, adds up the ranks' sums on the
+owners, lets the owners solve their modules, and broadcasts the solutions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra.eigen import EigenSelect, Subspace, solve
+from astra.eigen import EigenSelect, Subspace, solve_eigenproblem
 from astra.errors import AstraError
-from astra.flops import Decomposed, solve_flops
-from astra.gradients import Gradient, Loss, gradients
+from astra.flops import Decomposition, count_solve_flops
+from astra.gradients import Gradient, Loss, sum_gradients
 from astra.moments import (
     Batch,
     Group,
     Moment,
     Statistic,
-    accumulating,
-    distributed,
-    forward,
-    reduce,
+    accumulate_moments,
+    is_distributed,
+    reduce_sums,
+    run_forward,
 )
-from astra.output_moment import left_basis, output_moment
+from astra.output_moment import find_basis, form_output_moment
 from astra.weights import Weights
-from astra.windows import Plan, Window, only
+from astra.windows import CalibrationPlan, Window, skip_layers_outside
 
 Progress = Callable[[Sequence, str], Iterable]
-Sums = Moment | Gradient
-Found = dict[str, Tensor]
-"""What was found of one module, by name, identical on all ranks."""
+"""(items, label) -> the same items, while a progress bar named `label` counts them."""
+
+Solution = dict[str, Tensor]
+"""The tensors computed for one module, by name, identical on all ranks.
+
+A Solver must return them in fp64: the other ranks receive them as fp64.
+"""
 
 
-class Problem(NamedTuple):
-    """One module, as its owner rank has it."""
+class ModuleProblem(NamedTuple):
+    """What a module's owner knows when it solves the module."""
 
     name: str
-    weight: Tensor  # whole, in the model's dtype
-    bias: Tensor | None
-    rank: int
-    of: Statistic
-    parts: list[
-        Sums
-    ]  # of all samples, or of each of two halves; none where the weight alone decides
+    weight: Tensor  # W, whole: (d_out, d_in), in the model's dtype
+    bias: Tensor | None  # b: (d_out,), in the model's dtype
+    lora_rank: int  # r
+    statistic: Statistic  # the kind of `sums`
+    sums: list[Moment | Gradient]  # one a part, over all ranks' tokens; empty for "weight"
 
 
-Find = Callable[[Problem], Found]
+Solver = Callable[[ModuleProblem], Solution]
 
 
-def calibrate(
+def calibrate_modules(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     parts: Sequence[Sequence[Batch]],
     weights: Weights,
-    plan: Plan,
-    find: Find,
+    plan: CalibrationPlan,
+    solver: Solver,
     *,
-    ranks: Mapping[str, int],
+    lora_ranks: Mapping[str, int],
     loss: Loss | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
-) -> Iterator[dict[str, Found]]:
-    """What `find` finds of every module, window after window of the plan from window `start` on.
+) -> Iterator[dict[str, Solution]]:
+    """Yield the solutions of one window after another: module name -> Solution.
 
-    Collective. Every rank passes the same number of batches (sharded models hang otherwise); pad with batches whose
-    `counted` is False throughout. Neither world size nor windows change more than the order of fp64 sums.
+    Collective: every rank calls it with the same arguments, except `parts`, and must exhaust the
+    iterator. Every rank must have the same number of batches, or the ranks of a sharded model
+    deadlock; pad with batches whose `token_mask` is all False, which add nothing. The numbers of
+    ranks and windows change the order of fp64 additions, and nothing else.
 
     Args:
-        model: a causal LM, called with input_ids.
-        linears: name -> module, at least one; in the same order on every rank.
-        parts: this rank's share of the calibration batches, on the model's device: of all samples, or of each of two
-            halves, which are then also solved apart; empty for a method that looks at weights alone.
-        weights: access to whole weights.
-        plan: see windows.make_plan; alike on every rank.
-        find: called on a module's owner rank alone, so its result need not be the same on other machines.
-        ranks: r of every module.
-        loss: for gradients; then every batch has `labels`.
-        progress: wraps what is gone through, named "calibrate" (batches) or "solve" (rounds of modules).
+        model: a causal language model, called with input_ids.
+        linears: name -> module, at least one, in the same order on every rank.
+        parts: this rank's batches, on the model's device: one list for all samples, two for halves,
+            none for a method that needs the weights only.
+        weights: reads whole weights of a model that may be sharded.
+        plan: from windows.make_plan.
+        solver: called on a module's owner alone.
+        lora_ranks: module name -> r.
+        loss: needed if the plan's statistic is "gradient"; then every batch has `labels`.
+        start: index of the first window, for a caller that has the solutions of the earlier ones.
+        progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
+
+    Raises:
+        AstraError: on every rank, if a module cannot be solved on its owner.
     """
-    states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
+    # hidden_states[part][batch]: the hidden state that enters the next window, on the CPU. None
+    # means that the window's pass starts at layer 0.
+    hidden_states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
     for window in plan.windows[start:]:
-        if window.groups[0].of == "gradient":
-            sums = [gradients(model, linears, batches, window, loss, progress) for batches in parts]
-        else:
+        if window.groups[0].statistic == "gradient":
             sums = [
-                second_moments(model, linears, batches, window, plan, of_part, progress)
-                for batches, of_part in zip(parts, states, strict=True)
+                sum_gradients(model, linears, batches, window, loss, progress) for batches in parts
             ]
-        owners = share_out(window.groups, linears, ranks, plan.decomposed)
-        for of_part in sums:
-            reduce(of_part, owners)
+        else:
+            sums = []
+            for batches, states in zip(parts, hidden_states, strict=True):
+                sums.append(
+                    sum_second_moments(model, linears, batches, window, plan, states, progress)
+                )
+        owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition)
+        for part_sums in sums:
+            # sum over ranks of (sum over a rank's tokens) = sum over all tokens
+            reduce_sums(part_sums, owners)
         yield solve_window(
-            window.groups, sums, owners, linears, weights, find, ranks=ranks, progress=progress
+            window.groups, sums, owners, linears, weights, solver, lora_ranks, progress
         )
 
 
 @torch.no_grad()
-def second_moments(
+def sum_second_moments(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
     window: Window,
-    plan: Plan,
-    states: list[Tensor | None],
+    plan: CalibrationPlan,
+    hidden_states: list[Tensor | None],
     progress: Progress = lambda items, _: items,
 ) -> list[Moment]:
-    """This rank's sums over `batches` for each of the window's groups. Collective; see `calibrate`.
+    """Return the sums over this rank's `batches`, one Moment for each group of `window`.
+
+    Collective for a sharded model; see calibrate_modules.
 
     Args:
-        states: of each batch the hidden state before the window, None to run all layers before it too; replaced by
-            the states after it.
+        hidden_states: the hidden state of each batch that enters the window, or None to run all
+            earlier layers too. Each is replaced in place by the one that leaves the window.
     """
-    moments = [Moment.zeros(group.size, batches[0]["input_ids"].device) for group in window.groups]
-    with accumulating(linears, window.groups, moments) as count:
+    device = batches[0]["input_ids"].device
+    moments = [Moment.zeros(group.size, device) for group in window.groups]
+    with accumulate_moments(linears, window.groups, moments) as set_token_mask:
         for i, batch in enumerate(progress(batches, "calibrate")):
-            count(batch["counted"])
-            layers = window.layers if states[i] is not None else range(window.layers.stop)
-            with only(plan.layers, layers, states[i]) as after:
-                forward(model, batch)
-            states[i] = after[0] if after else None
+            set_token_mask(batch["token_mask"])
+            entering = hidden_states[i]
+            layers = range(window.layers.stop) if entering is None else window.layers
+            with skip_layers_outside(plan.layers, layers, entering) as leaving:
+                run_forward(model, batch)
+            hidden_states[i] = leaving[0] if leaving else None
     return moments
 
 
-def share_out(
+def assign_owners(
     groups: Sequence[Group],
     linears: Mapping[str, nn.Linear],
-    ranks: Mapping[str, int],
-    decomposed: Decomposed = "output",
+    lora_ranks: Mapping[str, int],
+    decomposition: Decomposition = "output",
 ) -> list[int]:
-    """The process that solves each group: the costliest first, each to that with least to do so far."""
-    costs = [solve_flops(group, linears, ranks, decomposed) for group in groups]
-    load = [0] * (dist.get_world_size() if distributed() else 1)
+    """Return the owner of each group, such that all ranks have about the same work.
+
+    Computed alike on every rank, without communication. Groups are assigned in descending order of
+    cost, in FLOPs, each to the rank with the least work so far.
+    """
+    costs = [count_solve_flops(group, linears, lora_ranks, decomposition) for group in groups]
+    world_size = dist.get_world_size() if is_distributed() else 1
+    rank_costs = [0] * world_size
     owners = [0] * len(groups)
     for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
-        owners[i] = load.index(min(load))
-        load[owners[i]] += costs[i]
+        owners[i] = rank_costs.index(min(rank_costs))
+        rank_costs[owners[i]] += costs[i]
     return owners
+
+
+class _Turn(NamedTuple):
+    """One module in the queue of its owner."""
+
+    owner: int
+    group: int  # index into the window's groups
+    name: str
 
 
 def solve_window(
     groups: Sequence[Group],
-    sums: list[list[Sums]],
+    sums: list[list[Moment | Gradient | None]],
     owners: Sequence[int],
     linears: Mapping[str, nn.Linear],
     weights: Weights,
-    find: Find,
-    *,
-    ranks: Mapping[str, int],
+    solver: Solver,
+    lora_ranks: Mapping[str, int],
     progress: Progress = lambda items, _: items,
-) -> dict[str, Found]:
-    """Solve every module of `groups` once, on its group's owner rank, and broadcast the result. Collective.
+) -> dict[str, Solution]:
+    """Solve every module of `groups` on its owner, and return all solutions everywhere. Collective.
 
-    Eigenvectors differ in sign, and in degenerate spaces altogether, from machine to machine: hence one owner. The
-    modules are taken in rounds of one a rank, so that a rank holds one problem at a time.
+    Each module is solved once and the solution broadcast, because eigenvectors are not unique: from
+    machine to machine they differ in sign and, where eigenvalues are equal, in the choice of a
+    basis. In each round every rank solves at most one module, so a rank holds one whole weight and
+    one eigenproblem at a time.
 
     Args:
-        sums: by part and group, whole on the owner; emptied as they are done with.
+        sums: sums[part][group]. On the group's owner totals over all ranks; on other ranks partial
+            sums, which are dropped at once. Entries are set to None when no longer needed, to free
+            memory.
+
+    Raises:
+        AstraError: on every rank, if a module cannot be solved on its owner.
     """
-    this_rank = dist.get_rank() if distributed() else 0
-    queues: dict[int, list[tuple[int, str]]] = {}
+    rank = dist.get_rank() if is_distributed() else 0
+    queues: dict[int, list[_Turn]] = {}
     for i, (group, owner) in enumerate(zip(groups, owners, strict=True)):
-        queues.setdefault(owner, []).extend((i, name) for name in group.modules)
-        if owner != this_rank:
-            for of_part in sums:
-                of_part[i] = None
-    found: dict[str, Found] = {}
-    for number in progress(range(max(map(len, queues.values()))), "solve"):
-        here = [
-            (owner, *queue[number])
-            for owner, queue in sorted(queues.items())
-            if number < len(queue)
-        ]
-        problem = None
-        for owner, i, name in here:
-            weight = weights.read(linears[name].weight)
-            bias = None if linears[name].bias is None else weights.read(linears[name].bias)
-            if owner == this_rank:
-                parts = [of_part[i] for of_part in sums]
-                problem = Problem(name, weight, bias, ranks[name], groups[i].of, parts)
-            device = weight.device
-            del weight, bias
-        solved, error = {}, None
+        queue = queues.setdefault(owner, [])
+        queue.extend(_Turn(owner, i, name) for name in group.modules)
+        if owner != rank:
+            _free_sums(sums, i)
+    solutions: dict[str, Solution] = {}
+    num_rounds = max(len(queue) for queue in queues.values())
+    for number in progress(range(num_rounds), "solve"):
+        # This round's module of every rank that still has one, in rank order: the same list
+        # everywhere.
+        turns = []
+        for owner in sorted(queues):
+            if number < len(queues[owner]):
+                turns.append(queues[owner][number])
+        problem, device = _read_problem(turns, rank, groups, sums, linears, weights, lora_ranks)
+        solution, error = {}, None
         if problem is not None:
-            try:
-                solved = {key: value.contiguous() for key, value in find(problem).items()}
-            except (AstraError, torch.linalg.LinAlgError) as exc:
-                error = str(exc) if problem.name in str(exc) else f"{problem.name}: {exc}"
-            i = queues[this_rank][number][0]
+            solution, error = _try_to_solve(solver, problem)
+            i = queues[rank][number].group
             if problem.name == groups[i].modules[-1]:
-                for of_part in sums:
-                    of_part[i] = None
+                _free_sums(sums, i)
             del problem
-        shapes = _shapes_of_all_ranks(solved, error)
-        for owner, _, name in here:
-            found[name] = _share(
-                solved if owner == this_rank else None, owner, shapes[owner], device
+        # The other ranks need the shapes, to allocate the tensors that they receive.
+        shapes = _gather_shapes(solution, error)
+        for turn in turns:
+            mine = solution if turn.owner == rank else None
+            solutions[turn.name] = _broadcast_solution(mine, turn.owner, shapes[turn.owner], device)
+    return solutions
+
+
+def _read_problem(
+    turns: Sequence[_Turn],
+    rank: int,
+    groups: Sequence[Group],
+    sums: list[list[Moment | Gradient | None]],
+    linears: Mapping[str, nn.Linear],
+    weights: Weights,
+    lora_ranks: Mapping[str, int],
+) -> tuple[ModuleProblem | None, torch.device]:
+    """Return this rank's problem among `turns`, None if it has none, and the device. Collective.
+
+    Every rank reads every weight, since reading a sharded weight is collective.
+    """
+    problem = None
+    for turn in turns:
+        weight = weights.read(linears[turn.name].weight)
+        bias = linears[turn.name].bias
+        bias = None if bias is None else weights.read(bias)
+        if turn.owner == rank:
+            problem = ModuleProblem(
+                turn.name,
+                weight,
+                bias,
+                lora_ranks[turn.name],
+                groups[turn.group].statistic,
+                [part_sums[turn.group] for part_sums in sums],
             )
-    return found
+        device = weight.device
+        del weight, bias  # before the next read takes as much memory again
+    return problem, device
 
 
-def find_subspace(problem: Problem, select: EigenSelect, seed: int) -> Found:
-    """Astra's: the chosen eigenvectors of the module's output second moment, checked; see eigen.solve.
+def _free_sums(sums: list[list[Moment | Gradient | None]], group: int) -> None:
+    """Drop the sums of the group with index `group`, in every part."""
+    for part_sums in sums:
+        part_sums[group] = None
 
-    Returns:
-        The fields of eigen.Subspace, and `angles`, (r,), radians, ascending: the principal angles between the subspaces
-        of the two halves of the samples; empty for a single part.
+
+def _try_to_solve(solver: Solver, problem: ModuleProblem) -> tuple[Solution, AstraError | None]:
+    """Return the solution and None, or an empty one and an error that names the module."""
+    try:
+        solution = solver(problem)
+    except (AstraError, torch.linalg.LinAlgError) as error:
+        text = str(error) if problem.name in str(error) else f"{problem.name}: {error}"
+        # A LinAlgError has no `subject`, the setting at fault that errors.AstraError names.
+        return {}, AstraError(text, getattr(error, "subject", None))
+    # Collectives send contiguous tensors only.
+    return {key: value.contiguous() for key, value in solution.items()}, None
+
+
+def _gather_shapes(solution: Solution, error: AstraError | None) -> list[dict[str, torch.Size]]:
+    """Return the shapes of every rank's solution, by rank. Collective.
+
+    Raises:
+        AstraError: `error` of the first rank that has one, on all ranks: else they would wait for
+            that rank's broadcast forever.
     """
-    name, weight, bias, rank, of, parts = problem
-    basis = left_basis(weight, bias) if of == "input" else None
-
-    def subspace_of(moment: Moment) -> Subspace:
-        return solve(*output_moment(of, moment, weight, bias, basis), rank, select, seed, name)
-
-    subspace = subspace_of(parts[0] if len(parts) == 1 else parts[0] + parts[1])
-    if len(parts) == 1:
-        angles = subspace.values.new_empty(0)
-    elif basis is not None and select == "smallest" and rank <= basis.codimension:
-        angles = torch.zeros_like(subspace.values)  # vectors that W alone decides
-    else:
-        angles = principal_angles(*(subspace_of(part).vectors for part in parts))
-    return vars(subspace) | {"angles": angles}
+    own_shapes = {key: value.shape for key, value in solution.items()}
+    outcomes = [(own_shapes, error)]
+    if is_distributed():
+        outcomes = [(own_shapes, error)] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (own_shapes, error))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [shapes for shapes, _ in outcomes]
 
 
-def as_subspace(found: Found) -> Subspace:
-    """The subspace that find_subspace found."""
-    return Subspace(**{field.name: found[field.name] for field in fields(Subspace)})
+def _broadcast_solution(
+    solution: Solution | None,
+    owner: int,
+    shapes: Mapping[str, torch.Size],
+    device: torch.device,
+) -> Solution:
+    """Return the solution of rank `owner` on every rank. Collective.
 
-
-def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Between the spans of two matrices of r orthonormal columns, (r,), radians, ascending.
-
-    From sines where they are small, since cosines lose half of the digits there (Bjorck and Golub, 1973).
+    Args:
+        solution: on the owner; None on the other ranks.
+        shapes: of the owner's solution.
     """
-    cosines = torch.linalg.svdvals(a.T @ b).clamp(max=1)  # descending
-    sines = torch.linalg.svdvals(b - a @ (a.T @ b)).clamp(max=1).flip(0)  # ascending
-    return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
-
-
-def _shapes_of_all_ranks(solved: Found, error: str | None) -> list[dict[str, torch.Size]]:
-    """What each rank has solved, by shape. One's failure is every rank's, so that none waits in a broadcast."""
-    told = [({key: value.shape for key, value in solved.items()}, error)]
-    if distributed():
-        mine = told[0]
-        told = [mine] * dist.get_world_size()
-        dist.all_gather_object(told, mine)
-    for _, message in told:
-        if message is not None:
-            raise AstraError(message)
-    return [shapes for shapes, _ in told]
-
-
-def _share(
-    solved: Found | None, owner: int, shapes: Mapping[str, torch.Size], device: torch.device
-) -> Found:
-    """`solved`, fp64, of the owner rank, on every rank."""
-    if not distributed():
-        return solved
-    if solved is None:
-        solved = {
+    if not is_distributed():
+        return solution
+    if solution is None:
+        solution = {
             key: torch.empty(shape, dtype=torch.float64, device=device)
             for key, shape in shapes.items()
         }
-    for tensor in solved.values():
+    for tensor in solution.values():
         dist.broadcast(tensor, owner)
-    return solved
+    return solution
+
+
+def solve_subspace(problem: ModuleProblem, select: EigenSelect, seed: int) -> Solution:
+    """Return r chosen eigenvectors of a module's output second moment C: Astra's Solver.
+
+    Args:
+        select: which eigenvectors; see eigen.select_indices.
+        seed: see eigen.solve_eigenproblem.
+
+    Returns:
+        The fields of eigen.Subspace, from all samples, and `angles`: the principal angles between
+        the subspaces of the two halves of the samples, (r,), radians, ascending; (0,) if the
+        samples are one part.
+    """
+    name, weight, bias, lora_rank, statistic, sums = problem
+    weight_basis = find_basis(weight, bias) if statistic == "input" else None
+
+    def find_subspace(moment: Moment) -> Subspace:
+        basis, core = form_output_moment(statistic, moment, weight, bias, weight_basis)
+        return solve_eigenproblem(basis, core, lora_rank, select, seed, name)
+
+    # sum over all tokens = sum over one half + sum over the other
+    subspace = find_subspace(sums[0] if len(sums) == 1 else sums[0] + sums[1])
+    if len(sums) == 1:
+        angles = subspace.values.new_empty(0)
+    elif (
+        weight_basis is not None and select == "smallest" and lora_rank <= weight_basis.codimension
+    ):
+        # All r vectors are orthogonal to the columns of [W b], which no token changes.
+        angles = torch.zeros_like(subspace.values)
+    else:
+        first, second = (find_subspace(half).vectors for half in sums)
+        angles = compute_principal_angles(first, second)
+    return vars(subspace) | {"angles": angles}
+
+
+def compute_principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Return the principal angles between the spans of `a` and `b`: (r,), radians, ascending.
+
+    Small angles come from sines, since near 0 a cosine determines an angle to half the digits only
+    (Bjorck and Golub, 1973).
+
+    Args:
+        a, b: (d, r), fp64, orthonormal columns.
+    """
+    # svdvals is in descending order, so the cosines' angles ascend and the sines must be flipped.
+    # Rounding can lift either above 1, where arccos and arcsin are nan.
+    cosines = torch.linalg.svdvals(a.T @ b).clamp(max=1)
+    sines = torch.linalg.svdvals(b - a @ (a.T @ b)).clamp(max=1).flip(0)
+    return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())

@@ -1,4 +1,23 @@
-"""The r eigenvectors of one output second moment that `eigen_select` names, exactly and checked before use."""
+"""Choose r eigenvectors of one module's output second moment, and check them before they are used.
+
+`C = 1/n sum_t y_t y_t^T` is the second moment of a module's outputs y over n tokens, symmetric and
+of shape (d_out, d_out). Its eigenvectors are numbered 0 to d_out - 1 in ascending order of
+eigenvalue. The columns of V, (d_out, r), are r of them, and `EigenSelect` names which: the paper
+(arXiv 2602.19111) takes the smallest, its authors' code the largest.
+
+All arithmetic is fp64. Moments of trained models have condition numbers of 1e7 and more. In fp32,
+"smallest" eigenvectors can then have hundreds of times the least possible energy, `tr(V^T C V)`.
+
+C is passed as `C = Q core Q^T` (see output_moment). Q, (d_out, k), has orthonormal columns, so an
+eigenvector u of `core` gives the eigenvector `Q u` of C. Every vector orthogonal to Q's columns is
+an eigenvector of C with eigenvalue 0. There are such vectors if d_out is above k, which is d_in, or
+d_in + 1 with a bias.
+
+Null spaces are therefore common, and any basis of a null space is as good as another. An
+eigensolver returns a basis made of rounding noise, which differs from machine to machine. This
+module returns null vectors that depend on nothing but the null space, the seed and the module's
+name.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -14,231 +33,321 @@ from astra.output_moment import Basis
 
 EigenSelect = Literal["smallest", "largest", "middle", "random"]
 EPS = torch.finfo(torch.float64).eps
-SMALL = 64  # below it one dense call is faster
+TINY = torch.finfo(torch.float64).tiny
+DENSE_BELOW = 64  # rows; for a smaller matrix one dense call is faster than the tridiagonal form
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """r orthonormal eigenvectors of one module's output second moment, columns in ascending order of eigenvalue."""
+    """r orthonormal eigenvectors of one module's C, in ascending order of eigenvalue."""
 
-    vectors: Tensor  # (d_out, r), fp64
-    values: Tensor  # (r,), fp64, exactly 0 where the eigenvalue is zero to rounding
-    spectrum: Tensor  # (d_out,), fp64, all eigenvalues, ascending, with the same zeros
-    checks: Tensor  # (3,), fp64, see Checks
+    vectors: Tensor  # (d_out, r), fp64: V, one eigenvector a column
+    values: Tensor  # (r,), fp64: their eigenvalues, exactly 0 where zero to rounding
+    spectrum: Tensor  # (d_out,), fp64: all eigenvalues, ascending, with the same exact zeros
+    checks: Tensor  # (3,), fp64: the fields of Checks
 
 
 class Checks(NamedTuple):
-    """How far a solution is from exact, in units of what is let pass: each at most 1, or the solution is not used."""
+    """Errors of a solution, each divided by its tolerance: a value above 1 refuses the solution.
 
-    orthonormality: float  # max |V^T V - I| over 100 d eps64
-    residual: float  # largest |C v - lambda v| over 100 d eps64 tr(C)
-    energy: (
-        float  # |tr(V^T C V) - sum of the r eigenvalues named| over 1 % of it + 10 d eps64 tr(C)
-    )
+    d is d_out, eps is fp64's epsilon, v and lambda are the returned eigenpairs. Norms of vectors
+    are Euclidean.
+    """
+
+    orthonormality: float  # max_ij |(V^T V - I)_ij| / (100 d eps)
+    residual: float  # max over v of |C v - lambda v| / (100 d eps tr(C))
+    energy: float  # |tr(V^T C V) - sum lambda| / (0.01 sum lambda + 10 d eps tr(C))
 
 
 Eigenpairs = tuple[Tensor, Callable[[int, int], Tensor]]
-"""All eigenvalues, ascending, and a function: the eigenvectors of indices from i up to j, as columns."""
+"""All eigenvalues of a symmetric matrix, ascending, and a function that computes eigenvectors.
+
+The function takes (start, end) and returns the eigenvectors numbered start to end - 1, as columns.
+"""
 
 
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, module name) alone, so that every rank and engine draws the same."""
+def make_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator seeded by (seed, module name): all ranks and engines draw the same."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
-def select_indices(select: EigenSelect, size: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Indices into the ascending spectrum, ascending: contract of `eigen_select`.
+def select_indices(
+    select: EigenSelect, size: int, lora_rank: int, generator: torch.Generator
+) -> Tensor:
+    """Return the numbers of the eigenvectors that `select` names, (r,), int64, ascending.
 
-    smallest: the first r; largest: the last r; middle: r from floor((size - r) / 2); random: r distinct ones.
+    Of `size` eigenvectors, "smallest" names the first r, "largest" the last r, "middle" the r that
+    start at number floor((size - r) / 2), and "random" r different ones drawn from `generator`.
+
+    Args:
+        lora_rank: r.
+
+    Raises:
+        AstraError: `select` is none of these.
     """
     match select:
         case "smallest":
             start = 0
         case "largest":
-            start = size - rank
+            start = size - lora_rank
         case "middle":
-            start = (size - rank) // 2
+            start = (size - lora_rank) // 2
         case "random":
-            return torch.randperm(size, generator=generator)[:rank].sort().values
+            order = torch.randperm(size, generator=generator)
+            return order[:lora_rank].sort().values
         case _:
-            raise AstraError(
-                f"adapter.eigen_select: {select!r} is none of {', '.join(get_args(EigenSelect))}"
-            )
-    return torch.arange(start, start + rank)
+            choices = ", ".join(get_args(EigenSelect))
+            raise AstraError(f"{select!r} is none of {choices}", "eigen_select")
+    return torch.arange(start, start + lora_rank)
 
 
-def canonical_signs(vectors: Tensor) -> Tensor:
-    """Each column times +-1, so that its entry of largest magnitude is positive."""
+def canonicalise_signs(vectors: Tensor) -> Tensor:
+    """Return each column times +1 or -1, so that its entry of largest magnitude is positive."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
-def tridiagonal_eigenpairs(matrix: Tensor) -> Eigenpairs:
-    """By LAPACK on the CPU: one reduction to tridiagonal form gives every eigenvalue, and only the wanted vectors.
+def decompose_tridiagonal(matrix: Tensor) -> Eigenpairs:
+    """Return the eigenpairs of a CPU matrix, computing only the eigenvectors that are asked for.
 
-    sytrd, then sterf or stemr (MRRR) on the tridiagonal matrix, and ormqr to turn the wanted vectors back.
+    LAPACK's sytrd reduces the matrix to tridiagonal form, `matrix = H T H^T`. scipy's default
+    routine (stevd, which without vectors is sterf) gives all eigenvalues of T, stemr (MRRR) the
+    wanted eigenvectors of T, and ormqr multiplies them by H.
+
+    Raises:
+        LinAlgError: a LAPACK routine fails.
     """
-    work, info = lapack.dsytrd_lwork(len(matrix), lower=1)
-    # A symmetric matrix is its own transpose: LAPACK's column order costs no copy.
-    reflectors, diagonal, beside, tau, info = lapack.dsytrd(
-        matrix.numpy().T, lower=1, lwork=int(work)
+    workspace, _ = lapack.dsytrd_lwork(len(matrix), lower=1)
+    # LAPACK stores by columns, PyTorch by rows. `matrix` is symmetric, so its transpose is the same
+    # matrix in LAPACK's order. dsytrd works on a copy: the checks need `matrix` again.
+    reflectors, diagonal, off_diagonal, tau, info = lapack.dsytrd(
+        matrix.numpy().T, lower=1, lwork=int(workspace)
     )
     if info:
         raise LinAlgError(f"sytrd: info {info}")
 
-    def vectors(start: int, end: int) -> Tensor:
-        _, turned = eigh_tridiagonal(
+    def compute_vectors(start: int, end: int) -> Tensor:
+        if start == end:
+            return matrix.new_empty(len(matrix), 0)
+        _, vectors = eigh_tridiagonal(
             diagonal,
-            beside,
+            off_diagonal,
             select="i",
             select_range=(start, end - 1),
             lapack_driver="stemr",
             check_finite=False,
         )
-        below = turned[1:]
-        work, info = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, below, lwork=-1)[1:]
-        turned[1:], _, info = lapack.dormqr(
-            "L", "N", reflectors[1:, :-1], tau, below, lwork=int(work[0])
+        # H leaves the first row as it is: its reflectors start one row below the diagonal.
+        below_first = vectors[1:]
+        shifted_reflectors = reflectors[1:, :-1]
+        # lwork=-1 asks for the best size of the workspace and computes nothing else.
+        _, workspace, _ = lapack.dormqr("L", "N", shifted_reflectors, tau, below_first, lwork=-1)
+        vectors[1:], _, info = lapack.dormqr(
+            "L", "N", shifted_reflectors, tau, below_first, lwork=int(workspace[0])
         )
         if info:
             raise LinAlgError(f"ormqr: info {info}")
-        return torch.from_numpy(turned)
+        return torch.from_numpy(vectors)
 
-    return torch.from_numpy(eigvalsh_tridiagonal(diagonal, beside, check_finite=False)), vectors
+    values = eigvalsh_tridiagonal(diagonal, off_diagonal, check_finite=False)
+    return torch.from_numpy(values), compute_vectors
 
 
-def dense_eigenpairs(matrix: Tensor) -> Eigenpairs:
-    """By the device's own solver, all vectors at once: the way on GPUs, and where the other one fails."""
+def decompose_dense(matrix: Tensor) -> Eigenpairs:
+    """Return the eigenpairs from torch.linalg.eigh: all vectors, on the matrix's own device."""
     values, vectors = torch.linalg.eigh(matrix)
     return values, lambda start, end: vectors[:, start:end]
 
 
-def _directions(size: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Fixed Gaussian columns, (size, count); the first of them do not depend on `count`."""
-    return torch.randn(count, size, generator=generator, dtype=torch.float64).T.to(device)
-
-
-def _project(directions: Tensor, onto: Callable[[Tensor], Tensor]) -> Tensor:
-    """Orthonormal columns from `directions` within the space that `onto` projects to.
-
-    In a degenerate null space any basis is optimal; eigensolvers return rounding noise, different on every machine.
-    Fixed directions, projected, give a choice that depends smoothly on the null space alone.
-    """
-    for _ in range(
-        2
-    ):  # the second projection removes what the rounding of the first left (Parlett: twice is enough)
-        directions = torch.linalg.qr(onto(directions)).Q
-    return directions
-
-
-def null_vectors(basis: Basis, count: int, seed: int, name: str) -> Tensor:
-    """`count` orthonormal vectors outside of the range of `basis`, (size, count): whatever the moment, C v = 0."""
-    directions = _directions(
-        len(basis.reflectors), count, named_generator(seed, f"{name} outside"), basis.tau.device
-    )
-    return basis.complement(directions)
-
-
-def solve(
-    basis: Basis | None, small: Tensor, rank: int, select: EigenSelect, seed: int, name: str
+def solve_eigenproblem(
+    basis: Basis | None, core: Tensor, lora_rank: int, select: EigenSelect, seed: int, name: str
 ) -> Subspace:
-    """r eigenpairs of `C = basis small basis^T` (see factor.output_moment).
+    """Return r eigenpairs of one module's `C = Q core Q^T`, checked.
 
-    Zero eigenvalues come first: those outside of `basis`, then those of `small` up to `min(1, 10 / r) d eps64 tr(C)`,
-    so that r of them stay within the tolerance of the energy check. `name` seeds the random choices and is used in
-    messages.
+    Eigenvalues are in ascending order, so zeros come first: d_out - k of them for the complement of
+    Q's columns, then the eigenvalues of `core` that are at most `min(1, 10 / r) d eps tr(C)`, which
+    count as zero. Any r eigenvalues below this bound sum to at most 10 d eps tr(C), which the
+    energy check tolerates.
+
+    Args:
+        basis: Q, (d_out, k); None for the identity.
+        core: (k, k), fp64, symmetric.
+        lora_rank: r, the number of eigenvectors.
+        select: which eigenvectors; see select_indices.
+        seed: for the choice of null vectors and of random eigenvectors, together with `name`.
+        name: of the module; also used in messages.
 
     Raises:
-        AstraError: rank above d_out, moments that are not finite, or a result that fails the checks.
+        AstraError: r is above d_out, `core` is not finite, or the solution fails its checks.
     """
-    size = small.shape[0] if basis is None else len(basis.reflectors)
-    if rank > size:
-        raise AstraError(f"adapter.rank: {rank} is above the {size} outputs of {name}; lower it")
-    if not torch.isfinite(small).all():
+    size = core.shape[0] if basis is None else len(basis.reflectors)
+    if lora_rank > size:
+        raise AstraError(f"{lora_rank} is above the {size} outputs of {name}; lower it", "rank")
+    if not torch.isfinite(core).all():
         raise AstraError(
             f"{name}: its calibration moment is not finite; check the model's dtype and the data"
         )
-    indices = select_indices(select, size, rank, named_generator(seed, name))
+    indices = select_indices(select, size, lora_rank, make_generator(seed, name))
+    # The second is tried if the first fails, or if its vectors fail the checks.
+    decompositions = [decompose_tridiagonal, decompose_dense]
+    if core.is_cuda or len(core) < DENSE_BELOW:
+        decompositions = [decompose_dense]
     failure = ""
-    for eigenpairs in (tridiagonal_eigenpairs, dense_eigenpairs)[
-        small.is_cuda or len(small) < SMALL :
-    ]:
+    for decompose in decompositions:
         try:
-            subspace = _solve(basis, small, indices, eigenpairs(small), seed, name)
+            subspace = _form_subspace(basis, core, indices, decompose(core), seed, name)
         except (LinAlgError, torch.linalg.LinAlgError) as error:
             failure = str(error)
             continue
         checks = Checks(*subspace.checks.tolist())
         if max(checks) <= 1:
             return subspace
-        failure = f"inexact, in units of what is let pass: {checks}"
+        failure = f"inexact; errors divided by their tolerances: {checks}"
     raise AstraError(f"{name}: its eigenproblem could not be solved: {failure}")
 
 
-def _solve(
+def _form_subspace(
     basis: Basis | None,
-    small: Tensor,
+    core: Tensor,
     indices: Tensor,
     eigenpairs: Eigenpairs,
     seed: int,
     name: str,
 ) -> Subspace:
-    spectrum, vectors_of = eigenpairs
-    rank, k = len(indices), len(small)
-    outside = 0 if basis is None else basis.codimension
-    size = outside + k
-    trace = spectrum.clamp(min=0).sum()
-    zeros = int((spectrum <= min(1.0, 10 / rank) * size * EPS * trace).sum())
-    spectrum[:zeros] = 0
+    """Return the eigenpairs of `C = Q core Q^T` numbered `indices`, from those of `core`.
 
-    parts = []
-    if num_outside := int((indices < outside).sum()):
-        parts.append(null_vectors(basis, num_outside, seed, name))
-    num_null = int(((indices >= outside) & (indices < outside + zeros)).sum())
-    wanted = indices[num_outside + num_null :] - outside
-    few_zeros = zeros <= k - zeros
-    needed = [(int(wanted[0]), int(wanted[-1]) + 1)] if len(wanted) else []
-    needed += [(0, zeros) if few_zeros else (zeros, k)] if num_null else []
-    # One call for all: vectors of close eigenvalues from separate calls need not be orthogonal.
-    start = min((first for first, _ in needed), default=0)
-    found = vectors_of(start, max(end for _, end in needed)) if needed else None
-    within = []
-    if num_null:
-        directions = _directions(k, num_null, named_generator(seed, f"{name} within"), small.device)
-        if few_zeros:
-            null = found[:, :zeros]
-            within.append(_project(directions, lambda x: null @ (null.T @ x)))
-        else:
-            within.append(_project(directions, lambda x: x - found @ (found.T @ x)))
-    if len(wanted):
-        within.append(found[:, (wanted - start).to(small.device)])
-    if within:
-        vectors = torch.cat(within, 1)
-        parts.append(vectors if basis is None else basis.times(vectors))
-    vectors = canonical_signs(torch.cat(parts, 1))
-    spectrum = torch.cat([spectrum.new_zeros(outside), spectrum])
-    values = spectrum[indices.to(small.device)]
-    return Subspace(vectors, values, spectrum, _check(vectors, values, basis, small, trace))
+    C has d_out - k more eigenvalues than `core`: zeros, which come first, for the complement of Q's
+    columns. So C's eigenvector number i is Q times `core`'s eigenvector number i - (d_out - k).
+    """
+    core_values, compute_vectors = eigenpairs
+    num_outside = 0 if basis is None else basis.codimension
+    size = num_outside + len(core)
+    # Eigenvalues that should be zero are rounding noise of either sign.
+    trace = core_values.clamp(min=0).sum()
+    zero_bound = min(1.0, 10 / len(indices)) * size * EPS * trace
+    num_zeros = int((core_values <= zero_bound).sum())
+    core_values[:num_zeros] = 0
+
+    # outside: in the complement of Q's columns; inside: in their span
+    outside = indices[indices < num_outside]
+    inside = indices[indices >= num_outside]
+    columns = []
+    if len(outside):
+        columns.append(_draw_vectors_outside(basis, len(outside), seed, name))
+    if len(inside):
+        vectors = _pick_vectors(
+            compute_vectors, inside - num_outside, num_zeros, len(core), seed, name
+        )
+        columns.append(vectors if basis is None else basis.multiply(vectors))
+    vectors = canonicalise_signs(torch.cat(columns, 1))
+
+    spectrum = torch.cat([core_values.new_zeros(num_outside), core_values])
+    values = spectrum[indices.to(core.device)]
+    checks = _measure_errors(vectors, values, basis, core, trace)
+    return Subspace(vectors, values, spectrum, checks)
 
 
-def _check(
-    vectors: Tensor, values: Tensor, basis: Basis | None, small: Tensor, trace: Tensor
+def _pick_vectors(
+    compute_vectors: Callable[[int, int], Tensor],
+    indices: Tensor,
+    num_zeros: int,
+    size: int,
+    seed: int,
+    name: str,
 ) -> Tensor:
-    """The tensor of Checks."""
-    size, rank = vectors.shape
-    inner = vectors.T @ vectors - torch.eye(rank, dtype=torch.float64, device=vectors.device)
-    image = (
-        small @ vectors if basis is None else basis.times(small @ basis.transposed_times(vectors))
-    )
+    """Return the eigenvectors numbered `indices` of a (size, size) matrix, as columns.
+
+    The matrix's first `num_zeros` eigenvalues are zero. Their eigenvectors are not the
+    eigensolver's: directions drawn from (seed, module name) are projected onto the null space.
+    """
+    num_null = int((indices < num_zeros).sum())
+    positive = indices[num_null:]
+    # A projection onto the null space needs a basis of it or of its complement: take the smaller.
+    few_zeros = num_zeros <= size - num_zeros
+    ranges = []
+    if num_null:
+        ranges.append((0, num_zeros) if few_zeros else (num_zeros, size))
+    if len(positive):
+        ranges.append((int(positive[0]), int(positive[-1]) + 1))
+    # One call for all: vectors of close eigenvalues from separate calls need not be orthogonal.
+    start = min(first for first, _ in ranges)
+    end = max(last for _, last in ranges)
+    computed = compute_vectors(start, end)
+
+    def project(directions: Tensor) -> Tensor:
+        if few_zeros:
+            null = computed[:, :num_zeros]
+            return null @ (null.T @ directions)
+        return directions - computed @ (computed.T @ directions)
+
+    columns = []
+    if num_null:
+        generator = make_generator(seed, f"{name} within")
+        directions = _draw_directions(size, num_null, generator, computed.device)
+        columns.append(_orthonormalise_within(project, directions))
+    if len(positive):
+        columns.append(computed[:, (positive - start).to(computed.device)])
+    return torch.cat(columns, 1)
+
+
+def _draw_vectors_outside(basis: Basis, count: int, seed: int, name: str) -> Tensor:
+    """Return `count` orthonormal vectors v orthogonal to Q's columns, (d_out, count).
+
+    `C v = Q core Q^T v = 0` for each, whatever the calibration tokens were.
+    """
+    generator = make_generator(seed, f"{name} outside")
+    directions = _draw_directions(len(basis.reflectors), count, generator, basis.tau.device)
+    return basis.span_in_complement(directions)
+
+
+def _draw_directions(
+    size: int, count: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Return Gaussian columns, (size, count), fp64."""
+    # Drawn column by column: a larger `count` only appends columns, so the null vectors for a
+    # smaller r are the first of those for a larger r, and a calibration for one serves the other.
+    columns = torch.randn(count, size, generator=generator, dtype=torch.float64).T
+    return columns.to(device)
+
+
+def _orthonormalise_within(project: Callable[[Tensor], Tensor], directions: Tensor) -> Tensor:
+    """Return orthonormal columns that span the projection of `directions` onto a space.
+
+    For given `directions` they depend on the space alone, not on the basis of it that `project`
+    uses, and change smoothly with the space.
+    """
+    # The second pass removes the rounding errors of the first; two are enough (Parlett, The
+    # Symmetric Eigenvalue Problem, section 6.9).
+    for _ in range(2):
+        directions = torch.linalg.qr(project(directions)).Q
+    return directions
+
+
+def _measure_errors(
+    vectors: Tensor, values: Tensor, basis: Basis | None, core: Tensor, trace: Tensor
+) -> Tensor:
+    """Return the fields of Checks as a (3,) tensor."""
+    size, lora_rank = vectors.shape
+    inner = vectors.T @ vectors - torch.eye(lora_rank, dtype=torch.float64, device=vectors.device)
+    image = _apply_moment(basis, core, vectors)
     residual = (image - vectors * values).norm(dim=0).max()
     energy = ((vectors * image).sum() - values.sum()).abs()
+    # LAPACK's errors are a modest multiple of d eps, which 100 covers. 1 % and 10 d eps tr(C) are
+    # how far above the least possible the energy of the smallest eigenvectors may be.
     rounding = size * EPS * trace
-    tiny = torch.finfo(torch.float64).tiny  # where the whole moment is zero, so is every difference
+    # If C is zero, so are the errors of the residual and the energy, and 0 / TINY = 0 passes.
     return torch.stack(
         [
             inner.abs().max() / (100 * size * EPS),
-            residual / (100 * rounding + tiny),
-            energy / (0.01 * values.sum() + 10 * rounding + tiny),
+            residual / (100 * rounding + TINY),
+            energy / (0.01 * values.sum() + 10 * rounding + TINY),
         ]
     )
+
+
+def _apply_moment(basis: Basis | None, core: Tensor, vectors: Tensor) -> Tensor:
+    """Return `C V = Q core Q^T V`: (d_out, r)."""
+    if basis is None:
+        return core @ vectors
+    return basis.multiply(core @ basis.multiply_transposed(vectors))

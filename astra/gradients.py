@@ -1,7 +1,8 @@
-"""Gradients of the training loss with respect to the weights of modules, summed in fp64 over a calibration set.
+"""Gradients of the loss with respect to weights of modules, summed over calibration tokens.
 
-The base is frozen and stays so: `dL/dW = sum_t (dL/dy_t) x_t^T` is formed in hooks from what a module was given and
-from the gradient of what it gave, so that no engine holds, shards or reduces gradients of weights.
+For `y = W x + b` and tokens t the gradient is `dL/dW = sum_t (dL/dy_t) x_t^T`. Hooks form it from
+the input x of the module and the gradient that reaches its output y. The base model stays frozen,
+so that no engine stores, shards or reduces gradients of its weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,24 +21,30 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass
 class Gradient:
-    """fp64 sums over the tokens where the loss counts; `total / count` is the gradient of their mean loss."""
+    """fp64 sums over the tokens whose loss is summed: those with a label that is not -100."""
 
-    total: Tensor  # (d_out, d_in)
-    count: Tensor  # (), number of those tokens
+    total: Tensor  # (d_out, d_in), dL/dW, where L is the loss summed over these tokens
+    count: Tensor  # (), number of these tokens
 
     @classmethod
     def zeros(cls, linear: nn.Linear, device: torch.device) -> "Gradient":
-        shape = linear.out_features, linear.in_features  # a sharded weight's own may be (0,)
-        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in (shape, ())))
+        """Return sums over no tokens."""
+        # Not linear.weight.shape, which may be (0,) while the weight is sharded.
+        shape = (linear.out_features, linear.in_features)
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(total, count)
 
     def mean(self) -> Tensor:
+        """Return the gradient of the mean loss: (d_out, d_in), fp64."""
         return self.total / self.count
 
     def tensors(self) -> list[Tensor]:
+        """Return all tensors that hold sums, in a fixed order."""
         return [self.total, self.count]
 
 
-def gradients(
+def sum_gradients(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
@@ -45,44 +52,50 @@ def gradients(
     loss: Loss,
     progress: Callable[[Sequence, str], Iterable] = lambda items, _: items,
 ) -> list[Gradient]:
-    """This rank's sums over `batches` for each of the window's modules, one whole forward and backward pass a batch.
+    """Return this rank's sums over `batches` for each group of `window`.
 
-    Collective for a sharded model; see calibrate.calibrate. Rows of padding get no gradient: nothing that the loss
-    counts reads them.
+    Runs a whole forward and backward pass for each batch. Collective for a sharded model. For the
+    arguments see calibrate.calibrate_modules. Padding adds nothing, because no token with a label
+    attends to it.
     """
     names = [name for group in window.groups for name in group.modules]
-    sums = [Gradient.zeros(linears[name], batches[0]["input_ids"].device) for name in names]
-    with _adding(model, linears, dict(zip(names, sums, strict=True))), torch.enable_grad():
+    device = batches[0]["input_ids"].device
+    sums = {name: Gradient.zeros(linears[name], device) for name in names}
+    with _accumulate_gradients(model, linears, sums), torch.enable_grad():
         for batch in progress(batches, "calibrate"):
             labels = batch["labels"]
             loss(model, batch["input_ids"], labels).backward()
-            for of_module in sums:
-                of_module.count += (labels[:, 1:] != -100).sum()
-    return sums
+            for gradient in sums.values():
+                # The logits at token t predict label t + 1, so the first label is not used.
+                gradient.count += (labels[:, 1:] != -100).sum()
+    return list(sums.values())
 
 
 @contextmanager
-def _adding(
+def _accumulate_gradients(
     model: nn.Module, linears: Mapping[str, nn.Linear], sums: Mapping[str, Gradient]
 ) -> Iterator[None]:
-    """Within it every backward pass adds to `sums`."""
+    """Within the context, let every backward pass add to the totals of `sums`."""
 
-    def from_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output.requires_grad_()  # else nothing of a frozen model would have a gradient
+    def require_grad(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # All parameters are frozen. A backward pass needs some tensor that requires a gradient.
+        return output.requires_grad_()
 
-    def watch(of: Gradient) -> Callable:
-        def forward(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def make_hook(gradient: Gradient) -> Callable:
+        def hook_output(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach().flatten(0, -2)
 
-            def backward(gradient: Tensor) -> None:
-                of.total.addmm_(gradient.flatten(0, -2).double().T, x.double())
+            def add_product(output_gradient: Tensor) -> None:
+                dy = output_gradient.flatten(0, -2)
+                gradient.total.addmm_(dy.double().T, x.double())
 
-            output.register_hook(backward)
+            output.register_hook(add_product)
 
-        return forward
+        return hook_output
 
-    handles = [model.get_input_embeddings().register_forward_hook(from_here)]
-    handles += [linears[name].register_forward_hook(watch(of)) for name, of in sums.items()]
+    handles = [model.get_input_embeddings().register_forward_hook(require_grad)]
+    for name, gradient in sums.items():
+        handles.append(linears[name].register_forward_hook(make_hook(gradient)))
     try:
         yield
     finally:

@@ -1,10 +1,12 @@
-"""Initial adapter factors: one function for each method, from a module's whole weight to fp64 (A0, B0).
+"""Compute initial adapter factors (A0, B0) from a module's whole weight: one function a method.
 
-A0 is (r, d_in), B0 is (d_out, r). The frozen weight becomes `W - s B0 A0` for every method (see adapter.initialise).
-Where a method's own code makes `s B0 A0` a given part of W (PiSSA, MiLoRA, CorDA), its factors are divided by sqrt(s),
-as PEFT does; the others' do not depend on s.
+A0 is (r, d_in) and B0 is (d_out, r), both fp64. With s = alpha / r, adapter.initialise_layers
+replaces the weight by `W_res = W - s B0 A0`, so that the model's output does not change. PiSSA,
+MiLoRA and CorDA make `s B0 A0` a given part of W: they take s as an argument and divide both
+factors by sqrt(s), as PEFT does.
 
-Singular vectors have no sign of their own: that with which a column of B0 has its largest entry positive is taken.
+The signs of a pair of singular vectors are arbitrary. Here they are chosen so that the entry of
+largest magnitude in B0's column is positive.
 """
 
 import math
@@ -13,132 +15,176 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from astra.eigen import Subspace, canonical_signs, named_generator, solve
+from astra.eigen import Subspace, canonicalise_signs, make_generator, solve_eigenproblem
 from astra.errors import AstraError
 
 CordaMode = Literal["ipm", "kpm"]
-GAMMA = 16.0  # LoRA-GA's scale, as in its authors' code and PEFT
-DAMPING = 0.01  # CorDA's, of the mean diagonal entry of the moment
+CORDA_DAMPING = 0.01  # added to the diagonal of the moment, whose mean is scaled to 1
+LORA_GA_GAMMA = 16.0  # as in the code of LoRA-GA's authors and in PEFT
 
 
-def astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
-    """B0 = V, A0 = V^T W (arXiv 2602.19111, PEFT pull request 3725).
+def init_astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
+    """Return A0 = V^T W and B0 = V, where V's columns are the chosen eigenvectors.
 
-    A vector that the weight cannot reach has a zero row of A0, exactly: rounding noise there would be turned by Adam
-    into full-size updates of B. It has a zero eigenvalue too, but so have vectors that only the calibration's tokens
-    did not reach, whose rows stay.
+    Astra, arXiv 2602.19111; PEFT pull request 3725 has the same.
+
+    Rows `v^T W` that are zero to rounding are set to exactly 0 if v has eigenvalue 0, so that no
+    output of the module has a component along v. An eigenvalue can also be 0 because the
+    calibration had too few tokens. Then the row is not small, and stays.
     """
     vectors, weight = subspace.vectors, weight.double()
     rows = vectors.T @ weight
-    typical = weight.norm() / math.sqrt(len(weight))
-    unreached = (subspace.values == 0) & (rows.norm(dim=1) < 1e-6 * typical)
-    return rows * ~unreached[:, None], vectors
+    rms_row_norm = weight.norm() / math.sqrt(len(weight))
+    is_zero = (subspace.values == 0) & (rows.norm(dim=1) < 1e-6 * rms_row_norm)
+    # Adam would turn the rounding noise in these rows into updates of B of full size.
+    return rows * ~is_zero[:, None], vectors
 
 
-def lora(weight: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """A0 Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)), as PEFT's default; B0 = 0.
+def init_lora(weight: Tensor, lora_rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Return A0 drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)) and B0 = 0 (arXiv 2106.09685).
 
-    Drawn from (seed, module name), so that engines and world sizes agree.
+    The distribution is PEFT's default, Kaiming-uniform with a = sqrt(5). The draw depends on (seed,
+    module name) alone, so that engines and world sizes agree.
     """
     d_out, d_in = weight.shape
     bound = 1 / math.sqrt(d_in)
-    uniform = torch.rand(rank, d_in, generator=named_generator(seed, name), dtype=torch.float64)
-    rows = (2 * uniform - 1) * bound
-    return rows.to(weight.device), torch.zeros(
-        d_out, rank, dtype=torch.float64, device=weight.device
-    )
+    generator = make_generator(seed, name)
+    uniform = torch.rand(lora_rank, d_in, generator=generator, dtype=torch.float64)
+    a0 = (2 * uniform - 1) * bound
+    b0 = torch.zeros(d_out, lora_rank, dtype=torch.float64, device=weight.device)
+    return a0.to(weight.device), b0
 
 
-def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The r largest singular triplets of W: `s B0 A0 = U_r S_r V_r^T` (arXiv 2404.02948, PEFT's pissa)."""
-    u, values, v = _svd(weight)
-    return _halves(u[:, :rank], values[:rank] / scaling, v[:, :rank])
+def init_pissa(weight: Tensor, lora_rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return factors of W's r largest singular triplets: `s B0 A0 = U_r S_r V_r^T`.
+
+    PiSSA, arXiv 2404.02948, as in PEFT.
+    """
+    u, values, v = _compute_svd(weight)
+    return _split_evenly(u, values, v, lora_rank, scaling)
 
 
-def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The r smallest singular triplets of W, the smallest first, otherwise as pissa (arXiv 2406.09044)."""
-    u, values, v = (part.flip(-1) for part in _svd(weight))
-    return _halves(u[:, :rank], values[:rank] / scaling, v[:, :rank])
+def init_milora(weight: Tensor, lora_rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return factors of W's r smallest singular triplets: `s B0 A0 = U_r S_r V_r^T`.
+
+    MiLoRA, arXiv 2406.09044. The smallest comes first.
+    """
+    u, values, v = _compute_svd(weight, smallest_first=True)
+    return _split_evenly(u, values, v, lora_rank, scaling)
 
 
-def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first r columns of Q and rows of R of `W = Q R` (arXiv 2406.01775, PEFT's olora)."""
-    q, rows = torch.linalg.qr(weight.double())
-    columns = canonical_signs(q[:, :rank])
-    return rows[:rank] * (columns * q[:, :rank]).sum(0).sign()[:, None], columns
+def init_olora(weight: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
+    """Return the first r rows of R as A0 and columns of Q as B0, where `W = Q R`.
+
+    OLoRA, arXiv 2406.01775, as in PEFT.
+    """
+    q, r = torch.linalg.qr(weight.double())
+    q, r = q[:, :lora_rank], r[:lora_rank]
+    b0 = canonicalise_signs(q)
+    # A flipped column of Q flips the row of R, so that their product stays.
+    signs = (b0 * q).sum(0).sign()
+    return r * signs[:, None], b0
 
 
-def corda(
-    weight: Tensor, second: Tensor, rank: int, scaling: float, mode: CordaMode
+def init_corda(
+    weight: Tensor, second_moment: Tensor, lora_rank: int, scaling: float, mode: CordaMode
 ) -> tuple[Tensor, Tensor]:
-    """Singular triplets of `W C = U S V^T`: `s B0 A0 = U_r S_r V_r^T C^-1` (arXiv 2406.05223, PEFT's corda).
+    """Return factors with `s B0 A0 = U_r S_r V_r^T C^-1`, where `W C = U S V^T`.
 
-    ipm takes the r largest, kpm the r smallest, the smallest first. C is the damped second moment of the layer's
-    inputs, scaled to a trace of d_in: B0 A0 does not depend on its scale, only how it is shared out between the two.
-    (PEFT instead divides each batch of inputs by its largest entry before it sums.)
+    CorDA, arXiv 2406.05223. "ipm" takes the r largest singular triplets, "kpm" the r smallest, the
+    smallest first. C is the second moment of the module's inputs, scaled to a mean diagonal entry
+    of 1 and damped. The scale does not change B0 A0, only the norms of A0 and B0. (PEFT instead
+    divides each batch of inputs by its largest entry.)
 
     Args:
-        second: (d_in, d_in), symmetric, of any scale.
+        second_moment: (d_in, d_in), fp64, symmetric, of any scale.
 
     Raises:
-        AstraError: the moment is not finite, or is zero.
+        AstraError: the moment is zero or not finite.
     """
-    mean = second.diagonal().mean()
-    if not (torch.isfinite(second).all() and mean > 0):
+    mean = second_moment.diagonal().mean()
+    if not (torch.isfinite(second_moment).all() and mean > 0):
         raise AstraError(
             "its calibration moment is zero or not finite; check the model's dtype and the data"
         )
-    damped = second / mean
-    damped.diagonal().add_(DAMPING)
-    u, values, v = _svd(weight.double() @ damped)
-    if mode == "kpm":
-        u, values, v = (part.flip(-1) for part in (u, values, v))
-    a0, b0 = _halves(u[:, :rank], values[:rank] / scaling, v[:, :rank])
-    return torch.linalg.solve(damped, a0.T).T, b0
+    # C = second_moment / mean + damping I
+    damped = second_moment / mean
+    damped.diagonal().add_(CORDA_DAMPING)
+    u, values, v = _compute_svd(weight.double() @ damped, smallest_first=mode == "kpm")
+    a_times_c, b0 = _split_evenly(u, values, v, lora_rank, scaling)
+    # C is symmetric: (A0 C) C^-1 = (C^-1 (A0 C)^T)^T
+    return torch.linalg.solve(damped, a_times_c.T).T, b0
 
 
-def eva(covariance: Tensor, d_out: int, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """A0's rows are the r principal components of the layer's inputs, the largest first; B0 = 0 (arXiv 2410.07170).
+def init_eva(
+    covariance: Tensor, d_out: int, lora_rank: int, seed: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Return the inputs' first r principal components as A0's rows, largest first, and B0 = 0.
 
-    That is PEFT's eva without its redistribution of ranks, and exact: PEFT's incremental PCA truncates as it goes.
+    EVA, arXiv 2410.07170, as in PEFT but without its redistribution of ranks. PEFT computes the
+    components by incremental PCA, which approximates them; here they are exact.
 
     Args:
-        covariance: (d_in, d_in), of the inputs about their mean. seed, name: see eigen.solve.
+        covariance: (d_in, d_in), fp64, of the inputs about their mean.
+        seed, name: see eigen.solve_eigenproblem.
     """
-    vectors = solve(None, covariance, rank, "largest", seed, name).vectors
-    return vectors.flip(1).T, covariance.new_zeros(d_out, rank)
+    subspace = solve_eigenproblem(None, covariance, lora_rank, "largest", seed, name)
+    a0 = subspace.vectors.flip(1).T
+    b0 = covariance.new_zeros(d_out, lora_rank)
+    return a0, b0
 
 
-def lora_ga(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """With the gradient's `U S V^T`: A0 = c V_[1..r]^T and B0 = c U_[r+1..2r], c = d_out^(1/4) / sqrt(gamma).
+def init_lora_ga(gradient: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
+    """Return A0 = c V_[1..r]^T and B0 = c U_[r+1..2r], where the gradient is `U S V^T`.
 
-    As the paper (arXiv 2407.05000) and its authors' code have it, gamma = 16. PEFT's lora_ga has the same singular
-    vectors, but multiplies B0 by the gradient's singular values, so by the loss's units, and leaves A0 without c.
+    LoRA-GA, with c = d_out^(1/4) / sqrt(gamma). As in the paper (arXiv 2407.05000) and its authors'
+    code, gamma = 16. PEFT takes the same singular vectors, but multiplies B0 by the singular
+    values, which have the loss's units, and leaves A0 without c.
 
     Args:
         gradient: (d_out, d_in), of the loss with respect to W.
 
     Raises:
-        AstraError: the gradient has less than 2r singular vectors, is zero or not finite.
+        AstraError: the gradient has fewer than 2r singular vectors, is zero or not finite.
     """
-    if 2 * rank > min(gradient.shape):
+    num_vectors = min(gradient.shape)
+    if 2 * lora_rank > num_vectors:
         raise AstraError(
-            f"adapter.rank: lora_ga takes 2 x {rank} singular vectors and there are {min(gradient.shape)}"
+            f"lora_ga takes 2 x {lora_rank} singular vectors and there are {num_vectors}; lower it",
+            "rank",
         )
     if not (torch.isfinite(gradient).all() and gradient.any()):
         raise AstraError("its gradient is zero or not finite; check the model's dtype and the data")
-    u, _, v = _svd(gradient)
-    scale = len(gradient) ** 0.25 / math.sqrt(GAMMA)
-    return scale * v[:, :rank].T, scale * canonical_signs(u[:, rank : 2 * rank])
+    u, _, v = _compute_svd(gradient)
+    factor = len(gradient) ** 0.25 / math.sqrt(LORA_GA_GAMMA)
+    a0 = factor * v[:, :lora_rank].T
+    b0 = factor * u[:, lora_rank : 2 * lora_rank]
+    return a0, b0
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, values, V) in fp64, descending, V's columns being right singular vectors; U's signs are canonical."""
-    u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    columns = canonical_signs(u)
-    return columns, values, vh.T * (columns * u).sum(0).sign()
+def _compute_svd(matrix: Tensor, smallest_first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U, singular values, V) in fp64, in descending or ascending order of the values.
+
+    The signs of U's columns are canonical, and V's columns have the signs that go with them.
+    """
+    raw_u, values, raw_vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    u = canonicalise_signs(raw_u)
+    # +1 or -1: a flipped column of U flips the column of V.
+    signs = (u * raw_u).sum(0).sign()
+    v = raw_vh.T * signs
+    if smallest_first:
+        return u.flip(-1), values.flip(-1), v.flip(-1)
+    return u, values, v
 
 
-def _halves(u: Tensor, values: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`U S V^T` as (A0, B0), half of each singular value in either."""
-    return values.sqrt()[:, None] * v.T, u * values.sqrt()
+def _split_evenly(
+    u: Tensor, values: Tensor, v: Tensor, lora_rank: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return (A0, B0) with `s B0 A0 = U_r S_r V_r^T`, made of the first r singular triplets.
+
+    Either factor gets the square root of each singular value over s.
+    """
+    roots = (values[:lora_rank] / scaling).sqrt()
+    a0 = roots[:, None] * v[:, :lora_rank].T
+    b0 = u[:, :lora_rank] * roots
+    return a0, b0

@@ -1,16 +1,22 @@
-"""Second moments of layer inputs and outputs, summed in fp64 over the real tokens of a calibration set.
+"""Second moments of the inputs or outputs of modules, summed in fp64 over tokens.
 
-For a linear layer `y = W x + b` the uncentred second moment is `C = 1/n sum_t y_t y_t^T` (arXiv 2602.19111). It is
-defined from the layer's actual input in the model's dtype and the stored `W`, with the product in fp64, not from the
-rounded output. Two statistics give it, and each group of modules keeps the one with fewer numbers:
+For a module, a linear layer `y = W x + b`, Astra needs the uncentred second moment of its outputs
+over n tokens, `C = 1/n sum_t y_t y_t^T` (arXiv 2602.19111). Here y is computed in fp64 from the
+stored W and b and the input x that the module really receives, in the model's dtype. The module's
+own output is not used, because it is rounded.
 
-* input:  `sum x x^T` and `sum x`, shared by all modules that read the same tensor (q, k, v; gate, up);
-* output: `sum y y^T`, one for each module.
+C can be formed from either of two sums (see output_moment):
 
-Methods other than Astra need the input's, or something else altogether: see Statistic.
+* "input": `sum_t x_t x_t^T` and `sum_t x_t`. Modules that read the same tensor share it: q, k and
+  v; gate and up.
+* "output": `sum_t y_t y_t^T`, one for each module.
+
+`find_groups` finds the modules that share an input and takes, for each such group, the kind of sum
+that needs fewer numbers. `accumulate_moments` adds the tokens of each forward pass to the sums, and
+`reduce_sums` adds up the ranks' sums.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
@@ -22,108 +28,106 @@ from torch import Tensor, nn
 from astra.errors import AstraError
 
 Statistic = Literal["input", "output", "scaled output", "gradient", "weight"]
-"""What is known of modules before they are solved: the second moment of what they read; of what they give; of what they
-give over each batch's largest number, as Astra's authors' code has it; the gradient of the loss with respect to the
-weight (see gradients); or the weight alone, for which nothing is summed."""
-WIDTH = 256  # columns that are summed at once; a whole multiple keeps the triangle's overhead at WIDTH / 2d
+"""Which kind of sum a module needs before it is solved.
+
+input: second moment of the module's inputs. output: second moment of its outputs. scaled output:
+the same, the outputs y of each batch divided by |max(y)|, as in the code of Astra's authors.
+gradient: gradient of the loss with respect to the weight (see astra.gradients). weight: no sum; the
+method needs the weight alone.
+"""
+
+# Columns of a moment that are summed by one product. Wider blocks compute more numbers above the
+# diagonal, narrower blocks are slower.
+BLOCK_WIDTH = 256
 
 
 class Batch(TypedDict):
-    """One right-padded calibration batch; all are (rows, tokens).
+    """One right-padded calibration batch; every tensor is (sequences, tokens).
 
-    As a rule there is no attention mask: in a causal model no real token sees the padding after it.
+    An attention mask is rarely needed: in a causal model no real token attends to the padding that
+    follows it.
     """
 
-    input_ids: Tensor
-    counted: Tensor  # bool, False at padding and in dummy rows
-    attention_mask: NotRequired[Tensor]  # 0 at padding, where the padding itself is counted
-    labels: NotRequired[
-        Tensor
-    ]  # for gradients: the token ids where the loss counts, -100 elsewhere
+    input_ids: Tensor  # int64
+    token_mask: Tensor  # bool: the tokens to sum over; False at padding and in dummy sequences
+    attention_mask: NotRequired[Tensor]  # 0 at padding; needed if token_mask is True at padding
+    labels: NotRequired[Tensor]  # for gradients: token ids where the loss is summed, else -100
 
 
 @dataclass
 class Moment:
-    """fp64 sums over the counted tokens of one vector `z` of size d.
+    """fp64 sums over tokens t of a vector z_t of size d: `sum z z^T`, `sum z` and their number.
 
-    `sum z z^T` is symmetric: only its lower triangle is summed, kept and sent, in columns of blocks.
+    `sum z z^T` is symmetric. Only its lower triangle is computed, stored and sent, in blocks of
+    BLOCK_WIDTH columns.
     """
 
-    columns: list[
-        Tensor
-    ]  # of the rows from i down: (d - i, min(WIDTH, d - i)) for i = 0, WIDTH, 2 WIDTH, ...
+    # For i = 0, BLOCK_WIDTH, 2 BLOCK_WIDTH, ...: rows i to d of columns i to i + BLOCK_WIDTH.
+    blocks: list[Tensor]
     total: Tensor  # (d,), sum z
-    count: Tensor  # (), number of tokens
+    count: Tensor  # (), number of tokens n
 
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> "Moment":
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        columns = [new(size - i, min(WIDTH, size - i)) for i in range(0, size, WIDTH)]
-        return cls(columns, new(size), new())
+        """Return sums over no tokens, for vectors of `size`."""
+        blocks = []
+        for i in range(0, size, BLOCK_WIDTH):
+            shape = (size - i, min(BLOCK_WIDTH, size - i))
+            blocks.append(torch.zeros(shape, dtype=torch.float64, device=device))
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(blocks, total, count)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.columns, self.total, self.count]
+        """Return all tensors that hold sums, in a fixed order."""
+        return [*self.blocks, self.total, self.count]
 
     def add(self, vectors: Tensor) -> None:
-        """Add the rows of `vectors`, (tokens, d) in fp64."""
-        for i, column in zip(range(0, len(self.total), WIDTH), self.columns, strict=True):
-            column.addmm_(vectors[:, i:].T, vectors[:, i : i + WIDTH])
+        """Add the rows of `vectors`, (tokens, d), fp64."""
+        for i, block in zip(range(0, len(self.total), BLOCK_WIDTH), self.blocks, strict=True):
+            block.addmm_(vectors[:, i:].T, vectors[:, i : i + BLOCK_WIDTH])
         self.total += vectors.sum(0)
         self.count += len(vectors)
 
     def __add__(self, other: "Moment") -> "Moment":
-        columns = [a + b for a, b in zip(self.columns, other.columns, strict=True)]
-        return Moment(columns, self.total + other.total, self.count + other.count)
+        """Return the sums over the tokens of both."""
+        blocks = [a + b for a, b in zip(self.blocks, other.blocks, strict=True)]
+        return Moment(blocks, self.total + other.total, self.count + other.count)
 
     def covariance(self) -> Tensor:
-        """`1/n sum (z - mean) (z - mean)^T`: (d, d)."""
+        """Return `1/n sum (z - mean) (z - mean)^T`: (d, d), fp64."""
         mean = self.total / self.count
-        return self.second() - mean[:, None] * mean
+        return self.second_moment() - mean[:, None] * mean
 
-    def second(self) -> Tensor:
-        """`1/n sum z z^T`: (d, d)."""
-        return self.outer() / self.count
+    def second_moment(self) -> Tensor:
+        """Return `1/n sum z z^T`: (d, d), fp64."""
+        return self.outer_sum() / self.count
 
-    def outer(self) -> Tensor:
-        """`sum z z^T`, whole: (d, d), symmetric to the bit."""
+    def outer_sum(self) -> Tensor:
+        """Return `sum z z^T`, both triangles: (d, d), fp64, symmetric to the last bit."""
         size = len(self.total)
         whole = self.total.new_empty(size, size)
-        for i, column in zip(range(0, size, WIDTH), self.columns, strict=True):
-            end = min(i + WIDTH, size)
-            whole[i:, i:end] = column
-            whole[i:end, end:] = column[end - i :].T
+        for i, block in zip(range(0, size, BLOCK_WIDTH), self.blocks, strict=True):
+            end = min(i + BLOCK_WIDTH, size)
+            whole[i:, i:end] = block
+            whole[i:end, end:] = block[end - i :].T
+            # The square on the diagonal was summed whole, and rounding can differ between its two
+            # triangles: keep the lower one.
             diagonal = whole[i:end, i:end]
             diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
         return whole
 
 
 class Group(NamedTuple):
-    """Modules that read the same tensor, or one module, and what is summed for them."""
+    """Modules that share one statistic: those that read the same tensor, or a single module."""
 
-    modules: tuple[str, ...]
-    of: Statistic
-    size: int  # d of the moment; 0 where it is not one
-
-
-@contextmanager
-def _hooks(linears: Mapping[str, nn.Linear], hook) -> Iterator[None]:  # noqa: ANN001 (a closure over the name)
-    handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, name=name: hook(name, module, args[0])
-        )
-        for name, module in linears.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules: tuple[str, ...]  # in the order they run
+    statistic: Statistic
+    size: int  # d of its Moment; 0 if its sums are not a Moment
 
 
-def forward(model: nn.Module, batch: Batch) -> None:
-    """One forward pass, of which only the hooks' work is wanted: the head computes a single token's logits."""
+def run_forward(model: nn.Module, batch: Batch) -> None:
+    """Run one forward pass for its hooks alone; logits are computed for the last token only."""
     model(
         input_ids=batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
@@ -137,123 +141,162 @@ def find_groups(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batch: Batch | None,
-    of: Statistic = "output",
+    statistic: Statistic = "output",
 ) -> list[Group]:
-    """The statistics to keep of the modules `linears`, in the order they run, seen in a real forward pass.
+    """Return the groups of `linears`, in the order they run in a forward pass of `batch`.
 
-    A module joins the group of the module that ran just before it when it is given the same memory (engines may wrap
-    one tensor in several objects). Where the outputs' moments are wanted, a group keeps the statistic with fewer
-    numbers that gives them; a tie goes to the input. Weights alone need no pass, nor a batch.
+    Collective for a sharded model.
 
-    Raises AstraError if a module does not run, or runs more than once.
+    Args:
+        batch: may be None for "weight", which needs no forward pass.
+        statistic: what the method needs. For "output", modules that read the same tensor become
+            one group with the statistic "input" if one sum over inputs has no more numbers than
+            their sums over outputs together.
+
+    Raises:
+        AstraError: a module does not run, or runs more than once.
     """
-    if of == "weight":
-        return [Group((name,), of, 0) for name in linears]
-    shared: list[list[str]] = []
-    last: list[Tensor] = []
-
-    def look(name: str, module: nn.Linear, x: Tensor) -> None:
-        if any(name in names for names in shared):
-            raise AstraError(
-                f"{name} runs more than once in a forward pass; take it out of adapter.targets"
-            )
-        if last and _same_memory(x, last[0]):
-            shared[-1].append(name)
-        else:
-            shared.append([name])
-        last[:] = [x]  # kept, so that its memory is not given to another tensor
-
-    with _hooks(linears, look):
-        forward(model, batch)
-    idle = set(linears) - {name for names in shared for name in names}
-    if idle:
-        raise AstraError(
-            f"{min(idle)} does not run in a forward pass; take it out of adapter.targets"
-        )
-    groups = []
-    for names in shared:
-        # The layers' attributes: a sharded weight's own shape may be (0,).
-        d_in, sizes = linears[names[0]].in_features, [linears[name].out_features for name in names]
-        if of in ("scaled output", "gradient"):
-            size = {
-                name: linears[name].out_features if of == "scaled output" else 0 for name in names
-            }
-            groups += [Group((name,), of, size[name]) for name in names]
-        elif of == "input" or d_in**2 <= sum(d_out**2 for d_out in sizes):
+    if statistic == "weight":
+        return [Group((name,), statistic, 0) for name in linears]
+    groups: list[Group] = []
+    for names in _find_shared_inputs(model, linears, batch):
+        # in_features, because a sharded weight's own shape may be (0,).
+        d_in = linears[names[0]].in_features
+        sizes = [linears[name].out_features for name in names]
+        # sum x x^T has d_in^2 numbers, sum y y^T has d_out^2 for each module.
+        is_input_smaller = d_in**2 <= sum(d_out**2 for d_out in sizes)
+        if statistic == "gradient":
+            groups += [Group((name,), "gradient", 0) for name in names]
+        elif statistic == "input" or (statistic == "output" and is_input_smaller):
             groups.append(Group(tuple(names), "input", d_in))
         else:
-            groups += [
-                Group((name,), "output", d_out) for name, d_out in zip(names, sizes, strict=True)
-            ]
+            for name, size in zip(names, sizes, strict=True):
+                groups.append(Group((name,), statistic, size))
     return groups
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two living tensors are the same numbers in the same place; on PyTorch's fake tensors too."""
-    same_storage = a.untyped_storage() is b.untyped_storage()
-    return same_storage and (a.storage_offset(), a.shape, a.stride()) == (
-        b.storage_offset(),
-        b.shape,
-        b.stride(),
-    )
+def _find_shared_inputs(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch
+) -> list[list[str]]:
+    """Return lists of modules that read the same tensor, by name, in the order they run."""
+    shared: list[list[str]] = []
+    seen: set[str] = set()
+    last_input: Tensor | None = None
+
+    def record_input(name: str, module: nn.Linear, x: Tensor) -> None:
+        nonlocal last_input
+        if name in seen:
+            raise AstraError(
+                f"{name} runs more than once in a forward pass; leave it out", "targets"
+            )
+        seen.add(name)
+        if last_input is not None and _is_same_memory(x, last_input):
+            shared[-1].append(name)
+        else:
+            shared.append([name])
+        last_input = x  # kept alive, so that no other tensor is given its memory
+
+    with _register_hooks(linears, record_input):
+        run_forward(model, batch)
+    not_run = set(linears) - seen
+    if not_run:
+        raise AstraError(f"{min(not_run)} does not run in a forward pass; leave it out", "targets")
+    return shared
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors, both alive, are the same view of the same memory."""
+    # `a is b` would miss one tensor that an engine has wrapped in two objects, and PyTorch's fake
+    # tensors have no data_ptr().
+    if a.untyped_storage() is not b.untyped_storage():
+        return False
+    return (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
 
 
 @contextmanager
-def accumulating(
-    linears: Mapping[str, nn.Linear], groups: Sequence[Group], moments: Sequence[Moment]
-) -> Iterator:
-    """Within it every forward pass adds its tokens to `moments`, one for each of `groups`.
+def _register_hooks(
+    linears: Mapping[str, nn.Linear], hook: Callable[[str, nn.Linear, Tensor], None]
+) -> Iterator[None]:
+    """Within the context, call `hook(name, module, input)` before each of `linears` runs."""
+    handles = []
+    for name, module in linears.items():
+        # The default binds this iteration's name.
+        def call_hook(module: nn.Linear, args: tuple[Tensor, ...], name: str = name) -> None:
+            hook(name, module, args[0])
 
-    It yields a function that is to be told each batch's `counted` before the batch runs. The hooks run when an engine
-    has gathered the module's weight, so `module.weight` is whole in them.
+        handles.append(module.register_forward_pre_hook(call_hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def accumulate_moments(
+    linears: Mapping[str, nn.Linear], groups: Sequence[Group], moments: Sequence[Moment]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Within the context, let every forward pass add its tokens to `moments`.
+
+    Args:
+        moments: one for each of `groups`.
+
+    Yields:
+        A function to call with a batch's `token_mask` before the batch runs: only tokens where it
+        is True are added.
     """
-    by_leader = {
-        group.modules[0]: (group, moment) for group, moment in zip(groups, moments, strict=True)
-    }
-    counted: list[Tensor] = []
+    # The modules of a group read the same tensor: a hook on the first is enough.
+    firsts: dict[str, tuple[Group, Moment]] = {}
+    for group, moment in zip(groups, moments, strict=True):
+        firsts[group.modules[0]] = (group, moment)
+    flat_mask: Tensor | None = None
+
+    def set_token_mask(token_mask: Tensor) -> None:
+        nonlocal flat_mask
+        flat_mask = token_mask.flatten()
 
     def add(name: str, module: nn.Linear, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) != counted[0].numel():
+        inputs = x.reshape(-1, x.shape[-1])
+        if len(inputs) != flat_mask.numel():
             raise AstraError(
-                f"{name} is given {len(rows)} vectors for {counted[0].numel()} tokens; it cannot be calibrated"
+                f"{name} receives {len(inputs)} vectors for {flat_mask.numel()} tokens; "
+                "it cannot be calibrated"
             )
-        rows = rows[counted[0]].double()
-        group, moment = by_leader[name]
-        if group.of != "input":
-            rows = rows @ module.weight.double().T
+        vectors = inputs[flat_mask].double()
+        group, moment = firsts[name]
+        if group.statistic != "input":
+            # y = W x + b. W is whole here: an engine has gathered it before this hook runs.
+            vectors = vectors @ module.weight.double().T
             if module.bias is not None:
-                rows += module.bias.double()
-        if group.of == "scaled output" and len(rows):
-            rows /= rows.max().abs()
-        moment.add(rows)
+                vectors += module.bias.double()
+        if group.statistic == "scaled output" and len(vectors):
+            vectors /= vectors.max().abs()
+        moment.add(vectors)
 
-    def count(of_batch: Tensor) -> None:
-        counted[:] = [of_batch.flatten()]
-
-    with _hooks({name: linears[name] for name in by_leader}, add):
-        yield count
+    with _register_hooks({name: linears[name] for name in firsts}, add):
+        yield set_token_mask
 
 
-def distributed() -> bool:
-    """Whether there are other ranks to sum over; without a process group there are none."""
+def is_distributed() -> bool:
+    """Tell whether there is a process group; without one this process runs all batches."""
     return dist.is_available() and dist.is_initialized()
 
 
-class Summed(Protocol):
-    """What is summed over tokens, and so over ranks."""
+class Sums(Protocol):
+    """Sums over tokens: a Moment or a Gradient."""
 
     def tensors(self) -> list[Tensor]: ...
 
 
-def reduce(sums: Iterable[Summed], owners: Iterable[int]) -> None:
-    """Sum each of `sums` over the ranks, in place on its owner rank, in fp64 and in the same order on every rank.
+def reduce_sums(sums: Iterable[Sums], owners: Iterable[int]) -> None:
+    """Add up each of `sums` over the ranks, in place, on its owner rank only. Collective.
 
-    The sum over ranks of partial sums over tokens is the sum over all tokens, so the result is that of one process up
-    to the order of fp64 additions. Only the owner solves with it: half of what an all-reduce would send.
+    Every rank holds sums over its own tokens. Added over the ranks they are sums over all tokens:
+    what one process would have, up to the order of fp64 additions. Only the owner needs them, and a
+    reduce sends half of what an all-reduce sends.
     """
-    if not distributed():
+    if not is_distributed():
         return
-    for of_group, owner in zip(sums, owners, strict=True):
-        for tensor in of_group.tensors():
+    for group_sums, owner in zip(sums, owners, strict=True):
+        for tensor in group_sums.tensors():
             dist.reduce(tensor, owner)

@@ -1,4 +1,4 @@
-"""The one small interface through which the method reaches weights that may be sharded."""
+"""Read and write whole weights of a model that may be sharded over ranks."""
 
 from typing import Protocol
 
@@ -8,13 +8,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Weights(Protocol):
-    """Whole parameters of a model whose ranks may each hold only a shard.
+    """Access to whole parameters of a model of which each rank may hold only a shard.
 
-    Both functions are collective: every rank calls them, for the same parameters in the same order.
+    Both methods are collective: all ranks call them for the same parameters in the same order.
     """
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """A copy of the whole parameter, in its own dtype, on every rank."""
+        """Return a copy of the whole parameter, in its own dtype, on every rank."""
         ...
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -23,18 +23,19 @@ class Weights(Protocol):
 
 
 class TorchWeights:
-    """`Weights` of an ordinary model, held whole on every rank, or of one that FSDP2 (`fully_shard`) has sharded."""
+    """Weights of a model that every rank holds whole, or that FSDP2's `fully_shard` has sharded."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return a copy of the whole parameter, in its own dtype, on every rank."""
         value = parameter.detach()
-        if isinstance(value, DTensor):
-            whole = value.full_tensor()
-            return (
-                whole.clone() if value.device_mesh.size() == 1 else whole
-            )  # one rank's shard is the parameter itself
-        return value.clone()
+        if not isinstance(value, DTensor):
+            return value.clone()
+        whole = value.full_tensor()
+        # On one rank full_tensor() returns the parameter's own memory.
+        return whole.clone() if value.device_mesh.size() == 1 else whole
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the whole parameter to rank 0's `value`, cast to the parameter's dtype."""
         value = value.to(parameter.dtype)
         if isinstance(parameter, DTensor):
             value = distribute_tensor(
