@@ -1,1 +1,4 @@
-"""The evaluation protocol: benchmarks, graders and generation. Knows nothing of recipes or of training."""
+"""Evaluate responses: benchmarks, generation, graders and the sandbox for programs.
+
+Knows nothing of recipes or of training.
+"""

@@ -1,4 +1,4 @@
-"""What the metrics of answers in eval/metrics/ share."""
+"""What the metrics of answers in eval/metrics share."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import datasets
 import evaluate
 
 
-def info(description: str) -> evaluate.MetricInfo:
-    """Of a metric of texts: outputs as predictions, bare final answers as references."""
+def make_metric_info(description: str) -> evaluate.MetricInfo:
+    """Describe a metric of texts: responses as predictions, bare final answers as references."""
     text = datasets.Value("string")
     return evaluate.MetricInfo(
         description=description,
@@ -17,9 +17,10 @@ def info(description: str) -> evaluate.MetricInfo:
     )
 
 
-def share(grade: Callable[[str, str], bool], outputs: list[str], references: list[str]) -> dict:
-    """{accuracy (fraction; None of nothing), n}."""
-    passed = [
-        grade(output, reference) for output, reference in zip(outputs, references, strict=True)
-    ]
+def compute_accuracy(
+    grade: Callable[[str, str], bool], outputs: list[str], references: list[str]
+) -> dict:
+    """Return {accuracy (a fraction, or None if there are no outputs), n}."""
+    pairs = zip(outputs, references, strict=True)
+    passed = [grade(output, reference) for output, reference in pairs]
     return {"accuracy": sum(passed) / len(passed) if passed else None, "n": len(passed)}

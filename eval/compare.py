@@ -1,61 +1,82 @@
-"""Two sets of graded responses to the same problems: the paired difference, and the problems that changed."""
+"""Compare two sets of graded responses to the same problems, pair by pair."""
 
 from collections.abc import Sequence
 
 from eval.errors import EvalError
-from eval.statistics import mcnemar, paired_interval
+from eval.statistics import mcnemar_p_value, paired_difference_interval
 from eval.tasks.base import Grader
 
 
-def compare(
+def compare_responses(
     first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict"
 ) -> dict[str, dict]:
-    """Rows of two generations.jsonl, by suite: accuracies, difference, its 95 % interval, p-value and what changed.
+    """Compare the first samples of two sets of graded responses, benchmark by benchmark.
 
-    Of several samples the first counts. Only problems that both have are compared, and both numbers are given.
+    Only problems that both sets have are compared.
+
+    Args:
+        first: rows of a generations.jsonl: {suite, id, sample, reference, strict, literature}.
+
+    Returns:
+        Benchmark -> {n (problems in both), only_in_one (problems), first and second (accuracies, as
+        fractions), difference (second - first), interval (its 95 % interval), p (McNemar), lost
+        (ids right in the first only), won (ids right in the second only)}.
 
     Raises:
-        EvalError: they have no graded problem in common, or differ in a problem's reference.
+        EvalError: the two have no graded problem in common, or differ in a problem's reference.
     """
-    graded = [
-        {
-            (row["suite"], row["id"]): row
-            for row in rows
-            if row.get("sample", 0) == 0 and grader in row
-        }
-        for rows in (first, second)
-    ]
-    common = [key for key in graded[0] if key in graded[1]]
-    if not common:
+    rows_a, rows_b = _index_graded(first, grader), _index_graded(second, grader)
+    pairs: dict[str, list[tuple[dict, dict]]] = {}
+    for (benchmark, problem_id), row in rows_a.items():
+        other = rows_b.get((benchmark, problem_id))
+        if other is None:
+            continue
+        if row["reference"] != other["reference"]:
+            raise EvalError(
+                f"{problem_id} of {benchmark} is not the same problem in both", subject="compare"
+            )
+        pairs.setdefault(benchmark, []).append((row, other))
+    if not pairs:
         raise EvalError(
-            "--compare: the two have no graded problem in common; compare folders of launch/evaluate.py"
+            "the two have no graded problem in common; compare the folders of two evaluations",
+            subject="compare",
         )
-    found: dict[str, dict] = {}
-    for suite in dict.fromkeys(suite for suite, _ in common):
-        ids = [problem for of, problem in common if of == suite]
-        pairs = [(graded[0][suite, problem], graded[1][suite, problem]) for problem in ids]
-        for a, b in pairs:
-            if a["reference"] != b["reference"]:
-                raise EvalError(f"--compare: {a['id']} of {suite} is not the same problem in both")
-        lost = [a["id"] for a, b in pairs if a[grader] and not b[grader]]
-        won = [a["id"] for a, b in pairs if b[grader] and not a[grader]]
-        n = len(pairs)
-        found[suite] = {
-            "n": n,
-            "only_in_one": sum(of == suite for of, _ in graded[0].keys() ^ graded[1].keys()),
-            "first": sum(a[grader] for a, _ in pairs) / n,
-            "second": sum(b[grader] for _, b in pairs) / n,
-            "difference": (len(won) - len(lost)) / n,
-            "interval": list(paired_interval(len(lost), len(won), n)),
-            "p": mcnemar(len(lost), len(won)),
-            "lost": lost,
-            "won": won,
-        }
+    found = {}
+    for benchmark, of_benchmark in pairs.items():
+        only_in_one = sum(key[0] == benchmark for key in rows_a.keys() ^ rows_b.keys())
+        found[benchmark] = _compare_pairs(of_benchmark, grader, only_in_one)
     return found
 
 
-def describe(found: dict[str, dict], names: tuple[str, str]) -> str:
-    """A Markdown table, and for each suite the problems that changed."""
+def _index_graded(rows: Sequence[dict], grader: Grader) -> dict[tuple[str, str], dict]:
+    """Return (benchmark, problem) -> its row, for the first samples that `grader` has graded."""
+    indexed = {}
+    for row in rows:
+        # A file that is still being made has rows without grades.
+        if row.get("sample", 0) == 0 and grader in row:
+            indexed[row["suite"], row["id"]] = row
+    return indexed
+
+
+def _compare_pairs(pairs: list[tuple[dict, dict]], grader: Grader, only_in_one: int) -> dict:
+    lost = [a["id"] for a, b in pairs if a[grader] and not b[grader]]
+    won = [a["id"] for a, b in pairs if b[grader] and not a[grader]]
+    n = len(pairs)
+    return {
+        "n": n,
+        "only_in_one": only_in_one,
+        "first": sum(a[grader] for a, _ in pairs) / n,
+        "second": sum(b[grader] for _, b in pairs) / n,
+        "difference": (len(won) - len(lost)) / n,
+        "interval": list(paired_difference_interval(len(lost), len(won), n)),
+        "p": mcnemar_p_value(len(lost), len(won)),
+        "lost": lost,
+        "won": won,
+    }
+
+
+def render_comparison(comparisons: dict[str, dict], names: tuple[str, str]) -> str:
+    """Render what `compare_responses` returns as a Markdown table and lists of changed problems."""
     head = [
         "suite",
         f"{names[0]} (%)",
@@ -66,25 +87,31 @@ def describe(found: dict[str, dict], names: tuple[str, str]) -> str:
         "n",
     ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for suite, of in found.items():
-        low, high = (100 * end for end in of["interval"])
-        cells = [
-            suite,
-            f"{100 * of['first']:.1f}",
-            f"{100 * of['second']:.1f}",
-            f"{100 * of['difference']:+.1f}",
-        ]
-        cells += [f"{low:+.1f} to {high:+.1f}", f"{of['p']:.3g}", str(of["n"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    for suite, of in found.items():
-        if of["only_in_one"]:
+    lines += [_render_row(name, comparison) for name, comparison in comparisons.items()]
+    for name, comparison in comparisons.items():
+        if comparison["only_in_one"]:
             lines.append(
-                f"\n{suite}: {of['only_in_one']} problems are in one of the two only, and left out"
+                f"\n{name}: {comparison['only_in_one']} problems are in one of the two only, "
+                "and left out"
             )
-        for change, ids in (
-            ("right in the second only", of["won"]),
-            ("right in the first only", of["lost"]),
-        ):
-            if ids:
-                lines.append(f"\n{suite}, {change} ({len(ids)}): {', '.join(ids)}")
+        lines += _render_changes(name, "right in the second only", comparison["won"])
+        lines += _render_changes(name, "right in the first only", comparison["lost"])
     return "\n".join(lines)
+
+
+def _render_row(name: str, comparison: dict) -> str:
+    low, high = (100 * end for end in comparison["interval"])
+    cells = [
+        name,
+        f"{100 * comparison['first']:.1f}",
+        f"{100 * comparison['second']:.1f}",
+        f"{100 * comparison['difference']:+.1f}",
+        f"{low:+.1f} to {high:+.1f}",
+        f"{comparison['p']:.3g}",
+        str(comparison["n"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _render_changes(name: str, change: str, ids: list[str]) -> list[str]:
+    return [f"\n{name}, {change} ({len(ids)}): {', '.join(ids)}"] if ids else []

@@ -1,4 +1,4 @@
-"""Whether two answers are the same in mathematics: asks eval.math_worker, and gives up after a time."""
+"""Decide whether two answers are mathematically equal, in a worker process with a time limit."""
 
 import atexit
 import json
@@ -9,25 +9,30 @@ import threading
 import time
 from pathlib import Path
 
-TIMEOUT = 8.0  # seconds of one comparison
-START = 60.0  # seconds in which a worker's libraries load
+TIMEOUT = 8.0  # seconds for one comparison
+START_TIMEOUT = 60.0  # seconds for a worker to load its libraries
 
+# Each thread has its own worker, so no question waits for another thread's slow one.
 _of_thread = threading.local()
-_all: list[subprocess.Popen] = []
+_workers: list[subprocess.Popen] = []  # of all threads, to be killed when the process ends
 _lock = threading.Lock()
 
 
-def equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> bool:
-    """Whether math-verify takes LaTeX `answer` for `reference`; False where it does not end within `timeout` seconds.
+def are_equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> bool:
+    """Return whether math-verify accepts LaTeX `answer` for `reference`, within `timeout` seconds.
 
-    In any thread or process: each thread has a worker process, kept for the next question and killed when it is late.
+    May be called in any thread or process. Each thread has a worker process, which stays for the
+    next question. A worker that is late is killed, and the answer is then False.
+
+    Raises:
+        RuntimeError: the worker does not start.
     """
     worker = getattr(_of_thread, "worker", None)
     if worker is None or worker.poll() is not None:
-        worker = _of_thread.worker = _start()
+        worker = _of_thread.worker = _start_worker()
     worker.stdin.write(json.dumps([answer, reference]) + "\n")
     worker.stdin.flush()
-    line = _line(worker, timeout)
+    line = _read_line(worker, timeout)
     if line is None:
         worker.kill()
         worker.wait()
@@ -35,7 +40,7 @@ def equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> bool:
     return json.loads(line)
 
 
-def _start() -> subprocess.Popen:
+def _start_worker() -> subprocess.Popen:
     worker = subprocess.Popen(
         [sys.executable, "-m", "eval.math_worker"],
         cwd=Path(__file__).resolve().parents[1],
@@ -45,19 +50,21 @@ def _start() -> subprocess.Popen:
         text=True,
     )
     with _lock:
-        if not _all:
-            atexit.register(_stop)
-        _all[:] = [other for other in _all if other.poll() is None] + [worker]
-    worker.stdin.write(json.dumps(["1", "1"]) + "\n")  # answered when its libraries are there
+        if not _workers:
+            atexit.register(_stop_workers)
+        running = [other for other in _workers if other.poll() is None]
+        _workers[:] = [*running, worker]
+    # A first question, because only its answer shows that the libraries are loaded.
+    worker.stdin.write(json.dumps(["1", "1"]) + "\n")
     worker.stdin.flush()
-    if _line(worker, START) is None:
+    if _read_line(worker, START_TIMEOUT) is None:
         worker.kill()
         raise RuntimeError("math-verify did not start; pip install -r requirements.txt")
     return worker
 
 
-def _line(worker: subprocess.Popen, timeout: float) -> str | None:
-    """One line of the worker's, or None if there is none in time or it has ended."""
+def _read_line(worker: subprocess.Popen, timeout: float) -> str | None:
+    """Return one line from the worker, or None if none comes in time or the worker has ended."""
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         if select.select([worker.stdout], [], [], left)[0]:
@@ -65,7 +72,7 @@ def _line(worker: subprocess.Popen, timeout: float) -> str | None:
     return None
 
 
-def _stop() -> None:
-    for worker in _all:
+def _stop_workers() -> None:
+    for worker in _workers:
         worker.kill()
         worker.wait()

@@ -1,107 +1,137 @@
-"""Grades of stored responses. Answers are graded as they are; programs run in eval.sandbox.check."""
+"""Grade stored responses: answers as they are, programs by running them in eval.sandbox.check."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from eval.errors import EvalError
-from eval.sandbox import check as sandbox
-from eval.statistics import pass_at_k, wilson
-from eval.tasks.base import GRADERS, Grader, Problem, Suite
+from eval.sandbox.box import Box
+from eval.sandbox.check import Job, check_programs
+from eval.statistics import pass_at_k, wilson_interval
+from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
+
+PASS_AT = (1, 10, 100)  # the k of pass@k
 
 
 class Grade(NamedTuple):
-    """One response's grade by one grader."""
+    """What one grader says of one response."""
 
     passed: bool
-    reason: str = ""  # of a program
-    isolation: str = ""  # of a program: what boxed it in
+    reason: str = ""  # for a program: "passed", or why not
+    isolation: str = ""  # for a program: what it ran in, see eval.sandbox.check.Verdict
 
 
-def grade(
-    suite: Suite,
+def grade_responses(
+    benchmark: Benchmark,
     problems: Sequence[Problem],
     outputs: Sequence[str],
     graders: Iterable[Grader] = GRADERS,
     *,
     timeout: float = 10.0,
-    allow_unsandboxed: bool = False,
+    box: Box | None = None,
 ) -> Iterator[dict[Grader, Grade]]:
-    """Grades of each output, of the problem at the same place, in order.
+    """Yield the grades of each output, in order.
 
     Args:
+        problems: the problem of each output.
         timeout: seconds that a program may take with its tests.
-        allow_unsandboxed: run programs also where nothing can box them in.
+        box: what programs run in; by default what eval.sandbox.box.choose_box finds.
 
     Raises:
-        EvalError: programs are to be run, nothing can box them in, and that is not allowed.
+        EvalError: there are programs to run, and no box.
     """
-    graders = tuple(graders)
-    if suite.kind == "answer":
-        for problem, output in zip(problems, outputs, strict=True):
-            yield {grader: Grade(suite.grade(output, problem, grader)) for grader in graders}
+    graders = tuple(graders)  # it is iterated once for each output
+    if benchmark.kind == "code":
+        yield from _grade_programs(benchmark, problems, outputs, graders, timeout, box)
         return
-    # The same program by both rules runs once.
-    programs = [
-        {grader: suite.to_program(output, problem, grader) for grader in graders}
-        for problem, output in zip(problems, outputs, strict=True)
-    ]
-    distinct = [list(dict.fromkeys(of_output.values())) for of_output in programs]
-    jobs = [
-        sandbox.Job(program, *_tests(problem), timeout=timeout)
-        for problem, texts in zip(problems, distinct, strict=True)
-        for program in texts
-    ]
-    verdicts = iter(sandbox.check_many(jobs, allow_unsandboxed=allow_unsandboxed))
-    for of_output, texts in zip(programs, distinct, strict=True):
-        found = {text: Grade(*next(verdicts)) for text in texts}
-        yield {grader: found[text] for grader, text in of_output.items()}
+    for problem, output in zip(problems, outputs, strict=True):
+        yield {grader: Grade(benchmark.grade(output, problem, grader)) for grader in graders}
 
 
-def problems_of(suite: Suite, rows: Sequence[dict], data_dir: Path | None) -> list[Problem]:
-    """The problems that stored responses answer: of answers from their `reference`, of code by their `id`.
+def _grade_programs(
+    benchmark: Benchmark,
+    problems: Sequence[Problem],
+    outputs: Sequence[str],
+    graders: Sequence[Grader],
+    timeout: float,
+    box: Box | None,
+) -> Iterator[dict[Grader, Grade]]:
+    """Yield the grades of each output. A program that several graders extract runs once."""
+    programs: list[dict[Grader, str]] = []
+    jobs: dict[tuple[int, str], Job] = {}  # by index of the output, and program
+    for number, (problem, output) in enumerate(zip(problems, outputs, strict=True)):
+        extracted = {
+            grader: benchmark.extract_program(output, problem, grader) for grader in graders
+        }
+        programs.append(extracted)
+        for program in extracted.values():
+            jobs[number, program] = _make_job(program, problem, timeout)
+    verdicts = dict(zip(jobs, check_programs(jobs.values(), box=box), strict=True))
+    for number, extracted in enumerate(programs):
+        yield {grader: Grade(*verdicts[number, program]) for grader, program in extracted.items()}
+
+
+def _make_job(program: str, problem: Problem, timeout: float) -> Job:
+    tests = problem.tests
+    return Job(
+        program,
+        tests["tests"],
+        tests["entry_point"],
+        setup=tests["setup"],
+        in_box=tests["in_box"],
+        timeout=timeout,
+    )
+
+
+def match_problems(
+    benchmark: Benchmark, rows: Sequence[dict], data_dir: Path | None
+) -> list[Problem]:
+    """Return the problem that each stored response answers.
+
+    The problem of an answer is made from the row's `reference`, if all rows have one; else the
+    problems are read, and found by the row's `id`.
 
     Raises:
-        EvalError: a row has neither, or its id is not in the benchmark.
+        EvalError: a row has neither, or the benchmark does not have its id.
     """
-    if suite.kind == "answer" and all(isinstance(row.get("reference"), str) for row in rows):
+    have_references = all(isinstance(row.get("reference"), str) for row in rows)
+    if benchmark.kind == "answer" and have_references:
         return [Problem(str(row.get("id", i)), "", row["reference"]) for i, row in enumerate(rows)]
-    known = {problem.id: problem for problem in suite.rows(data_dir, None)}
+    known = {problem.id: problem for problem in benchmark.read_problems(data_dir, None)}
     for number, row in enumerate(rows, start=1):
         if row.get("id") not in known:
             raise EvalError(
-                f"{suite.name}: response {number} has no id of a problem, such as {next(iter(known))}"
+                f"{benchmark.name}: response {number} has no id of a problem, "
+                f"such as {next(iter(known))}"
             )
     return [known[row["id"]] for row in rows]
 
 
-def _tests(problem: Problem) -> tuple[str, str, str, bool]:
-    of = problem.tests
-    return of["tests"], of["entry_point"], of["setup"], of["in_box"]
-
-
-def summary(passed: Sequence[Sequence[bool]], ks: Iterable[int] = (1, 10, 100)) -> dict:
-    """The score of one suite by one grader.
+def summarise_passes(passed: Sequence[Sequence[bool]]) -> dict:
+    """Compute the score of one benchmark by one grader.
 
     Args:
-        passed: for each problem, whether each of its samples passed; as many samples for each.
+        passed: for each problem, whether each of its samples passed; equally many samples for each.
 
     Returns:
-        accuracy (mean over samples, fraction), n (problems), samples, correct (first samples that passed), interval
-        (95 % Wilson of the first samples), and pass@k for each k up to the samples, where there are several.
+        accuracy (mean over samples, a fraction), n (problems), samples, correct (first samples that
+        passed), interval (95 % Wilson interval of the first samples) and, if there are several
+        samples, pass_at: the mean pass@k of every k in `PASS_AT` up to the number of samples.
     """
     n, samples = len(passed), len(passed[0])
-    first = sum(of_problem[0] for of_problem in passed)
-    found = {
-        "accuracy": sum(map(sum, passed)) / (n * samples),
+    num_passed = [sum(of_problem) for of_problem in passed]
+    correct = sum(of_problem[0] for of_problem in passed)
+    summary = {
+        "accuracy": sum(num_passed) / (n * samples),
         "n": n,
         "samples": samples,
-        "correct": first,
-        "interval": list(wilson(first, n)),
+        "correct": correct,
+        "interval": list(wilson_interval(correct, n)),
     }
     if samples > 1:
-        estimates = {
-            k: [pass_at_k(samples, sum(of), k) for of in passed] for k in ks if k <= samples
-        }
-        found["pass_at"] = {str(k): sum(values) / n for k, values in estimates.items()}
-    return found
+        summary["pass_at"] = {}
+        for k in PASS_AT:
+            if k <= samples:
+                total = sum(pass_at_k(samples, count, k) for count in num_passed)
+                summary["pass_at"][str(k)] = total / n
+    return summary

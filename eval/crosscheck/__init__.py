@@ -1,1 +1,1 @@
-"""The same model, and the same responses, as other harnesses see them. Needs requirements-crosscheck.txt."""
+"""What other harnesses say of the same model and responses. Needs requirements-crosscheck.txt."""

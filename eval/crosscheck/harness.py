@@ -1,14 +1,15 @@
-"""lm-eval on our problems: task files that it reads without a network, and what it says of each problem.
+"""Run lm-eval on our problems: write task files that need no network, and read what it says.
 
-Two kinds of task. `generate`: our prompt and stops; its graders, of gsm8k and math, on the response. `likelihood`: the
-commonsense questions as it asks them, another metric. The files stay, for `lm_eval --include_path FOLDER`.
+There are two kinds of task. `generate` has our prompt and stops, and lm-eval's graders of gsm8k and
+math read the response. `likelihood` asks the commonsense questions as lm-eval does, which is
+another metric. The files stay, for `lm_eval --include_path FOLDER`.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,17 +17,17 @@ from eval.crosscheck import likelihood
 from eval.tasks.base import Problem
 
 
-class Judged(NamedTuple):
+class Judgement(NamedTuple):
     """What lm-eval says of one problem by one rule."""
 
     task: str
     rule: str  # filter or metric
     id: str
     passed: bool
-    response: str  # empty of a likelihood
+    response: str  # empty for a likelihood
 
 
-# lm-eval 0.4.13's own gsm8k task (version 3.0), but for its prompt, which is ours.
+# The gsm8k task of lm-eval 0.4.13 (version 3.0), except for its prompt.
 _GSM8K = {
     "metric_list": [
         {
@@ -60,27 +61,25 @@ _GSM8K = {
     ],
 }
 _MATH = ("math", "math500")
-GRADED = ("gsm8k", *_MATH)  # the suites of whose responses it has graders
+GRADED = ("gsm8k", *_MATH)  # benchmarks that lm-eval has graders of responses for
 
 
-def _mean(metric: str) -> dict:
+def _make_mean(metric: str) -> dict:
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
-def write_generate(
+def write_generate_task(
     folder: Path,
-    suite: str,
+    benchmark: str,
     documents: Sequence[dict],
     stops: Sequence[str] = (),
     max_new_tokens: int = 1,
 ) -> str:
-    """Write the task of generated responses, and give its name.
+    """Write the task of generated responses to `folder`, and return its name.
 
     Args:
-        documents: {id, prompt, reference, output}; all of them text.
+        documents: {id, prompt, reference, output}, all of them text.
     """
-    math = {"metric_list": [_mean("exact_match"), _mean("math_verify")]}
-    graded = {"gsm8k": _GSM8K, "math": math, "math500": math}
     config = {
         "output_type": "generate_until",
         "doc_to_text": "prompt",
@@ -92,38 +91,50 @@ def write_generate(
             "max_gen_toks": max_new_tokens,
         },
     }
-    config |= graded.get(suite, {"metric_list": [{"metric": "bypass"}]})
-    return _write(folder, f"astra_{suite}_generate", config, documents, minerva=suite in _MATH)
+    if benchmark == "gsm8k":
+        config |= _GSM8K
+    elif benchmark in _MATH:
+        config["metric_list"] = [_make_mean("exact_match"), _make_mean("math_verify")]
+    else:
+        config["metric_list"] = [{"metric": "bypass"}]
+    name = f"astra_{benchmark}_generate"
+    return _write_task(folder, name, config, documents, minerva=benchmark in _MATH)
 
 
-def write_likelihood(folder: Path, suite: str, problems: Sequence[Problem]) -> str:
-    """Write the task of a commonsense suite's choices, and give its name. Raises EvalError, see likelihood.document."""
-    documents = [{"id": problem.id, **likelihood.document(suite, problem)} for problem in problems]
-    blank = suite == "winogrande"
+def write_likelihood_task(folder: Path, benchmark: str, problems: Sequence[Problem]) -> str:
+    """Write the task of a commonsense benchmark's choices to `folder`, and return its name.
+
+    Raises:
+        EvalError: a question does not list its choices.
+    """
+    documents = []
+    for problem in problems:
+        documents.append({"id": problem.id, **likelihood.make_document(benchmark, problem)})
+    # Of WinoGrande, lm-eval takes the choices as beginnings and scores the rest of the sentence.
+    blank = benchmark == "winogrande"
     config = {
         "output_type": "multiple_choice",
-        "doc_to_text": "gold"
-        if blank
-        else "query",  # a number: the choices are beginnings, the target is the rest
+        "doc_to_text": "gold" if blank else "query",
         "doc_to_target": "suffix" if blank else "gold",
         "doc_to_choice": "choices",
-        "metric_list": [_mean(metric) for metric in likelihood.VIEWS[suite].metrics],
+        "metric_list": [_make_mean(metric) for metric in likelihood.VIEWS[benchmark].metrics],
     }
-    return _write(folder, f"astra_{suite}_likelihood", config, documents)
+    return _write_task(folder, f"astra_{benchmark}_likelihood", config, documents)
 
 
-def _write(
+def _write_task(
     folder: Path, task: str, config: dict, documents: Sequence[dict], minerva: bool = False
 ) -> str:
     folder.mkdir(parents=True, exist_ok=True)
+    # lm-eval reads a relative path from where it runs.
     data = (folder / f"{task}.jsonl").resolve()
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    where = {
+    source = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
     }
-    text = yaml.safe_dump({"task": task, **where, "num_fewshot": 0, **config}, sort_keys=False)
+    text = yaml.safe_dump({"task": task, **source, "num_fewshot": 0, **config}, sort_keys=False)
     if minerva:
         shutil.copy(Path(__file__).with_name("minerva.py"), folder)
         text += "process_results: !function minerva.process_results\n"
@@ -131,35 +142,40 @@ def _write(
     return task
 
 
-def run(folder: Path, tasks: Sequence[str], model: dict | None, batch_size: int) -> list[Judged]:
-    """What lm-eval says of every document of tasks that were written to `folder`.
+def run_lm_eval(
+    folder: Path, tasks: Sequence[str], model: dict | None, batch_size: int
+) -> list[Judgement]:
+    """Run lm-eval on tasks that were written to `folder`, and return what it says of each document.
 
     Args:
-        model: {pretrained (folder), dtype, and peft (folder of an adapter) where there is one}; None to grade the
-            documents' own outputs with no model.
+        model: {pretrained (folder), dtype, peft (folder of an adapter, if there is one)}; None to
+            grade the documents' own outputs without a model.
     """
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model is None:
+        loaded = _make_stored_model()
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = HFLM(**model, batch_size=batch_size, device=device)
     results = simple_evaluate(
-        model=_stored() if model is None else HFLM(**model, batch_size=batch_size, device=device),
+        model=loaded,
         tasks=list(tasks),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,
+        bootstrap_iters=0,  # no intervals: only the verdicts are read
         log_samples=True,
     )
-    return judged(results["samples"])
+    return read_samples(results["samples"])
 
 
-def _stored():  # noqa: ANN202 (a class of lm-eval, which may not be installed)
+def _make_stored_model() -> Any:
+    """Return an lm_eval LM whose response to a document is the output that the document holds."""
     from lm_eval.api.model import LM
 
-    class Stored(LM):
-        """A model whose response to a document is the output that the document holds."""
-
+    class StoredModel(LM):
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             return [request.doc["output"] for request in requests]
 
@@ -168,17 +184,25 @@ def _stored():  # noqa: ANN202 (a class of lm-eval, which may not be installed)
 
         loglikelihood_rolling = loglikelihood
 
-    return Stored()
+    return StoredModel()
 
 
-def judged(samples: dict[str, list[dict]]) -> list[Judged]:
-    """lm-eval's logged samples, by task, as one list: a row for each filter, or for each metric where it has one."""
-    found = []
+def read_samples(samples: dict[str, list[dict]]) -> list[Judgement]:
+    """Return lm-eval's logged samples as one list.
+
+    Args:
+        samples: by task.
+
+    Returns:
+        For each sample, one judgement by its filter, or one for each metric if it has no filter.
+    """
+    judgements = []
     for task, rows in samples.items():
         for row in rows:
             response = "" if task.endswith("_likelihood") else row["resps"][0][0]
             for metric in row["metrics"]:
                 rule = metric if row["filter"] == "none" else row["filter"]
+                # "bypass" has no verdict; its samples are read for their responses.
                 passed = False if metric == "bypass" else bool(row[metric])
-                found.append(Judged(task, rule, row["doc"]["id"], passed, response))
-    return found
+                judgements.append(Judgement(task, rule, row["doc"]["id"], passed, response))
+    return judgements

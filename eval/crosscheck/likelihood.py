@@ -1,10 +1,10 @@
-"""The commonsense questions as lm-eval asks them: which choice is likeliest, not which label the model writes.
+"""The commonsense questions as lm-eval asks them: by the likelihood of each choice.
 
-lm-eval's own prompts (0.4.13), filled from the rows that this repository reads: BoolQ's have no passage.
+The model writes nothing. The prompts are those of lm-eval 0.4.13, filled from the rows that this
+repository reads. BoolQ's rows have no passage.
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from eval.errors import EvalError
@@ -12,11 +12,11 @@ from eval.tasks.base import Problem
 
 
 class View(NamedTuple):
-    """How lm-eval asks one of the eight."""
+    """How lm-eval asks one of the eight benchmarks."""
 
     word: str  # before a choice's number, in LLM-Adapters' rows
     prompt: str
-    metrics: tuple[str, ...]  # of lm-eval: acc, and acc_norm where it has that
+    metrics: tuple[str, ...]  # of lm-eval
 
 
 _BOTH = ("acc", "acc_norm")
@@ -32,47 +32,55 @@ VIEWS = {
 }
 
 
-def document(suite: str, problem: Problem) -> dict:
-    """{query, choices, gold (index)} of a commonsense problem; of WinoGrande {choices (beginnings), suffix, gold}.
+def make_document(benchmark: str, problem: Problem) -> dict:
+    """Return the document of a commonsense problem for lm-eval.
 
-    Raises EvalError where the question does not list its choices.
+    Returns:
+        {query, choices, gold (index)}; for WinoGrande {choices (beginnings), suffix, gold}.
+
+    Raises:
+        EvalError: the question does not list its choices.
     """
-    view = VIEWS[suite]
-    if suite == "boolq":
-        query = view.prompt.format(
-            problem.question.partition("question: ")[2].partition("\n\nAnswer format:")[0][:-1]
-        )
+    view = VIEWS[benchmark]
+    if benchmark == "boolq":
+        asked = problem.question.partition("question: ")[2].partition("\n\nAnswer format:")[0]
+        query = view.prompt.format(asked[:-1])  # the prompt has its own question mark
         return {"query": query, "choices": ["no", "yes"], "gold": int(problem.reference == "true")}
+    question, choices = _split_choices(problem, view.word)
+    gold = int(problem.reference[-1]) - 1
+    if benchmark == "winogrande":
+        return _make_winogrande_document(problem, question, choices, gold)
+    if benchmark == "hellaswag":
+        question = _clean_hellaswag(question)
+        choices = [_clean_hellaswag(choice) for choice in choices]
+    return {"query": view.prompt.format(question), "choices": choices, "gold": gold}
+
+
+def _split_choices(problem: Problem, word: str) -> tuple[str, list[str]]:
+    """Return the question proper, and the texts of its choices."""
     body, _, labels = problem.question.rpartition("Answer format:")
-    head, *choices = (part.strip() for part in re.split(rf"\s*\b{view.word}\d: ?", body))
-    stem, count, gold = (
-        head.partition(": ")[2],
-        labels.count("/") + 1,
-        int(problem.reference[-1]) - 1,
-    )
-    if not stem or len(choices) != count or gold >= count:
+    parts = [part.strip() for part in re.split(rf"\s*\b{word}\d: ?", body)]
+    question, choices = parts[0].partition(": ")[2], parts[1:]
+    count = labels.count("/") + 1
+    if not question or len(choices) != count or int(problem.reference[-1]) > count:
         raise EvalError(
-            f"{problem.id}: its question does not list {count} choices as {view.word}1: ...; leave it out"
+            f"{problem.id}: its question does not list {count} choices as {word}1: ...; "
+            "leave it out"
         )
-    if (
-        suite == "winogrande"
-    ):  # partial scoring: how likely is what follows the blank, after each option in it
-        before, blank, suffix = stem.partition("_")
-        if not blank:
-            raise EvalError(f"{problem.id}: its sentence has no blank _; leave it out")
-        return {
-            "choices": [before + choice for choice in choices],
-            "suffix": suffix.strip(),
-            "gold": gold,
-        }
-    clean: Callable[[str], str] = _hellaswag if suite == "hellaswag" else str
-    return {
-        "query": view.prompt.format(clean(stem)),
-        "choices": list(map(clean, choices)),
-        "gold": gold,
-    }
+    return question, choices
 
 
-def _hellaswag(text: str) -> str:
-    """lm-eval's: the brackets are left over from WikiHow."""
+def _make_winogrande_document(
+    problem: Problem, sentence: str, choices: list[str], gold: int
+) -> dict:
+    """Return a document that asks how likely the end of the sentence is after each option."""
+    before, blank, suffix = sentence.partition("_")
+    if not blank:
+        raise EvalError(f"{problem.id}: its sentence has no blank _; leave it out")
+    beginnings = [before + choice for choice in choices]
+    return {"choices": beginnings, "suffix": suffix.strip(), "gold": gold}
+
+
+def _clean_hellaswag(text: str) -> str:
+    """Drop the brackets that are left over from WikiHow, as lm-eval does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")

@@ -1,71 +1,75 @@
-"""Our verdicts beside another harness's, problem by problem."""
+"""Compare our verdicts with another harness's, problem by problem."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
+
+from eval.tasks.base import GRADERS
 
 
 class Comparison(NamedTuple):
-    """One suite against one rule of another harness."""
+    """One benchmark against one rule of another harness."""
 
-    suite: str
+    benchmark: str
     against: str
     theirs: dict[str, bool]  # problem -> their verdict, or whether their response is the same text
-    texts: bool = False  # it compares responses, not verdicts
-    outputs: dict[str, str] = {}  # noqa: RUF012 (never changed) problem -> their response, where they made one
+    texts: bool = False  # responses are compared, not verdicts
+    outputs: Mapping[str, str] = MappingProxyType({})  # problem -> their response, if they made one
 
 
-def differing(comparison: Comparison, ours: dict[str, dict]) -> list[dict]:
-    """The problems on which the two differ: ours, with their verdict and their response where they made one.
+def find_differences(comparison: Comparison, ours: dict[str, dict]) -> list[dict]:
+    """Return our row of each problem on which the two differ, with what they say of it.
 
     Args:
-        ours: problem -> {id, reference, output, strict, literature} of the suite.
+        ours: problem -> {id, reference, output, strict, literature} of the benchmark.
+
+    Returns:
+        Rows {suite, against, id, reference, output, strict, literature, theirs}, with their_output
+        where they made a response.
     """
-    found = []
+    differences = []
     for problem, theirs in comparison.theirs.items():
         row = ours[problem]
-        if theirs != (True if comparison.texts else row["strict"]):
-            kept = {key: row[key] for key in ("id", "reference", "output", "strict", "literature")}
-            other = (
-                {"their_output": comparison.outputs[problem]}
-                if problem in comparison.outputs
-                else {}
-            )
-            found.append(
-                {
-                    "suite": comparison.suite,
-                    "against": comparison.against,
-                    **kept,
-                    "theirs": theirs,
-                    **other,
-                }
-            )
-    return found
+        expected = True if comparison.texts else row["strict"]
+        if theirs == expected:
+            continue
+        difference = {"suite": comparison.benchmark, "against": comparison.against}
+        for key in ("id", "reference", "output", *GRADERS):
+            difference[key] = row[key]
+        difference["theirs"] = theirs
+        if problem in comparison.outputs:
+            difference["their_output"] = comparison.outputs[problem]
+        differences.append(difference)
+    return differences
 
 
-def describe(comparisons: Iterable[Comparison], ours: dict[str, dict[str, dict]]) -> str:
-    """A Markdown table, a row for each comparison: percent of the same n problems, and on how many the two differ."""
+def render_comparisons(comparisons: Iterable[Comparison], ours: dict[str, dict[str, dict]]) -> str:
+    """Render a Markdown table: scores on the same n problems, and on how many the two differ.
+
+    Args:
+        ours: benchmark -> what `find_differences` takes.
+    """
     head = ["suite", "against", "our strict (%)", "our literature (%)", "theirs (%)", "n", "differ"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for comparison in comparisons:
-        rows = [ours[comparison.suite][problem] for problem in comparison.theirs]
-        theirs = list(comparison.theirs.values())
-        cells = [
-            comparison.suite,
-            comparison.against,
-            *(_percent([row[g] for row in rows]) for g in _GRADERS),
-        ]
-        cells += [
-            f"{sum(theirs)} same texts" if comparison.texts else _percent(theirs),
-            str(len(rows)),
-        ]
-        lines.append(
-            f"| {' | '.join([*cells, str(len(differing(comparison, ours[comparison.suite])))])} |"
-        )
+        cells = _list_cells(comparison, ours[comparison.benchmark])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-_GRADERS = ("strict", "literature")
+def _list_cells(comparison: Comparison, ours: dict[str, dict]) -> list[str]:
+    rows = [ours[problem] for problem in comparison.theirs]
+    theirs = list(comparison.theirs.values())
+    their_score = f"{sum(theirs)} same texts" if comparison.texts else _format_percent(theirs)
+    return [
+        comparison.benchmark,
+        comparison.against,
+        *(_format_percent([row[grader] for row in rows]) for grader in GRADERS),
+        their_score,
+        str(len(rows)),
+        str(len(find_differences(comparison, ours))),
+    ]
 
 
-def _percent(passed: Sequence[bool]) -> str:
+def _format_percent(passed: Sequence[bool]) -> str:
     return f"{100 * sum(passed) / len(passed):.1f}"

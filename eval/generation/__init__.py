@@ -1,1 +1,1 @@
-"""Responses of a model: by transformers, or by a server."""
+"""Generate a model's responses, with transformers or with a server."""

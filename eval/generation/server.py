@@ -1,4 +1,4 @@
-"""Responses from an OpenAI-compatible completions server, such as vLLM's."""
+"""Request responses from an OpenAI-compatible completions server, such as vLLM's."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,11 @@ from urllib3.util import Retry
 from eval.errors import EvalError
 
 RETRIES = 5
-RETRIED = (
-    408,
-    409,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # HTTP statuses of a server that may do better later
+RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP; the server may recover
+MAX_STOPS = 4  # that the protocol allows in a request
 
 
-def complete(
+def request_completions(
     url: str,
     model: str,
     prompts: Sequence[str],
@@ -36,62 +28,76 @@ def complete(
     timeout: float = 600.0,
     pause: float = 0.5,
 ) -> Iterator[dict[int, str]]:
-    """The server's completion of each prompt, as each comes: {index: text}.
+    """Yield the server's completion of each prompt as it comes, as {index: text}.
 
     Args:
-        url: up to and with /v1, such as http://localhost:8000/v1. The key is $OPENAI_API_KEY, where it is set.
-        model: the name under which the server has it; an adapter's name for a server that holds adapters.
-        stops: at most four go to the server (the protocol's limit); all are cut off here.
-        concurrency: requests under way at once. timeout: seconds of one request.
-        pause: seconds before the second of RETRIES repetitions, twice as many before each further one.
+        url: up to and including /v1, such as http://localhost:8000/v1. The key is $OPENAI_API_KEY,
+            if it is set.
+        model: its name on the server; an adapter's name if the server holds adapters.
+        stops: texts that end a response. The server gets the first four; all are cut off here.
+        seeds: of each prompt, if the temperature is not 0.
+        concurrency: requests at the same time.
+        timeout: seconds for one request.
+        pause: seconds before the second of RETRIES repetitions; it doubles before each further one.
 
     Raises:
-        EvalError: the server refuses, or does not answer after the repetitions; the message has its words.
+        EvalError: the server refuses, or does not answer after the repetitions; the message says
+            what it answered.
     """
-    place = f"{url.rstrip('/')}/completions"
-    retry = Retry(
-        RETRIES,
-        backoff_factor=pause,
-        status_forcelist=RETRIED,
-        allowed_methods=None,
-        raise_on_status=False,
-    )
-    with requests.Session() as session, ThreadPoolExecutor(concurrency) as pool:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
-        if key := os.environ.get("OPENAI_API_KEY"):
-            session.headers["Authorization"] = f"Bearer {key}"
-
-        def one(index: int) -> str:
+    address = f"{url.rstrip('/')}/completions"
+    with (
+        _open_session(concurrency, pause) as session,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        futures = {}
+        for index, prompt in enumerate(prompts):
             body = {
                 "model": model,
-                "prompt": prompts[index],
+                "prompt": prompt,
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
             }
-            body |= {"stop": list(stops[:4])} if stops else {}
-            body |= {"seed": seeds[index] % 2**31} if temperature else {}
-            try:
-                answer = session.post(place, json=body, timeout=timeout)
-            except requests.RequestException as error:
-                raise EvalError(
-                    f"--url: {place} does not answer ({type(error).__name__}); check the server"
-                ) from None
-            text = _text(answer)
-            return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
-
-        futures = {pool.submit(one, index): index for index in range(len(prompts))}
+            if stops:
+                body["stop"] = list(stops[:MAX_STOPS])
+            if temperature:
+                body["seed"] = seeds[index] % 2**31  # a signed 32-bit integer
+            futures[pool.submit(_request_text, session, address, body, timeout)] = index
         try:
             for future in as_completed(futures):
-                yield {futures[future]: future.result()}
+                yield {futures[future]: _cut_at_stops(future.result(), stops)}
         finally:
+            # After an error, or if the caller stops, requests that wait are not sent.
             pool.shutdown(cancel_futures=True)
 
 
-def _text(answer: requests.Response) -> str:
+def _open_session(concurrency: int, pause: float) -> requests.Session:
+    retry = Retry(
+        RETRIES,
+        backoff_factor=pause,
+        status_forcelist=RETRIED_STATUSES,
+        allowed_methods=None,  # POST too, which urllib3 does not repeat by default
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
+    if key := os.environ.get("OPENAI_API_KEY"):
+        session.headers["Authorization"] = f"Bearer {key}"
+    return session
+
+
+def _request_text(session: requests.Session, address: str, body: dict, timeout: float) -> str:
+    try:
+        answer = session.post(address, json=body, timeout=timeout)
+    except requests.RequestException as error:
+        raise EvalError(
+            f"{address} does not answer ({type(error).__name__}); check the server",
+            subject="server",
+        ) from None
     if answer.status_code != 200:
         raise EvalError(
-            f"--url: {answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}; check --model"
+            f"{answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}",
+            subject="served_model",
         )
     try:
         text = answer.json()["choices"][0]["text"]
@@ -99,6 +105,13 @@ def _text(answer: requests.Response) -> str:
         text = None
     if not isinstance(text, str):
         raise EvalError(
-            f"--url: {answer.url} answers with no choices[0].text; is it a completions server?"
+            f"{answer.url} answers with no choices[0].text; is it a completions server?",
+            subject="server",
         )
     return text
+
+
+def _cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    """Return `text` up to the first of `stops` in it."""
+    cuts = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(cuts)] if cuts else text

@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote against a benchmark's tests, in a box that they cannot leave."""
+"""Run programs that a model wrote, isolated from this machine and from their tests."""

@@ -1,9 +1,9 @@
-"""The judge: runs a benchmark's tests in a process of its own, outside the box, and asks the box for each value.
+"""The judge runs a benchmark's tests in a process outside the box, and asks the box for each value.
 
-eval.sandbox.check starts it with the numbers of the channel's two ends, sends it a job as JSON and reads a verdict:
-{"passed": bool, "reason": words, "started": whether the box did, "fault": words where the tests themselves are broken}.
-The solution never sees the tests; what it sends is decoded by a closed codec and compared here, where none of its code
-runs.
+eval.sandbox.check starts it with the numbers of the channel's two ends, sends it a job as JSON and
+reads a verdict: {"passed": bool, "reason": text, "started": whether the box did, "fault": text if
+the tests themselves are broken}. The solution never sees the tests. What it sends is decoded by a
+closed codec and compared here, where none of its code runs.
 """
 
 import builtins
@@ -11,10 +11,20 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
-from eval.sandbox.runner import decode, encode, failed_line, limit, read, said, write
+from eval.sandbox.runner import (
+    decode_value,
+    describe_exception,
+    encode_value,
+    find_failed_line,
+    limit_process,
+    read_message,
+    write_message,
+)
 
+# What a broken message can raise when it is read or decoded.
 _BROKEN = (
     ValueError,
     TypeError,
@@ -25,129 +35,137 @@ _BROKEN = (
     MemoryError,
     ArithmeticError,
 )
+_ENDED = "the program ended"
+_INTRUDED = "the program wrote on the channel"
 
 
 class Stop(BaseException):
-    """The verdict is known; not an Exception, so that no test catches it."""
+    """The verdict is known. Not an Exception, so that no test catches it."""
 
 
 class Fault(BaseException):
-    """The tests cannot run, whatever the solution."""
+    """The tests cannot run, whatever the solution is."""
 
 
 class Channel:
-    """The channel to the box."""
+    """The channel to the box, and what came over it."""
 
     def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
         self.started = False
         self.calls = 0
         self.stopped: Stop | None = None
-        self.raised: BaseException | None = None
-        self.words = ""
+        self.raised: BaseException | None = None  # the solution's last exception
+        self.raised_text = ""
 
-    def stop(self, reason: str) -> Stop:
-        """Remembers the first reason: a test that swallows it does not pass."""
+    def make_stop(self, reason: str) -> Stop:
+        """Return a Stop with the first reason of all: a test that swallows one does not pass."""
         self.stopped = self.stopped or Stop(reason)
         return self.stopped
 
-    def send(self, message: Any) -> None:
-        try:
-            write(self.sink, message)
-        except BrokenPipeError:
-            raise self.stop("the program ended") from None
+    def send_message(self, message: Any) -> None:
+        """Send a message.
 
-    def receive(self) -> list:
-        """The next message of a known kind, or Stop where it failed, ended or sent something else."""
+        Raises:
+            Stop: the program ended.
+        """
         try:
-            message = read(self.source)
+            write_message(self.sink, message)
+        except BrokenPipeError:
+            raise self.make_stop(_ENDED) from None
+
+    def receive_message(self) -> list | str:
+        """Return the next message of a known kind.
+
+        Raises:
+            Stop: the program failed, ended or sent something else.
+        """
+        try:
+            message = read_message(self.source)
         except EOFError:
-            raise self.stop("the program ended") from None
+            raise self.make_stop(_ENDED) from None
         except _BROKEN:
-            raise self.stop("the program wrote on the channel") from None
+            raise self.make_stop(_INTRUDED) from None
         match message:
             case ["failed", str(reason)]:
-                raise self.stop(reason)
-            case (
-                ["ready"] | ["value", _] | ["raised", str(), str()] | ["passed", str()] | "started"
-            ):
+                raise self.make_stop(reason)
+            case ["ready"] | ["value", _] | ["raised", str(), str()] | ["passed", str()]:
                 return message
-        raise self.stop("the program wrote on the channel")
+            case "started":
+                return message
+        raise self.make_stop(_INTRUDED)
 
-    def function(self) -> Callable[..., Any]:
-        """What the tests call in the place of the solution's function."""
+    def make_function(self) -> Callable[..., Any]:
+        """Return what the tests call in the place of the solution's function."""
 
-        def call(*arguments: Any, **keywords: Any) -> Any:
+        def call_solution(*arguments: Any, **keywords: Any) -> Any:
             self.calls += 1
             if self.stopped:
                 raise self.stopped
             try:
-                plain = [encode(arguments, strict=True), encode(keywords, strict=True)]
+                plain = [encode_value(arguments, strict=True), encode_value(keywords, strict=True)]
             except TypeError as error:
                 raise Fault(
                     f"the tests pass {error}, which is no plain data; run them with in_box=True"
                 ) from None
-            self.send(["call", *plain])
-            answer = self.receive()
-            match answer:
+            self.send_message(["call", *plain])
+            match self.receive_message():
                 case ["value", data]:
                     try:
-                        return decode(data)
+                        return decode_value(data)
                     except _BROKEN:
-                        raise self.stop("the program wrote on the channel") from None
-                case ["raised", name, words]:
-                    raise self.error(name, words)
-            raise self.stop("the program wrote on the channel")
+                        raise self.make_stop(_INTRUDED) from None
+                case ["raised", name, text]:
+                    raise self.make_exception(name, text)
+            raise self.make_stop(_INTRUDED)
 
-        return call
+        return call_solution
 
-    def error(self, name: str, words: str) -> BaseException:
-        """The solution's exception, of the same builtin class, for tests that expect one."""
+    def make_exception(self, name: str, text: str) -> BaseException:
+        """Return the solution's exception, of the same builtin class, for tests that expect one."""
         kind = getattr(builtins, name, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            return self.stop(words)
-        self.words = words
+            return self.make_stop(text)
+        self.raised_text = text
         try:
-            self.raised = kind(words)
+            self.raised = kind(text)
         except TypeError:  # UnicodeDecodeError takes five arguments
-            self.raised = ValueError(words)
+            self.raised = ValueError(text)
         return self.raised
 
 
-def grade(channel: Channel, job: dict[str, Any]) -> str | None:
-    """None if the solution passes, or why not. The tests run here, or in the box where the job says so.
+def judge_solution(channel: Channel, job: dict[str, Any]) -> str | None:
+    """Run the tests, here or in the box as the job says.
 
-    Raises Stop where the program ended or broke the channel, and Fault where the tests cannot run.
+    Returns:
+        None if the solution passes, else why not.
+
+    Raises:
+        Stop: the program ended or broke the channel.
+        Fault: the tests cannot run.
     """
-    if channel.receive() != "started":
-        raise channel.stop("the program wrote on the channel")
+    if channel.receive_message() != "started":
+        raise channel.make_stop(_INTRUDED)
     channel.started = True
-    channel.send([job["solution"], job["entry_point"]])
+    channel.send_message([job["solution"], job["entry_point"]])
+    # Compiled and set up while the solution is imported in the box.
     names: dict[str, Any] = {"__name__": "tests"}
-    codes = {}
-    for part in ("setup", "tests"):
-        try:
-            codes[part] = compile(job[part], f"<{part}>", "exec")
-            if part == "setup" and not job["in_box"]:
-                exec(codes[part], names)
-        except Exception as error:
-            raise Fault(f"the {part} of {job['entry_point']}: {said(error)}") from error
-    if channel.receive() != ["ready"]:
-        raise channel.stop("the program wrote on the channel")
+    tests = _prepare_tests(job, names)
+    if channel.receive_message() != ["ready"]:
+        raise channel.make_stop(_INTRUDED)
     if job["in_box"]:
-        token = os.urandom(16).hex()  # the secrets module takes 10 ms to import
-        channel.send(["tests", job["setup"], job["tests"], token])
-        return (
-            None if channel.receive() == ["passed", token] else "the program wrote on the channel"
-        )
-    names[job["entry_point"]] = channel.function()
+        token = os.urandom(16).hex()  # the secrets module would take 10 ms to import
+        channel.send_message(["tests", job["setup"], job["tests"], token])
+        return None if channel.receive_message() == ["passed", token] else _INTRUDED
+    names[job["entry_point"]] = channel.make_function()
     try:
-        exec(codes["tests"], names)
+        exec(tests, names)
     except Exception as error:  # noqa: BLE001 (a test fails with any exception)
         if error is channel.raised:
-            return channel.words
-        why = "" if isinstance(error, AssertionError) else f" ({said(error)})"
-        return f"wrong answer: {failed_line(error, job['tests'])}{why}"
+            return channel.raised_text
+        why = "" if isinstance(error, AssertionError) else f" ({describe_exception(error)})"
+        return f"wrong answer: {find_failed_line(error, job['tests'])}{why}"
+    # The tests ended, but they may have caught a Stop.
     if channel.stopped:
         raise channel.stopped
     if not channel.calls:
@@ -155,16 +173,31 @@ def grade(channel: Channel, job: dict[str, Any]) -> str | None:
     return None
 
 
+def _prepare_tests(job: dict[str, Any], names: dict[str, Any]) -> CodeType:
+    """Compile the tests, and run their setup in `names` unless it belongs in the box."""
+    part = "setup"
+    try:
+        setup = compile(job["setup"], "<setup>", "exec")
+        if not job["in_box"]:
+            exec(setup, names)
+        part = "tests"
+        return compile(job["tests"], "<tests>", "exec")
+    except Exception as error:
+        text = describe_exception(error)
+        raise Fault(f"the {part} of {job['entry_point']}: {text}") from error
+
+
 def main() -> None:
-    source, sink, cpu, memory = map(int, sys.argv[1:5])
-    limit(cpu, memory)
+    """Judge the job on standard input, and write the verdict to standard output."""
+    source, sink, cpu_seconds, memory = map(int, sys.argv[1:5])
+    limit_process(cpu_seconds, memory)
     verdicts = os.dup(1)  # apart from what the tests print
     os.dup2(2, 1)
     job = json.loads(sys.stdin.buffer.read())
     channel = Channel(source, sink)
     verdict: dict[str, Any] = {"passed": False, "reason": "passed", "fault": ""}
     try:
-        why = grade(channel, job)
+        why = judge_solution(channel, job)
         verdict |= {"passed": True} if why is None else {"reason": why}
     except Stop as stop:
         verdict["reason"] = str(stop)

@@ -1,54 +1,64 @@
-"""HumanEval: 164 Python functions to be written from a signature and docstring (Chen et al. 2021).
+"""HumanEval: 164 Python functions to write from a signature and docstring (Chen et al. 2021).
 
-A row: {"task_id": "HumanEval/0", "prompt": "def f(...):\\n    \\"\\"\\"...", "entry_point": "f", "canonical_solution":
-"    ...", "test": "def check(candidate): ..."}. The response's program runs in eval.sandbox, apart from its tests.
+A row: {"task_id": "HumanEval/0", "prompt": "def f(...):\\n    \\"\\"\\"...", "entry_point": "f",
+"canonical_solution": "    ...", "test": "def check(candidate): ..."}. The program in a response
+runs in eval.sandbox, apart from its tests.
 """
 
 from itertools import islice
 from pathlib import Path
 
-from eval.tasks import code as program
-from eval.tasks.base import ALPACA, Grader, Problem, Suite
-from eval.tasks.loading import Source, read, text
+from eval.tasks.base import ALPACA_PROMPT, Benchmark, CodeTests, Grader, Problem
+from eval.tasks.code import extract_program, extract_program_literature
+from eval.tasks.loading import Source, read_rows, read_text_field
 
 FILES = ("humaneval.jsonl", "HumanEval.jsonl", "HumanEval.jsonl.gz", "humaneval/test.jsonl")
 SOURCE = Source("humaneval", FILES, "openai/openai_humaneval", None, "test")
+_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 
-def rows(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems. Raises EvalError for a row that is not one."""
+def read_problems(data_dir: Path | None, limit: int | None = None) -> list[Problem]:
+    """Read the first `limit` problems; see eval.tasks.loading.read_rows.
+
+    Raises:
+        EvalError: a row lacks a field.
+    """
     problems = []
-    for number, row in enumerate(islice(read(SOURCE, data_dir), limit), start=1):
-        fields = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-        task_id, prompt, name, solution, tests = (
-            text(row, field, SOURCE, number) for field in fields
-        )
-        code = {
-            "entry_point": name,
+    for number, row in enumerate(islice(read_rows(SOURCE, data_dir), limit), start=1):
+        fields = [read_text_field(row, field, SOURCE, number) for field in _FIELDS]
+        task_id, prompt, entry_point, solution, check = fields
+        tests: CodeTests = {
+            "entry_point": entry_point,
             "setup": f"{prompt}\n    pass\n",  # three tests call helpers that the prompt defines
-            "tests": f"{tests}\ncheck({name})\n",
+            "tests": f"{check}\ncheck({entry_point})\n",
             "prompt": prompt,
             "in_box": False,
         }
         question = f"Create a Python script for this problem:\n{prompt}"
-        problems.append(Problem(task_id, question, prompt + solution, code, prompt))
+        problems.append(Problem(task_id, question, prompt + solution, tests, prompt))
     return problems
 
 
-def to_program(output: str, problem: Problem, protocol: Grader) -> str:
-    """The program in `output` that is run."""
+def _extract_program(output: str, problem: Problem, grader: Grader) -> str:
     prompt = problem.tests["prompt"]
-    if protocol == "literature":
-        return program.literature(output, prompt)
-    return program.strict(output, problem.tests["entry_point"], prompt)
+    if grader == "literature":
+        return extract_program_literature(output, prompt)
+    return extract_program(output, problem.tests["entry_point"], prompt)
 
 
-SUITE = Suite(
-    name="humaneval",
-    kind="code",
-    rows=rows,
-    literature_prompt=lambda question: ALPACA.format(instruction=question),  # WizardCoder's
-    stops=(),
-    max_new_tokens=1024,
-    to_program=to_program,
+def format_wizardcoder_prompt(question: str) -> str:
+    """Return WizardCoder's prompt, which is the same for HumanEval and MBPP."""
+    return ALPACA_PROMPT.format(instruction=question)
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="humaneval",
+        kind="code",
+        read_problems=read_problems,
+        format_literature_prompt=format_wizardcoder_prompt,
+        stops=(),
+        max_new_tokens=1024,
+        extract_program=_extract_program,
+    ),
 )

@@ -1,4 +1,4 @@
-"""Rows of a benchmark, from a folder of files or from the Hugging Face hub."""
+"""Read the rows of a benchmark, from a folder of files or from the Hugging Face hub."""
 
 import gzip
 import json
@@ -12,79 +12,97 @@ from eval.errors import EvalError
 class Source(NamedTuple):
     """Where a benchmark's rows are."""
 
-    suite: str
-    files: tuple[str, ...]  # below a data folder; the first that is there is read
+    benchmark: str
+    files: tuple[str, ...]  # paths below a data folder; the first that exists is read
     hub_id: str
     config: str | tuple[str, ...] | None  # several are read one after another
     split: str
     revision: str = "main"  # no commit could be looked up where this was written
 
 
-def read(source: Source, data_dir: Path | None) -> Iterator[dict]:
-    """Every row, in order: of a .jsonl, .json (a list), either with .gz, or .parquet file in `data_dir`, or of the hub.
+def read_rows(source: Source, data_dir: Path | None) -> Iterator[dict]:
+    """Yield every row of `source` in order, from a file in `data_dir`.
+
+    If `data_dir` is None, the rows come from the hub. A file is .jsonl or .json (a list), with or
+    without .gz, or .parquet.
 
     Raises:
-        EvalError: none of the files is there, one cannot be read, or a row is not an object; the message names it.
+        EvalError: no file exists, one cannot be read, or a row is not an object; the message says
+            which.
     """
     if data_dir is None:
-        yield from _hub(source)
+        yield from _read_hub(source)
         return
-    path = next((data_dir / name for name in source.files if (data_dir / name).is_file()), None)
+    paths = [data_dir / name for name in source.files]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise EvalError(f"{source.suite}: {data_dir} has none of {', '.join(source.files)}")
+        raise EvalError(f"{source.benchmark}: {data_dir} has none of {', '.join(source.files)}")
     number = 0
-    for number, row in enumerate(_lines(path, source.suite), start=1):
+    for number, row in enumerate(_read_file(path, source.benchmark), start=1):
         if not isinstance(row, dict):
-            raise EvalError(f"{source.suite}: row {number} of {path} is not an object with fields")
+            raise EvalError(
+                f"{source.benchmark}: row {number} of {path} is not an object with fields"
+            )
         yield row
     if not number:
-        raise EvalError(f"{source.suite}: no problems in {path}")
+        raise EvalError(f"{source.benchmark}: no problems in {path}")
 
 
-def text(row: dict, field: str, source: Source, number: int) -> str:
-    """The text in `field` of row `number`. Raises EvalError if there is none."""
+def read_text_field(row: dict, field: str, source: Source, number: int) -> str:
+    """Return the text in `field` of row `number`.
+
+    Raises:
+        EvalError: the row has no text there.
+    """
     value = row.get(field)
     if not isinstance(value, str):
         raise EvalError(
-            f"{source.suite}: row {number} needs the text field {field}, and has {', '.join(row) or 'none'}"
+            f"{source.benchmark}: row {number} needs the text field {field}, "
+            f"and has {', '.join(row) or 'none'}"
         )
     return value
 
 
-def _lines(path: Path, suite: str) -> Iterator[object]:
+def _read_file(path: Path, benchmark: str) -> Iterator[object]:
     if path.suffix == ".parquet":
-        from pyarrow import ArrowInvalid, parquet
-
-        try:
-            yield from parquet.read_table(path).to_pylist()
-        except (ArrowInvalid, OSError) as error:
-            raise EvalError(f"{suite}: cannot read {path}: {error}") from None
+        yield from _read_parquet(path, benchmark)
         return
-    at = None
+    line_number = None
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if path.name.removesuffix(".gz").endswith(".json"):
                 yield from json.load(file)
                 return
             for number, line in enumerate(file, start=1):
-                at = number
+                line_number = number
                 yield json.loads(line)
     except (ValueError, RecursionError, OSError, EOFError, TypeError) as error:
-        # ValueError also for what is not UTF-8; RecursionError for what is too deep to read.
-        where = f"line {at} of {path}" if at else str(path)
-        raise EvalError(f"{suite}: {where} is not JSON: {error}") from None
+        # json raises ValueError also for text that is not UTF-8, RecursionError for deep nesting.
+        where = f"line {line_number} of {path}" if line_number else str(path)
+        raise EvalError(f"{benchmark}: {where} is not JSON: {error}") from None
 
 
-def _hub(source: Source) -> Iterator[dict]:
-    import datasets
+def _read_parquet(path: Path, benchmark: str) -> Iterator[object]:
+    from pyarrow import ArrowInvalid, parquet
 
     try:
-        for config in source.config if isinstance(source.config, tuple) else (source.config,):
+        yield from parquet.read_table(path).to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise EvalError(f"{benchmark}: cannot read {path}: {error}") from None
+
+
+def _read_hub(source: Source) -> Iterator[dict]:
+    import datasets  # takes seconds, and files do not need it
+
+    configs = source.config if isinstance(source.config, tuple) else (source.config,)
+    try:
+        for config in configs:
             yield from datasets.load_dataset(
                 source.hub_id, config, split=source.split, revision=source.revision
             )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise EvalError(
-            f"{source.suite}: cannot get {source.hub_id} from the hub ({reason}); give a folder as data_dir"
+            f"{source.benchmark}: cannot get {source.hub_id} from the hub ({reason})",
+            subject="data",
         ) from None

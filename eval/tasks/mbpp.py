@@ -1,106 +1,111 @@
-"""MBPP: short Python functions from a sentence and its tests (Austin et al. 2021): the 500 test problems, or the 257 of
-the sanitised set's test split, which is a suite of its own, mbpp_sanitized.
+"""MBPP: short Python functions to write from a sentence and its tests (Austin et al. 2021).
 
-A row: {"task_id": 11, "text": "Write a function to ...", "code": ..., "test_list": ["assert f(...) == ..."],
-"test_setup_code": ""}; sanitised: "prompt" for "text", "test_imports" for "test_setup_code".
+Two benchmarks: `mbpp` has the 500 test problems, `mbpp_sanitized` the 257 of the sanitised set's
+test split. A row: {"task_id": 11, "text": "Write a function to ...", "code": ...,
+"test_list": ["assert f(...) == ..."], "test_setup_code": ""}. The sanitised set has "prompt" for
+"text" and "test_imports" for "test_setup_code".
 """
 
 import ast
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from eval.errors import EvalError
-from eval.tasks import code as program
-from eval.tasks.base import ALPACA, Grader, Problem, Suite
-from eval.tasks.loading import Source, read
+from eval.tasks.base import Benchmark, CodeTests, Grader, Problem
+from eval.tasks.code import extract_program, extract_program_literature
+from eval.tasks.humaneval import format_wizardcoder_prompt
+from eval.tasks.loading import Source, read_rows
 
-HUB = "google-research-datasets/mbpp"
+HUB_ID = "google-research-datasets/mbpp"
+SANITIZED_FILES = ("sanitized-mbpp.json", "mbpp_sanitized.jsonl")
 SOURCES = {
-    "mbpp": Source("mbpp", ("mbpp.jsonl", "mbpp/test.jsonl"), HUB, "full", "test"),
-    "mbpp_sanitized": Source(
-        "mbpp_sanitized", ("sanitized-mbpp.json", "mbpp_sanitized.jsonl"), HUB, "sanitized", "test"
-    ),
+    "mbpp": Source("mbpp", ("mbpp.jsonl", "mbpp/test.jsonl"), HUB_ID, "full", "test"),
+    "mbpp_sanitized": Source("mbpp_sanitized", SANITIZED_FILES, HUB_ID, "sanitized", "test"),
 }
-TEST_IDS = range(11, 511)  # a file may hold all 974
-# Tests that use classes of the program, or hand it a type: they can only run where the program does.
+TEST_IDS = range(11, 511)  # a file may hold all 974 problems
+# Tests that build the program's own classes or pass it a type can run only where the program runs.
 IN_BOX = (367, 533, 601, 927)
 
 
-def rows(suite: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:
-    """The first `limit` test problems. Raises EvalError for a row that is not one."""
-    return list(
-        islice(
-            (p for p in everything(suite, data_dir) if int(p.id.rpartition("/")[2]) in TEST_IDS),
-            limit,
-        )
-    )
+def read_problems(benchmark: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:
+    """Read the first `limit` test problems; see `read_all_problems`."""
+    problems = read_all_problems(benchmark, data_dir)
+    test_problems = (p for p in problems if int(p.id.rpartition("/")[2]) in TEST_IDS)
+    return list(islice(test_problems, limit))
 
 
-def everything(suite: str, data_dir: Path | None):  # noqa: ANN201 (an iterator of Problem)
-    """All problems of a file, those of other splits too."""
-    for number, row in enumerate(read(SOURCES[suite], data_dir), start=1):
+def read_all_problems(benchmark: str, data_dir: Path | None) -> Iterator[Problem]:
+    """Yield all problems of a file, those of the other splits included.
+
+    Raises:
+        EvalError: a row is not a problem.
+    """
+    for number, row in enumerate(read_rows(SOURCES[benchmark], data_dir), start=1):
         text = row.get("text", row.get("prompt"))
-        tests = row.get("test_list")
-        if not isinstance(text, str) or not isinstance(row.get("code"), str) or not tests:
+        asserts = row.get("test_list")
+        has_texts = isinstance(text, str) and isinstance(row.get("code"), str)
+        if not has_texts or not asserts or "task_id" not in row:
             raise EvalError(
-                f"{suite}: row {number} needs the fields task_id, text (or prompt), code and test_list"
+                f"{benchmark}: row {number} needs the fields task_id, text (or prompt), code "
+                "and test_list"
             )
+        # Some rows have Windows line ends.
         solution = row["code"].replace("\r\n", "\n")
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-        code = {
-            "entry_point": _called(tests, solution, suite, number),
+        examples = "\n".join(asserts)
+        tests: CodeTests = {
+            "entry_point": _find_entry_point(asserts, solution, benchmark, number),
             "setup": setup.replace("\r\n", "\n"),
-            "tests": "\n".join(tests).replace("\r\n", "\n"),
+            "tests": examples.replace("\r\n", "\n"),
             "prompt": "",
             "in_box": row["task_id"] in IN_BOX,
         }
-        examples = "\n".join(tests)
         question = f"Create a Python script for this problem:\n{text}\nTest examples:\n{examples}"
-        yield Problem(f"{suite}/{row['task_id']}", question, solution, code, text)
+        yield Problem(f"{benchmark}/{row['task_id']}", question, solution, tests, text)
 
 
-def _called(tests: list[str], solution: str, suite: str, number: int) -> str:
-    """The function of the solution that the tests call."""
+def _find_entry_point(asserts: list[str], solution: str, benchmark: str, number: int) -> str:
+    """Return the name of the first function that `asserts` call and `solution` defines."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in their strings
-            program, asserts = ast.parse(solution), [ast.parse(test) for test in tests]
-        defined = {
-            node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        }
-        calls = [node for tree in asserts for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        called = [node.func.id for node in calls if isinstance(node.func, ast.Name)]
+            warnings.simplefilter("ignore")  # about escapes in their strings
+            program = ast.parse(solution)
+            tests = [ast.parse(text) for text in asserts]
     except SyntaxError as error:
         raise EvalError(
-            f"{suite}: row {number}: its code or tests are not Python: {error}"
+            f"{benchmark}: row {number}: its code or tests are not Python: {error}"
         ) from None
-    names = [name for name in called if name in defined]
-    if not names:
-        raise EvalError(f"{suite}: row {number}: its tests call nothing that its code defines")
-    return names[0]
+    defined = set()
+    for node in program.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+    for test in tests:
+        for node in ast.walk(test):
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if is_call and node.func.id in defined:
+                return node.func.id
+    raise EvalError(f"{benchmark}: row {number}: its tests call nothing that its code defines")
 
 
-def to_program(output: str, problem: Problem, protocol: Grader) -> str:
-    """The program in `output` that is run."""
-    return (
-        program.literature(output)
-        if protocol == "literature"
-        else program.strict(output, problem.tests["entry_point"])
-    )
+def _extract_program(output: str, problem: Problem, grader: Grader) -> str:
+    if grader == "literature":
+        return extract_program_literature(output)
+    return extract_program(output, problem.tests["entry_point"])
 
 
-def _suite(name: str) -> Suite:
-    return Suite(
+def _make_benchmark(name: str) -> Benchmark:
+    return Benchmark(
         name=name,
         kind="code",
-        rows=partial(rows, name),
-        literature_prompt=lambda question: ALPACA.format(instruction=question),  # WizardCoder's
+        read_problems=partial(read_problems, name),
+        format_literature_prompt=format_wizardcoder_prompt,
         stops=(),
         max_new_tokens=1024,
-        to_program=to_program,
+        extract_program=_extract_program,
     )
 
 
-SUITES = [_suite(name) for name in SOURCES]
+BENCHMARKS = tuple(_make_benchmark(name) for name in SOURCES)

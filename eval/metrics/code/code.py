@@ -1,16 +1,20 @@
-"""Programs as a metric of Hugging Face's evaluate: `evaluate.load("eval/metrics/code")`, in the repository's folder.
+"""Programs as a metric of evaluate.
 
-Each program runs in eval.sandbox.check, apart from its tests.
+`evaluate.load("eval/metrics/code")`, in the repository's root. Each program runs in
+eval.sandbox.check, apart from its tests.
 """
 
 import datasets
 import evaluate
 
-from eval.sandbox.check import Job, check_many
+from eval.sandbox.check import Job, check_programs
 
 
 class Code(evaluate.Metric):
-    """Share of programs whose function passes its tests; references are {"tests": ..., "entry_point": ...}."""
+    """The share of programs that pass their tests.
+
+    References are {"tests": ..., "entry_point": ...}.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -25,9 +29,9 @@ class Code(evaluate.Metric):
     def _compute(
         self, predictions: list[str], references: list[dict], timeout: float = 10.0
     ) -> dict:
-        jobs = [
-            Job(program, of["tests"], of["entry_point"], timeout=timeout)
-            for program, of in zip(predictions, references, strict=True)
-        ]
-        passed = [verdict.passed for verdict in check_many(jobs)]
+        jobs = []
+        for program, reference in zip(predictions, references, strict=True):
+            tests, entry_point = reference["tests"], reference["entry_point"]
+            jobs.append(Job(program, tests, entry_point, timeout=timeout))
+        passed = [verdict.passed for verdict in check_programs(jobs)]
         return {"accuracy": sum(passed) / len(passed) if passed else None, "n": len(passed)}

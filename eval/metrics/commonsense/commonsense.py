@@ -1,20 +1,25 @@
-"""The commonsense suites as a metric: `evaluate.load("eval/metrics/commonsense")`, in the repository's folder."""
+"""The commonsense benchmarks as a metric of evaluate.
+
+`evaluate.load("eval/metrics/commonsense")`, in the repository's root. `task` names one of them.
+"""
 
 from functools import partial
 
 import evaluate
 
-from eval.answer_metric import info, share
-from eval.tasks.commonsense import grade
+from eval.answer_metric import compute_accuracy, make_metric_info
+from eval.tasks.base import Grader
+from eval.tasks.commonsense import grade_label
 
 
 class Commonsense(evaluate.Metric):
-    """Share of outputs that give the reference as their final answer; see eval.tasks.commonsense.grade."""
+    """The share of responses that give the reference; see eval.tasks.commonsense.grade_label."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return info(self.__doc__)
+        return make_metric_info(self.__doc__)
 
     def _compute(
-        self, predictions: list[str], references: list[str], task: str, protocol: str = "strict"
+        self, predictions: list[str], references: list[str], task: str, grader: Grader = "strict"
     ) -> dict:
-        return share(partial(grade, task=task, protocol=protocol), predictions, references)
+        grade = partial(grade_label, name=task, grader=grader)
+        return compute_accuracy(grade, predictions, references)

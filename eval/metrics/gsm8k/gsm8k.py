@@ -1,20 +1,24 @@
-"""GSM8K as a metric of evaluate: `evaluate.load("eval/metrics/gsm8k")`, in the repository's folder."""
+"""GSM8K as a metric of evaluate.
+
+`evaluate.load("eval/metrics/gsm8k")`, in the repository's root.
+"""
 
 from functools import partial
 
 import evaluate
 
-from eval.answer_metric import info, share
-from eval.tasks.gsm8k import grade
+from eval.answer_metric import compute_accuracy, make_metric_info
+from eval.tasks.base import Grader
+from eval.tasks.gsm8k import grade_answer
 
 
 class Gsm8k(evaluate.Metric):
-    """Share of outputs that give the reference as their final answer; see eval.tasks.gsm8k.grade."""
+    """The share of responses that give the reference; see eval.tasks.gsm8k.grade_answer."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return info(self.__doc__)
+        return make_metric_info(self.__doc__)
 
     def _compute(
-        self, predictions: list[str], references: list[str], protocol: str = "strict"
+        self, predictions: list[str], references: list[str], grader: Grader = "strict"
     ) -> dict:
-        return share(partial(grade, protocol=protocol), predictions, references)
+        return compute_accuracy(partial(grade_answer, grader=grader), predictions, references)
