@@ -1,10 +1,17 @@
-"""What calibration costs against the straightforward way: full fp32 output moments of every module, `eigh` of each.
+"""Measure a calibration against the straightforward one: full fp32 output moments, `eigh` of each.
 
-    python bench/calibration.py               counted, one 7B layer measured, and two ranks against one (15 minutes)
-    python bench/calibration.py --parts layer
+    python bench/calibration.py                  all parts, into bench/results/calibration.json
+    python bench/calibration.py --parts layer    one part; the others' results in the file stay
 
-Ratios are of one run on one machine. Every part runs the functions of the main path (astra.calibrate and below); the
-baseline is in this file. On a GPU, where there is one, `layer` runs there.
+Parts (all together 15 minutes on two CPU cores):
+
+    counted  numbers, bytes and operations of one layer of two large models, from their shapes alone
+    layer    one random layer of LLaMA2-7B's shape, on a GPU if there is one
+    ranks    two processes of one core each against one process on one core
+    windows  peak memory of a calibration in one window, and in several within budgets
+
+Every part runs the functions of the main path (astra.calibrate and what it imports); the baseline
+is in this file. Ratios are of one run on one machine.
 """
 
 import argparse
@@ -15,29 +22,58 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from astra.calibrate import (
+    ModuleProblem,
+    Solution,
+    assign_owners,
+    calibrate_modules,
+    solve_subspace,
+    solve_window,
+    sum_second_moments,
+)
+from astra.eigen import solve_eigenproblem
+from astra.flops import count_forming_flops, count_sum_flops
+from astra.moments import Batch, Group, Moment, find_groups, reduce_sums, run_forward
+from astra.output_moment import Basis, form_output_moment
+from astra.weights import TorchWeights
+from astra.windows import FP64_BYTES, count_moment_bytes, make_plan
+from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
+from launch.data.order import shard_batches
+from launch.runtime.distributed import start_process_group, stop_process_group
 
 SHAPES = {  # hidden, intermediate, heads, key-value heads
     "LLaMA2-7B": (4096, 11008, 32, 32),
     "LLaMA3-8B": (4096, 14336, 32, 8),
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 128
 TOKENS = 256 * 512  # of a calibration in the published settings
+VOCABULARY, LENGTH = 32000, 512
 PAIRS = 5
-VOCABULARY = 32000
+SMALL_SIZE = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+SMALL_VOCABULARY, SMALL_LENGTH, SMALL_RANK = 1000, 256, 32
+BUDGETS = (0, 80, 50)  # MiB; 0: no limit
+FP32 = 4  # bytes
 
 
-def make_layer(shape: str, device, dtype):  # noqa: ANN001, ANN201 (torch is imported late)
-    """A model of one random decoder layer. Norm weights fall by 3.5 decades, so moments are as ill-conditioned as real
-    ones (1e7)."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_layer(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a model of one random decoder layer.
 
+    The norms' weights fall over 3.5 decades, so that moments are as ill-conditioned as real ones
+    (1e7).
+    """
     hidden, intermediate, heads, kv_heads = SHAPES[shape]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,122 +87,89 @@ def make_layer(shape: str, device, dtype):  # noqa: ANN001, ANN201 (torch is imp
     )
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    for norm in (
-        model.model.layers[0].input_layernorm,
-        model.model.layers[0].post_attention_layernorm,
-    ):
+    layer = model.model.layers[0]
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.weight.copy_(torch.logspace(0, -3.5, hidden)[torch.randperm(hidden)])
     return model
 
 
-def linears_of(model) -> dict:  # noqa: ANN001
-    return {name: m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in TARGETS}
+def make_small_model(num_layers: int) -> nn.Module:
+    """Return a random Llama of width 512."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=SMALL_VOCABULARY, num_hidden_layers=num_layers, **SMALL_SIZE)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def counted(shape: str) -> dict:
-    """Numbers held, bytes and arithmetic of one layer, ours over the baseline's, from the shapes alone."""
-    import torch
+def find_projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the seven linear layers of every decoder layer, by name."""
+    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
 
-    from astra.flops import forming_flops, sum_flops
-    from astra.moments import find_groups
-    from astra.windows import FP64, moment_bytes
 
-    model = make_layer(shape, "cpu", torch.float32)
-    linears = linears_of(model)
-    groups = find_groups(model, linears, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
-    outputs = [linear.out_features for linear in linears.values()]
-    base = {"numbers": sum(d**2 for d in outputs), "sums": 2 * sum(d**2 for d in outputs) * TOKENS}
-    ours = {
-        "numbers": sum(moment_bytes(group.size) for group in groups) // FP64,
-        # W x of a group that sums outputs: the model's own forward pass makes it too, in its own dtype.
-        "products": sum(
-            2 * linears[g.modules[0]].in_features * g.size * TOKENS
-            for g in groups
-            if g.of == "output"
-        ),
-        "sums": sum(sum_flops(group, linears) for group in groups) * TOKENS,
-        "forming": sum(
-            forming_flops(group.of, linears[name]) for group in groups for name in group.modules
-        ),
-    }
-    triangle = ours["sums"] - ours["products"]
+def make_batch(ids: Tensor) -> Batch:
+    """Return a batch of which every token counts."""
+    return Batch(input_ids=ids, token_mask=torch.ones_like(ids, dtype=torch.bool))
+
+
+def count_costs(shape: str) -> dict[str, Any]:
+    """Return the baseline's numbers, bytes and operations for one layer, as multiples of ours."""
+    model = make_layer(shape, torch.device("cpu"), torch.float32)
+    linears = find_projections(model)
+    groups = find_groups(model, linears, make_batch(torch.zeros(1, 4, dtype=torch.long)))
+    base_numbers = sum(linear.out_features**2 for linear in linears.values())
+    base_sums = 2 * base_numbers * TOKENS
+    numbers = sum(count_moment_bytes(group.size) for group in groups) // FP64_BYTES
+    sums = sum(count_sum_flops(group, linears) for group in groups) * TOKENS
+    products = forming = 0
+    for group in groups:
+        # W x of a group that sums outputs. The model's forward pass computes it too, in its own
+        # dtype.
+        if group.statistic == "output":
+            products += 2 * linears[group.modules[0]].in_features * group.size * TOKENS
+        for name in group.modules:
+            forming += count_forming_flops(group.statistic, linears[name])
+    triangle = sums - products
     return {
         "groups": [
-            [group.of, group.size, [name.rsplit(".", 1)[-1] for name in group.modules]]
+            [group.statistic, group.size, [name.rsplit(".", 1)[-1] for name in group.modules]]
             for group in groups
         ],
-        "numbers": base["numbers"] / ours["numbers"],
-        "bytes": base["numbers"] * 4 / (ours["numbers"] * FP64),
-        "sums": base["sums"] / triangle,
-        "sums, with products W x": base["sums"] / ours["sums"],
-        "sums and forming": base["sums"] / (triangle + ours["forming"]),
-        "everything": base["sums"] / (ours["sums"] + ours["forming"]),
+        "numbers": base_numbers / numbers,
+        "bytes": base_numbers * FP32 / (numbers * FP64_BYTES),
+        "sums": base_sums / triangle,
+        "sums, with products W x": base_sums / sums,
+        "sums and forming": base_sums / (triangle + forming),
+        "everything": base_sums / (sums + forming),
     }
 
 
-def layer(shape: str, rows: int) -> dict:
-    """One layer measured: seconds of each part, ours and the baseline's, and the energies of the tails."""
-    import torch
-
-    from astra.calibrate import second_moments
-    from astra.eigen import solve
-    from astra.moments import find_groups, forward
-    from astra.output_moment import output_moment
-    from astra.windows import make_plan
-
+def measure_layer(shape: str, num_rows: int) -> dict[str, Any]:
+    """Return the seconds of one layer's stages and the tails' energies, ours and the baseline's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_layer(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    linears = linears_of(model)
+    linears = find_projections(model)
     generator = torch.Generator().manual_seed(1)
     batches = []
-    for _ in range(rows):
-        ids = torch.randint(VOCABULARY, (1, 512), generator=generator).to(device)
-        batches.append({"input_ids": ids, "counted": torch.ones_like(ids, dtype=torch.bool)})
-
-    def timed(work: Callable) -> tuple[float, object]:
-        _synchronise(device)
-        start = time.perf_counter()
-        result = work()
-        _synchronise(device)
-        return time.perf_counter() - start, result
-
+    for _ in range(num_rows):
+        ids = torch.randint(VOCABULARY, (1, LENGTH), generator=generator)
+        batches.append(make_batch(ids.to(device)))
     groups = find_groups(model, linears, batches[0])
-    plan = make_plan(model, linears, groups, tokens=512)
-    seconds, energies = {}, {}
+    plan = make_plan(model, linears, groups, tokens=LENGTH)
+    states = [None] * num_rows
     with torch.no_grad():
-        forward(model, batches[0])
-        floor, _ = timed(lambda: [forward(model, batch) for batch in batches])
-        ours, moments = timed(
-            lambda: second_moments(
-                model, linears, batches, plan.windows[0], plan, [None] * len(batches)
-            )
+        run_forward(model, batches[0])  # warms up
+        floor, _ = time_call(device, lambda: [run_forward(model, batch) for batch in batches])
+        ours, moments = time_call(
+            device,
+            lambda: sum_second_moments(model, linears, batches, plan.windows[0], plan, states),
         )
-        theirs, full = timed(lambda: baseline_moments(model, linears, batches))
-    seconds |= {"forward": floor, "sums": ours - floor, "baseline sums": theirs - floor}
-    seconds |= dict.fromkeys(("forming", "solving", "baseline eigh"), 0.0)
-    for group, moment in zip(groups, moments, strict=True):
-        for name in group.modules:
-            weight = linears[name].weight
-            forming, (basis, small) = timed(
-                lambda w=weight, g=group, m=moment: output_moment(g.of, m, w, None)
-            )
-            solving, mine = timed(
-                lambda b=basis, s=small, n=name: solve(b, s, RANK, "smallest", 0, n)
-            )
-            dense, (_, vectors) = timed(lambda n=name: torch.linalg.eigh(full[n]))
-            seconds["forming"] += forming
-            seconds["solving"] += solving
-            seconds["baseline eigh"] += dense
-            energies[name.rsplit(".", 1)[-1]] = _energies(
-                basis, small, mine.vectors, vectors[:, :RANK].double()
-            )
-            print(f"  {name}: eigenproblem {solving:.2f} s, baseline {dense:.2f} s", flush=True)
-            del dense, vectors, full[name]
+        theirs, full = time_call(device, lambda: sum_baseline_moments(model, linears, batches))
+    seconds = {"forward": floor, "sums": ours - floor, "baseline sums": theirs - floor}
+    solving, energies = _measure_eigenproblems(linears, groups, moments, full)
+    seconds |= solving
+    cores = f"{os.cpu_count()} CPU cores"
     return {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{os.cpu_count()} CPU cores",
-        "tokens": rows * 512,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cores,
+        "tokens": num_rows * LENGTH,
         "seconds": seconds,
         "sums": seconds["baseline sums"] / seconds["sums"],
         "eigenproblems": seconds["baseline eigh"] / seconds["solving"],
@@ -176,24 +179,71 @@ def layer(shape: str, rows: int) -> dict:
     }
 
 
-def baseline_moments(model, linears: dict, batches: list) -> dict:  # noqa: ANN001
-    """fp32 sums of y y^T of every module's actual output, all held at once: name -> (d_out, d_out)."""
-    import torch
+def _measure_eigenproblems(
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[Group],
+    moments: Sequence[Moment],
+    full: dict[str, Tensor],
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return seconds of forming and solving, summed over modules, and energies by kind of module.
 
+    Args:
+        full: the baseline's moments by name; emptied.
+    """
+    seconds = dict.fromkeys(("forming", "solving", "baseline eigh"), 0.0)
+    energies = {}
+    for group, moment in zip(groups, moments, strict=True):
+        for name in group.modules:
+            weight, device = linears[name].weight, linears[name].weight.device
+            forming, (basis, core) = time_call(
+                device, form_output_moment, group.statistic, moment, weight, None
+            )
+            solving, subspace = time_call(
+                device, solve_eigenproblem, basis, core, RANK, "smallest", 0, name
+            )
+            dense, (_, vectors) = time_call(device, torch.linalg.eigh, full[name])
+            seconds["forming"] += forming
+            seconds["solving"] += solving
+            seconds["baseline eigh"] += dense
+            energies[name.rsplit(".", 1)[-1]] = compare_energies(
+                basis, core, subspace.vectors, vectors[:, :RANK].double()
+            )
+            print(f"  {name}: eigenproblem {solving:.2f} s, baseline {dense:.2f} s", flush=True)
+            del dense, vectors, full[name]
+    return seconds, energies
+
+
+def time_call(device: torch.device, function: Callable, *arguments: object) -> tuple[float, Any]:
+    """Return the seconds that a call takes, work on the device included, and its result."""
+    _synchronise(device)
+    start = time.perf_counter()
+    result = function(*arguments)
+    _synchronise(device)
+    return time.perf_counter() - start, result
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def sum_baseline_moments(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Return fp32 sums of y y^T of every module's actual output, (d_out, d_out), by name."""
     device = batches[0]["input_ids"].device
-    full = {
-        name: torch.zeros(m.out_features, m.out_features, device=device)
-        for name, m in linears.items()
-    }
+    full = {}
+    for name, linear in linears.items():
+        full[name] = torch.zeros(linear.out_features, linear.out_features, device=device)
 
-    def add(name: str, output) -> None:  # noqa: ANN001
-        rows = output.flatten(0, 1).float()
-        full[name].addmm_(rows.T, rows)
+    def make_hook(name: str) -> Callable:
+        def add(module: nn.Linear, inputs: tuple, output: Tensor) -> None:
+            rows = output.flatten(0, 1).float()
+            full[name].addmm_(rows.T, rows)
 
-    hooks = [
-        m.register_forward_hook(lambda _m, _i, out, name=name: add(name, out))
-        for name, m in linears.items()
-    ]
+        return add
+
+    hooks = [linear.register_forward_hook(make_hook(name)) for name, linear in linears.items()]
     for batch in batches:
         model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
     for hook in hooks:
@@ -201,228 +251,187 @@ def baseline_moments(model, linears: dict, batches: list) -> dict:  # noqa: ANN0
     return full
 
 
-def _energies(basis, small, mine, theirs) -> dict[str, float]:  # noqa: ANN001
-    """tr(V^T C V) in fp64 over the least possible, of our V and the baseline's; both as they are where that is 0."""
-    import torch
+def compare_energies(
+    basis: Basis | None, core: Tensor, ours: Tensor, theirs: Tensor
+) -> dict[str, float]:
+    """Return the energy `tr(V^T C V)` of our V and the baseline's, over the least possible.
 
-    def energy(vectors) -> float:  # noqa: ANN001
-        inside = vectors if basis is None else basis.transposed_times(vectors)
-        return ((small @ inside) * inside).sum().item()
+    Where the least is 0, over the trace of C. `C = Q core Q^T`, see astra.output_moment.
+    """
 
-    outside = 0 if basis is None else basis.codimension
-    least = (
-        torch.linalg.eigvalsh(small)[: RANK - outside].clamp(min=0).sum().item()
-        if outside < RANK
-        else 0.0
-    )
-    trace = small.diagonal().sum().item()
+    def compute_energy(vectors: Tensor) -> float:
+        inside = vectors if basis is None else basis.multiply_transposed(vectors)
+        return ((core @ inside) * inside).sum().item()
+
+    num_outside = 0 if basis is None else basis.codimension
+    least = 0.0
+    if num_outside < RANK:
+        least = torch.linalg.eigvalsh(core)[: RANK - num_outside].clamp(min=0).sum().item()
+    trace = core.diagonal().sum().item()
     if least == 0:
         return {
-            "ours, share of trace": energy(mine) / trace,
-            "baseline, share of trace": energy(theirs) / trace,
+            "ours, share of trace": compute_energy(ours) / trace,
+            "baseline, share of trace": compute_energy(theirs) / trace,
         }
-    return {"ours": energy(mine) / least, "baseline": energy(theirs) / least}
+    return {"ours": compute_energy(ours) / least, "baseline": compute_energy(theirs) / least}
 
 
-def _synchronise(device) -> None:  # noqa: ANN001
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def worker(output: Path) -> None:
-    """One rank of `ranks`: seconds of a whole calibration and of its parts."""
-    import torch
-    import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from astra import moments
-    from astra.calibrate import find_subspace, reduce, second_moments, share_out, solve_window
-    from astra.weights import TorchWeights
-    from astra.windows import make_plan
-    from launch.data.tokenize import deal
-    from launch.runtime.distributed import start, stop
-
-    start()
-    torch.manual_seed(0)
-    size = {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **size)).eval().requires_grad_(False)
-    linears = linears_of(model)
-    ids = torch.randint(1000, (48, 256), generator=torch.Generator().manual_seed(1))
-    share = deal(list(range(48)), dist.get_rank(), dist.get_world_size(), 1)
-    batches = [
-        {"input_ids": ids[rows], "counted": torch.ones(1, 256, dtype=torch.bool)} for rows in share
-    ]
-    groups = moments.find_groups(model, linears, batches[0])
-    plan = make_plan(model, linears, groups, tokens=256)
-    ranks = dict.fromkeys(linears, 32)
-    owners = share_out(groups, linears, ranks)
+def run_rank(output: Path) -> None:
+    """Be one rank of `ranks`: write the seconds of a whole calibration and of its stages."""
+    start_process_group()
+    model = make_small_model(num_layers=4)
+    linears = find_projections(model)
+    ids = torch.randint(
+        SMALL_VOCABULARY, (48, SMALL_LENGTH), generator=torch.Generator().manual_seed(1)
+    )
+    shard = shard_batches(list(range(48)), dist.get_rank(), dist.get_world_size(), 1)
+    batches = [make_batch(ids[rows]) for rows in shard]
     for _ in range(2):  # the first warms up
-        clock = {}
-
-        def part(name: str, work: Callable, clock: dict = clock) -> object:
-            dist.barrier()
-            began = time.perf_counter()
-            result = work()
-            dist.barrier()
-            clock[name] = time.perf_counter() - began
-            return result
-
-        with torch.no_grad():
-            part("forward", lambda: [moments.forward(model, batch) for batch in batches])
-        found = part(
-            "forward and sums",
-            lambda: second_moments(
-                model, linears, batches, plan.windows[0], plan, [None] * len(batches)
-            ),
-        )
-        part("reduction", lambda found=found: reduce(found, owners))
-        part(
-            "solving",
-            lambda found=found: solve_window(
-                groups,
-                [found],
-                owners,
-                linears,
-                TorchWeights(),
-                lambda problem: find_subspace(problem, "smallest", 0),
-                ranks=ranks,
-            ),
-        )
-        clock["total"] = clock["forward and sums"] + clock["reduction"] + clock["solving"]
+        clock = _time_stages(model, linears, batches)
     if dist.get_rank() == 0:
         output.write_text(json.dumps(clock))
-    stop()
+    stop_process_group()
 
 
-def ranks() -> dict:
-    """Two ranks of one core each against one rank on one core: medians of interleaved pairs."""
+def _time_stages(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]
+) -> dict[str, float]:
+    """Return the seconds of each stage of a calibration, between barriers."""
+    groups = find_groups(model, linears, batches[0])
+    plan = make_plan(model, linears, groups, tokens=SMALL_LENGTH)
+    lora_ranks = dict.fromkeys(linears, SMALL_RANK)
+    owners = assign_owners(groups, linears, lora_ranks)
+    states, weights = [None] * len(batches), TorchWeights()
+    clock: dict[str, float] = {}
+
+    def run_stage(name: str, function: Callable, *arguments: object) -> Any:
+        dist.barrier()
+        start = time.perf_counter()
+        result = function(*arguments)
+        dist.barrier()
+        clock[name] = time.perf_counter() - start
+        return result
+
+    with torch.no_grad():
+        run_stage("forward", lambda: [run_forward(model, batch) for batch in batches])
+    window = plan.windows[0]
+    sums = run_stage(
+        "forward and sums", sum_second_moments, model, linears, batches, window, plan, states
+    )
+    run_stage("reduction", reduce_sums, sums, owners)
+    run_stage(
+        "solving", solve_window, groups, [sums], owners, linears, weights, solve_tail, lora_ranks
+    )
+    clock["total"] = clock["forward and sums"] + clock["reduction"] + clock["solving"]
+    return clock
+
+
+def solve_tail(problem: ModuleProblem) -> Solution:
+    """Solve a module for its smallest eigenvectors."""
+    return solve_subspace(problem, "smallest", 0)
+
+
+def compare_ranks() -> dict[str, Any]:
+    """Return one rank's seconds over two ranks', the median of interleaved pairs.
+
+    Each rank has one core.
+    """
     runs: dict[int, list[dict]] = {1: [], 2: []}
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "clock.json"
         for pair in range(PAIRS):
             for number in runs:
-                line = [
-                    torchrun,
-                    "--standalone",
-                    "--nproc_per_node",
-                    str(number),
-                    __file__,
-                    "--worker",
-                    str(output),
-                ]
-                cores = ["taskset", "-c", ",".join(map(str, range(number)))]
-                done = subprocess.run(
-                    cores + line,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    capture_output=True,
-                    text=True,
-                )
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-3000:])
+                _launch_ranks(number, output)
                 runs[number].append(json.loads(output.read_text()))
-            print(
-                f"  pair {pair + 1}: {runs[1][-1]['total']:.2f} s, {runs[2][-1]['total']:.2f} s",
-                flush=True,
-            )
+            one, two = runs[1][-1]["total"], runs[2][-1]["total"]
+            print(f"  pair {pair + 1}: {one:.2f} s, {two:.2f} s", flush=True)
     ratios = [one["total"] / two["total"] for one, two in zip(*runs.values(), strict=True)]
-    parts = {
-        number: {name: statistics.median(run[name] for run in of) for name in of[0]}
-        for number, of in runs.items()
-    }
+    seconds, relative = {}, {}
+    for number, clocks in runs.items():
+        medians = {name: statistics.median(clock[name] for clock in clocks) for name in clocks[0]}
+        seconds[number] = medians
+        relative[number] = {name: value / medians["forward"] for name, value in medians.items()}
     return {
         "speedup": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "seconds": parts,
-        "of the forward passes": {
-            number: {name: value / part["forward"] for name, value in part.items()}
-            for number, part in parts.items()
-        },
+        "seconds": seconds,
+        "of the forward passes": relative,
     }
 
 
-def window_worker(budget: float, output: Path) -> None:
-    """Calibrate 16 layers within `budget` MiB (0: all at once); the peak of memory that it added, and what it found."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _launch_ranks(number: int, output: Path) -> None:
+    """Run `number` ranks of run_rank, on as many cores.
 
-    from astra import moments
-    from astra.calibrate import calibrate, find_subspace
-    from astra.weights import TorchWeights
-    from astra.windows import make_plan
-    from bench.memory import MIB, Peak, anonymous
+    Raises:
+        RuntimeError: a rank failed; with the end of what it printed.
+    """
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    cores = ["taskset", "-c", ",".join(map(str, range(number)))]
+    line = [torchrun, "--standalone", "--nproc_per_node", str(number), __file__]
+    done = subprocess.run(
+        [*cores, *line, "--worker", str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
 
-    torch.manual_seed(0)
-    size = {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **size)).eval().requires_grad_(False)
-    linears = linears_of(model)
-    ids = torch.randint(1000, (8, 256), generator=torch.Generator().manual_seed(1))
-    batches = [
-        {"input_ids": row[None], "counted": torch.ones(1, 256, dtype=torch.bool)} for row in ids
-    ]
-    groups = moments.find_groups(model, linears, batches[0])
-    ranks = dict.fromkeys(linears, 32)
+
+def run_within_budget(budget: float, output: Path) -> None:
+    """Calibrate 16 layers within `budget` MiB (0: no limit); write peak memory and the vectors."""
+    model = make_small_model(num_layers=16)
+    linears = find_projections(model)
+    ids = torch.randint(
+        SMALL_VOCABULARY, (8, SMALL_LENGTH), generator=torch.Generator().manual_seed(1)
+    )
+    batches = [make_batch(row[None]) for row in ids]
+    groups = find_groups(model, linears, batches[0])
+    lora_ranks = dict.fromkeys(linears, SMALL_RANK)
     torch.linalg.eigh(torch.eye(300, dtype=torch.float64))  # loads what it needs
-    plan = make_plan(model, linears, groups, tokens=256, memory=budget * MIB or None)
+    plan = make_plan(model, linears, groups, tokens=SMALL_LENGTH, memory=budget * MIB or None)
     before, peak = anonymous(), Peak()
-    parts = calibrate(
+    windows = calibrate_modules(
         model,
         linears,
         [batches],
         TorchWeights(),
         plan,
-        lambda p: find_subspace(p, "largest", 0),
-        ranks=ranks,
+        lambda problem: solve_subspace(problem, "largest", 0),
+        lora_ranks=lora_ranks,
     )
-    for number, part in enumerate(parts):  # kept on disk, as a run keeps them
-        vectors = {name: of["vectors"] for name, of in part.items()}
+    for number, solutions in enumerate(windows):  # kept on disk, as a run keeps them
+        vectors = {name: solution["vectors"] for name, solution in solutions.items()}
         save_file(vectors, output.with_suffix(f".{number}.safetensors"))
-    # Hidden states between windows are on the CPU, outside of the budget: here they are in the peak too.
-    hidden = ids.numel() * size["hidden_size"] * 4 / MIB if plan.layers is not None else 0
+    # Hidden states between windows are on the CPU, outside of the budget. Here they are in the
+    # peak.
+    hidden = ids.numel() * SMALL_SIZE["hidden_size"] * FP32 / MIB if plan.layers is not None else 0
     found = {"peak_mib": (peak.take() - before) / MIB, "hidden_mib": hidden}
-    found |= {"windows": len(plan.windows), "planned_mib": plan.peak / MIB}
+    found |= {"windows": len(plan.windows), "planned_mib": plan.peak_bytes / MIB}
     output.write_text(json.dumps(found))
 
 
-def windows() -> dict:
-    """Peak memory of a calibration in one window and within budgets, and how far what it finds is from the first."""
-    from safetensors.torch import load_file
-
-    from bench.memory import ENVIRONMENT
-
-    found, first = [], None
+def compare_windows() -> dict[str, Any]:
+    """Return peak memory in one window and within budgets, and how far the vectors are apart."""
+    runs, first = [], None
     with tempfile.TemporaryDirectory() as scratch:
-        for budget in (0, 80, 50):
+        for budget in BUDGETS:
             output = Path(scratch) / f"{budget}.json"
             line = [sys.executable, __file__, "--worker", str(output), "--budget", str(budget)]
             subprocess.run(line, env=ENVIRONMENT, check=True)
-            files = Path(scratch).glob(f"{budget}.*.safetensors")
-            vectors = {name: value for file in files for name, value in load_file(file).items()}
+            vectors = {}
+            for file in Path(scratch).glob(f"{budget}.*.safetensors"):
+                vectors |= load_file(file)
             first = first or vectors
             furthest = max((vectors[name] - first[name]).abs().max().item() for name in first)
-            found.append(
-                {"budget_mib": budget or None}
-                | json.loads(output.read_text())
-                | {"furthest": furthest}
-            )
-            print(f"  {found[-1]}", flush=True)
-    return {"runs": found}
+            found = {"budget_mib": budget or None} | json.loads(output.read_text())
+            runs.append(found | {"furthest": furthest})
+            print(f"  {runs[-1]}", flush=True)
+    return {"runs": runs}
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -436,32 +445,36 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "bench" / "calibration.json",
-        help="default %(default)s",
+        default=ROOT / "bench" / "results" / "calibration.json",
+        help="default bench/results/calibration.json",
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the parts and write their results, each as soon as it is there."""
+    arguments = parse_arguments()
     if arguments.worker:
         if arguments.budget is None:
-            worker(arguments.worker)
+            run_rank(arguments.worker)
         else:
-            window_worker(arguments.budget, arguments.worker)
+            run_within_budget(arguments.budget, arguments.worker)
         return
-    found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    measure = {
+        "counted": lambda: {shape: count_costs(shape) for shape in SHAPES},
+        "layer": lambda: measure_layer("LLaMA2-7B", arguments.rows),
+        "ranks": compare_ranks,
+        "windows": compare_windows,
+    }
+    output = arguments.output
+    found = json.loads(output.read_text()) if output.is_file() else {}
     for part in arguments.parts:
         print(f"{part}:", flush=True)
-        if part == "counted":
-            found[part] = {shape: counted(shape) for shape in SHAPES}
-        else:
-            parts = {
-                "layer": lambda: layer("LLaMA2-7B", arguments.rows),
-                "ranks": ranks,
-                "windows": windows,
-            }
-            found[part] = parts[part]()
+        found[part] = measure[part]()
         print(json.dumps(found[part], indent=1), flush=True)
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

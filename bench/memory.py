@@ -108,9 +108,9 @@ def make_inputs(folder: Path, size: dict) -> int:
 
 def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
     """The recipe whose stages are measured."""
-    from launch.config.schema import validate
+    from launch.config.loading import validate_recipe
 
-    return validate(
+    return validate_recipe(
         {
             "model": {"name": str(folder / "base")},
             "data": {"path": str(folder / "train.jsonl"), "max_length": LENGTH},
@@ -125,21 +125,24 @@ def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
 def worker(folder: Path, engine_name: str) -> None:
     """One rank: the stages of launch/pipeline.py, measured; writes rank<i>.json."""
     import torch.distributed as dist
+    from torch import Tensor
     from torch.distributed.tensor import DTensor
 
     from astra import adapter, inits
-    from astra.calibrate import as_subspace, calibrate, find_subspace
+    from astra.calibrate import calibrate_modules, solve_subspace
+    from astra.eigen import Subspace
     from astra.moments import find_groups
     from astra.windows import make_plan
-    from launch.data.inputs import prepare
-    from launch.data.tokenize import collate, step_rows
+    from launch.data.batches import collate_examples
+    from launch.data.inputs import prepare_inputs
+    from launch.data.order import plan_steps
     from launch.engines import make_engine
-    from launch.runtime.distributed import start, stop
-    from launch.training.loop import make_stepper, train
+    from launch.runtime.distributed import start_process_group, stop_process_group
+    from launch.training.loop import make_train_state, train
 
     recipe = recipe_of(folder, engine_name)
-    device = start()
-    inputs = prepare(recipe, device)
+    device = start_process_group()
+    inputs = prepare_inputs(recipe, device)
     engine = make_engine(recipe.engine, device, inputs.dtype)
     before, peak, found = anonymous(), Peak(), {}
 
@@ -154,40 +157,53 @@ def worker(folder: Path, engine_name: str) -> None:
             held += shard.numel() * shard.element_size()
         found[stage] = {"base": held, "peak": peak.take() - before}
 
-    base = engine.load(str(inputs.model_path))
-    model = adapter.attach(
+    base = engine.load_model(str(inputs.model_path))
+    model = adapter.attach_adapters(
         base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
     )
-    layers = adapter.lora_layers(model)
-    linears = adapter.base_layers(layers)
-    with engine.inference(model), model.disable_adapter():
-        end_of("load")  # FSDP2 loads here
-        batches = [collate(inputs.tokens, [(dist.get_rank() + i) % 8], device)[0] for i in range(4)]
+    layers = adapter.get_lora_layers(model)
+    linears = adapter.get_base_layers(layers)
+    engine.materialize(model)
+    with engine.inference_mode(model), model.disable_adapter():
+        end_of("load")
+        batches = [
+            collate_examples(inputs.tokens, [(dist.get_rank() + i) % 8], device)[0]
+            for i in range(4)
+        ]
         groups = find_groups(model, linears, batches[0])
         plan = make_plan(model, linears, groups, tokens=LENGTH)
         ranks = dict.fromkeys(linears, recipe.adapter.rank)
-        (modules,) = calibrate(
+        (modules,) = calibrate_modules(
             model,
             linears,
             [batches],
             engine,
             plan,
-            lambda p: find_subspace(p, "largest", 0),
-            ranks=ranks,
+            lambda p: solve_subspace(p, "largest", 0),
+            lora_ranks=ranks,
         )
         end_of("calibration")
-    adapter.initialise(
-        layers, lambda name, weight: inits.astra(weight, as_subspace(modules[name])), engine
-    )
+
+    def make_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        fields = ("vectors", "values", "spectrum", "checks")
+        return inits.init_astra(weight, Subspace(*(modules[name][field] for field in fields)))
+
+    adapter.initialise_layers(layers, make_factors, engine)
     modules.clear()
     end_of("initialisation")
-    steps = list(step_rows(len(inputs.tokens), 8, 2, 2, 0))
+    steps = list(plan_steps(len(inputs.tokens), 8, 2, 2, 0))
     list(
-        train(make_stepper(engine, model, recipe.train), inputs.tokens, steps, recipe.train, device)
+        train(
+            make_train_state(engine, model, recipe.train),
+            inputs.tokens,
+            steps,
+            recipe.train,
+            device,
+        )
     )
     end_of("training")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    stop()
+    stop_process_group()
 
 
 def measure(folder: Path, engine: str, ranks: int) -> dict:
@@ -216,13 +232,13 @@ def planned(folder: Path, engine: str, ranks: int) -> dict:
     import torch
     from transformers import AutoConfig
 
-    from launch.planning.estimate import estimate
+    from launch.planning.estimate import estimate_run
 
     config = AutoConfig.from_pretrained(folder / "base")
-    found = estimate(
+    found = estimate_run(
         config,
         recipe_of(folder, engine),
-        ranks=ranks,
+        world_size=ranks,
         dtype=torch.float32,
         checkpointing=False,
         steps=2,
@@ -268,8 +284,8 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "bench" / "memory.json",
-        help="default bench/memory.json",
+        default=ROOT / "bench" / "results" / "memory.json",
+        help="default bench/results/memory.json",
     )
     parser.add_argument(
         "--engines", nargs="+", default=ENGINES, choices=ENGINES, help="default all"
@@ -278,9 +294,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        from launch.runtime.errors import run
+        from launch.runtime.entry import run_command
 
-        run(lambda: worker(arguments.folder, arguments.worker))
+        run_command(lambda: worker(arguments.folder, arguments.worker))
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / name for name in SIZES}
         for name, folder in folders.items():

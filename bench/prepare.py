@@ -242,7 +242,10 @@ def main() -> None:
         "--rows", type=int, nargs="+", default=[10_000, 100_000], help="default %(default)s"
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "bench" / "prepare.json", help="default %(default)s"
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "results" / "prepare.json",
+        help="default %(default)s",
     )
     arguments = parser.parse_args()
     found: dict = {

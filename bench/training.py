@@ -1,6 +1,6 @@
 """Training speed and memory, as ratios from one run: against HF Trainer, DDP, LoRA, and with techniques off.
 
-    python bench/training.py                                  # all parts, into bench/training.json
+    python bench/training.py                                  # all parts, into bench/results/training.json
     python bench/training.py --part hf --rows 32 --micro-batch 8   # a rank's share of metamath's batch on 4 GPUs
     python bench/training.py --part astra --rows 4 --pairs 21      # short steps, many turns: noise averages out
 
@@ -49,14 +49,14 @@ from transformers import (
 )
 
 from astra import adapter, inits
-from astra.eigen import named_generator
+from astra.eigen import make_generator
 from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
 from launch.config.schema import Adapter, Train
-from launch.data.batches import Packing
-from launch.data.tokenize import TokenSet
+from launch.data.order import Packing
+from launch.data.token_set import TokenSet
 from launch.engines import make_engine
-from launch.engines.single import TorchStepper
-from launch.runtime.distributed import start, stop
+from launch.engines.single import TorchTrainState
+from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.training import kernels, loop
 from launch.training import loss as objective
 
@@ -103,12 +103,12 @@ def make_rows(count: int) -> TokenSet:
 
 
 def lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return inits.lora(weight, RANK, SEED, name)
+    return inits.init_lora(weight, RANK, SEED, name)
 
 
 def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of random orthonormal vectors: which ones does not change a step's cost."""
-    draw = named_generator(SEED, name)
+    draw = make_generator(SEED, name)
     vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[
         0
     ].to(weight.device)
@@ -123,7 +123,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
-        self.device = start()
+        self.device = start_process_group()
         self.dtype = torch.bfloat16 if GPU else torch.float32
         self.settings = Train(
             global_batch=arguments.rows, micro_batch=arguments.micro_batch, checkpoint_every=1
@@ -136,18 +136,17 @@ class Bench:
     ) -> tuple[Turn, PeftModel]:
         """A training by the functions of the main path."""
         engine = make_engine(name, self.device, self.dtype)
-        base = engine.load(str(self.folder))
-        model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
-        with engine.inference(model):  # FSDP2 loads here
-            pass
-        adapter.initialise(adapter.lora_layers(model), INITIALISERS[method], engine)
-        stepper = loop.make_stepper(engine, model, self.settings)
+        base = engine.load_model(str(self.folder))
+        model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
+        engine.materialize(model)
+        adapter.initialise_layers(adapter.get_lora_layers(model), INITIALISERS[method], engine)
+        state = loop.make_train_state(engine, model, self.settings)
         if held is not None:
             held[name] = held_bytes(model)
-        return lambda rows: self.step(stepper, rows), model
+        return lambda rows: self.step(state, rows), model
 
-    def step(self, stepper: loop.Stepper, rows: list[int], packing: Packing | None = None) -> None:
-        next(loop.train(stepper, self.tokens, [rows], self.settings, self.device, packing=packing))
+    def step(self, state: loop.TrainState, rows: list[int], packing: Packing | None = None) -> None:
+        next(loop.train(state, self.tokens, [rows], self.settings, self.device, packing=packing))
 
     def compare(self, turns: dict[str, Turn]) -> dict[str, dict]:
         """Every turn on the same rows, round after round, the first of which warms up."""
@@ -165,7 +164,7 @@ class Bench:
                 if number:
                     seconds[name].append(time.perf_counter() - began)
                     added[name] = max(added[name], self.memory_peak() - before)
-            answers.append(self.tokens.answer_tokens(rows))
+            answers.append(self.tokens.count_answer_tokens(rows))
         if dist.get_rank() == 0:
             print(
                 {name: [round(second, 2) for second in values] for name, values in seconds.items()},
@@ -235,7 +234,7 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
             ids = bench.tokens.tokens[
                 bench.tokens.offsets[row] : bench.tokens.offsets[row + 1]
             ].tolist()
-            begin = int(bench.tokens.answer_starts[row])
+            begin = int(bench.tokens.prompt_lengths[row])
             return {
                 "input_ids": ids,
                 "attention_mask": [1] * len(ids),
@@ -309,11 +308,11 @@ def sharded(bench: Bench) -> dict:
         .to(bench.device)
         .requires_grad_(False)
     )
-    model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
+    model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
     held["ddp"] = held_bytes(model)
     wrapped = nn.parallel.DistributedDataParallel(objective.AnswerLoss(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    plain = TorchStepper(wrapped, torch.optim.AdamW(parameters, lr=bench.settings.lr), 1.0)
+    plain = TorchTrainState(wrapped, torch.optim.AdamW(parameters, lr=bench.settings.lr), 1.0)
     turns = {"ddp": lambda rows: bench.step(plain, rows)}
     for name in ("fsdp", "zero3"):
         turns[name], _ = bench.engine_turn(name, held=held)
@@ -334,14 +333,14 @@ def astra(bench: Bench) -> dict:
 def ablation(bench: Bench) -> dict:
     """One model, its step as it is by default and with one thing changed."""
     engine = make_engine("single", bench.device, bench.dtype)
-    base = engine.load(str(bench.folder))
-    model = adapter.attach(base, TARGETS, RANK, RANK, 0.0)
-    stepper = loop.make_stepper(engine, model, bench.settings)
+    base = engine.load_model(str(bench.folder))
+    model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
+    state = loop.make_train_state(engine, model, bench.settings)
 
     def with_patch(target: str, replacement: object) -> Turn:
         def turn(rows: list[int]) -> None:
             with mock.patch(target, replacement):
-                bench.step(stepper, rows)
+                bench.step(state, rows)
 
         return turn
 
@@ -360,27 +359,27 @@ def ablation(bench: Bench) -> dict:
     def checkpointed(rows: list[int]) -> None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        bench.step(stepper, rows)
+        bench.step(state, rows)
         model.gradient_checkpointing_disable()
         base.disable_input_require_grads()
 
     def eager(rows: list[int]) -> None:
         base.set_attn_implementation("eager")
-        bench.step(stepper, rows)
+        bench.step(state, rows)
         base.set_attn_implementation("sdpa")
 
     def compiled(rows: list[int]) -> None:
         layers = kernels.compile_layers(base)
-        bench.step(stepper, rows)
-        kernels.uncompile(layers)
+        bench.step(state, rows)
+        kernels.uncompile_layers(layers)
 
     make_share = loop.make_share
     turns: dict[str, Turn] = {
-        "default": lambda rows: bench.step(stepper, rows),
+        "default": lambda rows: bench.step(state, rows),
         "whole logits": with_patch("launch.training.loss.AnswerLoss.forward", whole_logits),
         "rows not by length": with_patch("launch.training.loop.make_share", unsorted),
         "batches not ahead": with_patch("launch.training.loop.ahead", lambda items, _device: items),
-        "packed": lambda rows: bench.step(stepper, rows, Packing(LENGTH, flat=False)),
+        "packed": lambda rows: bench.step(state, rows, Packing(LENGTH, flat=False)),
         "eager attention": eager,
         "gradient checkpointing": checkpointed,
     }
@@ -401,7 +400,7 @@ def worker(arguments: argparse.Namespace) -> None:
         del run["seconds"]
     if dist.get_rank() == 0:
         (arguments.folder / "found.json").write_text(json.dumps(found))
-    stop()
+    stop_process_group()
 
 
 def measure(part: str, arguments: argparse.Namespace, folder: Path) -> dict:
@@ -464,7 +463,10 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="ablation: also torch.compile")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "bench" / "training.json", help="default %(default)s"
+        "--output",
+        type=Path,
+        default=ROOT / "bench" / "results" / "training.json",
+        help="default %(default)s",
     )
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
