@@ -1,9 +1,14 @@
-# make quickstart: set up and do the main job, nothing downloaded but packages.   make test: set up and run the tests.
+# make quickstart     set up .venv and run the quickstart; only packages are downloaded
+# make miniature      every method on the quickstart's base: a table and figures
+# make test           what CI runs: units and real launches of every engine, 1 to 4 ranks; 10 minutes on 2 cores
+# make test-fast      units only; a minute and a half
+# make test-full      everything, with the further cells of every matrix; 15 minutes
+# make lint, format   check, or mend, style
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart miniature test lint format
+.PHONY: setup quickstart miniature test test-fast test-full lint format
 
 setup: $(VENV)/installed
 
@@ -15,9 +20,9 @@ $(VENV)/installed: requirements.txt
 quickstart: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart.sh
 
-# Every method in miniature: its table and figures in runs/tables/miniature-report. Stopped, the same command goes on.
-# Runs that failed are left empty in it, and make ends with the sweep's exit code.
-# make miniature TABLE=miniature_ranks, or another small table; OPTIONS="--set FIELD=VALUE" goes to sweep and report.
+# The table and figures are in runs/tables/TABLE-report. Interrupted, the same command resumes.
+# Failed runs are left empty in the table, and make ends with the sweep's exit code.
+# TABLE names another small table; OPTIONS="--set FIELD=VALUE" goes to sweep.py and report.py.
 TABLE := miniature
 miniature: setup
 	status=0; $(BIN)/python launch/sweep.py --table $(TABLE) --jobs 2 $(OPTIONS) || status=$$?; \
@@ -25,6 +30,12 @@ miniature: setup
 		--figures runs/tables/$(TABLE)-report && exit $$status
 
 test: setup
+	$(BIN)/python -m pytest -m "not full"
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not full and not slow" --ignore tests/distributed
+
+test-full: setup
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -1,4 +1,4 @@
-"""Fixtures for every test: the shared real data and model, where they are, and tiny random Llamas."""
+"""Fixtures of all tests: the shared real data and model, a cache of its own, and tiny Llamas."""
 
 import os
 from collections.abc import Callable
@@ -8,13 +8,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-torch.set_num_threads(1)  # two test processes share two cores: more threads wait for one another
+from tests.support.paths import ROOT
+
+torch.set_num_threads(1)  # two test processes share two cores; more threads would wait
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real data and a small pretrained model: $ASTRA_SHARED, or shared/ beside the checkout."""
-    folder = Path(os.environ.get("ASTRA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    """Return the folder with real data and a small pretrained model.
+
+    That is $ASTRA_SHARED, or shared/ beside the checkout; without it the test is skipped.
+    """
+    folder = Path(os.environ.get("ASTRA_SHARED", ROOT.parent / "shared"))
     if not (folder / "models" / "stories260K").is_dir():
         pytest.skip("the shared real data and model are not here; set ASTRA_SHARED to their folder")
     return folder
@@ -22,13 +27,16 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokens that tests prepare do not fill the user's cache."""
+    """Keep the tokens that tests prepare out of the user's cache."""
     os.environ["ASTRA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., LlamaForCausalLM]:
-    """A factory of tiny seeded Llamas: grouped-query attention, biases drawn rather than zero, head tied or not."""
+    """Return a factory of tiny seeded Llamas with grouped-query attention.
+
+    Biases are drawn rather than zero; the head is tied or not.
+    """
 
     def make(
         dtype: torch.dtype = torch.float32, bias: bool = True, tied: bool = True

@@ -1,4 +1,7 @@
-"""make miniature: it reports what is there, whatever the sweep ended with."""
+"""Run `make miniature` with a stand-in for Python.
+
+Proves that it reports whatever runs there are, and ends as the sweep did. Less than a second.
+"""
 
 import shutil
 import subprocess
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(

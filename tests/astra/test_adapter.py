@@ -1,4 +1,7 @@
-"""Initial factors leave the model unchanged, and a trained adapter means the same in every form (contracts 2 and 4)."""
+"""astra.adapter: factors leave the model as it is, and an adapter means the same in every form.
+
+Tiny random models on the CPU, compared in logits with plain PEFT. A few seconds.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +18,7 @@ from astra.eigen import Subspace
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
-from tests.support.whole import subspaces_of
+from tests.support.calibration import find_subspaces
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 PLAIN = TorchWeights()
@@ -46,18 +49,18 @@ def logits(model: nn.Module) -> Tensor:
 def start(
     base: nn.Module, rank: int, alpha: float, select: str
 ) -> tuple[PeftModel, dict, dict[str, Subspace], float]:
-    """An Astra adapter on `base`: PEFT model, its layers, the subspaces and the reported rounding."""
-    model = adapter.attach(base, TARGETS, rank, alpha, 0.0).eval()
-    layers = adapter.lora_layers(model)
-    batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
+    """Return an Astra adapter on `base`: PEFT's model, its layers, the subspaces, the rounding."""
+    model = adapter.attach_adapters(base, TARGETS, rank, alpha, 0.0).eval()
+    layers = adapter.get_lora_layers(model)
+    batch = Batch(input_ids=IDS, token_mask=torch.ones_like(IDS, dtype=torch.bool))
     with model.disable_adapter():
-        found = subspaces_of(
-            model, adapter.base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1
+        subspaces = find_subspaces(
+            model, adapter.get_base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1
         )
-    rounding = adapter.initialise(
-        layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN
+    rounding = adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), PLAIN
     )
-    return model, layers, found, rounding
+    return model, layers, subspaces, rounding
 
 
 def train_a_bit(layers: dict) -> None:
@@ -76,11 +79,11 @@ def test_nothing_moves_at_step_0_for_any_scaling(select: str, rank: int, alpha: 
     before = logits(base)
     original = {name: p.detach().clone() for name, p in base.named_parameters()}
     model, layers, _, rounding = start(base, rank, alpha, select)
-    assert 0 <= rounding < 1e-6
+    assert 0 <= rounding < 1e-6  # of fp32
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
     changed = [
         n
-        for n, m in adapter.base_layers(layers).items()
+        for n, m in adapter.get_base_layers(layers).items()
         if not torch.equal(m.weight, original[f"{n}.weight"])
     ]
     if select == "largest":  # not passed by B = 0: every A0 and W_res - W is there
@@ -102,12 +105,13 @@ def test_bf16_residual_is_within_its_rounding() -> None:
 def test_rows_of_a0_are_zero_where_the_weight_does_not_reach_and_not_where_tokens_were_few() -> (
     None
 ):
-    _, layers, found, _ = start(make_base(), 8, 8, "smallest")
+    _, layers, subspaces, _ = start(make_base(), 8, 8, "smallest")
     gate = "model.layers.1.mlp.gate_proj"  # 56 outputs of 24 inputs: at least 32 zero eigenvalues
-    assert (found[gate].values == 0).all()
+    assert (subspaces[gate].values == 0).all()
     assert not adapter.read_factors(layers, PLAIN)[gate].a.any()
-    down = "model.layers.1.mlp.down_proj"  # 22 tokens span 22 of 24 dimensions: two zero, then the smallest positive
-    assert (found[down].values == 0).tolist() == [True] * 2 + [False] * 6
+    # 22 tokens span 22 of 24 dimensions: two eigenvalues are zero.
+    down = "model.layers.1.mlp.down_proj"
+    assert (subspaces[down].values == 0).tolist() == [True] * 2 + [False] * 6
     assert adapter.read_factors(layers, PLAIN)[down].a.any(1).all()
 
 
@@ -123,15 +127,15 @@ def test_residual_with_adapter_equals_plain_lora_on_the_base_and_its_merge(
     tolerance = 1e-5 * original.abs().max()
     assert (reached - original).abs().max() > 100 * tolerance
     config = model.peft_config[adapter.ADAPTER]
-    adapter.save(tmp_path / "lora", config, "base", adapter.to_plain_lora(trained, initial))
-    adapter.save(tmp_path / "adapter", config, "base", trained)
-    adapter.save(tmp_path / "astra_init", config, "base", initial)
+    adapter.save_adapter(tmp_path / "lora", config, "base", adapter.to_plain_lora(trained, initial))
+    adapter.save_adapter(tmp_path / "adapter", config, "base", trained)
+    adapter.save_adapter(tmp_path / "astra_init", config, "base", initial)
     plain = PeftModel.from_pretrained(make_base(), tmp_path / "lora")
     assert plain.peft_config["default"].r == 16
     assert (logits(plain) - reached).abs().max() < tolerance
     assert (logits(plain.merge_and_unload()) - reached).abs().max() < tolerance
     residual = make_base()
-    adapter.subtract(residual, *adapter.load(tmp_path / "astra_init"), PLAIN)
+    adapter.subtract_initial(residual, *adapter.load_adapter(tmp_path / "astra_init"), PLAIN)
     for name, layer in layers.items():
         assert torch.equal(residual.get_submodule(name).weight, layer.base_layer.weight)
     on_residual = PeftModel.from_pretrained(residual, tmp_path / "adapter")
@@ -141,8 +145,8 @@ def test_residual_with_adapter_equals_plain_lora_on_the_base_and_its_merge(
 def test_load_gives_back_what_save_wrote(tmp_path: Path) -> None:
     model, layers, _, _ = start(make_base(), 4, 6, "middle")
     factors = adapter.read_factors(layers, PLAIN)
-    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
-    again, scaling = adapter.load(tmp_path)
+    adapter.save_adapter(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
+    again, scaling = adapter.load_adapter(tmp_path)
     assert scaling == 1.5
     assert again.keys() == factors.keys()
     assert all(
@@ -157,26 +161,26 @@ def test_targets_that_cannot_be_adapted_are_named() -> None:
         AstraError, match=r"'qproj' matches no module; linear modules here: .*q_proj"
     ):
         adapter.find_targets(make_base(), ["q_proj", "qproj"])
-    with pytest.raises(AstraError, match="lm_head is tied"):
+    with pytest.raises(AstraError, match="lm_head is tied") as error:
         adapter.find_targets(make_base(), ["lm_head"])
+    assert error.value.subject == "targets"
     with pytest.raises(AstraError, match="is a LlamaMLP, not a linear layer"):
         adapter.find_targets(make_base(), ["mlp"])
-    with pytest.raises(
-        AstraError, match=r"adapter\.rank: 13 is above the smaller side, 12, of .*k_proj"
-    ):
-        adapter.attach(make_base(), ["q_proj", "k_proj"], 13, 13, 0.0)
+    with pytest.raises(AstraError, match=r"13 is above the smaller side, 12, of .*k_proj") as error:
+        adapter.attach_adapters(make_base(), ["q_proj", "k_proj"], 13, 13, 0.0)
+    assert error.value.subject == "rank"
     assert list(adapter.find_targets(make_base(tied=False), ["lm_head"])) == ["lm_head"]
 
 
 def test_plain_lora_draws_from_seed_and_name() -> None:
     weight = torch.zeros(6, 25)
-    a, b = inits.lora(weight, 4, 1, "m")
+    a, b = inits.init_lora(weight, 4, 1, "m")
     assert (a.shape, b.shape) == ((4, 25), (6, 4))
     assert not b.any()
     assert 0.15 < a.abs().max() <= 0.2  # uniform in +-1 / sqrt(25)
-    assert torch.equal(a, inits.lora(weight, 4, 1, "m")[0])
-    assert not torch.equal(a, inits.lora(weight, 4, 1, "n")[0])
-    assert not torch.equal(a, inits.lora(weight, 4, 2, "m")[0])
+    assert torch.equal(a, inits.init_lora(weight, 4, 1, "m")[0])
+    assert not torch.equal(a, inits.init_lora(weight, 4, 1, "n")[0])
+    assert not torch.equal(a, inits.init_lora(weight, 4, 2, "m")[0])
 
 
 ARCHITECTURES = {
@@ -221,13 +225,15 @@ def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(
     )
     base = AutoModelForCausalLM.from_config(config).eval()
     before = logits(base)
-    model = adapter.attach(base, LINEARS[architecture], 4, 4, 0.0).eval()
-    layers = adapter.lora_layers(model)
-    batch = Batch(input_ids=IDS, counted=torch.ones_like(IDS, dtype=torch.bool))
+    model = adapter.attach_adapters(base, LINEARS[architecture], 4, 4, 0.0).eval()
+    layers = adapter.get_lora_layers(model)
+    batch = Batch(input_ids=IDS, token_mask=torch.ones_like(IDS, dtype=torch.bool))
     with model.disable_adapter():
-        linears = adapter.base_layers(layers)
-        found = subspaces_of(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
-    adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), PLAIN)
+        linears = adapter.get_base_layers(layers)
+        subspaces = find_subspaces(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
+    adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), PLAIN
+    )
     assert len(layers) == 2 * len(LINEARS[architecture])
     assert all(factors.a.any() for factors in adapter.read_factors(layers, PLAIN).values())
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
@@ -251,9 +257,9 @@ def test_the_bf16_residual_is_rounded_once_from_the_stored_factors_and_rebuilt_b
         worst, rel=1e-9
     )  # the reported figure is the largest, recomputed
     assert rounding <= 2**-8
-    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
+    adapter.save_adapter(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors)
     rebuilt = make_base(torch.bfloat16)
-    adapter.subtract(rebuilt, *adapter.load(tmp_path), PLAIN)
+    adapter.subtract_initial(rebuilt, *adapter.load_adapter(tmp_path), PLAIN)
     for name, layer in layers.items():
         assert torch.equal(rebuilt.get_submodule(name).weight, layer.base_layer.weight), name
 
@@ -265,16 +271,16 @@ def test_plain_lora_leaves_the_base_as_it_is(dtype: torch.dtype) -> None:
         logits(base),
         {name: p.detach().clone() for name, p in base.named_parameters()},
     )
-    model = adapter.attach(base, TARGETS, 4, 10, 0.0).eval()
-    layers = adapter.lora_layers(model)
-    rounding = adapter.initialise(
-        layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN
+    model = adapter.attach_adapters(base, TARGETS, 4, 10, 0.0).eval()
+    layers = adapter.get_lora_layers(model)
+    rounding = adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_lora(weight, 4, 1, name), PLAIN
     )
     assert rounding == 0
     assert torch.equal(logits(model), before)
     assert all(
         torch.equal(m.weight, original[f"{n}.weight"])
-        for n, m in adapter.base_layers(layers).items()
+        for n, m in adapter.get_base_layers(layers).items()
     )
     assert all(a.any() and not b.any() for a, b in adapter.read_factors(layers, PLAIN).values())
 
@@ -290,7 +296,7 @@ def test_what_is_saved_is_a_plain_lora_that_names_its_base_and_keeps_its_scaling
         ("one", factors, 1),
         ("two", adapter.to_plain_lora(factors, factors), 2),
     ):
-        adapter.save(tmp_path / folder, config, "owner/base", saved)
+        adapter.save_adapter(tmp_path / folder, config, "owner/base", saved)
         written = json.loads((tmp_path / folder / "adapter_config.json").read_text())
         assert (written["r"], written["lora_alpha"]) == (grown * rank, grown * alpha)
         assert written["base_model_name_or_path"] == "owner/base"
@@ -298,12 +304,12 @@ def test_what_is_saved_is_a_plain_lora_that_names_its_base_and_keeps_its_scaling
             written["init_lora_weights"] is True
         )  # a data-driven one would make PEFT change the base
         assert not written["use_rslora"]
-        assert adapter.load(tmp_path / folder)[1] == alpha / rank
+        assert adapter.load_adapter(tmp_path / folder)[1] == alpha / rank
     assert (config.r, config.lora_alpha) == (rank, alpha)
 
 
 def test_a_plain_lora_before_any_training_is_no_change_at_all() -> None:
-    """B A - B0 A0 with B = B0 and A = A0 is 0, and the scaling of twice the rank with twice alpha is the same s."""
+    """B A - B0 A0 is 0 if B = B0 and A = A0."""
     _, layers, _, _ = start(make_base(), 4, 10, "largest")
     initial = adapter.read_factors(layers, PLAIN)
     for name, (a, b) in adapter.to_plain_lora(initial, initial).items():
@@ -332,13 +338,17 @@ def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
     with pytest.raises(AstraError, match="proj"):
         adapter.find_targets(base, ["proj"])  # a part of a part is no match
     assert (
-        list(adapter.lora_layers(adapter.attach(base, ["up_proj", "q_proj"], 12, 12, 0.0)))
+        list(
+            adapter.get_lora_layers(
+                adapter.attach_adapters(base, ["up_proj", "q_proj"], 12, 12, 0.0)
+            )
+        )
         == found[:4]
     )
 
 
 def test_only_the_factors_can_be_trained() -> None:
-    model = adapter.attach(make_base(), TARGETS, 4, 4, 0.0)
+    model = adapter.attach_adapters(make_base(), TARGETS, 4, 4, 0.0)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * len(TARGETS)
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
@@ -349,11 +359,13 @@ def test_the_same_values_in_pefts_own_layers_give_the_same_logits(
     method: str, tmp_path: Path
 ) -> None:
     variant = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[method]
-    model = adapter.attach(
+    model = adapter.attach_adapters(
         make_base(), TARGETS, 4, 10, 0.0, rslora=method == "rslora", dora=method == "dora"
     ).eval()
-    layers = adapter.lora_layers(model)
-    adapter.initialise(layers, lambda name, weight: inits.lora(weight, 4, 1, name), PLAIN)
+    layers = adapter.get_lora_layers(model)
+    adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_lora(weight, 4, 1, name), PLAIN
+    )
     original = logits(make_base())
     assert torch.equal(
         logits(model), original
@@ -369,7 +381,7 @@ def test_the_same_values_in_pefts_own_layers_give_the_same_logits(
         adapter.read_factors(layers, PLAIN),
         adapter.read_magnitudes(layers, PLAIN),
     )
-    adapter.save(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors, magnitudes)
+    adapter.save_adapter(tmp_path, model.peft_config[adapter.ADAPTER], "base", factors, magnitudes)
 
     config = LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, **variant)
     fresh = get_peft_model(make_base(), config)
@@ -379,10 +391,12 @@ def test_the_same_values_in_pefts_own_layers_give_the_same_logits(
     plain = PeftModel.from_pretrained(make_base(), tmp_path)
     assert (logits(plain) - reached).abs().max() < tolerance
     assert (logits(plain.merge_and_unload()) - reached).abs().max() < tolerance
-    ours = adapter.attach_saved(make_base(), tmp_path)
-    adapter.write_saved(ours, tmp_path, PLAIN)
+    ours = adapter.attach_saved_adapter(make_base(), tmp_path)
+    adapter.write_saved_adapter(ours, tmp_path, PLAIN)
     assert (logits(ours.eval()) - reached).abs().max() < tolerance
     scaling = {"lora": 2.5, "rslora": 5.0, "dora": 2.5}[method]
     assert (
-        adapter.load(tmp_path)[1] == scaling == next(iter(layers.values())).scaling[adapter.ADAPTER]
+        adapter.load_adapter(tmp_path)[1]
+        == scaling
+        == next(iter(layers.values())).scaling[adapter.ADAPTER]
     )

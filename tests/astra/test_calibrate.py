@@ -1,67 +1,68 @@
-"""Calibration of a whole model gives each module the eigenvectors of its own outputs that the contract names."""
+"""astra.calibrate in one process: each module gets the named eigenvectors of its own outputs.
 
+Tiny random Llamas on the CPU, compared with an oracle that holds all activations. A few seconds.
+Several ranks: tests/distributed/test_calibration.py.
+"""
+
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from astra.calibrate import second_moments
-from astra.eigen import EPS, Subspace, named_generator, select_indices
+from astra.calibrate import sum_second_moments
+from astra.eigen import EPS, Subspace, make_generator, select_indices
 from astra.errors import AstraError
 from astra.moments import Batch
 from astra.weights import TorchWeights
-from tests.support.whole import plan_of, subspaces_of
+from tests.support.calibration import find_projections, find_subspaces, plan_calibration
 
 SELECTS = ("smallest", "largest", "middle", "random")
 SEED = 3
 RANK = 4
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
-
-
 def batches_of(lengths: Sequence[int], size: int) -> list[Batch]:
-    """Ragged rows of `lengths` tokens, `size` to a right-padded batch; row i is the same for every `size`."""
+    """Return rows of `lengths` tokens in right-padded batches of `size`, which alters no row."""
     generator = torch.Generator().manual_seed(6)
     rows = [torch.randint(50, (length,), generator=generator) for length in lengths]
     made = []
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=9)
-        counted = nn.utils.rnn.pad_sequence(
+        token_mask = nn.utils.rnn.pad_sequence(
             [torch.ones_like(row) for row in chunk], batch_first=True
         ).bool()
-        made.append(Batch(input_ids=ids, counted=counted))
+        made.append(Batch(input_ids=ids, token_mask=token_mask))
     return made
 
 
 def run(
     model: nn.Module, batches: list[Batch], select: str, rank: int = RANK
 ) -> dict[str, Subspace]:
-    return subspaces_of(
-        model, linears_of(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED
+    return find_subspaces(
+        model, find_projections(model), batches, TorchWeights(), rank=rank, select=select, seed=SEED
     )
 
 
 def outputs_of(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-    """The oracle's activations: name -> W x + b in fp64 at every counted token, all of them in memory."""
+    """Return the oracle's activations: name -> W x + b in fp64 at all counted tokens."""
     kept: dict[str, list[Tensor]] = {}
-    counted = torch.empty(0)
+    token_mask = torch.empty(0)
     handles = []
-    for name, linear in linears_of(model).items():
+    for name, linear in find_projections(model).items():
 
         def hook(module: nn.Linear, args: tuple, name: str = name) -> None:
             bias = 0 if module.bias is None else module.bias.double()
             kept.setdefault(name, []).append(
-                (args[0].double() @ module.weight.double().T + bias)[counted]
+                (args[0].double() @ module.weight.double().T + bias)[token_mask]
             )
 
         handles.append(linear.register_forward_pre_hook(hook))
     with torch.no_grad():
         for batch in batches:
-            counted = batch["counted"]
+            token_mask = batch["token_mask"]
             model(input_ids=batch["input_ids"])
     for handle in handles:
         handle.remove()
@@ -80,7 +81,7 @@ def test_every_module_gets_the_named_eigenvectors_of_its_outputs(
     for name, y in outputs.items():
         second = y.T @ y / len(y)
         spectrum, size = torch.linalg.eigvalsh(second).clamp(min=0), len(second)
-        indices = select_indices(select, size, RANK, named_generator(SEED, name))
+        indices = select_indices(select, size, RANK, make_generator(SEED, name))
         # Both sides sum in fp64: they differ by a few hundred roundings of the largest eigenvalue.
         slack = 10 * size * EPS * second.trace().item()
         vectors, values = found[name].vectors, found[name].values
@@ -125,7 +126,7 @@ def test_batches_without_counted_tokens_change_no_bit_and_the_model_stays_as_it_
     model, batches = make_llama(), batches_of([5, 9, 13, 6, 11], 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     dummy = Batch(
-        input_ids=batches[0]["input_ids"], counted=torch.zeros_like(batches[0]["counted"])
+        input_ids=batches[0]["input_ids"], token_mask=torch.zeros_like(batches[0]["token_mask"])
     )
     alone, padded = run(model, batches, "random"), run(model, [*batches, dummy], "random")
     for name in alone:
@@ -146,9 +147,9 @@ def test_each_batch_is_run_once_through_the_progress_bar(
             seen.append(item["input_ids"].shape[1])
             yield item
 
-    plan = plan_of(model, linears_of(model), batches)
-    moments = second_moments(
-        model, linears_of(model), batches, plan.windows[0], plan, [None] * 3, progress
+    plan = plan_calibration(model, find_projections(model), batches)
+    moments = sum_second_moments(
+        model, find_projections(model), batches, plan.windows[0], plan, [None] * 3, progress
     )
     assert seen == [5, 9, 13]
     assert {int(moment.count) for moment in moments} == {27}
@@ -159,6 +160,7 @@ def test_a_module_that_cannot_be_solved_is_named(make_llama: Callable[..., nn.Mo
     with pytest.raises(AstraError, match=r"9 .*self_attn\.[kv]_proj") as error:
         run(model, batches, "smallest", rank=9)
     assert "\n" not in str(error.value)
+    assert error.value.subject == "rank"
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 2] = float("inf")
     with pytest.raises(AstraError, match=r"model\.layers\.1\.mlp\.(up|down)_proj") as error:
@@ -166,10 +168,15 @@ def test_a_module_that_cannot_be_solved_is_named(make_llama: Callable[..., nn.Mo
     assert "\n" not in str(error.value)
 
 
+def test_an_error_keeps_its_subject_on_the_way_to_other_ranks() -> None:
+    error = pickle.loads(pickle.dumps(AstraError("too high", "rank")))
+    assert (str(error), error.subject) == ("too high", "rank")
+
+
 def test_calibration_without_a_single_token_is_refused(
     make_llama: Callable[..., nn.Module],
 ) -> None:
     model, batch = make_llama(), batches_of([5], 1)[0]
-    batch["counted"] = torch.zeros_like(batch["counted"])
+    batch["token_mask"] = torch.zeros_like(batch["token_mask"])
     with pytest.raises(AstraError):
         run(model, [batch], "smallest")

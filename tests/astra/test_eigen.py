@@ -1,4 +1,7 @@
-"""The subspace is the one named (contract 3), in full-rank, rank-deficient, ill-conditioned and tied spectra."""
+"""astra.eigen: the subspace is the one that eigen_select names, whatever the spectrum.
+
+Matrices of known spectra, singular and ill-conditioned ones among them, on the CPU. A few seconds.
+"""
 
 import pytest
 import torch
@@ -7,9 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from astra import eigen
-from astra.eigen import EPS, Subspace, canonical_signs, named_generator, select_indices, solve
+from astra.eigen import (
+    EPS,
+    Subspace,
+    canonicalise_signs,
+    make_generator,
+    select_indices,
+    solve_eigenproblem,
+)
 from astra.errors import AstraError
-from astra.output_moment import left_basis
+from astra.output_moment import find_basis
 
 SELECTS = ("smallest", "largest", "middle", "random")
 
@@ -60,13 +70,15 @@ def test_contract_for_any_size_rank_nullity_and_scale(
     if nullity == size:
         values[0] = 10**scale
     second = with_spectrum(values, seed)
-    check_contract(solve(None, second, rank, select, seed, "layer"), second, rank, select)
+    check_contract(
+        solve_eigenproblem(None, second, rank, select, seed, "layer"), second, rank, select
+    )
 
 
 def test_ill_conditioned_tail_is_exact() -> None:
-    """From 1e7 down to 1e-4, where fp32 returns a tail with hundreds of times the minimal energy (method.md)."""
+    """From 1e7 down to 1e-4: fp32 returns a tail with many times the least energy."""
     second = with_spectrum(torch.logspace(7, -4, 128, dtype=torch.float64))
-    subspace = solve(None, second, 8, "smallest", 0, "layer")
+    subspace = solve_eigenproblem(None, second, 8, "smallest", 0, "layer")
     assert energy(subspace, second) <= 1.01 * torch.linalg.eigvalsh(second)[:8].sum().item()
     fp32 = torch.linalg.eigh(second.float()).eigenvectors[:, :8].double()
     assert (fp32.T @ second @ fp32).trace() > 2 * energy(subspace, second)
@@ -74,7 +86,7 @@ def test_ill_conditioned_tail_is_exact() -> None:
 
 def test_zero_eigenvalues_are_exactly_zero_and_null_vectors_come_first() -> None:
     second = with_spectrum(torch.tensor([0.0, 0, 0, 2, 3, 5, 7, 9]))
-    subspace = solve(None, second, 5, "smallest", 0, "layer")
+    subspace = solve_eigenproblem(None, second, 5, "smallest", 0, "layer")
     assert subspace.values[:3].tolist() == [0, 0, 0]
     torch.testing.assert_close(subspace.values[3:], torch.tensor([2.0, 3], dtype=torch.float64))
     assert (second @ subspace.vectors[:, :3]).abs().max() < 1e-14
@@ -83,13 +95,13 @@ def test_zero_eigenvalues_are_exactly_zero_and_null_vectors_come_first() -> None
 def test_the_null_space_of_a_tall_weight_is_exact_and_independent_of_the_data() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(20, 6, generator=generator, dtype=torch.float64)
-    basis = left_basis(weight, None)
+    basis = find_basis(weight, None)
     r = basis.reflectors[:6].triu()
     first, second = (
         r @ with_spectrum(torch.logspace(0, -e, 6, dtype=torch.float64), e) @ r.T for e in (1, 5)
     )
-    a = solve(basis, first, 8, "smallest", 3, "layer")
-    b = solve(basis, second, 8, "smallest", 3, "layer")
+    a = solve_eigenproblem(basis, first, 8, "smallest", 3, "layer")
+    b = solve_eigenproblem(basis, second, 8, "smallest", 3, "layer")
     assert (a.values == 0).all()
     assert (a.vectors.T @ weight).abs().max() < 1e-13
     torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-12)
@@ -101,7 +113,10 @@ def test_a_tiny_change_of_the_moment_moves_a_degenerate_tail_by_as_little() -> N
     second = with_spectrum(values)
     noise = torch.randn(20, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = second @ (noise + noise.T) @ second * 1e-12
-    a, b = (solve(None, moment, 5, "smallest", 0, "layer") for moment in (second, second + noise))
+    a, b = (
+        solve_eigenproblem(None, moment, 5, "smallest", 0, "layer")
+        for moment in (second, second + noise)
+    )
     torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-9)
 
 
@@ -111,7 +126,7 @@ def test_a_tiny_change_of_the_moment_moves_a_degenerate_tail_by_as_little() -> N
 )
 def test_indices_are_those_of_the_definition(sizes: tuple[int, int], seed: int) -> None:
     size, rank = sizes
-    pick = {s: select_indices(s, size, rank, named_generator(seed, "m")).tolist() for s in SELECTS}
+    pick = {s: select_indices(s, size, rank, make_generator(seed, "m")).tolist() for s in SELECTS}
     assert pick["smallest"] == list(range(rank))
     assert pick["largest"] == list(range(size - rank, size))
     assert pick["middle"] == list(range((size - rank) // 2, (size - rank) // 2 + rank))
@@ -121,7 +136,7 @@ def test_indices_are_those_of_the_definition(sizes: tuple[int, int], seed: int) 
 
 def test_random_depends_on_seed_and_name_alone() -> None:
     def draw(seed: int, name: str) -> list[int]:
-        return select_indices("random", 1000, 20, named_generator(seed, name)).tolist()
+        return select_indices("random", 1000, 20, make_generator(seed, name)).tolist()
 
     assert draw(1, "a") == draw(1, "a")
     assert draw(1, "a") != draw(2, "a")
@@ -130,18 +145,20 @@ def test_random_depends_on_seed_and_name_alone() -> None:
 
 def test_signs_are_canonical() -> None:
     vectors = torch.tensor([[0.6, -0.8], [-0.8, 0.6]])
-    assert torch.equal(canonical_signs(vectors), canonical_signs(-vectors))
-    assert torch.equal(canonical_signs(vectors), torch.tensor([[-0.6, 0.8], [0.8, -0.6]]))
+    assert torch.equal(canonicalise_signs(vectors), canonicalise_signs(-vectors))
+    assert torch.equal(canonicalise_signs(vectors), torch.tensor([[-0.6, 0.8], [0.8, -0.6]]))
 
 
 def test_what_cannot_be_solved_is_named() -> None:
     second = torch.eye(4, dtype=torch.float64)
-    with pytest.raises(AstraError, match=r"adapter\.rank: 5 is above the 4 outputs of layer"):
-        solve(None, second, 5, "smallest", 0, "layer")
+    with pytest.raises(AstraError, match="5 is above the 4 outputs of layer") as error:
+        solve_eigenproblem(None, second, 5, "smallest", 0, "layer")
+    assert error.value.subject == "rank"
     with pytest.raises(AstraError, match="layer: its calibration moment is not finite"):
-        solve(None, second * torch.nan, 2, "smallest", 0, "layer")
-    with pytest.raises(AstraError, match="eigen_select"):
-        solve(None, second, 2, "tail", 0, "layer")
+        solve_eigenproblem(None, second * torch.nan, 2, "smallest", 0, "layer")
+    with pytest.raises(AstraError, match="'tail' is none of smallest, largest") as error:
+        solve_eigenproblem(None, second, 2, "tail", 0, "layer")
+    assert error.value.subject == "eigen_select"
 
 
 @pytest.mark.parametrize("select", SELECTS)
@@ -153,8 +170,8 @@ def test_the_vectors_are_the_eigenvectors_at_the_named_indices(
 ) -> None:
     values = torch.logspace(spectrum[1], spectrum[0], 40, dtype=torch.float64)
     second = with_spectrum(values, 8)
-    subspace = solve(None, second, 7, select, 5, "layer")
-    indices = select_indices(select, 40, 7, named_generator(5, "layer"))
+    subspace = solve_eigenproblem(None, second, 7, select, 5, "layer")
+    indices = select_indices(select, 40, 7, make_generator(5, "layer"))
     slack = (
         40 * EPS * second.trace().item()
     )  # what rounding the matrix itself moves its eigenvalues by
@@ -168,20 +185,21 @@ def test_the_vectors_are_the_eigenvectors_at_the_named_indices(
 def test_a_tall_weights_small_problem_gives_what_the_whole_matrix_gives(
     select: str, rank: int
 ) -> None:
-    """20 outputs of 6 inputs: all four choices straddle or fill the null space of dimension 14 at one of the ranks."""
+    """20 outputs of 6 inputs: the null space has dimension 14, and some choices reach beyond it."""
     weight = torch.randn(20, 6, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
-    basis = left_basis(weight, None)
+    basis = find_basis(weight, None)
     r = basis.reflectors[:6].triu()
     moment = with_spectrum(torch.logspace(0, -3, 6, dtype=torch.float64), 13)
     second = weight @ moment @ weight.T
-    by_basis = solve(basis, r @ moment @ r.T, rank, select, 2, "layer")
-    whole = solve(None, second, rank, select, 2, "layer")
+    by_basis = solve_eigenproblem(basis, r @ moment @ r.T, rank, select, 2, "layer")
+    whole = solve_eigenproblem(None, second, rank, select, 2, "layer")
     torch.testing.assert_close(
         by_basis.values, whole.values, rtol=1e-9, atol=0
     )  # zeros are zeros in both
     assert (by_basis.values == 0).any() or (select == "largest" and rank == 5)
     positive = by_basis.values > 0
-    # Distinct eigenvalues with gaps above 1e-3 of the trace or so: their vectors agree to rounding over the gap.
+    # Distinct eigenvalues with gaps above 1e-3 of the trace or so: their vectors agree to rounding
+    # over the gap.
     torch.testing.assert_close(
         by_basis.vectors[:, positive], whole.vectors[:, positive], rtol=0, atol=1e-8
     )
@@ -198,7 +216,9 @@ def test_which_random_eigenvectors_depends_on_seed_and_name_and_not_on_the_momen
     ones = torch.arange(1, 31, dtype=torch.float64)
 
     def drawn(power: int, seed: int, name: str) -> list[int]:
-        values = solve(None, with_spectrum(ones**power, power), 6, "random", seed, name).values
+        values = solve_eigenproblem(
+            None, with_spectrum(ones**power, power), 6, "random", seed, name
+        ).values
         return values.pow(1 / power).round().long().tolist()
 
     assert drawn(1, 0, "a") == drawn(2, 0, "a")
@@ -209,13 +229,15 @@ def test_which_random_eigenvectors_depends_on_seed_and_name_and_not_on_the_momen
 def test_solving_twice_gives_the_same_bits() -> None:
     second = with_spectrum(torch.cat([torch.zeros(9), torch.linspace(1, 2, 8)]))
     for select in SELECTS:
-        a, b = (solve(None, second.clone(), 6, select, 1, "layer") for _ in range(2))
+        a, b = (solve_eigenproblem(None, second.clone(), 6, select, 1, "layer") for _ in range(2))
         assert torch.equal(a.vectors, b.vectors)
         assert torch.equal(a.values, b.values)
 
 
-def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy() -> None:
-    subspace = solve(None, torch.zeros(6, 6, dtype=torch.float64), 3, "smallest", 0, "layer")
+@pytest.mark.parametrize("size", [6, 70])  # below and above eigen.DENSE_BELOW
+def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy(size: int) -> None:
+    second = torch.zeros(size, size, dtype=torch.float64)
+    subspace = solve_eigenproblem(None, second, 3, "smallest", 0, "layer")
     assert not subspace.values.any()
     torch.testing.assert_close(
         subspace.vectors.T @ subspace.vectors, torch.eye(3, dtype=torch.float64)
@@ -225,19 +247,21 @@ def test_a_module_whose_outputs_are_all_zero_has_a_tail_of_zero_energy() -> None
 def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Eigenvalues that run into the rounding of the trace: separate calls of stemr gave vectors 1e-6 from orthogonal,
-    and every such module fell back to the dense solver."""
+    """Eigenvalues fall to the rounding of the trace, where one call for all vectors is needed.
+
+    Separate calls of stemr gave vectors 1e-6 from orthogonal, so the dense solver had to step in.
+    """
 
     def never(_: torch.Tensor) -> None:
         pytest.fail("the dense solver was needed")
 
-    monkeypatch.setattr(eigen, "dense_eigenpairs", never)
+    monkeypatch.setattr(eigen, "decompose_dense", never)
     generator = torch.Generator().manual_seed(0)
     size = 300
     weight = torch.randn(size, size, generator=generator, dtype=torch.float64)
     scales = torch.logspace(0, -7, size, dtype=torch.float64)
     inputs = torch.randn(4 * size, size, generator=generator, dtype=torch.float64) * scales
     outputs = inputs @ weight.T
-    found = solve(None, outputs.T @ outputs / len(outputs), 64, "smallest", 0, "m")
+    found = solve_eigenproblem(None, outputs.T @ outputs / len(outputs), 64, "smallest", 0, "m")
     assert 0 < (found.values == 0).sum() < 64
     assert found.checks[0] < 0.01  # orthonormality

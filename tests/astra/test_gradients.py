@@ -1,4 +1,7 @@
-"""Gradients summed in hooks over a frozen model are those that autograd gives an unfrozen one."""
+"""astra.gradients: what hooks sum over a frozen model is what autograd gives for an unfrozen one.
+
+Tiny random Llamas on the CPU. A few seconds.
+"""
 
 from collections.abc import Callable
 
@@ -7,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astra.gradients import gradients
+from astra.gradients import sum_gradients
 from astra.moments import Batch, find_groups
-from astra.windows import make_plan, statistic_bytes
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+from astra.windows import count_statistic_bytes, make_plan
+from tests.support.calibration import find_projections
 
 
 def batches_of(size: int) -> list[Batch]:
-    """Seven ragged rows, `size` to a right-padded batch, the first tokens of each row being no labels."""
+    """Return seven rows in right-padded batches of `size`; their first 3 tokens have no label."""
     generator = torch.Generator().manual_seed(6)
     rows = [
         torch.randint(50, (length,), generator=generator) for length in (5, 9, 13, 6, 11, 7, 12)
@@ -28,7 +28,7 @@ def batches_of(size: int) -> list[Batch]:
         labels = [torch.cat([torch.full((3,), -100), row[3:]]) for row in chunk]
         ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True)
         labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        made.append(Batch(input_ids=ids, counted=labels != -100, labels=labels))
+        made.append(Batch(input_ids=ids, token_mask=labels != -100, labels=labels))
     return made
 
 
@@ -40,17 +40,17 @@ def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_they_are_autograds_whatever_the_batch(
+def test_gradients_are_those_of_autograd_for_any_batch_size(
     size: int, make_llama: Callable[..., nn.Module]
 ) -> None:
     model = make_llama(torch.float64).requires_grad_(False)
-    linears, batches = linears_of(model), batches_of(size)
+    linears, batches = find_projections(model), batches_of(size)
     plan = make_plan(
         model, linears, find_groups(model, linears, batches[0], "gradient"), tokens=13 * size
     )
     (window,) = plan.windows
-    found = gradients(model, linears, batches, window, loss)
-    assert sum(8 * (t.numel()) for g in found for t in g.tensors()) == window.statistics
+    found = sum_gradients(model, linears, batches, window, loss)
+    assert sum(8 * (t.numel()) for g in found for t in g.tensors()) == window.statistics_bytes
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -71,20 +71,22 @@ def test_they_are_autograds_whatever_the_batch(
 
 def test_windows_give_the_same_bits(make_llama: Callable[..., nn.Module]) -> None:
     model = make_llama().requires_grad_(False)
-    linears, batches = linears_of(model), batches_of(2)
+    linears, batches = find_projections(model), batches_of(2)
     groups = find_groups(model, linears, batches[0], "gradient")
-    whole = make_plan(model, linears, groups, tokens=26, decomposed="matrix")
-    memory = whole.working + sum(statistic_bytes(group, linears) for group in groups) / 2
-    plan = make_plan(model, linears, groups, tokens=26, memory=memory, decomposed="matrix")
+    whole = make_plan(model, linears, groups, tokens=26, decomposition="matrix")
+    memory = (
+        whole.working_bytes + sum(count_statistic_bytes(group, linears) for group in groups) / 2
+    )
+    plan = make_plan(model, linears, groups, tokens=26, memory=memory, decomposition="matrix")
     assert [len(window.groups) for window in plan.windows] == [7, 7]
     assert "a forward and a backward pass in each" in plan.describe()
     apart = [
         gradient
         for window in plan.windows
-        for gradient in gradients(model, linears, batches, window, loss)
+        for gradient in sum_gradients(model, linears, batches, window, loss)
     ]
     for one, other in zip(
-        apart, gradients(model, linears, batches, whole.windows[0], loss), strict=True
+        apart, sum_gradients(model, linears, batches, whole.windows[0], loss), strict=True
     ):
         assert torch.equal(one.total, other.total)
         assert one.total.any()

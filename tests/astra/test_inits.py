@@ -1,4 +1,7 @@
-"""Initial factors are what the papers' formulas say, and what PEFT makes of the same weights and statistics."""
+"""astra.inits: initial factors are those of the papers' formulas, and of PEFT for the same input.
+
+Small random matrices on the CPU; PEFT's own initialisers are the oracle. A few seconds.
+"""
 
 from collections.abc import Callable
 
@@ -13,10 +16,10 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from astra import inits
-from astra.eigen import Subspace, solve
+from astra.eigen import Subspace, solve_eigenproblem
 from astra.errors import AstraError
 from astra.moments import Moment
-from astra.output_moment import output_moment
+from astra.output_moment import form_output_moment
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -26,14 +29,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def subspace_of(weight: Tensor, tokens: int, rank: int, select: str) -> Subspace:
     moment = Moment.zeros(weight.shape[1], torch.device("cpu"))
     moment.add(random(tokens, weight.shape[1], seed=1))
-    return solve(*output_moment("input", moment, weight, None), rank, select, 0, "m")
+    return solve_eigenproblem(
+        *form_output_moment("input", moment, weight, None), rank, select, 0, "m"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_astra_is_v_and_its_projection_of_the_weight_in_fp64(dtype: torch.dtype) -> None:
     weight = random(10, 14).to(dtype)
     subspace = subspace_of(weight, 40, 4, "largest")
-    a0, b0 = inits.astra(weight, subspace)
+    a0, b0 = inits.init_astra(weight, subspace)
     assert (a0.dtype, b0.dtype) == (torch.float64, torch.float64)
     assert torch.equal(b0, subspace.vectors)
     # Two fp64 products of 10 terms.
@@ -41,7 +46,8 @@ def test_astra_is_v_and_its_projection_of_the_weight_in_fp64(dtype: torch.dtype)
     assert a0.abs().min() > 0
 
 
-# 20 outputs of 6 inputs: eigenvalues 0 to 13 are zero. Middle 10 are indices 5 to 14, of which one is not.
+# 20 outputs of 6 inputs: eigenvalues 0 to 13 are zero. Middle 10 are indices 5 to 14, of which one
+# is not.
 @pytest.mark.parametrize(
     ("select", "rank", "zero"), [("smallest", 16, 14), ("middle", 10, 9), ("largest", 8, 2)]
 )
@@ -50,7 +56,7 @@ def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(
 ) -> None:
     weight = random(20, 6)
     subspace = subspace_of(weight, 50, rank, select)
-    a0, b0 = inits.astra(weight, subspace)
+    a0, b0 = inits.init_astra(weight, subspace)
     wanted = [True] * zero + [False] * (rank - zero)
     assert (subspace.values == 0).tolist() == wanted
     assert (a0 == 0).all(1).tolist() == wanted
@@ -60,13 +66,13 @@ def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(
 
 def test_all_eigenvectors_together_give_the_whole_weight_back() -> None:
     weight = random(12, 5)
-    a0, b0 = inits.astra(weight, subspace_of(weight, 30, 12, "smallest"))
+    a0, b0 = inits.init_astra(weight, subspace_of(weight, 30, 12, "smallest"))
     torch.testing.assert_close(b0 @ a0, weight, rtol=0, atol=1e-12)
 
 
 def test_plain_lora_is_kaiming_uniform_like_pefts() -> None:
     weight = torch.zeros(8, 400)
-    a0, b0 = inits.lora(weight, 50, 7, "m")
+    a0, b0 = inits.init_lora(weight, 50, 7, "m")
     assert (a0.shape, b0.shape, a0.dtype, b0.dtype) == (
         (50, 400),
         (8, 50),
@@ -75,14 +81,15 @@ def test_plain_lora_is_kaiming_uniform_like_pefts() -> None:
     )
     bound = 400**-0.5
     assert a0.abs().max() <= bound
-    # 20,000 uniform draws: the mean's standard error is bound / 245, the variance's relative one 0.6 %.
+    # 20,000 uniform draws: the mean's standard error is bound / 245, the variance's relative one
+    # 0.6 %.
     assert a0.mean().abs() < 5 * bound / 245
     assert a0.var().item() == pytest.approx(bound**2 / 3, rel=0.03)
     assert not b0.any()
 
 
 def test_plain_lora_does_not_look_at_the_weights_values() -> None:
-    a, b = (inits.lora(weight, 3, 1, "m")[0] for weight in (torch.zeros(6, 9), random(6, 9)))
+    a, b = (inits.init_lora(weight, 3, 1, "m")[0] for weight in (torch.zeros(6, 9), random(6, 9)))
     assert torch.equal(a, b)
 
 
@@ -131,8 +138,8 @@ def assert_same_up_to_sign(
 @pytest.mark.parametrize(
     ("init", "ours"),
     [
-        ("pissa", lambda weight: inits.pissa(weight, RANK, SCALING)),
-        ("olora", lambda weight: inits.olora(weight, RANK)),
+        ("pissa", lambda weight: inits.init_pissa(weight, RANK, SCALING)),
+        ("olora", lambda weight: inits.init_olora(weight, RANK)),
     ],
     ids=["pissa", "olora"],
 )
@@ -152,18 +159,22 @@ sizes = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_pissa_and_milora_share_out_the_weight_between_them(drawn: tuple) -> None:
+def test_pissa_and_milora_split_the_weight_between_them(drawn: tuple) -> None:
     d_out, d_in, rank, seed, scaling = drawn
     smaller = min(d_out, d_in)
     rank = min(rank, smaller - 1)
     weight = random(d_out, d_in, seed=seed)
     values = torch.linalg.svdvals(weight)
-    top, rest = inits.pissa(weight, rank, scaling), inits.milora(weight, smaller - rank, scaling)
+    top, rest = (
+        inits.init_pissa(weight, rank, scaling),
+        inits.init_milora(weight, smaller - rank, scaling),
+    )
     torch.testing.assert_close(
         scaling * (top[1] @ top[0] + rest[1] @ rest[0]), weight, rtol=0, atol=1e-12
     )
-    least_a, least_b = inits.milora(weight, rank, scaling)
-    # Of all parts of rank r the largest and the smallest: their norms are the singular values that they take.
+    least_a, least_b = inits.init_milora(weight, rank, scaling)
+    # Of all parts of rank r the largest and the smallest: their norms are the singular values that
+    # they take.
     torch.testing.assert_close(
         scaling * (top[1] @ top[0]).norm(), values[:rank].norm(), rtol=1e-12, atol=0
     )
@@ -182,12 +193,12 @@ def test_a_smaller_rank_takes_the_first_rows_and_columns(drawn: tuple) -> None:
     weight, moment = random(d_out, d_in, seed=seed), random(30, d_in, seed=seed + 1)
     moment = moment.T @ moment
     makers = [
-        lambda r: inits.pissa(weight, r, scaling),
-        lambda r: inits.milora(weight, r, scaling),
-        lambda r: inits.olora(weight, r),
-        lambda r: inits.corda(weight, moment, r, scaling, "ipm"),
-        lambda r: inits.corda(weight, moment, r, scaling, "kpm"),
-        lambda r: inits.eva(moment, d_out, r, 0, "m"),
+        lambda r: inits.init_pissa(weight, r, scaling),
+        lambda r: inits.init_milora(weight, r, scaling),
+        lambda r: inits.init_olora(weight, r),
+        lambda r: inits.init_corda(weight, moment, r, scaling, "ipm"),
+        lambda r: inits.init_corda(weight, moment, r, scaling, "kpm"),
+        lambda r: inits.init_eva(moment, d_out, r, 0, "m"),
     ]
     for make in makers:
         (a, b), (a_all, b_all) = make(min(rank, most)), make(most)
@@ -196,7 +207,7 @@ def test_a_smaller_rank_takes_the_first_rows_and_columns(drawn: tuple) -> None:
 
 
 def tokens_for(d_in: int) -> Tensor:
-    """One sample of 40 inputs, their largest entry 1 so that PEFT's CorDA divides by nothing; their mean is not 0."""
+    """Return 40 inputs, (40, d_in). Their largest entry is 1, so that PEFT's CorDA leaves them."""
     x = random(40, d_in, seed=5) * torch.linspace(0.3, 2, d_in) + 0.5
     return (x / x.max()).float()
 
@@ -218,8 +229,9 @@ def test_cordas_factors_are_pefts_on_the_same_inputs(
     preprocess_corda(net, config, run_model=lambda: net(x))
     layer = get_peft_model(net, config).base_model.model.layer
     second = x.double().T @ x.double()  # PEFT's sum over one sample
-    a0, b0 = inits.corda(weight, second, RANK, SCALING, mode)
-    # Only the share of either differs: ours does not depend on the moment's scale, so that C's trace is d_in.
+    a0, b0 = inits.init_corda(weight, second, RANK, SCALING, mode)
+    # Only the share of either differs: ours does not depend on the moment's scale, so that C's
+    # trace is d_in.
     share = second.diagonal().mean().sqrt()
     if mode == "kpm":  # PEFT has the smallest last
         a0, b0 = a0.flip(0), b0.flip(1)
@@ -239,17 +251,17 @@ def test_cordas_ends_are_those_of_the_outputs_they_leave(drawn: tuple, scale: fl
     rank = min(rank, d_out, d_in)
     weight, x = random(d_out, d_in, seed=seed), random(30, d_in, seed=seed + 1)
     second = x.T @ x
-    damped = second / second.diagonal().mean() + inits.DAMPING * torch.eye(d_in)
+    damped = second / second.diagonal().mean() + inits.CORDA_DAMPING * torch.eye(d_in)
     values = torch.linalg.svdvals(weight @ damped)
     for mode, wanted in (("ipm", values[:rank]), ("kpm", values[-rank:].flip(0))):
-        a0, b0 = inits.corda(weight, second, rank, scaling, mode)
+        a0, b0 = inits.init_corda(weight, second, rank, scaling, mode)
         seen = torch.linalg.svdvals(scaling * b0 @ a0 @ damped)[:rank]
         torch.testing.assert_close(seen, wanted.sort(descending=True).values, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(b0.norm(dim=0), (wanted / scaling).sqrt(), rtol=1e-7, atol=1e-9)
-        a_other, b_other = inits.corda(weight, scale * second, rank, scaling, mode)
+        a_other, b_other = inits.init_corda(weight, scale * second, rank, scaling, mode)
         torch.testing.assert_close(a_other, a0, rtol=0, atol=1e-6)
         torch.testing.assert_close(b_other, b0, rtol=0, atol=1e-6)
-    whole = inits.corda(weight, second, min(d_out, d_in), scaling, "ipm")
+    whole = inits.init_corda(weight, second, min(d_out, d_in), scaling, "ipm")
     torch.testing.assert_close(scaling * whole[1] @ whole[0], weight, rtol=0, atol=1e-9)
 
 
@@ -274,7 +286,7 @@ def test_evas_factors_are_pefts_on_the_same_inputs(shape: tuple[int, int]) -> No
     )
     moment = Moment.zeros(d_in, torch.device("cpu"))
     moment.add(x.double())
-    a0, b0 = inits.eva(moment.covariance(), d_out, rank, 0, "layer")
+    a0, b0 = inits.init_eva(moment.covariance(), d_out, rank, 0, "layer")
     assert_same_up_to_sign((a0, b0), (found["layer"], torch.zeros(d_out, rank)), 1e-4)
 
 
@@ -295,9 +307,10 @@ def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(
     preprocess_loraga(net, config, lambda: ((net(x) - target) ** 2).mean().backward())
     gradient = net.layer._peft_loraga_grad.double()
     layer = get_peft_model(net, config).base_model.model.layer
-    a0, b0 = inits.lora_ga(gradient, rank)
+    a0, b0 = inits.init_lora_ga(gradient, rank)
     scale, values = shape[0] ** 0.25 / 4, torch.linalg.svdvals(gradient)[rank : 2 * rank]
-    # PEFT leaves A0 unscaled and multiplies B0 by the singular values; signs of A0 and B0 are apart, as their triplets.
+    # PEFT leaves A0 unscaled and multiplies B0 by the singular values; signs of A0 and B0 are
+    # apart, as their triplets.
     a_peft, b_peft = layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()
     none = torch.zeros(1, rank)
     assert_same_up_to_sign((a0 / scale, none.double()), (a_peft, none), 1e-4)
@@ -314,11 +327,14 @@ def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(
     ("call", "message"),
     [
         (
-            lambda: inits.lora_ga(random(7, 9), 4),
-            "adapter.rank: lora_ga takes 2 x 4 singular vectors and there are 7",
+            lambda: inits.init_lora_ga(random(7, 9), 4),
+            "lora_ga takes 2 x 4 singular vectors and there are 7",
         ),
-        (lambda: inits.lora_ga(torch.zeros(9, 9), 2), "gradient is zero"),
-        (lambda: inits.corda(random(3, 4), torch.zeros(4, 4), 2, 1.0, "ipm"), "moment is zero"),
+        (lambda: inits.init_lora_ga(torch.zeros(9, 9), 2), "gradient is zero"),
+        (
+            lambda: inits.init_corda(random(3, 4), torch.zeros(4, 4), 2, 1.0, "ipm"),
+            "moment is zero",
+        ),
     ],
     ids=["rank", "gradient", "moment"],
 )

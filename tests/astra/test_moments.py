@@ -1,17 +1,28 @@
-"""Second moments equal an oracle that holds every activation; masks, batch sizes and padding change nothing."""
+"""astra.moments, astra.output_moment: moments equal an oracle that holds every activation.
+
+Masks, batch sizes and padding change nothing. Tiny random models on the CPU. A few seconds.
+"""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from astra.calibrate import second_moments
+from astra.calibrate import sum_second_moments
 from astra.errors import AstraError
-from astra.moments import WIDTH, Batch, Group, Moment, Statistic, accumulating, find_groups, forward
-from astra.output_moment import Basis, output_moment
-from astra.windows import make_plan, moment_bytes
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from astra.moments import (
+    BLOCK_WIDTH,
+    Batch,
+    Group,
+    Moment,
+    Statistic,
+    accumulate_moments,
+    find_groups,
+    run_forward,
+)
+from astra.output_moment import Basis, form_output_moment
+from astra.windows import count_moment_bytes, make_plan
+from tests.support.calibration import find_projections
 
 
 def make_model(bias: bool, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -34,10 +45,6 @@ def make_model(bias: bool, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in TARGETS}
-
-
 def make_rows(count: int = 9) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(50, (3 + 2 * (i % 4),), generator=generator) for i in range(count)]
@@ -49,26 +56,28 @@ def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Ba
         chunk = rows[start : start + size]
         length = max(map(len, chunk)) + extra_padding
         ids = torch.full((len(chunk), length), 7)
-        counted = torch.zeros(len(chunk), length, dtype=torch.bool)
+        token_mask = torch.zeros(len(chunk), length, dtype=torch.bool)
         for i, row in enumerate(chunk):
             ids[i, : len(row)] = row
-            counted[i, : len(row)] = True
-        made.append(Batch(input_ids=ids, counted=counted))
+            token_mask[i, : len(row)] = True
+        made.append(Batch(input_ids=ids, token_mask=token_mask))
     return made
 
 
 def measure(
-    model: nn.Module, batches: list[Batch], of: Statistic = "output"
+    model: nn.Module, batches: list[Batch], statistic: Statistic = "output"
 ) -> list[tuple[Group, Moment]]:
-    linears = linears_of(model)
-    groups = find_groups(model, linears, batches[0], of)
+    linears = find_projections(model)
+    groups = find_groups(model, linears, batches[0], statistic)
     plan = make_plan(model, linears, groups, tokens=100)
-    moments = second_moments(model, linears, batches, plan.windows[0], plan, [None] * len(batches))
+    moments = sum_second_moments(
+        model, linears, batches, plan.windows[0], plan, [None] * len(batches)
+    )
     return list(zip(groups, moments, strict=True))
 
 
-def whole(basis: Basis | None, small: Tensor) -> Tensor:
-    return small if basis is None else basis.times(basis.times(small).T)
+def whole(basis: Basis | None, core: Tensor) -> Tensor:
+    return core if basis is None else basis.multiply(basis.multiply(core).T)
 
 
 def output_moments(model: nn.Module, statistics: list[tuple[Group, Moment]]) -> dict[str, Tensor]:
@@ -77,15 +86,17 @@ def output_moments(model: nn.Module, statistics: list[tuple[Group, Moment]]) -> 
         for name in group.modules:
             linear = model.get_submodule(name)
             bias = None if linear.bias is None else linear.bias.detach()
-            found[name] = whole(*output_moment(group.of, moment, linear.weight.detach(), bias))
+            found[name] = whole(
+                *form_output_moment(group.statistic, moment, linear.weight.detach(), bias)
+            )
     return found
 
 
 def oracle(model: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
-    """1/n sum y y^T from all activations, one row at a time, y = W x + b in fp64."""
+    """Return 1/n sum y y^T by name, y = W x + b in fp64, one row of tokens at a time."""
     kept: dict[str, list[Tensor]] = {}
     handles = []
-    for name, linear in linears_of(model).items():
+    for name, linear in find_projections(model).items():
 
         def hook(module: nn.Linear, args: tuple, output: Tensor, name: str = name) -> None:
             y = args[0][0].double() @ module.weight.double().T
@@ -101,7 +112,8 @@ def oracle(model: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
     return {name: y.T @ y / len(y) for name, y in outputs.items()}
 
 
-# An fp64 forward differs between batch sizes by rounding of 1e-16 a term; an fp32 one by 1e-8 (measured), bound 1e-6.
+# An fp64 forward differs between batch sizes by rounding of 1e-16 a term; an fp32 one by 1e-8
+# (measured), bound 1e-6.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("size", "extra"), [(1, 0), (4, 0), (9, 5)])
@@ -119,7 +131,10 @@ def test_moments_equal_the_oracle_for_any_batch_size_and_padding(
 def test_modules_that_read_one_tensor_share_one_statistic_and_the_smaller_one_is_kept() -> None:
     model = make_model(False, torch.float32)
     statistics = measure(model, batches_of(make_rows(), 3))
-    kinds = [(g.of, [name.rsplit(".", 1)[-1] for name in g.modules], g.size) for g, _ in statistics]
+    kinds = [
+        (g.statistic, [name.rsplit(".", 1)[-1] for name in g.modules], g.size)
+        for g, _ in statistics
+    ]
     layer = [
         ("input", ["q_proj", "k_proj", "v_proj"], 16),
         ("input", ["o_proj"], 16),
@@ -132,10 +147,10 @@ def test_modules_that_read_one_tensor_share_one_statistic_and_the_smaller_one_is
 def test_rows_that_do_not_count_add_nothing_and_hooks_are_gone() -> None:
     model, rows = make_model(True, torch.float64), make_rows()
     dummy = batches_of(rows[:2], 2)[0]
-    dummy["counted"] = torch.zeros_like(dummy["counted"])
+    dummy["token_mask"] = torch.zeros_like(dummy["token_mask"])
     with_dummy = measure(model, [*batches_of(rows, 3), dummy])
     for (_, a), (_, b) in zip(with_dummy, measure(model, batches_of(rows, 3)), strict=True):
-        assert torch.equal(a.outer(), b.outer())
+        assert torch.equal(a.outer_sum(), b.outer_sum())
         assert a.count == b.count == sum(map(len, rows))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -163,19 +178,19 @@ def test_a_tall_weight_gives_a_small_problem_with_orthonormal_basis() -> None:
     weight, bias = torch.randn(9, 5, generator=generator), torch.randn(9, generator=generator)
     moment = Moment.zeros(5, torch.device("cpu"))
     moment.add(x)
-    basis, small = output_moment("input", moment, weight, bias)
-    assert (basis.reflectors.shape, basis.codimension, small.shape) == ((9, 6), 3, (6, 6))
-    q = basis.times(torch.eye(6, dtype=torch.float64))
+    basis, core = form_output_moment("input", moment, weight, bias)
+    assert (basis.reflectors.shape, basis.codimension, core.shape) == ((9, 6), 3, (6, 6))
+    q = basis.multiply(torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(q.T @ q, torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close(basis.transposed_times(q), torch.eye(6, dtype=torch.float64))
-    beyond = basis.complement(torch.randn(9, 3, generator=generator, dtype=torch.float64))
+    torch.testing.assert_close(basis.multiply_transposed(q), torch.eye(6, dtype=torch.float64))
+    beyond = basis.span_in_complement(torch.randn(9, 3, generator=generator, dtype=torch.float64))
     torch.testing.assert_close(beyond @ beyond.T, torch.eye(9, dtype=torch.float64) - q @ q.T)
     y = x @ weight.double().T + bias.double()
-    torch.testing.assert_close(whole(basis, small), y.T @ y / 30, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole(basis, core), y.T @ y / 30, rtol=1e-12, atol=1e-12)
 
 
 def test_the_moment_is_of_the_exact_output_and_not_of_the_models_rounded_one() -> None:
-    """In bf16 the rounded output is off by 1e-3; W x + b of the stored values in fp64 is what counts (method.md)."""
+    """In bf16 the rounded output is off by 1e-3; the moment is of W x + b in fp64."""
     model, rows = make_model(True, torch.bfloat16), make_rows()
     found, wanted = output_moments(model, measure(model, batches_of(rows, 1))), oracle(model, rows)
     for (
@@ -186,24 +201,24 @@ def test_the_moment_is_of_the_exact_output_and_not_of_the_models_rounded_one() -
 
 
 def test_any_tokens_may_be_left_out_and_only_those_are() -> None:
-    """`counted` is honoured token by token, also in the middle of a row, where the token still feeds the later ones."""
+    """`token_mask` works token by token; a token that is not counted still feeds the later ones."""
     model, rows = make_model(True, torch.float64), make_rows()
     batches = batches_of(rows, 1)
     generator = torch.Generator().manual_seed(3)
     for batch in batches:
-        batch["counted"] = torch.rand(batch["counted"].shape, generator=generator) < 0.6
+        batch["token_mask"] = torch.rand(batch["token_mask"].shape, generator=generator) < 0.6
     statistics = measure(model, batches)
-    kept: dict[str, list[Tensor]] = {name: [] for name in linears_of(model)}
-    counted = torch.empty(0)
-    for name, linear in linears_of(model).items():
+    kept: dict[str, list[Tensor]] = {name: [] for name in find_projections(model)}
+    token_mask = torch.empty(0)
+    for name, linear in find_projections(model).items():
 
         def hook(module: nn.Linear, args: tuple, name: str = name) -> None:
-            kept[name].append((args[0] @ module.weight.T + module.bias)[counted])
+            kept[name].append((args[0] @ module.weight.T + module.bias)[token_mask])
 
         linear.register_forward_pre_hook(hook)
     with torch.no_grad():
         for batch in batches:
-            counted = batch["counted"]
+            token_mask = batch["token_mask"]
             model(input_ids=batch["input_ids"])
     for name, second in output_moments(model, statistics).items():
         y = torch.cat(kept[name])
@@ -220,7 +235,8 @@ def test_the_reference_moment_by_hand() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            # What the linear layer makes of token 0, the padding, is (-1, -1); of the others (3, -4), (1, 2), (-2, -4).
+            # What the linear layer makes of token 0, the padding, is (-1, -1); of the others (3,
+            # -4), (1, 2), (-2, -4).
             self.table = nn.Embedding.from_pretrained(
                 torch.tensor([[0.0, -2], [-3, 2], [3, 0], [-3, -3]])
             )
@@ -234,36 +250,38 @@ def test_the_reference_moment_by_hand() -> None:
     model = Table()
     samples = [torch.tensor([[1, 2, 0]]), torch.tensor([[3, 0, 0]])]  # whose max(y) are 3 and -1
     batches = [
-        Batch(input_ids=ids, counted=torch.ones_like(ids).bool(), attention_mask=ids.sign())
+        Batch(input_ids=ids, token_mask=torch.ones_like(ids).bool(), attention_mask=ids.sign())
         for ids in samples
     ]
     linears, moment = {"linear": model.linear}, Moment.zeros(2, torch.device("cpu"))
-    with accumulating(
+    with accumulate_moments(
         linears, find_groups(model, linears, batches[0], "scaled output"), [moment]
     ) as count:
         for batch in batches:
-            count(batch["counted"])
-            forward(model, batch)
+            count(batch["token_mask"])
+            run_forward(model, batch)
     first = torch.tensor([[9.0 + 1 + 1, -12 + 2 + 1], [-12 + 2 + 1, 16 + 4 + 1]])
     second = torch.tensor([[4.0 + 1 + 1, 8 + 1 + 1], [8 + 1 + 1, 16 + 1 + 1]])
-    torch.testing.assert_close(moment.second(), (first.double() / 9 + second.double() / 1) / 6)
+    torch.testing.assert_close(
+        moment.second_moment(), (first.double() / 9 + second.double() / 1) / 6
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_reference_moments_of_a_model_are_those_of_its_padded_samples(bias: bool) -> None:
     model, batches = make_model(bias, torch.float64), []
-    wanted: dict[str, list[Tensor]] = {name: [] for name in linears_of(model)}
+    wanted: dict[str, list[Tensor]] = {name: [] for name in find_projections(model)}
     for batch in batches_of(make_rows(), 1, extra_padding=4):
-        mask = batch["counted"].long()
+        mask = batch["token_mask"].long()
         batches.append(
             Batch(
                 input_ids=batch["input_ids"],
-                counted=torch.ones_like(mask).bool(),
+                token_mask=torch.ones_like(mask).bool(),
                 attention_mask=mask,
             )
         )
     statistics = measure(model, batches, "scaled output")
-    for name, linear in linears_of(model).items():
+    for name, linear in find_projections(model).items():
         linear.register_forward_hook(
             lambda _, args, y, name=name: wanted[name].append(y[0] / abs(y.max().item()))
         )
@@ -297,9 +315,9 @@ def test_both_statistics_give_the_moment_of_the_outputs(
         moment = Moment.zeros(vectors.shape[1], torch.device("cpu"))
         for part in vectors.split(7):
             moment.add(part)
-        basis, small = output_moment(of, moment, weight, offset)
-        assert small.dtype == torch.float64
-        second = whole(basis, small)
+        basis, core = form_output_moment(of, moment, weight, offset)
+        assert core.dtype == torch.float64
+        second = whole(basis, core)
         torch.testing.assert_close(second, y.T @ y / tokens, rtol=1e-12, atol=1e-12, msg=of)
 
 
@@ -314,12 +332,13 @@ def test_the_lower_triangle_in_columns_is_the_whole_outer_product(size: int) -> 
     for moment, z in zip(
         [moments[2], moments[0] + moments[1]], 2 * [torch.cat([a, b])], strict=True
     ):
-        outer = moment.outer()
+        outer = moment.outer_sum()
         assert torch.equal(outer, outer.T)
         torch.testing.assert_close(outer, z.T @ z, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(moment.total, z.sum(0), rtol=1e-13, atol=1e-13)
         assert moment.count == 40
-    assert moment_bytes(size) == sum(tensor.nbytes for tensor in moments[0].tensors())
+    assert count_moment_bytes(size) == sum(tensor.nbytes for tensor in moments[0].tensors())
     assert (
-        sum(column.numel() for column in moments[0].columns) <= size * (size + WIDTH) / 2 + WIDTH**2
+        sum(block.numel() for block in moments[0].blocks)
+        <= size * (size + BLOCK_WIDTH) / 2 + BLOCK_WIDTH**2
     )

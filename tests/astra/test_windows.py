@@ -1,4 +1,7 @@
-"""Calibration in windows gives what one window gives, within its budget and in one forward pass altogether."""
+"""astra.windows: windows give what one window gives, within a budget and in one forward pass.
+
+Tiny random Llama and Qwen3 models on the CPU. A few seconds.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from astra.calibrate import Found, calibrate, principal_angles
+from astra.calibrate import Solution, calibrate_modules, compute_principal_angles
 from astra.errors import AstraError
 from astra.moments import Batch, find_groups
 from astra.weights import TorchWeights
-from astra.windows import Plan, find_layers, make_plan, moment_bytes, only
-from tests.support.whole import finder
+from astra.windows import (
+    CalibrationPlan,
+    count_moment_bytes,
+    find_layers,
+    make_plan,
+    skip_layers_outside,
+)
+from tests.support.calibration import find_projections, make_solver
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -45,51 +53,51 @@ def make_model(kind: str = "llama") -> nn.Module:
     return Qwen3ForCausalLM(config).eval()
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in TARGETS}
-
-
 def make_batches(count: int = 4) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     made = []
     for i in range(count):
         ids = torch.randint(50, (2, 9 + i), generator=generator)
-        made.append(Batch(input_ids=ids, counted=torch.rand(ids.shape, generator=generator) < 0.9))
+        made.append(
+            Batch(input_ids=ids, token_mask=torch.rand(ids.shape, generator=generator) < 0.9)
+        )
     return made
 
 
-def plan_of(model: nn.Module, memory: float | None = None, parts: int = 1) -> Plan:
-    linears, batches = linears_of(model), make_batches()
+def plan_of(model: nn.Module, memory: float | None = None, parts: int = 1) -> CalibrationPlan:
+    linears, batches = find_projections(model), make_batches()
     return make_plan(
         model,
         linears,
         find_groups(model, linears, batches[0]),
         tokens=24,
-        parts=parts,
+        num_parts=parts,
         memory=memory,
     )
 
 
 def run(
-    model: nn.Module, parts: list[list[Batch]], plan: Plan, start: int = 0
-) -> list[dict[str, Found]]:
-    linears, ranks = linears_of(model), dict.fromkeys(linears_of(model), 3)
+    model: nn.Module, parts: list[list[Batch]], plan: CalibrationPlan, start: int = 0
+) -> list[dict[str, Solution]]:
+    linears, lora_ranks = find_projections(model), dict.fromkeys(find_projections(model), 3)
     return list(
-        calibrate(
+        calibrate_modules(
             model,
             linears,
             parts,
             TorchWeights(),
             plan,
-            finder("smallest", 0),
-            ranks=ranks,
+            make_solver("smallest", 0),
+            lora_ranks=lora_ranks,
             start=start,
         )
     )
 
 
-def budget(layers: int, plan: Plan, parts: int = 1) -> float:
-    return layers * parts * (3 * moment_bytes(16) + moment_bytes(16)) + plan.working
+def budget(layers: int, plan: CalibrationPlan, parts: int = 1) -> float:
+    return (
+        layers * parts * (3 * count_moment_bytes(16) + count_moment_bytes(16)) + plan.working_bytes
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -99,7 +107,7 @@ def test_windows_give_the_same_bits_as_one_window(kind: str, layers: int, window
     whole = plan_of(model)
     plan = plan_of(model, budget(layers, whole))
     assert len(plan.windows) == windows
-    assert plan.peak <= budget(layers, whole)
+    assert plan.peak_bytes <= budget(layers, whole)
     (wanted,) = run(model, [make_batches()], whole)
     found = {
         name: one for window in run(model, [make_batches()], plan) for name, one in window.items()
@@ -124,7 +132,7 @@ def test_all_windows_together_run_each_layer_once_a_batch() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 2])
-def test_a_calibration_can_go_on_after_a_window(start: int) -> None:
+def test_a_calibration_can_resume_after_a_window(start: int) -> None:
     model = make_model()
     plan = plan_of(model, budget(2, plan_of(model)))
     wanted, found = (run(model, [make_batches()], plan, i) for i in (0, start))
@@ -143,7 +151,7 @@ def test_halves_give_the_whole_and_the_angle_between_their_tails() -> None:
     whole, first, second = (run(model, [part], plan_of(model))[0] for part in (batches, *halves))
     for name, one in found.items():
         torch.testing.assert_close(one["values"], whole[name]["values"], rtol=1e-9, atol=1e-15)
-        angles = principal_angles(first[name]["vectors"], second[name]["vectors"])
+        angles = compute_principal_angles(first[name]["vectors"], second[name]["vectors"])
         torch.testing.assert_close(one["angles"], angles, rtol=0, atol=1e-7)
         if name.endswith(("gate_proj", "up_proj")):  # 24 of 40 directions are W's own
             assert not one["angles"].any()
@@ -161,16 +169,17 @@ def test_principal_angles_are_exact_at_both_ends() -> None:
     turned = torch.linalg.qr(
         torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ).Q
-    torch.testing.assert_close(principal_angles(a, b @ turned), angles, rtol=1e-3, atol=1e-15)
+    torch.testing.assert_close(
+        compute_principal_angles(a, b @ turned), angles, rtol=1e-3, atol=1e-15
+    )
 
 
 def test_a_budget_that_no_layer_fits_is_refused_with_what_would_do() -> None:
     model = make_model()
     least = budget(1, plan_of(model))
-    with pytest.raises(
-        AstraError, match=r"calibration\.memory_gib: .* is below the .* GiB that one layer takes"
-    ):
+    with pytest.raises(AstraError, match=r"GiB is below the .* GiB that one layer takes") as error:
         plan_of(model, least - 1)
+    assert error.value.subject == "memory"
     assert len(plan_of(model, least).windows) == 5
 
 
@@ -188,7 +197,7 @@ def test_targets_outside_of_a_list_of_layers_cannot_be_taken_in_windows() -> Non
     groups = find_groups(model, linears, make_batches()[0])
     assert find_layers(model, linears) is None
     assert make_plan(model, linears, groups, tokens=24).layers is None
-    with pytest.raises(AstraError, match="leave it null"):
+    with pytest.raises(AstraError, match="set no limit"):
         make_plan(model, linears, groups, tokens=24, memory=100)
 
 
@@ -197,7 +206,10 @@ def test_layers_that_are_not_in_the_window_are_put_back_after_a_fault(
 ) -> None:
     model = make_llama()
     layers = list(model.model.layers)
-    with pytest.raises(RuntimeError, match="planted"), only(model.model.layers, range(1), None):
+    with (
+        pytest.raises(RuntimeError, match="planted"),
+        skip_layers_outside(model.model.layers, range(1), None),
+    ):
         assert model.model.layers[1] is not layers[1]
         raise RuntimeError("planted")
     assert list(model.model.layers) == layers

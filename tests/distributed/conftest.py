@@ -1,7 +1,6 @@
-"""A tiny model and data set on disk, and real launches of 1, 2 and 4 processes that several tests look at."""
+"""A tiny model and data set on disk, and launches of real processes whose results tests share."""
 
 import json
-import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.faults import ENGINES, Run, command
 from tests.support import forked
+from tests.support.paths import ROOT, WORKERS
+from tests.support.processes import (
+    ENGINES,
+    Run,
+    make_command,
+    make_environment,
+    make_set_options,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
+COMMAND_LIMIT = 540  # seconds that a launch may take
 FAULT_SETTINGS = [
     "train.max_steps=12",
     "train.checkpoint_every=3",
@@ -27,19 +33,16 @@ FAULT_SETTINGS = [
 Launch = Callable[..., subprocess.CompletedProcess]
 
 
-def environment() -> dict[str, str]:
-    """One thread a rank (results depend on it), no hub, and no proxy of this shell's settings for the launchers."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-
-
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Run a script of the repository in `ranks` real processes, in an empty folder; the finished process.
+    """Run a script of the repository in `ranks` real processes and return the finished command.
 
-    Without a launcher the processes are forks that need not import the libraries (forked.py).
+    Without a launcher the processes are forks that need not import the libraries (forked.py). The
+    working folder is `folder`, or else a new one. With `check`, the default, a failure fails the
+    test.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment() | {"PYTHONPATH": str(ROOT)}).items():
+        for name, value in (make_environment() | {"PYTHONPATH": str(ROOT)}).items():
             patch.setenv(name, value)
         forked.start_server()
 
@@ -49,19 +52,24 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         ranks: int = 1,
         launcher: str | None = None,
         check: bool = True,
+        folder: Path | None = None,
     ) -> subprocess.CompletedProcess:
-        words, folder = [str(argument) for argument in arguments], tmp_path_factory.mktemp("cwd")
+        words = [str(argument) for argument in arguments]
+        output = tmp_path_factory.mktemp("launch")
         if launcher is None:
-            done = forked.launch(ROOT / script, words, ranks, folder)
+            done = forked.launch(ROOT / script, words, ranks, folder or output, output)
         else:
-            line = command(launcher, ranks, *words, script=ROOT / script)
             done = subprocess.run(
-                line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=540
+                make_command(launcher, ranks, *words, script=ROOT / script),
+                cwd=folder or output,
+                env=make_environment(),
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_LIMIT,
             )
         if check and done.returncode:
-            pytest.fail(
-                f"{done.args} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-            )
+            printed = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            pytest.fail(f"{done.args} exited with {done.returncode}\n{printed}")
         return done
 
     return run
@@ -69,7 +77,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture
 def start_run() -> Iterator[Callable[..., Run]]:
-    """Start a command as a `Run`; what is left of it is killed at the end of the test, however that ends."""
+    """Start a command as a `Run`; whatever is left of it at the end of the test is killed."""
     runs = []
 
     def start(command: Sequence[str], log: Path) -> Run:
@@ -83,7 +91,7 @@ def start_run() -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
-    """60 questions and answers of ragged length in MetaMathQA's fields."""
+    """Return 60 questions and answers of ragged length in MetaMathQA's fields."""
     draw = random.Random(7)
     made = []
     for _ in range(60):
@@ -100,7 +108,10 @@ def rows() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
-    """A random Llama with biases, grouped-query attention and a tied head, with its tokenizer."""
+    """Make a random Llama with biases, grouped-query attention and a tied head; its folder.
+
+    The tokenizer is trained on the rows.
+    """
     folder = tmp_path_factory.mktemp("base")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,22 +151,29 @@ def base(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Path:
-    """train.jsonl, gsm8k_test.jsonl with 7 problems (a number that no world size here divides), and other text."""
+    """Write train.jsonl, gsm8k_test.jsonl and other.jsonl; their folder.
+
+    The benchmark has 7 problems, a number that no world size of these tests divides.
+    """
     folder = tmp_path_factory.mktemp("data")
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = [
         {"question": row["query"], "answer": "#### " + row["response"].split()[-1]}
         for row in rows[:7]
     ]
-    (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     texts = [{"text": f"{number} " * (number + 1)} for number in range(19)]
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    files = {"train": rows, "gsm8k_test": problems, "other": texts}
+    for name, records in files.items():
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
 
 
 @pytest.fixture(scope="session")
 def recipe(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small recipe: sample counts, batches and steps that do not divide by 2 or 4, and s = alpha / rank = 1.5."""
+    """Write a small recipe with s = alpha / r = 1.5.
+
+    Neither 2 nor 4 divides its numbers of samples, batches and steps.
+    """
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(f"""
 model: {{name: {base}}}
@@ -163,7 +181,8 @@ data: {{path: {data}/train.jsonl, max_length: 300}}
 adapter: {{rank: 4, alpha: 6}}
 calibration: {{samples: 11, batch_size: 2}}
 train: {{global_batch: 10, micro_batch: 2, max_steps: 7, lr: 0.02, checkpoint_every: 4, keep: 9}}
-eval: {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_new_tokens: 12, batch_size: 2}}
+eval:
+  {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_new_tokens: 12, batch_size: 2}}
 """)
     return path
 
@@ -172,11 +191,11 @@ eval: {{suites: [gsm8k], data_dir: {data}, other_text: {data}/other.jsonl, max_n
 def trained(
     launch: Launch, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """The run folder of a launch of train.py; launched once for each set of arguments.
+    """Train with some settings, once for each set of arguments, and return the run folder.
 
-    With `along`, lists of settings of which this is one: all of them are run in one launch (workers/train.py).
+    `along` lists settings, these among them, that are all run in one launch (workers/train.py).
     """
-    made: dict[tuple, Path] = {}
+    folders: dict[tuple, Path] = {}
 
     def run(
         ranks: int,
@@ -185,53 +204,44 @@ def trained(
         along: Sequence[Sequence[str]] | None = None,
     ) -> Path:
         key = (ranks, settings, launcher)
-        if key not in made and along is None:
-            made[key] = tmp_path_factory.mktemp("run")
-            options = [option for setting in settings for option in ("--set", setting)]
-            launch(
-                "launch/train.py",
-                "--recipe",
-                recipe,
-                *options,
-                "--output",
-                made[key],
-                ranks=ranks,
-                launcher=launcher,
-            )
-        elif key not in made:
+        if key in folders:
+            return folders[key]
+        if along is None:
+            folder = tmp_path_factory.mktemp("run")
+            line = ["--recipe", recipe, *make_set_options(settings), "--output", folder]
+            launch("launch/train.py", *line, ranks=ranks, launcher=launcher)
+            folders[key] = folder
+        else:
             cases = [(list(other), str(tmp_path_factory.mktemp("run"))) for other in along]
-            made.update({(ranks, tuple(other), launcher): Path(folder) for other, folder in cases})
             path = tmp_path_factory.mktemp("cases") / "cases.json"
             path.write_text(json.dumps(cases))
-            launch(
-                "tests/distributed/workers/train.py", recipe, path, ranks=ranks, launcher=launcher
-            )
-        return made[key]
+            launch(WORKERS / "train.py", recipe, path, ranks=ranks, launcher=launcher)
+            for other, case_folder in cases:
+                folders[ranks, tuple(other), launcher] = Path(case_folder)
+        return folders[key]
 
     return run
 
 
 @pytest.fixture(scope="session")
 def arguments(recipe: Path) -> list[object]:
-    return [
-        "--recipe",
-        recipe,
-        *(word for setting in FAULT_SETTINGS for word in ("--set", setting)),
-    ]
+    """Return the options of the run that the fault tests interrupt: 12 steps, 4 checkpoints."""
+    return ["--recipe", recipe, *make_set_options(FAULT_SETTINGS)]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(
     launch: Launch, arguments: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The folder of a run that nothing disturbed, by engine."""
-    made: dict[str, Path] = {}
+    """Train with `arguments`, undisturbed, once for each engine, and return the run folder."""
+    folders: dict[str, Path] = {}
 
     def run(engine: str) -> Path:
-        if engine not in made:
-            made[engine] = tmp_path_factory.mktemp("undisturbed") / "run"
-            line = [*arguments, "--engine", engine, "--output", made[engine]]
+        if engine not in folders:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            line = [*arguments, "--engine", engine, "--output", folder]
             launch("launch/train.py", *line, ranks=ENGINES[engine][1])
-        return made[engine]
+            folders[engine] = folder
+        return folders[engine]
 
     return run

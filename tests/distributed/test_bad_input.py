@@ -1,4 +1,8 @@
-"""Wrong input ends every rank with exit code 2 and one line that names the thing: no hanging rank, no traceback."""
+"""Start commands with wrong input, on one rank and on two.
+
+Proves that every rank ends with exit code 2, that one line names the field, row or file, and that
+no rank hangs and none prints a traceback. About 30 s.
+"""
 
 import json
 import os
@@ -9,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytestmark = pytest.mark.xdist_group("bad_input")
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def error_of(done: subprocess.CompletedProcess) -> str:
-    """The one error line of a command that was refused."""
+def read_error(done: subprocess.CompletedProcess) -> str:
+    """Return the one error line of a command that was refused."""
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -25,6 +29,7 @@ def error_of(done: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write data files that cannot be used, and a folder with somebody else's file."""
     folder = tmp_path_factory.mktemp("files")
     good = json.dumps({"query": "What is 1 plus 1?", "response": "2"})
     (folder / "gap.jsonl").write_text(f'{good}\n{{"query": "What is 2 plus 2?"}}\n')
@@ -36,39 +41,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Before anything heavy is imported: a wrong recipe answers at once.
-QUICK = [
-    (["--recipe", "metamth"], "--recipe: no recipe or file 'metamth'; did you mean metamath?"),
-    (
-        ["--recipe", "{recipe}", "--set", "adapter.rnk=3"],
-        "adapter.rnk: unknown key; did you mean adapter.rank?",
-    ),
-    (["--recipe", "{recipe}", "--set", "train.lr=fast"], "train.lr: 'fast' is not valid"),
-    (
-        ["--recipe", "{recipe}", "--set", "eval.suites=[gsm9k]"],
-        "eval.suites.0: 'gsm9k' is not valid",
-    ),
-    (
-        ["--recipe", "{recipe}", "--set", "train.lr"],
-        "--set: 'train.lr' is not of the form a.b=value",
-    ),
+# Options of a wrong recipe, and the start of the error line. `None` stands for a good recipe.
+WRONG_RECIPES = [
+    ("metamth", None, "--recipe: no recipe or file 'metamth'; did you mean metamath?"),
+    (None, "adapter.rnk=3", "adapter.rnk: unknown key; did you mean adapter.rank?"),
+    (None, "train.lr=fast", "train.lr: 'fast' is not valid"),
+    (None, "eval.suites=[gsm9k]", "eval.suites.0: 'gsm9k' is not valid"),
+    (None, "train.lr", "--set: 'train.lr' is not of the form a.b=value"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), QUICK, ids=lambda value: value[:20] if isinstance(value, str) else None
-)
-def test_a_wrong_recipe_answers_at_once(
-    options: list[str], message: str, launch: Callable, recipe: Path
+@pytest.mark.parametrize(("name", "setting", "message"), WRONG_RECIPES)
+def test_a_wrong_recipe_is_named_at_once(
+    name: str | None, setting: str | None, message: str, launch: Callable, recipe: Path
 ) -> None:
-    options = [option.format(recipe=recipe) for option in options]
-    assert error_of(launch("launch/train.py", *options, launcher="python", check=False)).startswith(
-        message
-    )
+    options = ["--recipe", name or recipe, *(["--set", setting] if setting else [])]
+    done = launch("launch/train.py", *options, launcher="python", check=False)
+    assert read_error(done).startswith(message)
 
 
-# One rank is enough for what rank 0 alone finds out.
-SLOW = [
+# What rank 0 alone finds, for which one rank is enough.
+WRONG_INPUTS = [
     ("model.name=/no/such/folder", "model.name: no folder /no/such/folder"),
     (
         "model.name=someone/absent",
@@ -89,32 +82,25 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "message"), SLOW, ids=lambda value: value[:24])
+@pytest.mark.parametrize(("setting", "message"), WRONG_INPUTS, ids=lambda value: value[:24])
 def test_wrong_inputs_are_named(
     setting: str, message: str, launch: Callable, recipe: Path, files: Path, tmp_path: Path
 ) -> None:
-    options = [
-        "--recipe",
-        recipe,
-        "--set",
-        setting.format(files=files),
-        "--output",
-        tmp_path / "run",
-    ]
-    done = launch("launch/train.py", *options, check=False)
-    assert error_of(done).startswith(message.format(files=files))
+    options = ["--recipe", recipe, "--set", setting.format(files=files)]
+    done = launch("launch/train.py", *options, "--output", tmp_path / "run", check=False)
+    assert read_error(done).startswith(message.format(files=files))
 
 
 def test_a_folder_with_other_files_is_not_touched(
     launch: Callable, recipe: Path, files: Path
 ) -> None:
     done = launch("launch/train.py", "--recipe", recipe, "--output", files / "used", check=False)
-    assert error_of(done).startswith("--output:")
+    assert read_error(done).startswith("--output:")
     assert [path.name for path in (files / "used").iterdir()] == ["thesis.tex"]
 
 
-# Found by rank 0, by every rank in the model, and before the process group: no rank is left hanging.
-RANKS = [
+# What rank 0 finds, what every rank finds in the model, and what is found before the process group.
+WRONG_ON_TWO_RANKS = [
     (
         "data.path={files}/gap.jsonl",
         "data.path: row 2 of {files}/gap.jsonl: field 'response' is None",
@@ -133,41 +119,33 @@ RANKS = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "message"), RANKS, ids=lambda value: value[:24])
-def test_no_rank_hangs_and_rank_0_alone_speaks(
+@pytest.mark.parametrize(("setting", "message"), WRONG_ON_TWO_RANKS, ids=lambda value: value[:24])
+def test_no_rank_hangs_and_rank_0_alone_prints(
     setting: str, message: str, launch: Callable, recipe: Path, files: Path, tmp_path: Path
 ) -> None:
-    options = [
-        "--recipe",
-        recipe,
-        "--set",
-        setting.format(files=files),
-        "--output",
-        tmp_path / "run",
-    ]
-    launcher = "deepspeed" if setting == RANKS[0][0] else None
-    done = launch("launch/train.py", *options, ranks=2, launcher=launcher, check=False)
-    assert error_of(done).startswith(message.format(files=files))
+    options = ["--recipe", recipe, "--set", setting.format(files=files)]
+    line = [*options, "--output", tmp_path / "run"]
+    launcher = "deepspeed" if setting.endswith("gap.jsonl") else None
+    done = launch("launch/train.py", *line, ranks=2, launcher=launcher, check=False)
+    assert read_error(done).startswith(message.format(files=files))
 
 
 def test_commands_import_the_evaluate_library_and_not_launch_evaluate() -> None:
-    """Under a launcher launch/ is sys.path[0], where evaluate.py would shadow the library."""
-    code = (
-        "import runpy, sys; sys.path[0] = sys.argv[1]; runpy.run_path(sys.argv[1] + '/train.py', run_name='started'); "
-        "import evaluate; print(evaluate.load.__module__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "launch")],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=True,
-    )
+    """Under a launcher launch/ is sys.path[0], where evaluate.py would hide the library."""
+    code = """
+import runpy, sys
+sys.path[0] = sys.argv[1]
+runpy.run_path(sys.argv[1] + "/train.py", run_name="started")
+import evaluate
+print(evaluate.load.__module__)
+"""
+    line = [sys.executable, "-c", code, str(ROOT / "launch")]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "evaluate.loading"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "report"])
-def test_help_teaches(command: str, launch: Callable) -> None:
+def test_help_shows_examples(command: str, launch: Callable) -> None:
     done = launch(f"launch/{command}.py", "--help", launcher="python")
     assert "examples:" in done.stdout
     assert f"launch/{command}.py" in done.stdout
@@ -176,8 +154,6 @@ def test_help_teaches(command: str, launch: Callable) -> None:
 @pytest.mark.parametrize("name", ["metamath", "codefeedback", "commonsense"])
 def test_run_scripts_pass_launcher_and_arguments_on(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"LAUNCH": sys.executable}
-    command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--set", "adapter.rnk=1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert error_of(done).startswith("adapter.rnk: unknown key")
+    line = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--set", "adapter.rnk=1"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert read_error(done).startswith("adapter.rnk: unknown key")

@@ -1,6 +1,8 @@
-"""launch/calibrate.py in real processes: windows, a kill in the middle, reuse by runs, effective ranks.
+"""Start launch/calibrate.py as real processes.
 
-Those before and after a run are held against plain transformers, PEFT and PyTorch.
+Proves that a calibration in windows resumes after a kill, that a run takes it and names what
+differs, that LoRA ranks follow effective ranks, and that `--after` measures what plain
+transformers, PEFT and PyTorch do. About 45 s.
 """
 
 import json
@@ -17,39 +19,31 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.config.schema import read
-from launch.data.tokenize import choose, prompt
+from launch.config.loading import read_recipe
+from launch.data.order import sample_examples
+from launch.data.prompts import format_prompt
+from tests.support.cases import NO_SCORES
+from tests.support.paths import WORKERS
 from tests.support.plain import load_base
+from tests.support.processes import make_set_options
+from tests.support.runs import read_calibration, read_losses
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
-WORKER = Path(__file__).parent / "workers" / "fault.py"
-WINDOWS = [
-    "--set",
-    "calibration.memory_gib=0.00037",
-    "--set",
-    "calibration.split_half=true",
-]  # a layer a window
+# Memory for one layer, so that there are two windows.
+WINDOWS = make_set_options(["calibration.memory_gib=0.00037", "calibration.split_half=true"])
 
 
 @pytest.fixture(scope="module")
 def whole(launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration in windows on two ranks, undisturbed."""
+    """Calibrate in windows on two ranks, undisturbed; the calibration's folder."""
     folder = tmp_path_factory.mktemp("calibration") / "whole"
     done = launch("launch/calibrate.py", "--recipe", recipe, *WINDOWS, "--output", folder, ranks=2)
     assert "2 windows of up to 1 layers" in done.stdout
     return folder
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        k: v
-        for path in sorted(folder.glob("window-*.safetensors"))
-        for k, v in load_file(path).items()
-    }
-
-
-def test_what_there_is_to_see(whole: Path) -> None:
+def test_the_folder_holds_plots_a_page_and_the_spectra(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
         *("manifest.json", "spectrum.json", "README.md", "lock"),
         *("window-0000.safetensors", "window-0001.safetensors"),
@@ -58,40 +52,38 @@ def test_what_there_is_to_see(whole: Path) -> None:
     seen = json.loads((whole / "spectrum.json").read_text())
     assert len(seen["modules"]) == 14
     assert 0 < max(seen["worst_checks"].values()) <= 1
-    of = seen["modules"]["model.layers.1.mlp.gate_proj"]  # 80 outputs of 32 inputs and a bias
-    assert (of["size"], of["reach"], of["zero_eigenvalues"], of["rank"]) == (80, 33, 47, 4)
-    assert of["tail_energy_share"] == of["largest_angle"] == 0
-    of = seen["modules"]["model.layers.1.self_attn.q_proj"]
-    assert 1 < of["effective_rank"] < 32
-    assert 0 < of["largest_angle"] <= 90
+    gate = seen["modules"]["model.layers.1.mlp.gate_proj"]  # 80 outputs of 32 inputs and a bias
+    assert (gate["size"], gate["reach"], gate["zero_eigenvalues"], gate["rank"]) == (80, 33, 47, 4)
+    assert gate["tail_energy_share"] == gate["largest_angle"] == 0
+    query = seen["modules"]["model.layers.1.self_attn.q_proj"]
+    assert 1 < query["effective_rank"] < 32
+    assert 0 < query["largest_angle"] <= 90
     page = (whole / "README.md").read_text()
     assert "| gate_proj (2) | 80 | 4 | 47 |" in page
-    assert r"![largest angle](largest_angle.png)" in page
+    assert "![largest angle](largest_angle.png)" in page
 
 
-def test_killed_in_the_middle_it_goes_on_after_the_last_window(
+def test_killed_in_the_middle_it_resumes_after_the_last_window(
     launch: Callable, whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "calibration"
     line = ["--recipe", recipe, *WINDOWS, "--engine", "fsdp", "--output", folder]
-    assert launch(WORKER, "window", *line, ranks=2, check=False).returncode != 0
-    assert {path.name for path in folder.iterdir()} == {
-        "unfinished.json",
-        "window-0000.safetensors",
-        "lock",
-    }
-    first = (folder / "window-0000.safetensors").read_bytes()
+    killed = launch(WORKERS / "fault.py", "window", *line, ranks=2, check=False)
+    assert killed.returncode != 0
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"unfinished.json", "window-0000.safetensors", "lock"}
+    first_window = (folder / "window-0000.safetensors").read_bytes()
 
     again = launch("launch/calibrate.py", *line, ranks=2)
-    assert "going on after window 1 of 2" in again.stdout
-    assert (folder / "window-0000.safetensors").read_bytes() == first
-    found, wanted = tensors(folder), tensors(whole)
+    assert "resuming after window 1 of 2" in again.stdout
+    assert (folder / "window-0000.safetensors").read_bytes() == first_window
+    found, wanted = read_calibration(folder), read_calibration(whole)
     assert found.keys() == wanted.keys()
-    for name, value in wanted.items():  # FSDP's and ZeRO-3's hidden states agree to fp32 rounding
+    for name, value in wanted.items():
+        # The hidden states of FSDP2 and of ZeRO-3 agree to fp32's rounding.
         if name.endswith(".spectrum"):
-            torch.testing.assert_close(
-                found[name], value, rtol=1e-3, atol=1e-5 * value.max().item(), msg=name
-            )
+            atol = 1e-5 * value.max().item()
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=atol, msg=name)
 
     assert "holds it, finished" in launch("launch/calibrate.py", *line, ranks=2).stdout
 
@@ -99,41 +91,24 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_window(
 def test_a_run_takes_it_and_names_what_differs(
     launch: Callable, trained: Callable[..., Path], whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    options = [
-        "--set",
-        f"calibration.path={whole}",
-        "--set",
-        "train.max_steps=2",
-        "--set",
-        "eval.suites=[]",
-    ]
-    done = launch(
-        "launch/train.py", "--recipe", recipe, *options, "--output", tmp_path / "run", ranks=2
-    )
+    run, own = tmp_path / "run", trained(2)
+    options = make_set_options([f"calibration.path={whole}", "train.max_steps=2", NO_SCORES])
+    done = launch("launch/train.py", "--recipe", recipe, *options, "--output", run, ranks=2)
     assert f"calibration: taken from {whole}" in done.stdout
-    own = trained(2)
-    for a, b in zip(
-        *(sorted((run / "astra_init").rglob("*.safetensors")) for run in (tmp_path / "run", own)),
-        strict=True,
-    ):
-        made, taken = load_file(b), load_file(a)
+    taken_files, own_files = (
+        sorted((folder / "astra_init").rglob("*.safetensors")) for folder in (run, own)
+    )
+    for taken_file, own_file in zip(taken_files, own_files, strict=True):
+        taken, made = load_file(taken_file), load_file(own_file)
         assert made.keys() == taken.keys()
         for name, value in made.items():  # to the rounding of sums over two halves of the samples
             torch.testing.assert_close(taken[name], value, rtol=0, atol=1e-5)
-    assert (tmp_path / "run" / "calibration" / "spectrum.png").is_file()
-    assert not list((tmp_path / "run" / "calibration").glob("window-*"))
+    assert (run / "calibration" / "spectrum.png").is_file()
+    assert not list((run / "calibration").glob("window-*"))
 
-    differs = ["--set", f"calibration.path={whole}", "--set", "adapter.eigen_select=largest"]
-    refused = launch(
-        "launch/train.py",
-        "--recipe",
-        recipe,
-        *differs,
-        "--output",
-        tmp_path / "x",
-        ranks=2,
-        check=False,
-    )
+    differs = make_set_options([f"calibration.path={whole}", "adapter.eigen_select=largest"])
+    line = ["--recipe", recipe, *differs, "--output", tmp_path / "x"]
+    refused = launch("launch/train.py", *line, ranks=2, check=False)
     assert refused.returncode != 0
     assert "error: adapter.eigen_select: the calibration in" in refused.stderr + refused.stdout
 
@@ -145,35 +120,38 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     settings = (
         "adapter.rank_allocation=effective_rank",
         "train.max_steps=3",
-        "eval.suites=[]",
+        NO_SCORES,
         "adapter.rank=6",
     )
     run = trained(2, *settings, f"engine={engine}")
     modules = json.loads((run / "calibration" / "spectrum.json").read_text())["modules"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "lora")
     ranks = {
-        name.removeprefix("base_model.model."): m.r["default"]
-        for name, m in model.named_modules()
-        if hasattr(m, "r")
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "r")
     }
     assert sum(ranks.values()) == 2 * 6 * 14  # dW of rank 2 r each
     assert len(set(ranks.values())) > 2
     effective = {name: module["effective_rank"] for name, module in modules.items()}
     assert max(ranks, key=ranks.get) == max(effective, key=effective.get)
     other = trained(1, *settings, "engine=single")
-    assert losses(run) == pytest.approx(losses(other), rel=1e-4)
+    assert read_losses(run) == pytest.approx(read_losses(other), rel=1e-4)
 
 
-def effective_ranks(
+def compute_effective_ranks(
     model: nn.Module, targets: list[str], samples: list[torch.Tensor]
 ) -> dict[str, float]:
-    """exp of the entropy of the eigenvalues' shares, of the second moment of every output, a sample at a time."""
+    """Return the effective rank of every target's outputs, computed a sample at a time.
+
+    That is exp of the entropy of the shares of the eigenvalues of the outputs' second moment.
+    """
     outputs: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in targets:
-            keep = outputs.setdefault(name, [])
+            kept = outputs.setdefault(name, [])
             module.register_forward_hook(
-                lambda _, args, output, keep=keep: keep.append(output[0].double())
+                lambda _, args, output, kept=kept: kept.append(output[0].double())
             )
     with torch.no_grad():
         for ids in samples:
@@ -201,42 +179,32 @@ def test_effective_ranks_before_and_after_are_those_of_plain_models(
     rows: list[dict],
     tmp_path: Path,
 ) -> None:
-    settings = ("eval.suites=[]", "engine=single", f"adapter.method={method}")
-    run = shutil.copytree(trained(1, *settings), tmp_path / "run")
-    launch(
-        "launch/calibrate.py",
-        "--after",
-        run,
-        "--engine",
-        engine,
-        ranks=1 if engine == "single" else 2,
-    )
+    finished = trained(1, NO_SCORES, "engine=single", f"adapter.method={method}")
+    run = shutil.copytree(finished, tmp_path / "run")
+    ranks = 1 if engine == "single" else 2
+    launch("launch/calibrate.py", "--after", run, "--engine", engine, ranks=ranks)
     found = json.loads((run / "after" / "effective_rank.json").read_text())
     assert (run / "after" / "effective_rank.png").read_bytes().startswith(b"\x89PNG")
 
-    of, tokenizer = read(str(recipe), []), AutoTokenizer.from_pretrained(base)
-    chosen = [rows[i] for i in choose(len(rows), of.calibration.samples, of.calibration.seed)]
-    texts = [f"{prompt(row['query'])}{row['response']}\n" for row in chosen]
-    samples = [torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text in texts]
+    settings, tokenizer = read_recipe(str(recipe), []), AutoTokenizer.from_pretrained(base)
+    calibration = settings.calibration
+    samples = []
+    for i in sample_examples(len(rows), calibration.samples, calibration.seed):
+        text = f"{format_prompt(rows[i]['query'])}{rows[i]['response']}\n"
+        samples.append(torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]))
     if method == "full":
-        merged = load_base(run / "model")
+        trained_model = load_base(run / "model")
     else:
-        exported = run / ("adapter" if method == "dora" else "lora")
-        merged = PeftModel.from_pretrained(load_base(base), exported).merge_and_unload()
+        export = run / ("adapter" if method == "dora" else "lora")
+        trained_model = PeftModel.from_pretrained(load_base(base), export).merge_and_unload()
     wanted = {
-        when: effective_ranks(model, of.adapter.targets, samples)
-        for when, model in (("before", load_base(base)), ("after", merged))
+        when: compute_effective_ranks(model, settings.adapter.targets, samples)
+        for when, model in (("before", load_base(base)), ("after", trained_model))
     }
     assert len(found) == 14
-    for when, ranks in wanted.items():
-        assert {name: module[when] for name, module in found.items()} == pytest.approx(
-            ranks, rel=1e-5
-        )
+    for when, effective in wanted.items():
+        measured = {name: module[when] for name, module in found.items()}
+        assert measured == pytest.approx(effective, rel=1e-5)
     moved = [abs(rank / wanted["before"][name] - 1) for name, rank in wanted["after"].items()]
-    assert (
-        statistics.median(moved) > 1e-3
-    )  # far above what is let pass, so that before does not pass for after
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # Far above the tolerance, so that `before` cannot stand for `after`.
+    assert statistics.median(moved) > 1e-3

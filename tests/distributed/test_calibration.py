@@ -1,4 +1,9 @@
-"""Calibration under ZeRO-3 in 1, 2 and 4 real processes: world size changes nothing (contracts 1, 3 and 9)."""
+"""Calibrate under ZeRO-3 on 1, 2 and 4 ranks, and under FSDP2 on 2.
+
+Proves that world size and windows change nothing, that the subspaces are those named, against an
+oracle with all activations, and that each rank holds its share of the base.
+One launch a world size (workers/calibration.py, workers/fsdp.py). About 15 s.
+"""
 
 import json
 from collections.abc import Callable
@@ -11,32 +16,33 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from astra.eigen import select_indices
-from launch.config.schema import read
-from launch.data import tokenize as launch_data
+from launch.config.loading import read_recipe
+from launch.data.prompts import format_prompt
+from tests.support.paths import WORKERS
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
 SELECTS = ("smallest", "largest", "middle", "random")
-WORLDS = (1, 2, 4)
+WORLD_SIZES = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
 def calibrated(
     launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[dict]]:
-    """World size -> what each of its ranks saved."""
-    found = {}
-    for ranks in WORLDS:
+    """Calibrate at each world size; what each rank saved."""
+    saved = {}
+    for ranks in WORLD_SIZES:
         folder = tmp_path_factory.mktemp(f"world{ranks}")
-        launch("tests/distributed/workers/calibration.py", recipe, folder, ranks=ranks)
-        found[ranks] = [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
-    return found
+        launch(WORKERS / "calibration.py", recipe, folder, ranks=ranks)
+        saved[ranks] = [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
+    return saved
 
 
 @pytest.fixture(scope="module")
 def outputs(recipe: Path) -> dict[str, Tensor]:
-    """The oracle: every target's output W x + b in fp64 at every real token, all held in memory, row by row."""
-    settings = read(str(recipe), [])
+    """Compute every target's output W x + b in fp64 at every real token, row by row: the oracle."""
+    settings = read_recipe(str(recipe), [])
     model = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings.model.name)
     rows = [json.loads(line) for line in Path(settings.data.path).read_text().splitlines()]
@@ -55,50 +61,52 @@ def outputs(recipe: Path) -> dict[str, Tensor]:
         if name.rsplit(".", 1)[-1] in settings.adapter.targets:
             module.register_forward_hook(keep(name))
     for i in ids.tolist():
-        text = launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n"
+        text = format_prompt(rows[i]["query"]) + rows[i]["response"] + "\n"
         ids_of_row = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             model(input_ids=torch.tensor([ids_of_row]))
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def moments(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+def select_moments(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a rank saved of its moments."""
     return {key: value for key, value in saved.items() if key.startswith("moment.")}
 
 
 def test_moments_agree_between_world_sizes_to_the_order_of_fp64_sums(calibrated: dict) -> None:
-    reference = moments(calibrated[1][0])
-    assert (
-        len(reference) == 2 * 4 * 3
-    )  # 2 layers; inputs of qkv, o, gate+up, and the output of down
-    for ranks in WORLDS:
+    reference = select_moments(calibrated[1][0])
+    # 2 layers; the inputs of qkv, o and gate+up, and the output of down; 3 tensors each.
+    assert len(reference) == 2 * 4 * 3
+    for ranks in WORLD_SIZES:
         for saved in calibrated[ranks]:
-            for key, value in moments(saved).items():
-                torch.testing.assert_close(
-                    value, reference[key], rtol=1e-10, atol=1e-10 * reference[key].abs().max()
-                )
+            for key, value in select_moments(saved).items():
+                wanted = reference[key]
+                atol = 1e-10 * wanted.abs().max()
+                torch.testing.assert_close(value, wanted, rtol=1e-10, atol=atol)
 
 
 def test_every_real_token_is_counted_once(calibrated: dict, outputs: dict) -> None:
     counts = {
-        value.item() for key, value in moments(calibrated[4][0]).items() if key.endswith(".count")
+        value.item()
+        for key, value in select_moments(calibrated[4][0]).items()
+        if key.endswith(".count")
     }
     assert counts == {len(next(iter(outputs.values())))}
 
 
 def test_subspaces_are_the_same_on_every_rank_and_between_world_sizes(calibrated: dict) -> None:
-    for ranks in WORLDS:
+    for ranks in WORLD_SIZES:
         for saved in calibrated[ranks]:
             for key, vectors in saved.items():
                 if not key.endswith(".vectors"):
                     continue
                 assert torch.equal(vectors, calibrated[ranks][0][key])
-                # Principal angles follow from the moments' differences over the gaps; both are tiny here.
+                # Principal angles follow from the moments' differences over the gaps, tiny here.
                 singular = torch.linalg.svdvals(vectors.T @ calibrated[1][0][key])
                 assert singular.min() > 1 - 1e-8, (ranks, key, singular.min())
 
 
-@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
 def test_windows_of_one_layer_under_zero3_give_the_same_bits(ranks: int, calibrated: dict) -> None:
     for saved in calibrated[ranks]:
         by_layer = {key: value for key, value in saved.items() if key.startswith("by_layer.")}
@@ -141,7 +149,7 @@ def test_subspace_is_the_one_named_against_an_oracle_with_all_activations(
             assert (distance <= 1e-5 * second.trace()).all()
 
 
-@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
 def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrated: dict) -> None:
     for saved in calibrated[ranks]:
         held = {key: value.tolist() for key, value in saved.items() if key.startswith("held.")}
@@ -155,8 +163,9 @@ def test_each_rank_holds_its_share_of_every_base_parameter(ranks: int, calibrate
 def calibrated_by_fsdp(
     launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict]:
+    """Calibrate and initialise under FSDP2; what each rank saved."""
     folder = tmp_path_factory.mktemp("fsdp")
-    launch("tests/distributed/workers/fsdp.py", recipe, folder, ranks=2)
+    launch(WORKERS / "fsdp.py", recipe, folder, ranks=2)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 
@@ -168,15 +177,14 @@ def test_each_fsdp_rank_holds_nothing_and_then_its_rows_of_every_base_parameter(
         assert len(held) > 20
         for key, (whole, loaded, sharded, after) in held.items():
             assert loaded == 0, f"{key}: in memory before it is sharded"
-            assert sharded == after == whole / 2, (
-                key
-            )  # every parameter here has an even number of rows
+            # Every parameter here has an even number of rows.
+            assert sharded == after == whole / 2, key
 
 
 def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
     calibrated: dict, calibrated_by_fsdp: list[dict], recipe: Path
 ) -> None:
-    settings = read(str(recipe), [])
+    settings = read_recipe(str(recipe), [])
     base = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
     scaling = settings.adapter.alpha / settings.adapter.rank
     for saved in calibrated_by_fsdp:
@@ -184,15 +192,13 @@ def test_an_fsdp_model_gives_the_same_subspaces_and_does_not_move(
         for key, vectors in saved.items():
             if not key.startswith("largest."):
                 continue
-            assert torch.equal(
-                saved[key.replace("largest.", "by_layer.")], vectors
-            )  # in windows of one layer
-            # The same sums and solver as under ZeRO-3, on the same rows: only the order of additions differs.
+            # Windows of one layer give the same bits.
+            assert torch.equal(saved[key.replace("largest.", "by_layer.")], vectors)
+            # Sums and solver are those of ZeRO-3, on the same rows, in another order of additions.
             torch.testing.assert_close(vectors, calibrated[2][0][key], rtol=0, atol=1e-7)
             name = key.removeprefix("largest.").removesuffix(".vectors")
             weight = base.get_submodule(name).weight.detach().double()
             b0 = vectors.float().double()
             residual = weight - scaling * b0 @ (vectors.T @ weight).float().double()
-            torch.testing.assert_close(
-                saved[f"residual.{name}"], residual.float(), rtol=0, atol=1e-6
-            )
+            found = saved[f"residual.{name}"]
+            torch.testing.assert_close(found, residual.float(), rtol=0, atol=1e-6)

@@ -1,4 +1,9 @@
-"""launch/evaluate.py in real processes: all suites, a kill in the middle, other world sizes, grades without a model."""
+"""launch/evaluate.py in real processes: every benchmark is scored, and a killed evaluation resumes.
+
+Also: the world size changes no response, responses of other settings are set aside, every node has
+its own disk, and stored responses are graded and compared without a model. Needs the shared data
+and the stories260K model; about two minutes.
+"""
 
 import json
 import os
@@ -9,62 +14,71 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import Run, command
+from tests.support.paths import ROOT, WORKERS
+from tests.support.processes import Run, make_command
+from tests.support.runs import read_generations, read_results
 
 pytestmark = pytest.mark.xdist_group("evaluate")
 
-ROOT = Path(__file__).resolve().parents[2]
-SUITES = ["gsm8k", "math500", "humaneval", "mbpp", "commonsense"]
+BENCHMARKS = ["gsm8k", "math500", "humaneval", "mbpp", "commonsense"]
+NUM_BENCHMARKS = 12  # with the eight of commonsense
+LIMIT = 20  # problems of each
+COMMIT = "a" * 40  # the hub's cache names a model's folder by its commit
 
 
 @pytest.fixture(scope="module")
 def options(shared: Path) -> list[object]:
-    suites = [word for suite in SUITES for word in ("--suite", suite)]
-    model = shared / "models" / "stories260K"
-    return [
-        "--model",
-        model,
-        "--data-dir",
-        shared / "data",
-        *suites,
-        "--limit",
-        20,
-        "--max-new-tokens",
-        48,
-    ]
+    """Options that score 20 problems of every benchmark, with short responses."""
+    options = ["--model", shared / "models" / "stories260K", "--data-dir", shared / "data"]
+    for name in BENCHMARKS:
+        options += ["--suite", name]
+    return [*options, "--limit", LIMIT, "--max-new-tokens", 48]
 
 
 @pytest.fixture(scope="module")
 def whole(
     launch: Callable, options: list[object], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """The folder of an evaluation that nothing disturbed, on one rank."""
     folder = tmp_path_factory.mktemp("scores") / "whole"
     launch("launch/evaluate.py", *options, "--output", folder)
     return folder
 
 
-def generations(folder: Path) -> dict[tuple, str]:
-    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
-    found = {(row["suite"], row["id"], row["sample"]): row["output"] for row in rows}
-    assert len(found) == len(rows)
-    return found
+def read_responses(folder: Path) -> dict[tuple, str]:
+    """Return the responses of a finished evaluation by benchmark, problem and sample."""
+    rows = read_generations(folder)
+    responses = {(row["suite"], row["id"], row["sample"]): row["output"] for row in rows}
+    assert len(responses) == len(rows)
+    return responses
 
 
-def test_every_suite_is_scored(whole: Path) -> None:
-    results = json.loads((whole / "results.json").read_text())
-    scores = results["scores"]
-    assert len(scores) == 12
+def read_responses_so_far(folder: Path) -> dict[tuple, str]:
+    """Return the responses of an evaluation under way, whose last line may be half written."""
+    responses = {}
+    for line in (folder / "generations.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        responses[row["suite"], row["id"], row["sample"]] = row["output"]
+    return responses
+
+
+def test_every_benchmark_is_scored(whole: Path) -> None:
+    scores = read_results(whole)["scores"]
+    assert len(scores) == NUM_BENCHMARKS
     for name, score in scores.items():
-        assert (score["n"], score["samples"], score["grader"]) == (20, 1, "strict"), name
+        assert (score["n"], score["samples"], score["grader"]) == (LIMIT, 1, "strict"), name
         assert score["interval"][0] <= score["accuracy"] <= score["interval"][1]
-        assert score["literature"]["n"] == 20
+        assert score["literature"]["n"] == LIMIT
         assert len(score["data_sha256"]) == 64
-    assert sum(scores["humaneval"]["isolation"].values()) == 20
+    assert sum(scores["humaneval"]["isolation"].values()) == LIMIT
     assert "| mean of the eight |" in (whole / "results.md").read_text()
-    assert len(generations(whole)) == 12 * 20
+    assert len(read_responses(whole)) == NUM_BENCHMARKS * LIMIT
 
 
-def test_killed_in_the_middle_it_goes_on_with_what_is_missing(
+def test_killed_in_the_middle_it_resumes_with_what_is_missing(
     launch: Callable,
     start_run: Callable[..., Run],
     whole: Path,
@@ -73,58 +87,38 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_missing(
 ) -> None:
     folder = tmp_path / "scores"
     line = [*options, "--batch-size", 3, "--output", folder]
-    run = start_run(
-        command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py"), tmp_path / "log"
-    )
-    run.wait_for(
-        lambda: (folder / "generations.jsonl").is_file() and len(generations_so_far(folder)) >= 45
-    )
-    for process in run.processes():
+    command = make_command("torchrun", 2, *line, script=ROOT / "launch" / "evaluate.py")
+    run = start_run(command, tmp_path / "log")
+    path = folder / "generations.jsonl"
+    run.wait_for(lambda: path.is_file() and len(read_responses_so_far(folder)) >= 45)
+    for process in run.list_processes():
         os.kill(process.pid, signal.SIGKILL)
     run.wait()
-    before = generations_so_far(folder)
-    assert 45 <= len(before) < 240
+    before = read_responses_so_far(folder)
+    assert 45 <= len(before) < NUM_BENCHMARKS * LIMIT
     launch("launch/evaluate.py", *line, ranks=2)
-    found, wanted = generations(folder), generations(whole)
-    assert {key: found[key] for key in before} == before
-    assert found.keys() == wanted.keys()
+    resumed, expected = read_responses(folder), read_responses(whole)
+    assert {key: resumed[key] for key in before} == before
+    assert resumed.keys() == expected.keys()
     # Other batches, and twice the ranks: only near ties between two tokens may fall the other way.
-    assert sum(found[key] != wanted[key] for key in wanted) <= 2
-
-
-def generations_so_far(folder: Path) -> dict[tuple, str]:
-    found = {}
-    for line in (folder / "generations.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last one may be half written
-            continue
-        found[row["suite"], row["id"], row["sample"]] = row["output"]
-    return found
+    assert sum(resumed[key] != expected[key] for key in expected) <= 2
 
 
 def test_other_settings_set_the_old_responses_aside(
     launch: Callable, shared: Path, tmp_path: Path
 ) -> None:
-    common = [
-        "--model",
-        shared / "models" / "stories260K",
-        "--data-dir",
-        shared / "data",
-        "--suite",
-        "boolq",
-    ]
-    common += ["--limit", 4, "--max-new-tokens", 8, "--output", tmp_path]
+    common = ["--model", shared / "models" / "stories260K", "--data-dir", shared / "data"]
+    common += ["--suite", "boolq", "--limit", 4, "--max-new-tokens", 8, "--output", tmp_path]
     launch("launch/evaluate.py", *common)
-    first = generations(tmp_path)
+    first = read_responses(tmp_path)
     sampled = ["--samples", 2, "--temperature", 0.7, "--prompt", "literature"]
     done = launch("launch/evaluate.py", *common, *sampled)
     assert "is generations.previous.jsonl now" in done.stdout
-    assert len(generations(tmp_path)) == 8
+    assert len(read_responses(tmp_path)) == 8
     previous = (tmp_path / "generations.previous.jsonl").read_text().splitlines()
     assert len(previous) == len(first)
-    scores = json.loads((tmp_path / "results.json").read_text())["scores"]["boolq"]
-    assert (scores["samples"], scores["n"], scores["pass_at"].keys()) == (2, 4, {"1"})
+    score = read_results(tmp_path)["scores"]["boolq"]
+    assert (score["samples"], score["n"], score["pass_at"].keys()) == (2, 4, {"1"})
 
 
 def test_each_node_takes_the_model_from_its_own_disk(
@@ -132,30 +126,17 @@ def test_each_node_takes_the_model_from_its_own_disk(
 ) -> None:
     for node in ("0", "1"):
         model = tmp_path / node / "models--some--base"
-        shutil.copytree(base, model / "snapshots" / ("a" * 40))
+        shutil.copytree(base, model / "snapshots" / COMMIT)
         (model / "refs").mkdir()
-        (model / "refs" / "main").write_text("a" * 40)
-    line = [
-        tmp_path,
-        "--model",
-        "some/base",
-        "--data-dir",
-        data,
-        "--suite",
-        "gsm8k",
-        "--max-new-tokens",
-        4,
-    ]
-    line += ["--stall", 60, "--output", tmp_path / "scores"]
-    launch("tests/distributed/workers/node.py", *line, ranks=2)
-    assert (
-        json.loads((tmp_path / "scores" / "results.json").read_text())["scores"]["gsm8k"]["n"] == 7
-    )
-    with (
-        tmp_path / "1" / "models--some--base" / "snapshots" / ("a" * 40) / "model.safetensors"
-    ).open("ab") as file:
+        (model / "refs" / "main").write_text(COMMIT)
+    line = [tmp_path, "--model", "some/base", "--data-dir", data, "--suite", "gsm8k"]
+    line += ["--max-new-tokens", 4, "--stall", 60, "--output", tmp_path / "scores"]
+    launch(WORKERS / "node.py", *line, ranks=2)
+    assert read_results(tmp_path / "scores")["scores"]["gsm8k"]["n"] == 7
+    snapshot = tmp_path / "1" / "models--some--base" / "snapshots" / COMMIT
+    with (snapshot / "model.safetensors").open("ab") as file:
         file.write(b"0")
-    refused = launch("tests/distributed/workers/node.py", *line, ranks=2, check=False)
+    refused = launch(WORKERS / "node.py", *line, ranks=2, check=False)
     assert refused.returncode == 2
     assert "error: --model: the weights of some/base differ between the nodes" in refused.stderr
 

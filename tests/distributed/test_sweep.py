@@ -1,7 +1,9 @@
-"""A sweep of two tiny runs, killed in the middle: the same command goes on, and the report has the row."""
+"""Kill a sweep of tiny runs in the middle, or tell it to stop, and start it again.
 
-import json
-import os
+Proves that a sweep stops its runs, resumes them, leaves finished ones alone, and that the report
+has their row. Real processes, one rank a run; about 40 s.
+"""
+
 import signal
 import subprocess
 import sys
@@ -12,12 +14,41 @@ from pathlib import Path
 import psutil
 import yaml
 
-from bench.faults import Run
+from tests.support.paths import ROOT
+from tests.support.processes import Run, make_environment
+from tests.support.runs import read_metrics, read_state
 
-ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT = 240  # seconds until a run of the sweep has made its first steps
+SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
+REPORT = [sys.executable, str(ROOT / "launch" / "report.py")]
 
 
-def test_killed_in_the_middle_it_goes_on(
+def write_table(folder: Path, table: dict) -> list[str]:
+    """Write a table, and return the options that name it and its folder of runs."""
+    path = folder / "t.yaml"
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
+    return ["--table", str(path), "--output", str(folder / "runs")]
+
+
+def wait_for_run(folder: Path, pattern: str, num_steps: int) -> Path:
+    """Return the first run whose name fits, once it has made `num_steps` steps."""
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline:
+        for run in folder.glob(pattern):
+            if len(read_metrics(run)) >= num_steps:
+                return run
+        time.sleep(0.02)
+    raise TimeoutError(f"no run {pattern} has made {num_steps} steps")
+
+
+def run_command(*words: str, limit: int) -> subprocess.CompletedProcess:
+    """Run a command to its end, for at most `limit` seconds."""
+    return subprocess.run(
+        words, env=make_environment(), capture_output=True, text=True, timeout=limit
+    )
+
+
+def test_a_killed_sweep_resumes(
     start_run: Callable[..., Run], recipe: Path, tmp_path: Path
 ) -> None:
     table = {
@@ -35,44 +66,36 @@ def test_killed_in_the_middle_it_goes_on(
             "broken": {"set": {"data.path": "/nowhere.jsonl"}},
         },
     }
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
-    options = ["--table", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "runs")]
-    line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    first = start_run([*line, "--only", "0"], tmp_path / "log").launcher
-    second = wait_for(
-        lambda: [run for run in (tmp_path / "runs").glob("lora-*-seed2-*") if steps(run) >= 4]
-    )[0]
+    options = write_table(tmp_path, table)
+    first = start_run([*SWEEP, *options, "--only", "0"], tmp_path / "log").launcher
+    second = wait_for_run(tmp_path / "runs", "lora-*-seed2-*", 4)
     (child,) = psutil.Process(first.pid).children()
     first.kill()
     first.wait()
     child.wait(timeout=60)  # the run saves and ends when its sweep is gone
     (done,) = (tmp_path / "runs").glob("lora-*-seed1-*")
     finished = (done / "results.json").stat().st_mtime_ns
-    assert json.loads((second / "state.json").read_text())["state"] == "preempted"
+    assert read_state(second) == "preempted"
     assert not (second / "results.json").exists()
 
-    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    again = run_command(*SWEEP, *options, limit=300)
     assert again.returncode == 1
     assert "1 runs of 4 are in" in again.stdout
-    assert "going on after step" in (tmp_path / "runs" / "logs" / f"{second.name}.log").read_text()
-    assert steps(second) == 40
+    assert "resuming after step" in (tmp_path / "runs" / "logs" / f"{second.name}.log").read_text()
+    assert len(read_metrics(second)) == 40
     assert (second / "results.json").is_file()
     assert (done / "results.json").stat().st_mtime_ns == finished
     failures = [line for line in again.stderr.splitlines() if line.startswith("failed: broken-")]
     assert len(failures) == 2
     assert "exit code 2: error: data.path: no file or folder /nowhere.jsonl" in failures[0]
 
-    report = [sys.executable, str(ROOT / "launch" / "report.py"), *options]
-    shown = subprocess.run(
-        report, env=environment, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert "| lora | 0.02 | 2 |" in shown
-    assert "| broken | 0.02 | 0 of 2 |" in shown
+    report = run_command(*REPORT, *options, limit=120)
+    assert report.returncode == 0, report.stderr[-2000:]
+    assert "| lora | 0.02 | 2 |" in report.stdout
+    assert "| broken | 0.02 | 0 of 2 |" in report.stdout
 
 
-def test_told_to_stop_it_tells_its_runs_and_says_so(
+def test_a_sweep_that_is_told_to_stop_stops_its_runs(
     start_run: Callable[..., Run], recipe: Path, tmp_path: Path
 ) -> None:
     table = {
@@ -80,29 +103,11 @@ def test_told_to_stop_it_tells_its_runs_and_says_so(
         "set": {"engine": "single", "train.max_steps": 4000},
         "seeds": [1],
         "suites": [],
+        "rows": {"a": {"set": {"adapter.method": "lora"}}},
     }
-    (tmp_path / "t.yaml").write_text(
-        yaml.safe_dump(table | {"rows": {"a": {"set": {"adapter.method": "lora"}}}})
-    )
-    options = ["--table", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "runs")]
-    line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *options]
-    sweep = start_run(line, tmp_path / "log").launcher
-    (run,) = wait_for(lambda: [run for run in (tmp_path / "runs").glob("a-*") if steps(run) >= 1])
+    options = write_table(tmp_path, table)
+    sweep = start_run([*SWEEP, *options], tmp_path / "log").launcher
+    run = wait_for_run(tmp_path / "runs", "a-*", 1)
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(timeout=60) == 75
-    assert json.loads((run / "state.json").read_text())["state"] == "preempted"
-
-
-def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.is_file() else 0
-
-
-def wait_for(found):  # noqa: ANN001, ANN201
-    """What `found` gives, once that is not empty."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if result := found():
-            return result
-        time.sleep(0.02)
-    raise TimeoutError
+    assert read_state(run) == "preempted"

@@ -1,7 +1,7 @@
-"""Launches whose ranks are forks of a process that has imported the libraries already.
+"""Launch ranks as forks of a process that has already imported the libraries.
 
-Most of a small launch's time goes into imports, 6 s a rank; here once for all launches of a test process. For tests
-that are not about a launcher.
+Importing takes most of a small launch's time, 6 s a rank; here it happens once for all launches of
+a test process. For tests that are not about a launcher.
 """
 
 import multiprocessing
@@ -17,65 +17,89 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
+TIME_LIMIT = 540  # seconds
 
 
 def start_server() -> None:
-    """Start the process whose forks the ranks are, with this process's environment of now."""
+    """Start the process that is forked for each rank, with the present environment."""
     FORKS.set_forkserver_preload(["tests.support.preloaded"])
     forkserver.ensure_running()
 
 
 def launch(
-    script: Path, arguments: Sequence[str], ranks: int, folder: Path
+    script: Path, arguments: Sequence[str], world_size: int, folder: Path, output: Path
 ) -> subprocess.CompletedProcess:
-    """Run a script on `ranks` ranks in the working folder `folder`, which also takes what they print.
+    """Run a script on `world_size` ranks.
 
-    As launchers do, it ends the other ranks once one has failed; the return code is the first failed rank's. Raises
-    subprocess.TimeoutExpired.
+    Like a launcher, end the other ranks once one has failed.
+
+    Args:
+        folder: working folder of the ranks.
+        output: folder that takes what they print, in the files stdout and stderr.
+
+    Returns:
+        The finished command, with the exit code of the first rank that failed.
+
+    Raises:
+        subprocess.TimeoutExpired: a rank still runs after `TIME_LIMIT`; all have been killed.
     """
+    processes = _start_ranks(script, arguments, world_size, folder, output)
+    exit_code, deadline = 0, time.monotonic() + TIME_LIMIT
+    while running := [process for process in processes if process.exitcode is None]:
+        sentinels = [process.sentinel for process in running]
+        if not connection.wait(sentinels, deadline - time.monotonic()):
+            for process in running:
+                process.kill()
+            printed = (output / "stdout").read_text()
+            raise subprocess.TimeoutExpired([script, *arguments], TIME_LIMIT, printed)
+        if not exit_code:
+            exit_code = _find_failure(processes)
+            if exit_code:
+                for process in running:
+                    process.terminate()
+    exit_code = exit_code or _find_failure(processes)  # one may have ended after the last look
+    printed, errors = ((output / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([script, *arguments], exit_code, printed, errors)
+
+
+def _start_ranks(
+    script: Path, arguments: Sequence[str], world_size: int, folder: Path, output: Path
+) -> list[BaseProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
     }
     processes = []
-    for rank in range(ranks):
-        place = group | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-        process = FORKS.Process(target=become, args=(script, arguments, place, folder))
+    for rank in range(world_size):
+        variables = group | {"RANK": rank, "LOCAL_RANK": rank} if world_size > 1 else {}
+        rank_arguments = (script, arguments, variables, folder, output)
+        process = FORKS.Process(target=_become_rank, args=rank_arguments)
         process.start()
         processes.append(process)
-    failed, deadline = 0, time.monotonic() + 540
-    while running := [process for process in processes if process.exitcode is None]:
-        if not connection.wait(
-            [process.sentinel for process in running], deadline - time.monotonic()
-        ):
-            for process in running:
-                process.kill()
-            raise subprocess.TimeoutExpired(
-                [script, *arguments], 540, (folder / "stdout").read_text()
-            )
-        if not failed and (failed := first_failed(processes)):
-            for process in running:
-                process.terminate()
-    failed = failed or first_failed(processes)  # one may have ended after the last look
-    output, errors = ((folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess([script, *arguments], failed, output, errors)
+    return processes
 
 
-def first_failed(processes: Sequence[BaseProcess]) -> int:
-    """The exit code of the first one that has ended with another than 0, or 0."""
-    return next(filter(None, (process.exitcode for process in processes)), 0)
+def _find_failure(processes: Sequence[BaseProcess]) -> int:
+    """Return the exit code of the first process that has failed, or 0."""
+    return next((process.exitcode for process in processes if process.exitcode), 0)
 
 
-def become(script: Path, arguments: Sequence[str], place: dict[str, object], folder: Path) -> None:
-    """In a fork: be the rank that a launcher would have started."""
+def _become_rank(
+    script: Path,
+    arguments: Sequence[str],
+    variables: dict[str, object],
+    folder: Path,
+    output: Path,
+) -> None:
+    """Turn this fork into the rank that a launcher would have started, and run the script."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    os.environ |= {name: str(value) for name, value in place.items()}
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ |= {name: str(value) for name, value in variables.items()}
     os.chdir(folder)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))

@@ -1,4 +1,4 @@
-"""The oracle of training: plain transformers and PyTorch, one process, one row at a time, settings by hand."""
+"""The oracle of training: plain transformers and PyTorch, one process, one row at a time."""
 
 import math
 from pathlib import Path
@@ -6,55 +6,49 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 
 from launch.config.schema import Recipe
-from launch.data import tokenize as launch_data
+from launch.data.prompts import format_prompt
 
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a model with plain transformers."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
-def logits(model: nn.Module, base: Path, rows: list[dict]) -> Tensor:
+def compute_logits(model: nn.Module, base: Path, rows: list[dict]) -> Tensor:
+    """Return the fp64 logits, (1, tokens, vocabulary), at every token of the first row."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = torch.tensor(
-        [tokenizer(launch_data.prompt(rows[0]["query"]) + rows[0]["response"]).input_ids]
-    )
+    text = format_prompt(rows[0]["query"]) + rows[0]["response"]
+    ids = torch.tensor([tokenizer(text).input_ids])
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits.double()
 
 
-def plain_training(
+def train_plainly(
     model: nn.Module, recipe: Recipe, rows: list[dict]
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of training what requires gradients in `model`, by the recipe's settings."""
-    settings, tokenizer = recipe.train, AutoTokenizer.from_pretrained(recipe.model.name)
+    """Train the parameters of `model` that require gradients, with the recipe's settings.
+
+    Returns:
+        The loss and the gradient norm of every step.
+    """
+    settings = recipe.train
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     steps = settings.max_steps
     warmup = math.ceil(steps * settings.warmup_ratio)
-    order = []
+    order: list[int] = []
     generator = torch.Generator().manual_seed(settings.seed)
     while len(order) < steps * settings.global_batch:
         order += torch.randperm(len(rows), generator=generator).tolist()
     losses, norms = [], []
     for step in range(steps):
         batch = order[step * settings.global_batch : (step + 1) * settings.global_batch]
-        total, count = torch.zeros(()), 0
-        for i in batch:
-            begin = tokenizer(launch_data.prompt(rows[i]["query"])).input_ids
-            ids = tokenizer(
-                launch_data.prompt(rows[i]["query"]) + rows[i]["response"] + "\n"
-            ).input_ids
-            assert ids[: len(begin)] == begin
-            ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
-            output = model(input_ids=ids).logits[0]
-            total = total + F.cross_entropy(
-                output[len(begin) - 1 : -1], ids[0, len(begin) :], reduction="sum"
-            )
-            count += ids.shape[1] - len(begin)
-        loss = total / count
+        sums = [_sum_answer_loss(model, tokenizer, rows[i]) for i in batch]
+        loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         share = (step - warmup) / (steps - warmup)
@@ -66,3 +60,18 @@ def plain_training(
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms
+
+
+def _sum_answer_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizer, row: dict
+) -> tuple[Tensor, int]:
+    """Return the summed cross-entropy of a row's answer tokens, and their number."""
+    prompt = format_prompt(row["query"])
+    prompt_ids = tokenizer(prompt).input_ids
+    ids = tokenizer(prompt + row["response"] + "\n").input_ids
+    assert ids[: len(prompt_ids)] == prompt_ids
+    ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+    logits = model(input_ids=ids).logits[0]
+    start = len(prompt_ids)
+    loss = F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+    return loss, ids.shape[1] - start

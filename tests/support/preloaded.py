@@ -1,4 +1,4 @@
-"""What ranks import, early or late, for the process whose forks they are (forked.py)."""
+"""Import what ranks import, early or late, in the process that is forked for them (forked.py)."""
 
 import gc
 from importlib import import_module
@@ -9,9 +9,9 @@ for name in (
     "launch.engines.zero",
     "launch.evaluate",
     "launch.train",
-    "deepspeed.runtime.zero.muon.original_muon",  # with torch's compiler: 4 s
+    "deepspeed.runtime.zero.muon.original_muon",  # imports torch's compiler, which takes 4 s
     "matplotlib.pyplot",
     "transformers.models.llama.modeling_llama",
 ):
     import_module(name)
-gc.freeze()  # a collection in a fork need not pass over all this
+gc.freeze()  # collections in a fork skip all this

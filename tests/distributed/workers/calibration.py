@@ -1,7 +1,12 @@
-"""One rank of a calibration under ZeRO-3: saves the summed moments, the subspaces and how much of the base it holds."""
+"""One rank of a calibration under ZeRO-3: `calibration.py RECIPE OUTPUT`.
+
+Writes to OUTPUT/rankI.safetensors the summed moments, the subspaces, and how much of every base
+parameter this rank holds.
+"""
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
@@ -11,75 +16,107 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from astra import adapter
-from astra.calibrate import as_subspace, second_moments, share_out, solve_window
-from astra.moments import reduce
-from launch.config.schema import read
+from astra.calibrate import assign_owners, solve_window, sum_second_moments
+from astra.eigen import Subspace
+from astra.moments import reduce_sums
+from launch.config.loading import read_recipe
 from launch.data import token_cache as prepared
-from launch.data import tokenize as launch_data
+from launch.data.batches import collate_examples
+from launch.data.order import sample_examples, shard_batches
 from launch.engines import make_engine
-from launch.runtime.distributed import start, stop
-from launch.runtime.errors import run
-from tests.support.whole import finder, plan_of, subspaces_by_layer
+from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.runtime.entry import run_command
+from tests.support.calibration import (
+    find_subspaces_by_layer,
+    make_solver,
+    plan_calibration,
+    to_subspace,
+)
+from tests.support.worker import read_arguments
+
+SEED = 5
+SELECTS = ("smallest", "largest", "middle", "random")
 
 
 def main(recipe_path: str, output: Path) -> None:
-    recipe = read(recipe_path, [])
-    device = start()
+    """Calibrate with the recipe and save everything that the test compares."""
+    recipe = read_recipe(recipe_path, [])
+    device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    tokens = prepared.obtain(recipe.data, Path(recipe.model.name)).open()
+    tokens = prepared.obtain_tokens(recipe.data, Path(recipe.model.name)).open_tokens()
     engine = make_engine("zero3", device, torch.float32)
-    base = engine.load(recipe.model.name)
+    base = engine.load_model(recipe.model.name)
     parameters = dict(base.named_parameters())
-    held = {name: (p.ds_tensor.numel(), p.ds_numel, p.numel()) for name, p in parameters.items()}
-    model = adapter.attach(
-        base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
+    loaded = {name: (p.ds_tensor.numel(), p.ds_numel, p.numel()) for name, p in parameters.items()}
+    lora_rank = recipe.adapter.rank
+    model = adapter.attach_adapters(
+        base, recipe.adapter.targets, lora_rank, recipe.adapter.alpha, 0.0
     )
-    linears = adapter.base_layers(adapter.lora_layers(model))
-    ids = launch_data.choose(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
-    share = launch_data.deal(ids, rank, world_size, recipe.calibration.batch_size)
-    batches = [launch_data.collate(tokens, rows, device)[0] for rows in share]
-    with engine.inference(model), model.disable_adapter():
-        plan = plan_of(model, linears, batches)
+    linears = adapter.get_base_layers(adapter.get_lora_layers(model))
+    lora_ranks = dict.fromkeys(linears, lora_rank)
+    ids = sample_examples(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
+    shard = shard_batches(ids, rank, world_size, recipe.calibration.batch_size)
+    batches = [collate_examples(tokens, rows, device)[0] for rows in shard]
+
+    with engine.inference_mode(model), model.disable_adapter():
+        plan = plan_calibration(model, linears, batches)
         (window,) = plan.windows
-        moments = second_moments(model, linears, batches, window, plan, [None] * len(batches))
-        everywhere = [copy.deepcopy(moments) for _ in range(world_size)]
-        for owner, of_owner in enumerate(everywhere):
-            reduce(of_owner, [owner] * len(moments))
-        moments = everywhere[rank]
-        found = {
-            select: solve_window(
+        moments = sum_second_moments(model, linears, batches, window, plan, [None] * len(batches))
+        moments = reduce_to_every_rank(moments)
+        owners = assign_owners(window.groups, linears, lora_ranks)
+        subspaces = {}
+        for select in SELECTS:
+            found = solve_window(
                 window.groups,
                 [list(moments)],
-                share_out(window.groups, linears, dict.fromkeys(linears, recipe.adapter.rank)),
+                owners,
                 linears,
                 engine,
-                finder(select, 5),
-                ranks=dict.fromkeys(linears, recipe.adapter.rank),
+                make_solver(select, SEED),
+                lora_ranks=lora_ranks,
             )
-            for select in ("smallest", "largest", "middle", "random")
-        }
-        found["by_layer"] = subspaces_by_layer(
-            model, linears, batches, engine, rank=recipe.adapter.rank, select="middle", seed=5
+            subspaces[select] = {name: to_subspace(module) for name, module in found.items()}
+        subspaces["by_layer"] = find_subspaces_by_layer(
+            model, linears, batches, engine, rank=lora_rank, select="middle", seed=SEED
         )
         after = {name: p.numel() for name, p in parameters.items()}
+
+    tensors = name_moments(window.groups, moments) | name_subspaces(subspaces)
+    for name, sizes in loaded.items():
+        tensors[f"held.{name}"] = torch.tensor([*sizes, after[name]])
+    save_file(tensors, output / f"rank{rank}.safetensors")
+    stop_process_group()
+
+
+def reduce_to_every_rank(moments: list) -> list:
+    """Return the moments summed over all ranks, which a calibration sums on their owners alone."""
+    copies = [copy.deepcopy(moments) for _ in range(dist.get_world_size())]
+    for owner, of_owner in enumerate(copies):
+        reduce_sums(of_owner, [owner] * len(moments))
+    return copies[dist.get_rank()]
+
+
+def name_moments(groups: Sequence, moments: Sequence) -> dict[str, torch.Tensor]:
+    """Return the parts of every moment by statistic, modules and part."""
     tensors = {}
-    for group, moment in zip(window.groups, moments, strict=True):
-        parts = {"outer": moment.outer(), "total": moment.total, "count": moment.count}
-        tensors |= {
-            f"moment.{group.of}.{'+'.join(group.modules)}.{part}": value
-            for part, value in parts.items()
-        }
-    for select, modules in found.items():
-        for name, module in modules.items():
-            subspace = module if select == "by_layer" else as_subspace(module)
+    for group, moment in zip(groups, moments, strict=True):
+        prefix = f"moment.{group.statistic}.{'+'.join(group.modules)}"
+        tensors[f"{prefix}.outer"] = moment.outer_sum()
+        tensors[f"{prefix}.total"] = moment.total
+        tensors[f"{prefix}.count"] = moment.count
+    return tensors
+
+
+def name_subspaces(subspaces: dict[str, dict[str, Subspace]]) -> dict[str, torch.Tensor]:
+    """Return vectors and values of every subspace by selection and module."""
+    tensors = {}
+    for select, modules in subspaces.items():
+        for name, subspace in modules.items():
             tensors[f"{select}.{name}.vectors"] = subspace.vectors.contiguous()
             tensors[f"{select}.{name}.values"] = subspace.values.contiguous()
-    for name, (mine, whole, live) in held.items():
-        tensors[f"held.{name}"] = torch.tensor([mine, whole, live, after[name]])
-    save_file(tensors, output / f"rank{rank}.safetensors")
-    stop()
+    return tensors
 
 
 if __name__ == "__main__":
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    run(lambda: main(paths[0], Path(paths[1])))
+    recipe_path, output = read_arguments()
+    run_command(lambda: main(recipe_path, Path(output)))

@@ -1,7 +1,7 @@
-"""launch/train.py, or calibrate.py, with one fault planted: `fault.py POINT <arguments of the command>`.
+"""launch/train.py, or calibrate.py, with one fault planted: `fault.py POINT <its arguments>`.
 
-Real faults of real processes: the rank kills itself with SIGKILL, or hangs, at a point that a killer outside could
-only hit by luck.
+The faults are real: a rank kills itself with SIGKILL, or hangs, at a point that a signal from
+outside could hit only by luck.
 """
 
 import os
@@ -15,54 +15,58 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import astra.calibrate
 from launch import calibrate, pipeline, train
-from launch.calibration import store as artifact
-from launch.run import folder as run_folder
-from launch.runtime import watchdog as watch
-from launch.runtime.errors import run
+from launch.calibration import run as calibration
+from launch.runtime import locks, watchdog
+from launch.runtime.entry import run_command
+from launch.runtime.peers import Limits
 from launch.training import checkpoint, export, loop
+
+LAST_RANK = int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 def die() -> None:
+    """Kill this rank."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang() -> None:
+    """Make no progress for an hour."""
     time.sleep(3600)
 
 
-def wait_to_be_asked() -> None:
-    while not watch.stopping():
+def wait_for_signal() -> None:
+    """Wait until a signal has asked this rank to stop."""
+    while not watchdog.stop_requested():
         time.sleep(0.01)
 
 
-def plant(module: object, name: str, rank: int, call: int, fault: Callable[[], None]) -> None:
-    """On `rank`, call number `call` (from 1) of `module.name` meets the fault instead."""
-    original, calls = getattr(module, name), [0]
+def plant_fault(module: object, name: str, rank: int, call: int, fault: Callable[[], None]) -> None:
+    """Make call number `call`, from 1, of `module.name` on `rank` run `fault` first."""
+    original, num_calls = getattr(module, name), 0
 
-    def planted(*arguments: object, **keywords: object) -> object:
-        calls[0] += 1
-        if calls[0] == call and int(os.environ["RANK"]) == rank:
+    def run_with_fault(*arguments: object, **keywords: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call and int(os.environ["RANK"]) == rank:
             fault()
         return original(*arguments, **keywords)
 
-    setattr(module, name, planted)
+    setattr(module, name, run_with_fault)
 
 
-LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1  # rank
 POINTS = {
-    "none": lambda: None,  # the fault comes from outside; the wait for it is short all the same
-    "calibration": lambda: plant(astra.calibrate, "forward", 1, 2, die),
-    "write": lambda: plant(
-        checkpoint, "write_json", 0, 3, die
-    ),  # tensors written, manifest not: the third checkpoint
-    "export": lambda: plant(export, "write_json", 0, 2, die),  # after the first adapter
-    "window": lambda: plant(
-        artifact, "save_window", 0, 2, die
-    ),  # of calibrate.py: one window is there
-    "asked": lambda: plant(
-        loop, "learning_rate", LAST, 5, wait_to_be_asked
-    ),  # step 5 lasts until a signal comes
-    "stall": lambda: plant(loop, "collate", 1, 9, hang),
+    # No fault: it comes from outside, and only the time limits are short.
+    "none": lambda: None,
+    "calibration": lambda: plant_fault(astra.calibrate, "run_forward", 1, 2, die),
+    # The third checkpoint has its tensors but no manifest.
+    "write": lambda: plant_fault(checkpoint, "write_json", 0, 3, die),
+    # The first of the adapters is exported.
+    "export": lambda: plant_fault(export, "write_json", 0, 2, die),
+    # calibrate.py has saved one window.
+    "window": lambda: plant_fault(calibration, "save_window", 0, 2, die),
+    # Step 5 lasts until a signal comes.
+    "signal": lambda: plant_fault(loop, "learning_rate", LAST_RANK, 5, wait_for_signal),
+    "stall": lambda: plant_fault(loop, "collate_sequences", 1, 9, hang),
 }
 
 if __name__ == "__main__":
@@ -70,5 +74,5 @@ if __name__ == "__main__":
     point = next(argument for argument in sys.argv if argument in POINTS)
     sys.argv.remove(point)
     POINTS[point]()
-    watch.SILENCE, run_folder.WAIT = 8.0, 3.0
-    run((calibrate if point == "window" else train).main)
+    watchdog.LIMITS, locks.WAIT = Limits(silence=8.0), 3.0  # seconds
+    run_command((calibrate if point == "window" else train).main)

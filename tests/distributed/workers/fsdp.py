@@ -1,5 +1,8 @@
-"""One rank of a calibration and initialisation under FSDP2: saves subspaces, W_res, how far the logits moved, and how
-much of the base it holds."""
+"""One rank of a calibration and initialisation under FSDP2: `fsdp.py RECIPE OUTPUT`.
+
+Writes to OUTPUT/rankI.safetensors the subspaces, W_res, how far the logits moved, and how much of
+every base parameter this rank holds.
+"""
 
 import sys
 from pathlib import Path
@@ -13,75 +16,97 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from astra import adapter, inits
-from launch.config.schema import read
+from launch.config.loading import read_recipe
 from launch.data import token_cache as prepared
-from launch.data import tokenize as launch_data
+from launch.data.batches import collate_examples
+from launch.data.order import sample_examples, shard_batches
 from launch.engines import make_engine
-from launch.runtime.distributed import start, stop
-from launch.runtime.errors import run
-from tests.support.whole import subspaces_by_layer, subspaces_of
+from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.runtime.entry import run_command
+from tests.support.calibration import find_subspaces, find_subspaces_by_layer
+from tests.support.worker import read_arguments
+
+SEED = 5
 
 
-def held(parameter: nn.Parameter) -> int:
-    """Elements in this rank's memory."""
+class HeldSizes:
+    """The numbers of elements of every base parameter that are in this rank's memory, over time.
+
+    Parameters are found through their modules: adapters change the modules' names, and sharding
+    makes other parameters.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._owners = {}
+        for path, module in base.named_modules():
+            for name, _ in module.named_parameters(recurse=False):
+                self._owners[f"{path}.{name}"] = (module, name)
+        # The whole size, then one element for each call of `record`.
+        self.sizes = {
+            key: [module.get_parameter(name).numel()]
+            for key, (module, name) in self._owners.items()
+        }
+
+    def record(self) -> None:
+        """Add the present sizes."""
+        for key, (module, name) in self._owners.items():
+            self.sizes[key].append(count_held(module.get_parameter(name)))
+
+
+def count_held(parameter: nn.Parameter) -> int:
+    """Return the number of elements in this rank's memory."""
     if parameter.is_meta:
         return 0
-    mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return max(mine.numel(), mine.untyped_storage().nbytes() // mine.element_size())
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return max(local.numel(), local.untyped_storage().nbytes() // local.element_size())
 
 
 @torch.no_grad()
 def main(recipe_path: str, output: Path) -> None:
-    recipe = read(recipe_path, [])
-    device = start()
+    """Calibrate and initialise with the recipe, and save everything that the test compares."""
+    recipe = read_recipe(recipe_path, [])
+    device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    tokens = prepared.obtain(recipe.data, Path(recipe.model.name)).open()
+    tokens = prepared.obtain_tokens(recipe.data, Path(recipe.model.name)).open_tokens()
     engine = make_engine("fsdp", device, torch.float32)
-    base = engine.load(recipe.model.name)
-    # By module: adapters change the modules' names, and sharding makes other parameters.
-    owners = {
-        (path, name): m
-        for path, m in base.named_modules()
-        for name, _ in m.named_parameters(recurse=False)
-    }
-    sizes = {".".join(of): [owner.get_parameter(of[1]).numel()] for of, owner in owners.items()}
-
-    def weigh() -> None:
-        for of, owner in owners.items():
-            sizes[".".join(of)].append(held(owner.get_parameter(of[1])))
-
-    weigh()
-    model = adapter.attach(
-        base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
+    base = engine.load_model(recipe.model.name)
+    held = HeldSizes(base)
+    held.record()
+    lora_rank = recipe.adapter.rank
+    model = adapter.attach_adapters(
+        base, recipe.adapter.targets, lora_rank, recipe.adapter.alpha, 0.0
     )
-    layers = adapter.lora_layers(model)
-    linears = adapter.base_layers(layers)
-    ids = launch_data.choose(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
-    share = launch_data.deal(ids, rank, world_size, recipe.calibration.batch_size)
-    batches = [launch_data.collate(tokens, rows, device)[0] for rows in share]
-    with engine.inference(model), model.disable_adapter():
-        weigh()
-        found = subspaces_of(
-            model, linears, batches, engine, rank=recipe.adapter.rank, select="largest", seed=5
-        )
-        before = model(input_ids=batches[0]["input_ids"]).logits
-        by_layer = subspaces_by_layer(
-            model, linears, batches, engine, rank=recipe.adapter.rank, select="largest", seed=5
-        )
-    adapter.initialise(layers, lambda name, weight: inits.astra(weight, found[name]), engine)
-    moved = (
-        model(input_ids=batches[0]["input_ids"]).logits - before
-    ).abs().max() / before.abs().max()
+    layers = adapter.get_lora_layers(model)
+    linears = adapter.get_base_layers(layers)
+    ids = sample_examples(len(tokens), recipe.calibration.samples, recipe.calibration.seed)
+    shard = shard_batches(ids, rank, world_size, recipe.calibration.batch_size)
+    batches = [collate_examples(tokens, rows, device)[0] for rows in shard]
+    probe = batches[0]["input_ids"]
 
-    weigh()
-    tensors = {"moved": moved} | {f"held.{name}": torch.tensor(of) for name, of in sizes.items()}
-    for name, subspace in found.items():
+    engine.materialize(model)
+    with engine.inference_mode(model), model.disable_adapter():
+        held.record()
+        wanted = {"rank": lora_rank, "select": "largest", "seed": SEED}
+        subspaces = find_subspaces(model, linears, batches, engine, **wanted)
+        before = model(input_ids=probe).logits
+        by_layer = find_subspaces_by_layer(model, linears, batches, engine, **wanted)
+    adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), engine
+    )
+    moved = (model(input_ids=probe).logits - before).abs().max() / before.abs().max()
+    held.record()
+
+    tensors = {"moved": moved}
+    for name, sizes in held.sizes.items():
+        tensors[f"held.{name}"] = torch.tensor(sizes)
+    for name, subspace in subspaces.items():
         tensors[f"largest.{name}.vectors"] = subspace.vectors.contiguous()
         tensors[f"by_layer.{name}.vectors"] = by_layer[name].vectors.contiguous()
         tensors[f"residual.{name}"] = engine.read(linears[name].weight).contiguous()
     save_file(tensors, output / f"rank{rank}.safetensors")
-    stop()
+    stop_process_group()
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1], Path(sys.argv[2])))
+    recipe_path, output = read_arguments()
+    run_command(lambda: main(recipe_path, Path(output)))

@@ -1,4 +1,8 @@
-"""What three sharded ranks generate, and how many forward passes each of them runs; rank 0 writes both to a file."""
+"""One rank of a generation by three ranks that act as if they were sharded: `generation.py OUTPUT`.
+
+Rank 0 writes to the file OUTPUT, for each model and number of prompts, what each rank generated and
+how many forward passes it made.
+"""
 
 import json
 import sys
@@ -6,36 +10,34 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-import torch
 import torch.distributed as dist
 
-from tests.eval.generation.test_schedule import generate, make_model, make_tokenizer, other_models
+from tests.support.cases import NEW_TOKENS, PROMPT_COUNTS, make_prompts
+from tests.support.generation import (
+    generate_all,
+    make_model,
+    make_other_models,
+    make_tokenizer,
+)
 
-NUMBERS = (1, 2, 5, 14)  # of prompts: fewer than ranks, as many as places, more
 
-
-def prompts(n: int) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(n)
-    return [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(n)]
-
-
-def main() -> None:
+def main(output: Path) -> None:
+    """Generate with each model for each number of prompts."""
     dist.init_process_group("gloo")
+    tokenizer, options = make_tokenizer(), {"max_new_tokens": NEW_TOKENS, "batch_size": 2}
     found, calls = [], []
-    for model in (make_model(), other_models()["convolutions"].eval()):
+    for model in (make_model(), make_other_models()["convolutions"].eval()):
         model.register_forward_hook(lambda *_: calls.append(1))
-        for n in NUMBERS:
+        for count in PROMPT_COUNTS:
             calls.clear()
-            texts = generate(
-                model, make_tokenizer(), prompts(n), max_new_tokens=19, batch_size=2, sharded=True
-            )
-            of_all: list = [None] * dist.get_world_size()
-            dist.all_gather_object(of_all, (texts, len(calls)))
-            found.append(of_all)
+            texts = generate_all(model, tokenizer, make_prompts(count), sharded=True, **options)
+            from_ranks: list = [None] * dist.get_world_size()
+            dist.all_gather_object(from_ranks, (texts, len(calls)))
+            found.append(from_ranks)
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        output.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
-"""Many gathers at once, again and again, in the default group and in a second one; rank 0 writes the groups' threads.
+"""One rank of many gathers at once, in the default group and in a second one: `gloo.py OUTPUT`.
 
-With two threads a group, torch 2.13 corrupts its heap here within seconds (launch/runtime/distributed.py).
+Rank 0 writes the groups' numbers of threads to the file OUTPUT. With two threads a group, torch
+2.13 corrupts its heap here within seconds (launch/runtime/compat.py).
 """
 
 import json
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_gather_single
 
 from launch.runtime import distributed
-from launch.runtime.errors import run
+from launch.runtime.entry import run_command
 
 
 def main() -> None:
-    distributed.start()
+    """Gather 16,000 times, check every result, and write the numbers of threads."""
+    distributed.start_process_group()
     groups = [dist.group.WORLD, dist.new_group()]
     rank = torch.full((3,), float(dist.get_rank()))
     whole = torch.arange(float(dist.get_world_size())).repeat_interleave(3)
@@ -29,8 +31,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         threads = [group._get_backend(torch.device("cpu")).options._threads for group in groups]
         Path(sys.argv[1]).write_text(json.dumps(threads))
-    distributed.stop()
+    distributed.stop_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,65 +1,45 @@
-"""One rank of a whole run of each method, one after the other in this process; one of them is then taken up again."""
+"""One rank of a run of each method, one after another: `methods.py RECIPE ENGINE OUTPUT`.
 
-import shutil
+The run of one method is then cut back to its first step and resumed.
+"""
+
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from matplotlib.figure import Figure
-
 from launch import pipeline
-from launch.config.schema import read
+from launch.config.loading import read_recipe
 from launch.run.folder import open_run
-from launch.runtime.distributed import on_rank0, start, stop
-from launch.runtime.errors import run
+from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
+from launch.runtime.entry import run_command
+from launch.runtime.locks import FolderLock
+from tests.support.cases import METHODS, NO_SCORES, RESUMED_METHOD
+from tests.support.runs import copy_unfinished
+from tests.support.worker import read_arguments, skip_plots
 
-METHODS = {
-    "pissa": ["adapter.method=pissa"],
-    "milora": ["adapter.method=milora"],
-    "olora": ["adapter.method=olora"],
-    "corda-ipm": ["adapter.method=corda"],
-    "corda-kpm": ["adapter.method=corda", "adapter.corda_mode=kpm"],
-    "eva": ["adapter.method=eva"],
-    "lora_ga": ["adapter.method=lora_ga"],
-    "lora_ga-windows": ["adapter.method=lora_ga", "calibration.memory_gib=0.0004"],
-    "reference": [
-        "calibration.statistics=reference",
-        "calibration.batch_size=1",
-        "adapter.eigen_select=largest",
-    ],
-}
-AGAIN = "corda-kpm"
-COMMON = ["train.max_steps=3", "train.checkpoint_every=1", "eval.suites=[]"]
-
-
-def cut_back(whole: Path, part: Path) -> None:
-    """A copy of a run as it was after its first step."""
-    shutil.copytree(whole, part)
-    for name in ("step-0000002", "step-0000003"):
-        shutil.rmtree(part / "checkpoints" / name)
-    for name in ("results.json", "state.json"):
-        (part / name).unlink()
+COMMON = ["train.max_steps=3", "train.checkpoint_every=1", NO_SCORES]
 
 
 def main(recipe_path: str, engine: str, output: Path) -> None:
-    device = start()
-    Figure.savefig = lambda *_, **__: None  # half of the time; plots are looked at elsewhere
+    """Train with every method."""
+    device = start_process_group()
+    skip_plots()
 
     def fine_tune(name: str, folder: Path) -> None:
-        recipe = read(recipe_path, [*COMMON, f"engine={engine}", *METHODS[name]])
-        on_rank0(lambda: open_run(folder, recipe) and None)
+        recipe = read_recipe(recipe_path, [*COMMON, f"engine={engine}", *METHODS[name]])
+        lock = FolderLock(folder)
+        run_on_rank0(lambda: open_run(folder, recipe, lock) and None)
         pipeline.run_stages(recipe, name, folder, device)
 
     for name in METHODS:
         fine_tune(name, output / name)
-        if name == AGAIN:
-            part = output / f"{name}-again"
-            on_rank0(lambda name=name, part=part: cut_back(output / name, part))
-            fine_tune(name, part)
-    stop()
+    whole, resumed = output / RESUMED_METHOD, output / f"{RESUMED_METHOD}-resumed"
+    run_on_rank0(lambda: copy_unfinished(whole, resumed, 1))
+    fine_tune(RESUMED_METHOD, resumed)
+    stop_process_group()
 
 
 if __name__ == "__main__":
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    run(lambda: main(paths[0], paths[1], Path(paths[2])))
+    recipe_path, engine, output = read_arguments()
+    run_command(lambda: main(recipe_path, engine, Path(output)))

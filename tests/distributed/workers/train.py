@@ -1,35 +1,38 @@
-"""One rank of several runs of train.py's main path, one after another: `train.py RECIPE CASES`, a JSON file.
+"""One rank of several runs of train.py's main path, one after another: `train.py RECIPE CASES`.
 
-A start of a process costs more than a run of the tests' model; cases: [[settings, run folder], ...].
+CASES is a JSON file, [[settings, run folder], ...]. Starting a process costs more than a run of the
+tests' tiny model.
 """
 
 import gc
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from matplotlib.figure import Figure
-
 from launch import pipeline
-from launch.config.schema import read
+from launch.config.loading import read_recipe
 from launch.run.folder import open_run
-from launch.runtime.distributed import on_rank0, start, stop
-from launch.runtime.errors import run
+from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
+from launch.runtime.entry import run_command
+from launch.runtime.locks import FolderLock
+from tests.support.worker import read_arguments, skip_plots
 
 
 def main(recipe_path: str, cases: str) -> None:
-    device = start()
-    Figure.savefig = lambda *_, **__: None  # half of the time; plots are looked at elsewhere
+    """Train every case."""
+    device = start_process_group()
+    skip_plots()
     for settings, folder in json.loads(Path(cases).read_text()):
-        recipe = read(recipe_path, settings)
-        on_rank0(lambda folder=folder, recipe=recipe: open_run(Path(folder), recipe))
+        recipe = read_recipe(recipe_path, settings)
+        lock = FolderLock(Path(folder))
+        run_on_rank0(partial(open_run, Path(folder), recipe, lock))
         pipeline.run_stages(recipe, Path(recipe_path).stem, Path(folder), device)
-        gc.collect()  # transformers keeps to ZeRO-3 as long as the run's engine is alive
-    stop()
+        gc.collect()  # transformers loads with ZeRO-3 as long as that run's engine is alive
+    stop_process_group()
 
 
 if __name__ == "__main__":
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    run(lambda: main(*paths))
+    run_command(lambda: main(*read_arguments()))

@@ -1,71 +1,34 @@
-"""Batched generation is greedy, in the order of the prompts, and stops where it should."""
+"""Batched generation equals one-by-one greedy decoding, and stops where it should.
+
+Also drawn tokens, and other kinds of model. Needs the shared stories260K and GSM8K for one test.
+About half a minute.
+"""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from eval.errors import EvalError
-from eval.generation.schedule import generate as generate_parts
-from eval.generation.schedule import too_long
+from eval.generation.schedule import find_overlong_prompts
 from eval.tasks import gsm8k
-
-CPU = torch.device("cpu")
-
-
-def generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
-) -> list[str]:
-    """All responses, in the order of the prompts; each comes once."""
-    found: dict[int, str] = {}
-    for part in generate_parts(
-        model, tokenizer, prompts, **{"device": CPU, "sharded": False} | options
-    ):
-        assert part
-        assert not found.keys() & part.keys()
-        found |= part
-    return [found[i] for i in range(len(prompts))]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = {"</s>": 0} | {f"w{i}": i for i in range(1, 40)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+from tests.support.generation import (
+    CPU,
+    decode_greedily,
+    generate_all,
+    make_model,
+    make_other_models,
+    make_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,30 +41,13 @@ def model() -> LlamaForCausalLM:
     return make_model()
 
 
-def greedy(model: PreTrainedModel, ids: list[int], most: int) -> list[int]:
-    """One prompt, one token at a time, no cache, no padding."""
-    new: list[int] = []
-    with torch.no_grad():
-        while len(new) < most and len(ids) + len(new) < 32:
-            token = (
-                model(input_ids=torch.tensor([ids + new]), use_cache=False)
-                .logits[0, -1]
-                .argmax()
-                .item()
-            )
-            if token == 0:
-                break
-            new.append(token)
-    return new
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_equals_one_by_one_greedy_decoding(
     batch_size: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(12)]
-    texts = generate(
+    texts = generate_all(
         model,
         tokenizer,
         prompts,
@@ -110,7 +56,7 @@ def test_equals_one_by_one_greedy_decoding(
         device=CPU,
         sharded=False,
     )
-    assert texts == [tokenizer.decode(greedy(model, ids, 8)) for ids in prompts]
+    assert texts == [tokenizer.decode(decode_greedily(model, ids, 8)) for ids in prompts]
     assert len({len(text.split()) for text in texts}) > 1  # some stop early
 
 
@@ -119,20 +65,20 @@ def test_stops_at_the_end_of_the_context(
 ) -> None:
     prompt = [5] * 30
     options = {"max_new_tokens": 100, "batch_size": 2, "device": CPU, "sharded": False}
-    assert len(generate(model, tokenizer, [prompt], **options)[0].split()) <= 2
-    assert too_long(model, [[5] * 31, [5] * 32]) == [1]
-    full = generate(model, tokenizer, [[5] * 32, [5] * 31, [5] * 40], **options)
+    assert len(generate_all(model, tokenizer, [prompt], **options)[0].split()) <= 2
+    assert find_overlong_prompts(model, [[5] * 31, [5] * 32]) == [1]
+    full = generate_all(model, tokenizer, [[5] * 32, [5] * 31, [5] * 40], **options)
     assert [full[0], full[2]] == ["", ""]
-    assert generate(model, tokenizer, [], **options) == []
+    assert generate_all(model, tokenizer, [], **options) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_a_short_prompt_gets_its_tokens_beside_a_long_one(
     batch_size: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """`max_new_tokens` is per prompt: only a prompt whose own context ends gets fewer, whatever runs beside it."""
+    """Only a prompt whose own context ends gets fewer than `max_new_tokens`."""
     prompts = [[5] * 29, [7, 8], [9] * 30, [3, 4, 6]]
-    texts = generate(
+    texts = generate_all(
         model,
         tokenizer,
         prompts,
@@ -141,7 +87,7 @@ def test_a_short_prompt_gets_its_tokens_beside_a_long_one(
         device=CPU,
         sharded=False,
     )
-    assert texts == [tokenizer.decode(greedy(model, ids, 8)) for ids in prompts]
+    assert texts == [tokenizer.decode(decode_greedily(model, ids, 8)) for ids in prompts]
     assert max(len(text.split()) for text in texts) > 3
 
 
@@ -161,14 +107,14 @@ def test_a_short_prompt_gets_its_tokens_beside_a_long_one(
 def test_a_checkpoints_own_generation_settings_do_not_change_greedy_decoding(
     setting: dict, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Chat checkpoints ship such settings (repetition_penalty among them); the protocol is greedy for all."""
+    """Chat checkpoints ship such settings, but decoding is greedy for all."""
     draw = torch.Generator().manual_seed(4)
     prompts = [torch.randint(1, 40, (length,), generator=draw).tolist() for length in (3, 9, 5, 12)]
-    wanted = [tokenizer.decode(greedy(model, ids, 8)) for ids in prompts]
+    wanted = [tokenizer.decode(decode_greedily(model, ids, 8)) for ids in prompts]
     changed = copy.deepcopy(model)
     for name, value in setting.items():
         setattr(changed.generation_config, name, value)
-    texts = generate(
+    texts = generate_all(
         changed, tokenizer, prompts, max_new_tokens=8, batch_size=2, device=CPU, sharded=False
     )
     assert texts == wanted
@@ -178,56 +124,35 @@ def test_end_of_sequence_tokens_inside_a_prompt_are_read_and_not_taken_for_paddi
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompts = [[0, 0, 5, 6], [7, 0, 8, 9, 10, 11, 12], [0]]
-    texts = generate(
+    texts = generate_all(
         model, tokenizer, prompts, max_new_tokens=6, batch_size=3, device=CPU, sharded=False
     )
-    assert texts == [tokenizer.decode(greedy(model, ids, 6)) for ids in prompts]
+    assert texts == [tokenizer.decode(decode_greedily(model, ids, 6)) for ids in prompts]
     assert any(texts)
 
 
 def test_equal_prompts_get_equal_texts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    texts = generate(
+    texts = generate_all(
         model, tokenizer, [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]], max_new_tokens=5, batch_size=2
     )
     assert texts[0] == texts[2] == texts[4]
-
-
-def other_models() -> dict[str, PreTrainedModel]:
-    torch.manual_seed(2)
-    common = {"vocab_size": 40, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": 0}
-    llama = common | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-    }
-    layers = ["conv", "full_attention", "conv"]
-    return {
-        "learned positions": GPT2LMHeadModel(
-            GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-        ),
-        "sliding window": MistralForCausalLM(
-            MistralConfig(**llama, num_hidden_layers=2, sliding_window=6)
-        ),
-        "convolutions": Lfm2ForCausalLM(
-            Lfm2Config(**llama, num_hidden_layers=3, layer_types=layers)
-        ),
-    }
 
 
 @pytest.mark.parametrize("kind", ["learned positions", "sliding window", "convolutions"])
 def test_other_kinds_of_model_equal_one_by_one_greedy_decoding(
     kind: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Positions end at the context; a window counts tokens, not padding; states other than keys are not joined."""
-    model = other_models()[kind].eval()
+    """Positions end at the context, and a window counts tokens, not padding.
+
+    Rows that cache more than keys and values are not joined.
+    """
+    model = make_other_models()[kind].eval()
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 40, (1 + 5 * (i % 7),), generator=draw).tolist() for i in range(15)]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=4)
-    assert texts == [tokenizer.decode(greedy(model, ids, 20)) for ids in prompts]
+    texts = generate_all(model, tokenizer, prompts, max_new_tokens=20, batch_size=4)
+    assert texts == [tokenizer.decode(decode_greedily(model, ids, 20)) for ids in prompts]
 
 
 def test_a_model_without_keys_and_values_is_refused_by_name(
@@ -236,10 +161,9 @@ def test_a_model_without_keys_and_values_is_refused_by_name(
     model = MambaForCausalLM(
         MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
     ).eval()
-    with pytest.raises(
-        EvalError, match=r"--model: MambaForCausalLM keeps no keys and values .* --backend openai"
-    ):
-        generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
+    with pytest.raises(EvalError, match="MambaForCausalLM keeps no keys and values") as error:
+        generate_all(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
+    assert error.value.subject == "model"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -249,20 +173,20 @@ def test_how_often_places_fill_again_changes_nothing(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eval.generation.schedule._interval", lambda _: steps)
+    monkeypatch.setattr("eval.generation.schedule._choose_interval", lambda _: steps)
     draw = torch.Generator().manual_seed(6)
     prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
-    assert texts == [tokenizer.decode(greedy(model, ids, 11)) for ids in prompts]
+    texts = generate_all(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
+    assert texts == [tokenizer.decode(decode_greedily(model, ids, 11)) for ids in prompts]
 
 
 def test_a_stop_ends_a_response_and_is_cut_off(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompts = [[5, 6], [7], [8, 9, 10]]
-    whole = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=2)
+    whole = generate_all(model, tokenizer, prompts, max_new_tokens=8, batch_size=2)
     stop = whole[0].split()[2]
-    found = generate(
+    found = generate_all(
         model, tokenizer, prompts, max_new_tokens=8, batch_size=2, stops=[stop, "never"]
     )
     assert found == [text.partition(stop)[0] for text in whole]
@@ -274,17 +198,17 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(
 ) -> None:
     prompts, seeds = [[5, 6]] * 3 + [[8, 9, 10], [7]], [1, 2, 1, 3, 4]
     options = {"max_new_tokens": 8, "temperature": 1.0, "seeds": seeds}
-    texts = generate(model, tokenizer, prompts, batch_size=5, **options)
+    texts = generate_all(model, tokenizer, prompts, batch_size=5, **options)
     assert texts[0] == texts[2] != texts[1]
-    monkeypatch.setattr("eval.generation.schedule._interval", lambda _: 3)
-    assert generate(model, tokenizer, prompts, batch_size=2, **options) == texts
+    monkeypatch.setattr("eval.generation.schedule._choose_interval", lambda _: 3)
+    assert generate_all(model, tokenizer, prompts, batch_size=2, **options) == texts
 
 
 def test_draws_follow_the_models_probabilities(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     n = 2000
-    texts = generate(
+    texts = generate_all(
         model,
         tokenizer,
         [[5, 6]] * n,
@@ -302,17 +226,18 @@ def test_draws_follow_the_models_probabilities(
     assert ((counts / n - wanted).abs() <= 5 * (wanted * (1 - wanted) / n).sqrt() + 1e-3).all()
 
 
+@pytest.mark.slow
 def test_batches_change_nothing_on_real_weights_but_ties(shared: Path) -> None:
-    """stories260K on GSM8K: a response may differ only where the two best logits are within 1e-4, and is counted."""
+    """A response may differ only where the two best logits are within 1e-4; those are counted."""
     folder = shared / "models" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = [problem.question for problem in gsm8k.rows(shared / "data", 40)]
+    questions = [problem.question for problem in gsm8k.read_problems(shared / "data", 40)]
     prompts = [ids for ids in tokenizer(questions).input_ids if len(ids) < 400]
-    alone = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=1)
+    alone = generate_all(model, tokenizer, prompts, max_new_tokens=96, batch_size=1)
     ties = 0
     for batch_size in (7, 32):
-        together = generate(model, tokenizer, prompts, max_new_tokens=96, batch_size=batch_size)
+        together = generate_all(model, tokenizer, prompts, max_new_tokens=96, batch_size=batch_size)
         for ids, a, b in zip(prompts, alone, together, strict=True):
             if a == b:
                 continue

@@ -1,4 +1,7 @@
-"""Responses from a completions server: a real HTTP server that fails now and then, as servers under load do."""
+"""Responses from a completions server, a real one that fails now and then, as under load.
+
+Needs a free port. A few seconds.
+"""
 
 import json
 import threading
@@ -9,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eval.errors import EvalError
-from eval.generation.server import complete
+from eval.generation.server import request_completions
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +63,7 @@ def server() -> Iterator[tuple[str, type[Handler]]]:
 
 def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str]:
     found: dict[int, str] = {}
-    for part in complete(url, model, prompts, max_new_tokens=7, pause=0.01, **options):
+    for part in request_completions(url, model, prompts, max_new_tokens=7, pause=0.01, **options):
         found |= part
     return [found[i] for i in range(len(prompts))]
 
@@ -97,12 +100,16 @@ def test_samples_carry_their_seeds(server: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
-    [("absent", "HTTP 404: .*no such model.*--model"), ("odd", "is it a completions server")],
+    ("model", "message", "subject"),
+    [
+        ("absent", "HTTP 404: .*no such model", "served_model"),
+        ("odd", "is it a completions server", "server"),
+    ],
 )
-def test_a_refusal_is_one_line(model: str, message: str, server: tuple) -> None:
-    with pytest.raises(EvalError, match=message):
+def test_a_refusal_is_one_line(model: str, message: str, subject: str, server: tuple) -> None:
+    with pytest.raises(EvalError, match=message) as error:
         ask(server[0], model, ["a"])
+    assert error.value.subject == subject
 
 
 def test_no_server_is_one_line() -> None:

@@ -1,4 +1,7 @@
-"""The GSM8K grader against labelled responses, and against hostile ones: right, exact, and it never raises."""
+"""The GSM8K grader is right and exact on labelled responses, and never raises on hostile ones.
+
+Also what damaged files say. Needs the shared GSM8K for one test. About ten seconds.
+"""
 
 import json
 import time
@@ -10,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.errors import EvalError
-from eval.tasks.gsm8k import grade, rows
+from eval.tasks.gsm8k import grade_answer, read_problems
+from tests.support.grader_cases import read_grader_cases
 
-CASES = [
-    json.loads(line)
-    for line in (Path(__file__).parents[1] / "grader_cases.jsonl").read_text().splitlines()
-]
-CASES = [case for case in CASES if case["bench"] == "gsm8k"]
+CASES = read_grader_cases("gsm8k")
 MORE = [
     ("The answer is:\n18", "18", True),
     ("#### 18", "18", True),
@@ -76,7 +76,7 @@ HOSTILE = [
     "case", [case for case in CASES if not case.get("contested")], ids=lambda case: case["why"]
 )
 def test_labelled_cases(case: dict) -> None:
-    assert grade(case["output"], case["reference"]) is case["expected"]
+    assert grade_answer(case["output"], case["reference"]) is case["expected"]
 
 
 def test_there_are_labelled_cases() -> None:
@@ -85,23 +85,25 @@ def test_there_are_labelled_cases() -> None:
 
 @pytest.mark.parametrize(("output", "reference", "expected"), MORE)
 def test_more_forms_of_an_answer(output: str, reference: str, expected: bool) -> None:
-    assert grade(output, reference) is expected
+    assert grade_answer(output, reference) is expected
 
 
 @pytest.mark.parametrize("output", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_outputs_are_no_answer(output: str) -> None:
-    assert grade(output, "18") is False
+    assert grade_answer(output, "18") is False
 
 
 @given(st.text(max_size=60), st.sampled_from(["", "The answer is: ", "#### ", "\\boxed{"]))
 def test_never_raises(text: str, before: str) -> None:
-    assert grade(before + text, "18") in (True, False)
+    assert grade_answer(before + text, "18") in (True, False)
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 def test_an_integer_is_accepted_for_itself_alone(answer: int, reference: int) -> None:
     for text in (f"{answer}", f"{answer:,}", f"${answer}", f"{answer}.0", f"{answer} apples."):
-        assert grade(f"It is so.\nThe answer is: {text}", str(reference)) is (answer == reference)
+        assert grade_answer(f"It is so.\nThe answer is: {text}", str(reference)) is (
+            answer == reference
+        )
 
 
 def test_rows_keep_the_bare_answer_and_the_limit(tmp_path: Path) -> None:
@@ -109,7 +111,8 @@ def test_rows_keep_the_bare_answer_and_the_limit(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = [
-        (problem.id, problem.question, problem.reference) for problem in rows(tmp_path, limit=2)
+        (problem.id, problem.question, problem.reference)
+        for problem in read_problems(tmp_path, limit=2)
     ]
     assert found == [("gsm8k/0", "q0", "1,000"), ("gsm8k/1", "q1", "1,001")]
 
@@ -126,31 +129,33 @@ def test_rows_keep_the_bare_answer_and_the_limit(tmp_path: Path) -> None:
 def test_rows_name_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "gsm8k_test.jsonl").write_text(text)
     with pytest.raises(EvalError, match=message):
-        rows(tmp_path)
+        read_problems(tmp_path)
     with pytest.raises(EvalError, match="has none of"):
-        rows(tmp_path / "absent")
+        read_problems(tmp_path / "absent")
 
 
 def test_the_real_test_set_grades_its_own_answers(shared: Path) -> None:
-    problems = rows(shared / "data")
+    problems = read_problems(shared / "data")
     assert len(problems) == 1319
     assert all(
-        grade(f"The answer is: {problem.reference}", problem.reference) for problem in problems
+        grade_answer(f"The answer is: {problem.reference}", problem.reference)
+        for problem in problems
     )
     wrong = [f"The answer is: {problem.reference}1" for problem in problems]
     assert not any(
-        grade(output, problem.reference) for output, problem in zip(wrong, problems, strict=True)
+        grade_answer(output, problem.reference)
+        for output, problem in zip(wrong, problems, strict=True)
     )
     # One separator is read: of the gold answers that alone fails.
     failing = [
         problem.reference
         for problem in problems
-        if not grade(f"The answer is: {problem.reference}", problem.reference, "literature")
+        if not grade_answer(f"The answer is: {problem.reference}", problem.reference, "literature")
     ]
     assert failing == ["1,450,000"]
 
 
-# What the number's own syntax is made of: most draws reach the parser of numbers, fractions and mixed numbers.
+# The characters of numbers: most draws reach the parser of fractions and mixed numbers.
 SYNTAX = "0123456789 \t\u00a0\u2009/.,-+=eE%$()\\\\{}\u0663\u00b2\u00bd\uff11"
 
 
@@ -160,15 +165,15 @@ SYNTAX = "0123456789 \t\u00a0\u2009/.,-+=eE%$()\\\\{}\u0663\u00b2\u00bd\uff11"
     st.sampled_from(["The answer is: ", "#### ", "", "\\boxed{"]),
 )
 def test_never_raises_on_what_looks_like_a_number(text: str, before: str) -> None:
-    assert grade(before + text, "18") in (True, False)
-    assert grade("The answer is: 18", text) in (True, False)
+    assert grade_answer(before + text, "18") in (True, False)
+    assert grade_answer("The answer is: 18", text) in (True, False)
 
 
 @pytest.mark.parametrize(
     "text", ["1\t1/2", "3  / 4", "3 /  4", "1  1/2", "1\u20091/2", "-\t1/2", "1.5/0.0", "3/00"]
 )
 def test_odd_white_space_and_zeros_in_a_fraction_do_not_raise(text: str) -> None:
-    assert grade(f"The answer is: {text}", "18") is False
+    assert grade_answer(f"The answer is: {text}", "18") is False
 
 
 @pytest.mark.parametrize(
@@ -186,15 +191,15 @@ def test_odd_white_space_and_zeros_in_a_fraction_do_not_raise(text: str) -> None
 def test_digits_of_other_scripts_are_read_and_what_is_no_digit_is_not(
     text: str, expected: bool
 ) -> None:
-    assert grade(f"The answer is: {text}", "18") is expected
+    assert grade_answer(f"The answer is: {text}", "18") is expected
 
 
 @pytest.mark.parametrize("digits", [400, 401, 4300, 4301, 100_000])
 def test_answers_of_hundreds_of_digits_neither_raise_nor_equal_a_short_one(digits: int) -> None:
     nines = "9" * digits
     for text in (nines, f"-{nines}", f"0.{nines}", f"1/{nines}", f"{nines}/{nines}", f"1e{nines}"):
-        assert grade(f"The answer is: {text}", "18") is False
-    assert grade("The answer is: 18", nines) is False
+        assert grade_answer(f"The answer is: {text}", "18") is False
+    assert grade_answer("The answer is: 18", nines) is False
 
 
 @pytest.mark.parametrize(
@@ -218,9 +223,9 @@ def test_answers_of_hundreds_of_digits_neither_raise_nor_equal_a_short_one(digit
 def test_long_outputs_are_graded_in_a_time_that_grows_with_their_length(
     text: str, before: str
 ) -> None:
-    """100,000 characters: linear work takes 0.05 s at most here, quadratic work takes minutes; bound 2 s of CPU."""
+    """Of 100,000 characters, linear work takes 0.05 s of CPU at most, quadratic work minutes."""
     start = time.process_time()
-    assert grade(before + text, "18") is False
+    assert grade_answer(before + text, "18") is False
     assert time.process_time() - start < 2
 
 
@@ -229,8 +234,8 @@ def test_a_fraction_is_compared_exactly(answer: Fraction, reference: Fraction) -
     written = f"{answer.numerator}/{answer.denominator}"
     wanted = f"{reference.numerator}/{reference.denominator}"
     if max(len(written), len(wanted)) < 300:
-        assert grade(f"The answer is: {written}", wanted) is (answer == reference)
-        assert grade(f"The answer is: {written}", written) is True
+        assert grade_answer(f"The answer is: {written}", wanted) is (answer == reference)
+        assert grade_answer(f"The answer is: {written}", written) is True
 
 
 @pytest.mark.parametrize(
@@ -262,7 +267,7 @@ def test_a_damaged_file_is_one_line_that_names_the_place(
 ) -> None:
     (tmp_path / "gsm8k_test.jsonl").write_bytes(content)
     with pytest.raises(EvalError) as error:
-        rows(tmp_path)
+        read_problems(tmp_path)
     assert place in str(error.value)
     assert str(error.value).startswith("gsm8k: ")
     assert "\n" not in str(error.value)

@@ -1,30 +1,27 @@
-"""What is said of a calibration whose tokens do not determine the tail."""
+"""Proves who is warned that the calibration's tokens do not determine the tail of the spectrum.
 
-from launch.calibration.report import doubts
-from launch.config.schema import validate
+Needs nothing; takes 2 seconds.
+"""
 
-
-def recipe(**adapter: object):  # noqa: ANN201
-    return validate({"model": {"name": "m"}, "data": {"path": "d"}, "adapter": adapter})
-
+from launch.calibration.report import list_warnings
+from launch.config.loading import validate_recipe
+from launch.config.schema import Recipe
 
 MODULES = {
     "q": {"size": 64, "reach": 64, "rank": 4},
-    "gate": {
-        "size": 160,
-        "reach": 64,
-        "rank": 4,
-    },  # its tail is what the weight cannot reach, whatever the tokens
-    "up": {
-        "size": 66,
-        "reach": 64,
-        "rank": 4,
-    },  # two vectors that the weight cannot reach, and two others
+    # Its tail is what the weight cannot reach, whatever the tokens.
+    "gate": {"size": 160, "reach": 64, "rank": 4},
+    # Two vectors of its tail are what the weight cannot reach, the two others depend on the tokens.
+    "up": {"size": 66, "reach": 64, "rank": 4},
 }
 
 
+def make_recipe(**adapter: object) -> Recipe:
+    return validate_recipe({"model": {"name": "m"}, "data": {"path": "d"}, "adapter": adapter})
+
+
 def test_too_few_tokens_are_warned_of_where_they_decide_the_tail() -> None:
-    (line,) = doubts(MODULES, 63, recipe())
+    (line,) = list_warnings(MODULES, 63, make_recipe())
     assert line.startswith(
         "warning: 63 calibration tokens do not determine the tail of 2 modules, such as q of 64"
     )
@@ -32,6 +29,6 @@ def test_too_few_tokens_are_warned_of_where_they_decide_the_tail() -> None:
 
 
 def test_enough_tokens_and_other_ends_of_the_spectrum_are_not() -> None:
-    assert doubts(MODULES, 64, recipe()) == []
-    assert doubts(MODULES, 1, recipe(eigen_select="largest")) == []
-    assert doubts({"gate": MODULES["gate"]}, 1, recipe()) == []
+    assert list_warnings(MODULES, 64, make_recipe()) == []
+    assert list_warnings(MODULES, 1, make_recipe(eigen_select="largest")) == []
+    assert list_warnings({"gate": MODULES["gate"]}, 1, make_recipe()) == []

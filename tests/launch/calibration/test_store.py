@@ -1,4 +1,7 @@
-"""A calibration on disk: what another run may take of it, and what is said of one that it may not."""
+"""Proves which runs may take a calibration on disk, and what is said to the others.
+
+Needs nothing; takes 2 seconds.
+"""
 
 import copy
 import json
@@ -9,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from launch.calibration import store as artifact
+from launch.methods.base import MethodSettings, crop_solution
+from launch.methods.registry import METHODS
 from launch.runtime.errors import UserError
 
 MANIFEST = {
@@ -56,11 +61,21 @@ def changed(**values: object) -> dict:
 
 
 def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
-    assert artifact.begin(folder, manifest) == 0
+    assert artifact.begin_calibration(folder, manifest) == 0
     artifact.save_window(folder, 0, {"layers.0.q_proj": found(rank, start=start)})
     artifact.save_window(folder, 1, {"layers.1.q_proj": found(rank, start=start)})
-    artifact.finish(folder, {"seconds": 1.5})
+    artifact.finish_calibration(folder, {"seconds": 1.5})
     return folder
+
+
+def read_cropped(folder: Path, name: str, select: str) -> dict[str, torch.Tensor]:
+    """Read what a run of rank 2 takes of a module."""
+    settings = MethodSettings(1.0, select, "ipm", calibration_seed=0, train_seed=0)
+
+    def crop(solution: dict) -> dict:
+        return crop_solution(solution, METHODS["astra"], 2, settings)
+
+    return artifact.read_solution(folder, name, torch.device("cpu"), crop)
 
 
 # Of the 9 eigenvectors: kept by a calibration of rank 5, and wanted at rank 2.
@@ -71,11 +86,11 @@ def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
     select: str, kept: int, wanted: int, tmp_path: Path
 ) -> None:
     whole(tmp_path, changed(eigen_select=select, rank=5), rank=5, start=kept)
-    artifact.check(tmp_path, changed(eigen_select=select, rank=2))
-    read = artifact.read_subspace(tmp_path, "layers.1.q_proj", 2, select, torch.device("cpu"))
-    assert torch.equal(read.vectors, torch.eye(9, dtype=torch.float64)[:, wanted : wanted + 2])
-    assert read.values.tolist() == [wanted, wanted + 1]
-    assert len(read.spectrum) == 9
+    artifact.check_calibration(tmp_path, changed(eigen_select=select, rank=2))
+    read = read_cropped(tmp_path, "layers.1.q_proj", select)
+    assert torch.equal(read["vectors"], torch.eye(9, dtype=torch.float64)[:, wanted : wanted + 2])
+    assert read["values"].tolist() == [wanted, wanted + 1]
+    assert len(read["spectrum"]) == 9
 
 
 @pytest.mark.parametrize(
@@ -98,36 +113,36 @@ def test_a_smaller_rank_takes_what_a_calibration_of_its_own_would_find(
 def test_what_differs_is_named(values: dict, message: str, tmp_path: Path) -> None:
     whole(tmp_path, MANIFEST)
     with pytest.raises(UserError, match=message):
-        artifact.check(tmp_path, changed(**values))
+        artifact.check_calibration(tmp_path, changed(**values))
 
 
 def test_what_does_not_decide_the_eigenvectors_may_differ(tmp_path: Path) -> None:
     whole(tmp_path, MANIFEST)
-    artifact.check(tmp_path, changed(conditions={}, split_half=True, rank=3))
+    artifact.check_calibration(tmp_path, changed(conditions={}, split_half=True, rank=3))
 
 
 def test_random_directions_serve_their_own_rank_only(tmp_path: Path) -> None:
     whole(tmp_path, changed(eigen_select="random"))
     with pytest.raises(UserError, match=r"adapter\.rank: 3"):
-        artifact.check(tmp_path, changed(eigen_select="random", rank=3))
+        artifact.check_calibration(tmp_path, changed(eigen_select="random", rank=3))
 
 
 def test_a_calibration_goes_on_after_its_last_window_and_only_its_own(tmp_path: Path) -> None:
-    assert artifact.begin(tmp_path, MANIFEST) == 0
+    assert artifact.begin_calibration(tmp_path, MANIFEST) == 0
     artifact.save_window(tmp_path, 0, {"layers.0.q_proj": found(4)})
     with pytest.raises(UserError, match=r"calibration\.path: .* is not finished"):
-        artifact.check(tmp_path, MANIFEST)
-    assert artifact.begin(tmp_path, changed(conditions={"host": "b"})) == 1
-    assert artifact.begin(tmp_path, changed(seed=1)) == 0
+        artifact.check_calibration(tmp_path, MANIFEST)
+    assert artifact.begin_calibration(tmp_path, changed(conditions={"host": "b"})) == 1
+    assert artifact.begin_calibration(tmp_path, changed(seed=1)) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.json"]
 
 
 def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"calibration\.path: .* has none"):
-        artifact.check(tmp_path / "nowhere", MANIFEST)
+        artifact.check_calibration(tmp_path / "nowhere", MANIFEST)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
-        artifact.check(tmp_path, MANIFEST)
+        artifact.check_calibration(tmp_path, MANIFEST)
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    with pytest.raises(UserError, match=r"has no vectors of layers\.7\.q_proj"):
-        artifact.read_subspace(tmp_path, "layers.7.q_proj", 2, "smallest", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"has no solution of layers\.7\.q_proj"):
+        read_cropped(tmp_path, "layers.7.q_proj", "smallest")

@@ -1,5 +1,9 @@
-"""The cluster files: the manifest against Kubernetes' schema, the hostfile by DeepSpeed, the scripts' decisions; and
-srun's tasks as ranks."""
+"""Proves the cluster files: the manifest against Kubernetes' schema, the hostfile by DeepSpeed, and
+what the batch scripts do when a run ends; and that srun's tasks become ranks.
+
+Needs bash; stubs stand in for Slurm's commands. Takes 20 seconds. The scripts were also run on a
+real Slurm (launch/cluster/README.md).
+"""
 
 import os
 import shlex
@@ -15,12 +19,15 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launch import sweep
 from launch.runtime.distributed import _slurm_ranks
 from launch.runtime.errors import UserError
+from launch.sweeps import slurm
 from launch.sweeps.table import read_table
+from tests.support.paths import ROOT
 
-CLUSTER = Path(__file__).resolve().parents[3] / "launch" / "cluster"
+CLUSTER = ROOT / "launch" / "cluster"
 
 
-def job_of() -> dict:
+def read_job() -> dict:
+    """Return the Job of the Kubernetes manifest."""
     return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[-1]
 
 
@@ -62,7 +69,7 @@ def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
         ("error", "error", 1, 2),
         ("", "running", 1, 1),
         ("", "", 1, 1),
-        ("error", "", 1, 1),  # an earlier start's: this one did not find the other pod
+        ("error", "", 1, 1),  # of an earlier start: this one did not find the other pod
         ("preempted", "", 1, 1),
         ("finished", "", 1, 0),
     ],
@@ -70,18 +77,18 @@ def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
 def test_the_pods_exit_code_follows_the_state_of_its_own_start(
     before: str, state: str, torchrun: int, code: int, tmp_path: Path
 ) -> None:
-    script = job_of()["spec"]["template"]["spec"]["containers"][0]["args"][0]
+    script = read_job()["spec"]["template"]["spec"]["containers"][0]["args"][0]
     if before:
         (tmp_path / "state.json").write_text(f'{{"state": "{before}"}}')
     content = f'{{"state": "{state}"}}'
     write = f"echo '{content}' > $RUN/aside; mv $RUN/aside $RUN/state.json" if state else ":"
-    stub(tmp_path, "torchrun", f"{write}; exit {torchrun}")
-    environment = path_with(tmp_path) | {"RUN": str(tmp_path), "JOB_COMPLETION_INDEX": "0"}
+    write_stub(tmp_path, "torchrun", f"{write}; exit {torchrun}")
+    environment = make_environment(tmp_path) | {"RUN": str(tmp_path), "JOB_COMPLETION_INDEX": "0"}
     assert subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path).returncode == code
 
 
 def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_the_job() -> None:
-    rules = job_of()["spec"]["podFailurePolicy"]["rules"]
+    rules = read_job()["spec"]["podFailurePolicy"]["rules"]
     codes = {
         code: rule["action"]
         for rule in rules
@@ -94,17 +101,18 @@ def test_deepspeed_reads_the_hostfile() -> None:
     assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node1": 8, "node2": 8}
 
 
-def stub(folder: Path, name: str, body: str) -> None:
+def write_stub(folder: Path, name: str, body: str) -> None:
+    """Write a command that stands in for another one on the PATH of `make_environment`."""
     path = folder / "bin" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/usr/bin/env bash\n{body}\n")
     path.chmod(0o755)
 
 
-def path_with(folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    }
+def make_environment(folder: Path) -> dict[str, str]:
+    """Return this environment with the stubs in `folder` before all other commands."""
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path}
 
 
 SLURM = {
@@ -117,24 +125,28 @@ SLURM = {
 SCONTROL = 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" > requeue.txt; fi'
 
 
-def submitted(script: str, folder: Path, *arguments: str) -> tuple[int, bool]:
-    """The exit code of a batch script with stubs in the place of Slurm's commands, and whether it is queued again."""
-    stub(folder, "scontrol", SCONTROL)
+def run_script(script: str, folder: Path, *arguments: str) -> tuple[int, bool]:
+    """Run a batch script with stubs in the place of Slurm's commands.
+
+    Returns:
+        Its exit code, and whether it queued itself again.
+    """
+    write_stub(folder, "scontrol", SCONTROL)
     queued = folder / "requeue.txt"
     queued.unlink(missing_ok=True)
     line = ["bash", str(CLUSTER / script), *arguments]
     done = subprocess.run(
-        line, env=path_with(folder) | SLURM, cwd=folder, capture_output=True, text=True
+        line, env=make_environment(folder) | SLURM, cwd=folder, capture_output=True, text=True
     )
     assert not done.stderr
     assert not queued.exists() or queued.read_text() == "requeue 7_1\n"
     return done.returncode, queued.exists()
 
 
-def stub_srun(folder: Path, state: str, code: int) -> None:
-    """An srun whose run ends with `state`; "" for one that does not start."""
+def write_srun_stub(folder: Path, state: str, code: int) -> None:
+    """Write an srun whose run ends with `state`; "" for one that does not start."""
     write = f'echo \'{{"state": "{state}"}}\' > runs/codefeedback/state.json' if state else ":"
-    stub(folder, "srun", f'echo "$@" > srun.txt; {write}; exit {code}')
+    write_stub(folder, "srun", f'echo "$@" > srun.txt; {write}; exit {code}')
 
 
 @pytest.mark.parametrize(
@@ -148,15 +160,15 @@ def stub_srun(folder: Path, state: str, code: int) -> None:
         ("", 1, 0, True),
     ],
 )
-def test_the_slurm_script_queues_again_what_can_go_on(
+def test_the_slurm_script_queues_again_what_can_resume(
     state: str, srun: int, code: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """It was also run on a real Slurm (launch/cluster/README.md)."""
+    """It was also run on a real Slurm (docs/clusters.md)."""
     run = tmp_path / "runs" / "codefeedback"
     run.mkdir(parents=True)
     (run / "state.json").write_text('{"state": "error"}')  # of an earlier start
-    stub_srun(tmp_path, state, srun)
-    assert submitted("slurm.sbatch", tmp_path, "--set", "train.lr=1e-4") == (code, requeued)
+    write_srun_stub(tmp_path, state, srun)
+    assert run_script("slurm.sbatch", tmp_path, "--set", "train.lr=1e-4") == (code, requeued)
     started = (tmp_path / "srun.txt").read_text()
     assert started.endswith(
         "launch/train.py --recipe codefeedback --output runs/codefeedback --set train.lr=1e-4\n"
@@ -167,12 +179,12 @@ def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_w
     tmp_path: Path,
 ) -> None:
     for _ in range(3):
-        stub_srun(tmp_path, "running", 1)
-        assert submitted("slurm.sbatch", tmp_path) == (0, True)
-        stub_srun(tmp_path, "preempted", 0)
-        assert submitted("slurm.sbatch", tmp_path) == (0, True)
-    stub_srun(tmp_path, "running", 1)
-    assert submitted("slurm.sbatch", tmp_path) == (1, False)
+        write_srun_stub(tmp_path, "running", 1)
+        assert run_script("slurm.sbatch", tmp_path) == (0, True)
+        write_srun_stub(tmp_path, "preempted", 0)
+        assert run_script("slurm.sbatch", tmp_path) == (0, True)
+    write_srun_stub(tmp_path, "running", 1)
+    assert run_script("slurm.sbatch", tmp_path) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +193,8 @@ def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_w
 def test_the_sweeps_script_queues_again_what_was_told_to_stop(
     sweep: int, code: int, requeued: bool, tmp_path: Path
 ) -> None:
-    stub(tmp_path, "python", f'echo "$@" > sweep.txt; exit {sweep}')
-    assert submitted("sweep.sbatch", tmp_path, "--table", "maths") == (code, requeued)
+    write_stub(tmp_path, "python", f'echo "$@" > sweep.txt; exit {sweep}')
+    assert run_script("sweep.sbatch", tmp_path, "--table", "maths") == (code, requeued)
     assert (
         (tmp_path / "sweep.txt")
         .read_text()
@@ -191,11 +203,14 @@ def test_the_sweeps_script_queues_again_what_was_told_to_stop(
 
 
 def test_the_sweeps_script_gives_failed_runs_three_more_tries(tmp_path: Path) -> None:
-    stub(tmp_path, "python", "exit 1")
-    assert [submitted("sweep.sbatch", tmp_path) for _ in range(4)] == [(0, True)] * 3 + [(1, False)]
+    write_stub(tmp_path, "python", "exit 1")
+    assert [run_script("sweep.sbatch", tmp_path) for _ in range(4)] == [(0, True)] * 3 + [
+        (1, False)
+    ]
 
 
-def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
+def write_sweep_script(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
+    """Write the batch script of the table `miniature` with sweep.py --slurm."""
     script = folder / "table.sbatch"
     monkeypatch.setattr(
         sys, "argv", ["sweep.py", "--table", "miniature", *options, "--slurm", str(script)]
@@ -207,7 +222,7 @@ def write_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) ->
 def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = len(read_table("miniature").units())
+    rows = len(read_table("miniature").list_cells())
     assert rows > 1
     options = [
         "--set",
@@ -217,7 +232,7 @@ def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
         "--output",
         str(tmp_path / "a b"),
     ]
-    script = write_sweep(tmp_path, monkeypatch, *options)
+    script = write_sweep_script(tmp_path, monkeypatch, *options)
     lines = script.read_text().splitlines()
     template = (CLUSTER / "sweep.sbatch").read_text().splitlines()
     changed = [(old, new) for old, new in zip(template, lines, strict=True) if old != new]
@@ -237,29 +252,28 @@ def test_a_sweeps_slurm_script_has_a_task_for_each_row_and_all_options(
 def test_a_slurm_script_is_not_written_where_a_line_to_fill_in_is_gone(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cluster").mkdir()
-    changed = (CLUSTER / "sweep.sbatch").read_text().replace(f"{line}\n", f"{line}0\n")
-    (tmp_path / "cluster" / "sweep.sbatch").write_text(changed)
-    monkeypatch.setattr(sweep, "LAUNCH", tmp_path)
+    template = tmp_path / "sweep.sbatch"
+    template.write_text(slurm.TEMPLATE.read_text().replace(f"{line}\n", f"{line}0\n"))
+    monkeypatch.setattr(slurm, "TEMPLATE", template)
     with pytest.raises(UserError, match=f"must have the line '{line}' once"):
-        write_sweep(tmp_path, monkeypatch)
+        write_sweep_script(tmp_path, monkeypatch)
     assert not (tmp_path / "table.sbatch").exists()
 
 
 @pytest.mark.parametrize(
     ("ended", "code", "requeued"), [(0, 0, False), (2, 2, False), (75, 0, True), (1, 0, True)]
 )
-def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_go_on(
+def test_a_sweeps_task_runs_its_row_and_queues_again_what_can_resume(
     ended: int, code: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = write_sweep(tmp_path, monkeypatch, "--set", "model.name=a b")
-    stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
-    stub(
+    script = write_sweep_script(tmp_path, monkeypatch, "--set", "model.name=a b")
+    write_stub(tmp_path, "python", f'printf "%s\\n" "$@" > python.txt; exit {ended}')
+    write_stub(
         tmp_path,
         "scontrol",
         'if [ "$1" = show ]; then echo node1; else echo "$@" > requeue.txt; fi',
     )
-    environment = path_with(tmp_path) | {
+    environment = make_environment(tmp_path) | {
         "SLURM_ARRAY_TASK_ID": "3",
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_JOB_ID": "8",
@@ -338,5 +352,6 @@ def test_tasks_of_srun_on_several_nodes_want_an_address(monkeypatch: pytest.Monk
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None]) -> None:
+    """Set environment variables for a test, and delete those that are None."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)

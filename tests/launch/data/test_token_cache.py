@@ -19,18 +19,22 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from eval.tasks import TASKS
-from launch import prepare
-from launch.config.schema import Data, read
+from eval.tasks import BENCHMARKS
+from launch.config.loading import read_recipe
+from launch.config.schema import Data
 from launch.data import overlap
 from launch.data import sources as rows
 from launch.data import token_cache as prepared
-from launch.data.batches import Packing, collate, make_share
-from launch.data.tokenize import ALPACA_INPUT, TokenSet, prompt, step_rows, tokenise
+from launch.data.batches import collate_sequences
+from launch.data.order import Packing, plan_micro_batches, plan_steps
+from launch.data.preparation import prepare_tokens, render_report
+from launch.data.prompts import ALPACA_INPUT_PROMPT, format_prompt
+from launch.data.token_set import TokenSet
+from launch.data.tokenize import tokenize_rows
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import commit_of
+from launch.runtime.model_files import find_commit
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 GOOD = [
     {"query": f"q{i}", "response": f"a{i}", "type": "GSM_a" if i % 2 else "MATH_b"}
     for i in range(9)
@@ -68,7 +72,7 @@ def texts(tokens: TokenSet, model: Path) -> list[tuple[str, str]]:
     for i in range(len(tokens)):
         ids, start = (
             tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist(),
-            int(tokens.answer_starts[i]),
+            int(tokens.prompt_lengths[i]),
         )
         found.append((tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])))
     return found
@@ -80,8 +84,8 @@ def plainly(
     """Tokens and start of the answer of every row that keeps an answer token, one row at a time."""
     found = []
     for row in data:
-        begin = tokenizer(prompt(row["query"])).input_ids
-        whole = tokenizer(prompt(row["query"]) + row["response"] + "\n").input_ids
+        begin = tokenizer(format_prompt(row["query"])).input_ids
+        whole = tokenizer(format_prompt(row["query"]) + row["response"] + "\n").input_ids
         begin, whole = (
             ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in (begin, whole)
         )
@@ -95,7 +99,7 @@ def plainly(
 
 
 def as_lists(tokens: TokenSet) -> list[tuple[list[int], int]]:
-    bounds, starts = tokens.offsets.tolist(), tokens.answer_starts.tolist()
+    bounds, starts = tokens.offsets.tolist(), tokens.prompt_lengths.tolist()
     return [
         (tokens.tokens[a:b].tolist(), start)
         for a, b, start in zip(bounds[:-1], bounds[1:], starts, strict=True)
@@ -115,7 +119,7 @@ def test_tokens_are_those_of_a_plain_loop(
 ) -> None:
     values = [{"query": query, "response": response} for query, response in pairs]
     good = [rows.Row(i, query, "", response) for i, (query, response) in enumerate(pairs, start=1)]
-    assert list(tokenise(good, tokenizer)) == plainly(values, tokenizer, 10**6)
+    assert list(tokenize_rows(good, tokenizer)) == plainly(values, tokenizer, 10**6)
 
 
 def test_real_rows_with_a_real_tokenizer_are_those_of_a_plain_loop(
@@ -124,12 +128,12 @@ def test_real_rows_with_a_real_tokenizer_are_those_of_a_plain_loop(
     """More rows than a chunk, a limit within one, cut rows and rows without an answer."""
     base, path = shared / "models" / "stories260K", shared / "data" / "metamath_like_3000.jsonl"
     data = Data(path=str(path), limit=rows.CHUNK + 100, max_length=200, on_bad_row="drop")
-    tokens = prepared.obtain(data, base).open()
+    tokens = prepared.obtain_tokens(data, base).open_tokens()
     values = [json.loads(line) for line in path.read_text().splitlines()[: data.limit]]
     wanted = plainly(values, AutoTokenizer.from_pretrained(base), 200)
     assert as_lists(tokens) == wanted
-    assert tokens.num_left_out == data.limit - len(wanted) > 0
-    assert tokens.num_cut == sum(len(ids) == 200 and ids[-1] != 2 for ids, _ in wanted) > 0
+    assert tokens.num_dropped == data.limit - len(wanted) > 0
+    assert tokens.num_truncated == sum(len(ids) == 200 and ids[-1] != 2 for ids, _ in wanted) > 0
 
 
 def test_every_kind_of_file_and_folder_holds_the_same_rows(model: Path, tmp_path: Path) -> None:
@@ -165,10 +169,10 @@ def test_every_kind_of_file_and_folder_holds_the_same_rows(model: Path, tmp_path
         "named",
     ):
         data = Data(path=str(tmp_path / name), config="one" if name == "named" else None)
-        hashes[name] = prepared.obtain(data, model).manifest["tokens_sha256"]
+        hashes[name] = prepared.obtain_tokens(data, model).manifest["tokens_sha256"]
     assert len(set(hashes.values())) == 1, hashes
     with pytest.raises(UserError, match=r"data\.path: cannot load .*Config name is missing"):
-        prepared.obtain(Data(path=str(tmp_path / "named")), model)
+        prepared.obtain_tokens(Data(path=str(tmp_path / "named")), model)
 
 
 def test_hub_files_are_taken_from_the_hubs_cache_with_their_commit(
@@ -182,7 +186,7 @@ def test_hub_files_are_taken_from_the_hubs_cache_with_their_commit(
     write(cached / "snapshots" / commit / "train.jsonl", GOOD)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
-    found = prepared.obtain(Data(path="someone/sums"), model)
+    found = prepared.obtain_tokens(Data(path="someone/sums"), model)
     assert found.manifest["made_from"]["source"] == {"commit": commit}
     assert found.manifest["kept"] == len(GOOD)
 
@@ -193,58 +197,59 @@ def test_rows_are_kept_by_text_list_and_pattern_and_the_first_of_them(
     path = write(tmp_path / "rows.jsonl", [*GOOD, {"query": "q", "response": "a", "type": None}])
 
     def questions(**fields: object) -> list[str]:
-        found = prepared.obtain(Data(path=str(path), **fields), model)
+        found = prepared.obtain_tokens(Data(path=str(path), **fields), model)
         return re.findall(
-            r"Instruction:\n(.*)\n", "".join(begin for begin, _ in texts(found.open(), model))
+            r"Instruction:\n(.*)\n",
+            "".join(begin for begin, _ in texts(found.open_tokens(), model)),
         )
 
-    assert questions(keep={"type": "GSM_*"}, limit=3) == ["q1", "q3", "q5"]
-    assert questions(keep={"type": ["MATH_b", "none"]}) == ["q0", "q2", "q4", "q6", "q8"]
-    assert questions(keep={"type": ["GSM_*", "MATH_*"]}) == [row["query"] for row in GOOD]
+    assert questions(filter={"type": "GSM_*"}, limit=3) == ["q1", "q3", "q5"]
+    assert questions(filter={"type": ["MATH_b", "none"]}) == ["q0", "q2", "q4", "q6", "q8"]
+    assert questions(filter={"type": ["GSM_*", "MATH_*"]}) == [row["query"] for row in GOOD]
     with pytest.raises(UserError, match=r"nothing to train on .* no row has \{'type': 'gsm_\*'\}"):
-        questions(keep={"type": "gsm_*"})
-    with pytest.raises(UserError, match=r"data\.keep: no field 'typ'.* did you mean type"):
-        questions(keep={"typ": "GSM_*"})
+        questions(filter={"type": "gsm_*"})
+    with pytest.raises(UserError, match=r"data\.filter: no field 'typ'.* did you mean type"):
+        questions(filter={"typ": "GSM_*"})
 
 
 def test_an_input_that_is_not_empty_gets_alpacas_prompt(model: Path, tmp_path: Path) -> None:
     values = [{"query": "Add.", "input": more, "response": "3"} for more in ("1 and 2", "", None)]
     data = Data(path=str(write(tmp_path / "rows.jsonl", values)), input="input")
-    begins = [begin for begin, _ in texts(prepared.obtain(data, model).open(), model)]
+    begins = [begin for begin, _ in texts(prepared.obtain_tokens(data, model).open_tokens(), model)]
     assert begins == [
-        ALPACA_INPUT.format(instruction="Add.", input="1 and 2"),
-        prompt("Add."),
-        prompt("Add."),
+        ALPACA_INPUT_PROMPT.format(instruction="Add.", input="1 and 2"),
+        format_prompt("Add."),
+        format_prompt("Add."),
     ]
 
 
 def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Path) -> None:
-    room = len(prompt("q0")) + 4  # an answer of two letters, the newline and EOS
+    room = len(format_prompt("q0")) + 4  # an answer of two letters, the newline and EOS
     bad = [{"query": "q", "response": value} for value in ("", "  ", None, 7)]
     long = [{"query": "q" * 99, "response": "a"}, {"query": "q0", "response": "abcd"}]
     path = write(tmp_path / "rows.jsonl", [GOOD[0], *bad, *long, GOOD[1]])
     data = Data(path=str(path), max_length=room)
     with pytest.raises(UserError) as refused:
-        prepared.obtain(data, model)
+        prepared.obtain_tokens(data, model)
     assert str(refused.value).startswith(
         f"data.path: row 2 of {path}: field 'response' is '', empty; in all "
     )
     assert "2 empty, 1 no answer token within max_length, 2 not text, of 8 rows" in str(
         refused.value
     )
-    found = prepared.obtain(data.model_copy(update={"on_bad_row": "drop"}), model)
+    found = prepared.obtain_tokens(data.model_copy(update={"on_bad_row": "drop"}), model)
     assert found.manifest["dropped"] == {rows.EMPTY: 2, rows.NOT_TEXT: 2, prepared.TOO_LONG: 1}
-    tokens = found.open()
-    assert (len(tokens), tokens.num_cut, tokens.num_left_out) == (3, 1, 5)
+    tokens = found.open_tokens()
+    assert (len(tokens), tokens.num_truncated, tokens.num_dropped) == (3, 1, 5)
     assert [end for _, end in texts(tokens, model)] == ["a0\n</s>", "abcd", "a1\n</s>"]
     cut = data.model_copy(update={"on_bad_row": "drop", "on_cut": "drop"})
-    assert prepared.obtain(cut, model).manifest["dropped"][prepared.CUT] == 1
+    assert prepared.obtain_tokens(cut, model).manifest["dropped"][prepared.CUT] == 1
     with pytest.raises(
         UserError, match=r"data\.max_length: row 7 of .*its answer is cut, .*data\.on_cut=keep"
     ):
-        prepared.obtain(cut.model_copy(update={"on_cut": "refuse"}), model)
+        prepared.obtain_tokens(cut.model_copy(update={"on_cut": "refuse"}), model)
     with pytest.raises(UserError, match=r"data\.max_length: no row has an answer token within it"):
-        prepared.obtain(cut.model_copy(update={"max_length": 5}), model)
+        prepared.obtain_tokens(cut.model_copy(update={"max_length": 5}), model)
 
 
 def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(
@@ -252,29 +257,31 @@ def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     data = Data(path=str(path))
-    made = prepared.make(tmp_path / "made", data, model, path)
+    made = prepared.make_tokens(tmp_path / "made", data, model, path)
     path.unlink()
     wanted = data.model_copy(update={"prepared": str(tmp_path / "made")})
-    found = prepared.obtain(wanted, model)
+    found = prepared.obtain_tokens(wanted, model)
     assert found.manifest == made.manifest
     for field, value in {
         "max_length": 100,
         "limit": 3,
         "answer": "type",
-        "keep": {"type": "GSM_*"},
+        "filter": {"type": "GSM_*"},
     }.items():
         with pytest.raises(
             UserError, match=rf"data\.prepared: .* made with another data\.{field} \(.*, now "
         ):
-            prepared.obtain(wanted.model_copy(update={field: value}), model)
+            prepared.obtain_tokens(wanted.model_copy(update={field: value}), model)
     config = json.loads((model / "tokenizer_config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 7}))
     with pytest.raises(UserError, match="made with another tokenizer"):
-        prepared.obtain(wanted, other)
+        prepared.obtain_tokens(wanted, other)
     with pytest.raises(UserError, match=r"data\.prepared: .* is not there"):
-        prepared.obtain(wanted.model_copy(update={"prepared": str(tmp_path / "nothing")}), model)
+        prepared.obtain_tokens(
+            wanted.model_copy(update={"prepared": str(tmp_path / "nothing")}), model
+        )
 
 
 def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(
@@ -282,17 +289,17 @@ def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(
 ) -> None:
     path, folder = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "made"
     data = Data(path=str(path))
-    prepared.make(folder, data, model, path)
+    prepared.make_tokens(folder, data, model, path)
     wanted = data.model_copy(update={"prepared": str(folder)})
     content = bytearray((folder / "tokens.bin").read_bytes())
     content[50] ^= 1
     (folder / "tokens.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"tokens\.bin: damaged, its hash"):
-        prepared.make(folder, data, model, path, verify=True)
+        prepared.make_tokens(folder, data, model, path, verify=True)
     (folder / "tokens.bin").write_bytes(content[:-4])
     for start in (
-        lambda: prepared.obtain(wanted, model),
-        lambda: prepared.make(folder, data, model, path),
+        lambda: prepared.obtain_tokens(wanted, model),
+        lambda: prepared.make_tokens(folder, data, model, path),
     ):
         with pytest.raises(
             UserError,
@@ -301,7 +308,7 @@ def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(
             start()
     (folder / "manifest.json").write_text('{"made')
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
-        prepared.obtain(wanted, model)
+        prepared.obtain_tokens(wanted, model)
 
 
 def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(
@@ -309,17 +316,17 @@ def test_other_rows_are_made_anew_in_the_cache_and_refused_in_a_folder(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
     data = Data(path=str(path))
-    first = prepared.obtain(data, model)
-    assert prepared.obtain(data, model).folder == first.folder
-    prepared.make(tmp_path / "made", data, model, path)
+    first = prepared.obtain_tokens(data, model)
+    assert prepared.obtain_tokens(data, model).folder == first.folder
+    prepared.make_tokens(tmp_path / "made", data, model, path)
     write(path, GOOD[:4])
-    assert prepared.obtain(data, model).manifest["kept"] == 4
+    assert prepared.obtain_tokens(data, model).manifest["kept"] == 4
     with pytest.raises(UserError, match=r"--output: .* made with another source\.files"):
-        prepared.make(tmp_path / "made", data, model, path)
+        prepared.make_tokens(tmp_path / "made", data, model, path)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"--output: .* holds other files \(thesis\.tex\)"):
-        prepared.make(tmp_path / "used", data, model, path)
+        prepared.make_tokens(tmp_path / "used", data, model, path)
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +368,7 @@ def command(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     return line
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_reported(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -390,9 +398,11 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_repor
     )
     assert again.returncode == 0, again.stderr[-2000:]
     assert 0 < done < 12_000
-    recipe = read(command()[3], [])
+    recipe = read_recipe(command()[3], [])
     path = Path(recipe.data.path)
-    whole = prepared.make(tmp_path / "whole", recipe.data, Path(recipe.model.name), path).manifest
+    whole = prepared.make_tokens(
+        tmp_path / "whole", recipe.data, Path(recipe.model.name), path
+    ).manifest
     resumed = json.loads((folder / "manifest.json").read_text())
     assert resumed["files"] == whole["files"]
     assert resumed["kept"] == 12_000
@@ -421,22 +431,28 @@ def test_the_same_tokens_reach_1_2_and_4_ranks_in_the_same_order(
     packing: Packing | None, model: Path, tmp_path: Path
 ) -> None:
     long = [{"query": f"q{i}", "response": "a" * (7 * i % 90 + 1)} for i in range(29)]
-    tokens = prepared.obtain(Data(path=str(write(tmp_path / "rows.jsonl", long))), model).open()
+    tokens = prepared.obtain_tokens(
+        Data(path=str(write(tmp_path / "rows.jsonl", long))), model
+    ).open_tokens()
     seen: dict[tuple, list] = {}
     for world, micro_batch in itertools.product((1, 2, 4), (1, 2, 3)):
         steps = seen[world, micro_batch] = []
-        for rows_of_step in step_rows(len(tokens), 10, 2, None, 0):
+        for rows_of_step in plan_steps(len(tokens), 10, 2, None, 0):
             shares = [
-                make_share(rows_of_step, tokens.lengths(), rank, world, micro_batch, packing)
+                plan_micro_batches(
+                    rows_of_step, tokens.lengths(), rank, world, micro_batch, packing
+                )
                 for rank in range(world)
             ]
             dealt = [batch for batches in zip(*shares, strict=True) for batch in batches]
             sequences = [rows_of for batch in dealt for rows_of in batch if rows_of is not None]
             assert sorted(itertools.chain(*sequences)) == sorted(rows_of_step)
-            counted = torch.cat([collate(tokens, batch, packing).targets for batch in dealt])
+            counted = torch.cat(
+                [collate_sequences(tokens, batch, packing).targets for batch in dealt]
+            )
             steps.append((sequences, counted.tolist()))
     assert all(steps == seen[1, 1] for steps in seen.values())
-    assert sum(len(counted) for _, counted in seen[1, 1]) == 2 * tokens.answer_tokens(
+    assert sum(len(counted) for _, counted in seen[1, 1]) == 2 * tokens.count_answer_tokens(
         range(len(tokens))
     )
 
@@ -449,20 +465,20 @@ def test_a_file_of_another_kind_in_the_folder_is_not_taken_for_the_same_rows(
     for count in (3, 7):
         lines = [f"q{i},a{i}" for i in range(count)]
         (folder / "train.csv").write_text("\n".join(["query,response", *lines]) + "\n")
-        assert prepared.obtain(Data(path=str(folder)), model).manifest["kept"] == count
+        assert prepared.obtain_tokens(Data(path=str(folder)), model).manifest["kept"] == count
 
 
 def test_only_a_folder_named_by_a_commit_is_one(tmp_path: Path) -> None:
-    assert commit_of(tmp_path / "snapshots" / ("0f" * 20)) == "0f" * 20
-    assert commit_of(tmp_path / "snapshots" / "2024-01") is None
-    assert commit_of(tmp_path / ("0f" * 20)) is None
+    assert find_commit(tmp_path / "snapshots" / ("0f" * 20)) == "0f" * 20
+    assert find_commit(tmp_path / "snapshots" / "2024-01") is None
+    assert find_commit(tmp_path / ("0f" * 20)) is None
 
 
 def test_tokens_that_two_processes_wrote_at_once_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD)
-    select = rows.select
+    select = prepared.select_rows
 
     def disturbed(*arguments: object) -> Iterator[rows.Chunk]:
         for chunk in select(*arguments):
@@ -470,11 +486,11 @@ def test_tokens_that_two_processes_wrote_at_once_are_refused(
             with (tmp_path / "made" / "tokens.bin").open("ab") as file:
                 file.write(b"1234")
 
-    monkeypatch.setattr(rows, "select", disturbed)
+    monkeypatch.setattr(prepared, "select_rows", disturbed)
     with pytest.raises(
         UserError, match=r"tokens\.bin is not as long as what was written: another process"
     ):
-        prepared.make(tmp_path / "made", Data(path=str(path)), model, path)
+        prepared.make_tokens(tmp_path / "made", Data(path=str(path)), model, path)
     assert not (tmp_path / "made" / "manifest.json").exists()
 
 
@@ -491,17 +507,21 @@ def test_a_task_of_code_is_met_without_what_its_prompt_adds(tmp_path: Path) -> N
         for i, text in enumerate(texts)
     ]
     write(tmp_path / "mbpp.jsonl", problems)
-    suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
-    assert [suite.questions[overlap.normalise(text)] for text in texts] == [{i} for i in range(30)]
+    suite = overlap.index_benchmark(BENCHMARKS["mbpp"].read_problems(tmp_path, None))
+    assert [suite.questions[overlap.normalise_text(text)] for text in texts] == [
+        {i} for i in range(30)
+    ]
     long = {
         "task_id": 50,
         "text": texts[0] + " Its sum is taken over all of them.",
         "code": problems[0]["code"],
     }
     write(tmp_path / "mbpp.jsonl", [*problems, long | {"test_list": problems[0]["test_list"]}])
-    suite = overlap.index_suite(TASKS["mbpp"].rows(tmp_path, None))
-    around = overlap.normalise(f"Please help me. {long['text']} Thank you.")
-    assert set.union(*(suite.grams.get(gram, set()) for gram in overlap.grams(around))) == {30}
+    suite = overlap.index_benchmark(BENCHMARKS["mbpp"].read_problems(tmp_path, None))
+    around = overlap.normalise_text(f"Please help me. {long['text']} Thank you.")
+    assert set.union(*(suite.grams.get(gram, set()) for gram in overlap.split_grams(around))) == {
+        30
+    }
 
 
 def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -> None:
@@ -509,9 +529,9 @@ def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name: {model}}}\ndata: {{path: {path}, on_bad_row: drop}}\n"
     )
-    recipe = read(str(tmp_path / "recipe.yaml"), [])
-    manifest = prepared.make(tmp_path / "made", recipe.data, model, path).manifest
-    report = prepare.describe(recipe, manifest, {})
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"), [])
+    manifest = prepared.make_tokens(tmp_path / "made", recipe.data, model, path).manifest
+    report = render_report(recipe, manifest, {})
     assert "| dropped: empty | 1 |" in report
     assert "- row 10: field 'response' is '', empty" in report
     assert "revision main, unverified" in report
@@ -534,9 +554,9 @@ def test_suites_that_are_compared_later_come_beside_the_earlier_ones(
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name: {model}}}\ndata: {{path: {path}}}\neval: {{data_dir: {tmp_path}}}\n"
     )
-    recipe = read(str(tmp_path / "recipe.yaml"), [])
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"), [])
     for suites in (["gsm8k"], ["mbpp"], []):
-        prepare.prepare(recipe, tmp_path / "made", suites)
+        prepare_tokens(recipe, tmp_path / "made", suites)
     report = (tmp_path / "made" / "report.md").read_text()
     assert "| gsm8k | 10 | 1 | 0 | 1 of 1 |" in report
     assert "| mbpp | 10 | 0 | 0 | 0 of 1 |" in report

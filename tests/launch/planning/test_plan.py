@@ -1,4 +1,7 @@
-"""What plan.py says, against the model that it stands for; measured peaks are compared in bench/memory.py."""
+"""Proves what plan.py prints, against the arithmetic and the tensors of a small model.
+
+Needs nothing; takes a minute. bench/memory.py compares planned peaks with measured ones.
+"""
 
 import os
 import subprocess
@@ -10,12 +13,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from astra import adapter
-from launch.config.schema import Recipe, validate
-from launch.planning.estimate import Estimate, estimate
+from astra.adapter import attach_adapters
+from launch.config.loading import validate_recipe
+from launch.config.schema import Recipe
+from launch.planning.estimate import Estimate, estimate_run
+from launch.runtime.units import GIB
 from launch.training.loss import AnswerLoss
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 CONFIG = LlamaConfig(
     vocab_size=300,
     hidden_size=64,
@@ -26,9 +31,11 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 LENGTH, SAMPLES = 128, 10
+LAYER_ELEMENTS = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160  # of the targets' weights
 
 
-def recipe(engine: str = "fsdp", **sections: dict) -> Recipe:
+def make_recipe(engine: str = "fsdp", **sections: dict) -> Recipe:
+    """Make a recipe with other fields in some sections."""
     values = {
         "model": {"name": "m"},
         "data": {"path": "d", "max_length": LENGTH},
@@ -37,164 +44,170 @@ def recipe(engine: str = "fsdp", **sections: dict) -> Recipe:
         "train": {"global_batch": 8, "micro_batch": 2},
         "engine": engine,
     }
-    return validate(
-        values | {name: values.get(name, {}) | section for name, section in sections.items()}
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields
+    return validate_recipe(values)
+
+
+def plan(recipe: Recipe, world_size: int = 1, checkpointing: bool = False) -> Estimate:
+    """Estimate three steps of a recipe with the small model in fp32."""
+    return estimate_run(
+        CONFIG,
+        recipe,
+        world_size=world_size,
+        dtype=torch.float32,
+        checkpointing=checkpointing,
+        steps=3,
     )
 
 
-def plan(recipe: Recipe, ranks: int = 1, checkpointing: bool = False) -> Estimate:
-    return estimate(
-        CONFIG, recipe, ranks=ranks, dtype=torch.float32, checkpointing=checkpointing, steps=3
-    )
+def halve_statistics(estimate: Estimate) -> float:
+    """Return the GiB in which half of the calibration's statistics can be held and worked out."""
+    (window,) = estimate.windows.windows
+    return (window.statistics_bytes / 2 + estimate.windows.working_bytes) / GIB
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).requires_grad_(False)
-    return adapter.attach(model, recipe().adapter.targets, 4, 4, 0.0)
+    base = LlamaForCausalLM(CONFIG).requires_grad_(False)
+    return attach_adapters(base, make_recipe().adapter.targets, 4, 4, 0.0)
 
 
 def test_parameters_are_the_models(model: nn.Module) -> None:
-    found = plan(recipe())
-    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.parameters == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    estimate = plan(make_recipe())
+    assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate.parameters == sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
 def test_arithmetic_of_calibration_is_that_of_its_products() -> None:
-    found = plan(recipe())
-    per_layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160
     attention = 2 * 2 * LENGTH**2 * 64  # scores and their product with the values
-    head = 2 * 64 * 300  # of one token a row
-    assert found.calibration.flops == SAMPLES * (6 * (2 * LENGTH * per_layer + attention) + head)
+    head = 2 * 64 * 300  # of one token of each sample
+    per_sample = 6 * (2 * LENGTH * LAYER_ELEMENTS + attention) + head
+    assert plan(make_recipe()).calibration.flops == SAMPLES * per_sample
 
 
 def test_activations_are_what_backward_keeps(model: nn.Module) -> None:
-    kept = {}
+    sizes = {}  # address of a storage -> its bytes
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        counted = torch.arange(ids.numel() - 1)
-        loss = AnswerLoss(model.train())(ids, counted, ids.flatten()[1:])
-    of_weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = sum(size for address, size in kept.items() if address not in of_weights)
-    found = plan(recipe()).training.memory["activations"]
-    assert saved <= found <= 1.5 * saved  # what is made on the way comes to it
+        every_token = torch.arange(ids.numel() - 1)
+        loss = AnswerLoss(model.train())(ids, every_token, ids.flatten()[1:])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = sum(size for address, size in sizes.items() if address not in weights)
+    planned = plan(make_recipe()).training.memory["activations"]
+    assert kept <= planned <= 1.5 * kept  # tensors that are freed on the way come to it
     assert loss.requires_grad
 
 
 def test_checkpointing_saves_memory_for_a_third_more_arithmetic() -> None:
-    plain, saving = plan(recipe()), plan(recipe(), checkpointing=True)
+    plain, saving = plan(make_recipe()), plan(make_recipe(), checkpointing=True)
     assert saving.training.memory["activations"] < 0.5 * plain.training.memory["activations"]
     assert 1.3 < saving.training.flops / plain.training.flops < 1.6
 
 
-def test_what_is_sharded_falls_with_the_ranks() -> None:
-    for engine, shared in [("fsdp", True), ("zero3", True), ("zero2", False)]:
-        two, four = (plan(recipe(engine), ranks).training.memory for ranks in (2, 4))
-        assert two["base"] / four["base"] == (2 if shared else 1)
-    assert plan(recipe("fsdp"), 2).training.memory["activations"] == two["activations"]
+@pytest.mark.parametrize(("engine", "ratio"), [("fsdp", 2), ("zero3", 2), ("zero2", 1)])
+def test_what_is_sharded_falls_with_the_world_size(engine: str, ratio: int) -> None:
+    two, four = (plan(make_recipe(engine), size).training.memory for size in (2, 4))
+    assert two["base"] / four["base"] == ratio
+    assert two["activations"] == four["activations"]
+    assert plan(make_recipe("fsdp"), 2).training.memory["activations"] == two["activations"]
 
 
 def test_windows_follow_the_budget() -> None:
-    whole = plan(recipe())
-    assert len(whole.windows.windows) == 1
+    whole = plan(make_recipe())
     assert whole.hidden_states == 0
-    budget = (whole.windows.windows[0].statistics / 2 + whole.windows.working) / 2**30
-    halved = plan(recipe(calibration={"memory_gib": budget}))
+    halved = plan(make_recipe(calibration={"memory_gib": halve_statistics(whole)}))
     assert [list(window.layers) for window in halved.windows.windows] == [[0, 1, 2], [3, 4, 5]]
     assert halved.hidden_states == SAMPLES * LENGTH * 64 * 4
     assert halved.calibration.peak < whole.calibration.peak
-    assert plan(recipe(adapter={"method": "lora"})).calibration.memory["statistics"] == 0
+    assert plan(make_recipe(adapter={"method": "lora"})).calibration.memory["statistics"] == 0
 
 
-@pytest.mark.parametrize(("method", "exported"), [("rslora", 2), ("dora", 1)])
-def test_other_adapters_are_counted_as_they_are(method: str, exported: int) -> None:
-    found = plan(recipe(adapter={"method": method}))
+@pytest.mark.parametrize(("method", "num_exported"), [("rslora", 2), ("dora", 1)])
+def test_other_adapters_are_counted_as_they_are(method: str, num_exported: int) -> None:
+    estimate = plan(make_recipe(adapter={"method": method}))
     base = LlamaForCausalLM(CONFIG).requires_grad_(False)
-    model = adapter.attach(base, recipe().adapter.targets, 4, 4, 0.0, dora=method == "dora")
+    targets = make_recipe().adapter.targets
+    model = attach_adapters(base, targets, 4, 4, 0.0, dora=method == "dora")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.trainable == trained
-    assert list(found.files.values())[:2] == [16 * trained, exported * 4 * trained]
-    assert found.windows is None
+    assert estimate.trainable == trained
+    assert list(estimate.files.values())[:2] == [16 * trained, num_exported * 4 * trained]
+    assert estimate.windows is None
 
 
-def test_full_holds_gradients_and_moments_of_all_parameters() -> None:
-    count = sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
-    for engine, copies in [
-        ("single", 16),
-        ("fsdp", 16),
-        ("zero3", 20),
-        ("zero2", 20),
-    ]:  # bytes of a parameter, fp32
-        found = plan(recipe(engine, adapter={"method": "full"}))
-        assert found.parameters == found.trainable == count
-        buffer = (
-            4 * count if engine.startswith("zero") else 0
-        )  # the bucket of gradients is larger than this model
-        held = found.training.memory
-        assert held["base"] + held["gradients and optimiser"] == copies * count + buffer
-    halved = plan(recipe("fsdp", adapter={"method": "full"}), 2).training.memory
-    assert halved["base"] + halved["gradients and optimiser"] == 8 * count
-    assert list(found.files.values())[:2] == [12 * count, 4 * count]
+@pytest.mark.parametrize(
+    ("engine", "parameter_bytes"), [("single", 16), ("fsdp", 16), ("zero3", 20), ("zero2", 20)]
+)
+def test_full_holds_gradients_and_moments_of_all_parameters(
+    engine: str, parameter_bytes: int
+) -> None:
+    count = sum(parameter.numel() for parameter in LlamaForCausalLM(CONFIG).parameters())
+    estimate = plan(make_recipe(engine, adapter={"method": "full"}))
+    assert estimate.parameters == estimate.trainable == count
+    # DeepSpeed's bucket of gradients is larger than this model.
+    buffer = 4 * count if engine.startswith("zero") else 0
+    held = estimate.training.memory
+    assert held["base"] + held["gradients and optimiser"] == parameter_bytes * count + buffer
+    assert list(estimate.files.values())[:2] == [12 * count, 4 * count]
+
+
+def test_full_is_sharded_by_fsdp() -> None:
+    count = sum(parameter.numel() for parameter in LlamaForCausalLM(CONFIG).parameters())
+    held = plan(make_recipe("fsdp", adapter={"method": "full"}), 2).training.memory
+    assert held["base"] + held["gradients and optimiser"] == 8 * count
 
 
 def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
     forward, backward, weights = (
-        plan(recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa")
+        plan(make_recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa")
     )
-    # The backward pass of a frozen model costs what the forward pass does, the head is on every token, attention 2.5.
+    # The backward pass of a frozen model costs what the forward pass does. Two things make up the
+    # rest: the head on every token, and attention, whose backward pass costs 2.5 times the forward.
     assert 2 < backward.calibration.flops / forward.calibration.flops < 2.6
-    elements = 6 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160)
-    assert backward.windows.windows[0].statistics == 8 * (elements + 6 * 7)
+    elements = 6 * LAYER_ELEMENTS
+    assert backward.windows.windows[0].statistics_bytes == 8 * (elements + 6 * 7)
     assert backward.sum_flops == SAMPLES * LENGTH * 2 * elements
-    assert (
-        weights.calibration.flops,
-        weights.sum_flops,
-        weights.windows.windows[0].statistics,
-    ) == (0, 0, 0)
+    assert (weights.calibration.flops, weights.sum_flops) == (0, 0)
+    assert weights.windows.windows[0].statistics_bytes == 0
     assert weights.solve_flops > 0
-    halved = (backward.windows.windows[0].statistics / 2 + backward.windows.working) / 2**30
-    twice = plan(recipe(adapter={"method": "lora_ga"}, calibration={"memory_gib": halved}))
+    settings = {"memory_gib": halve_statistics(backward)}
+    twice = plan(make_recipe(adapter={"method": "lora_ga"}, calibration=settings))
     assert twice.calibration.flops == 2 * backward.calibration.flops
     assert twice.hidden_states == 0
 
 
-def run(script: str, *arguments: object, code: int = 0) -> str:
-    line = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
-    done = subprocess.run(
-        line, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+def run_script(script: str, *arguments: object, code: int = 0) -> str:
+    """Run a command, check its exit code, and return everything that it printed."""
+    command = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
-    common = [
-        "--recipe",
-        "metamath",
-        "--set",
-        f"model.name={tmp_path}",
-        "--set",
-        "adapter.rank=8",
-        "--gpus",
-        4,
-    ]
-    said = run("plan.py", *common, "--gpu-memory", 10)
-    assert "782 steps" in said
-    assert "1 window" in said
-    assert "it fits" in said
-    said = run("train.py", "--plan", *common, "--gpu-memory", 0.0001, code=1)
-    assert "it does not fit in 0.0001 GiB: calibration, initialisation, training" in said
+    settings = ["--set", f"model.name={tmp_path}", "--set", "adapter.rank=8"]
+    options = ["--recipe", "metamath", *settings, "--gpus", 4]
+    printed = run_script("plan.py", *options, "--gpu-memory", 10)
+    assert "782 steps" in printed
+    assert "1 window" in printed
+    assert "it fits" in printed
+    printed = run_script("train.py", "--plan", *options, "--gpu-memory", 0.0001, code=1)
+    assert "it does not fit in 0.0001 GiB: calibration, initialisation, training" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
         (["--gpus", "0"], "--gpus: must be above 0"),
         (["--set", "model.name=/nowhere"], "model.name: no folder /nowhere"),
@@ -202,9 +215,8 @@ def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -
     ],
     ids=str,
 )
-def test_what_is_missing_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(options: list[str], message: str, tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
-    said = run(
-        "plan.py", "--recipe", "metamath", "--set", f"model.name={tmp_path}", *arguments, code=2
-    )
-    assert f"error: {message}" in said
+    model = ["--set", f"model.name={tmp_path}"]
+    printed = run_script("plan.py", "--recipe", "metamath", *model, *options, code=2)
+    assert f"error: {message}" in printed

@@ -7,27 +7,28 @@ import time
 from pathlib import Path
 
 from launch.quickstart import base as quickstart
-from launch.runtime.distributed import start, stop
+from launch.quickstart.data import NUM_DOCUMENTS, SEED, generate_documents, generate_problems
+from launch.runtime.distributed import start_process_group, stop_process_group
 
 
 def test_the_second_run_waits_and_finds_it_made(tmp_path: Path) -> None:
     folder, made = tmp_path / "cache" / "base", []
 
     def ensure() -> None:
-        with quickstart.alone(folder):
+        with quickstart.make_alone(folder):
             if not (folder / quickstart.MANIFEST).is_file():
                 time.sleep(0.3)
                 folder.mkdir()
                 (folder / quickstart.MANIFEST).touch()
                 made.append(folder)
 
-    start()
+    start_process_group()
     threads = [threading.Thread(target=ensure) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    stop()
+    stop_process_group()
     assert made == [folder]
 
 
@@ -46,11 +47,11 @@ def test_what_decides_the_base_has_not_changed_since_its_version() -> None:
         "num_attention_heads",
     }
     decides = [
-        list(quickstart.documents(500, quickstart.SEED)),
-        quickstart.problems(),
+        list(generate_documents(500, SEED)),
+        generate_problems(),
         {key: settings[0][key] for key in sorted(kept)},
         *settings[1:],
-        (quickstart.VOCABULARY, quickstart.DOCUMENTS, quickstart.STEPS),
+        (quickstart.VOCABULARY, NUM_DOCUMENTS, quickstart.STEPS),
     ]
     found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     assert (quickstart.VERSION, found) == (1, "9a1ec3faa31f")

@@ -1,79 +1,80 @@
-"""Held-out rows are never trained or calibrated on, and losses are those of plain PyTorch, token by token."""
+"""Held-out rows are never trained on, and measured losses are those of plain PyTorch.
 
-from collections.abc import Callable
+Needs nothing but a tiny random model; a few seconds.
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from launch.data.tokenize import TokenSet, choose, step_rows
+from launch.data.token_set import TokenSet
 from launch.engines import make_engine
-from launch.runtime.distributed import start, stop
+from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
-from launch.scoring import held_out as measure
+from launch.scoring.held_out import (
+    count_trained_parameters,
+    gather_peak_memory,
+    measure_prediction,
+    read_other_text,
+)
 
 
-def token_set(lengths: list[int]) -> TokenSet:
-    """Row i holds the token 10 + i, of which all but two are the answer."""
-    tokens = torch.cat(
-        [torch.full((length,), 10 + i, dtype=torch.int32) for i, length in enumerate(lengths)]
-    )
-    return TokenSet(
-        tokens, torch.tensor([0, *lengths]).cumsum(0), torch.full((len(lengths),), 2), 3, 1
-    )
+def make_token_set(lengths: list[int]) -> TokenSet:
+    """Make examples of which number i holds the token 10 + i; all but two tokens are the answer."""
+    pieces = []
+    for i, length in enumerate(lengths):
+        pieces.append(torch.full((length,), 10 + i, dtype=torch.int32))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return TokenSet(torch.cat(pieces), offsets, torch.full((len(lengths),), 2), 3, 1)
 
 
-def test_the_last_rows_are_split_off_whole() -> None:
-    whole = token_set([3, 5, 4, 6])
-    training, held_out = measure.split(whole, 1)
-    assert training.tokens.unique().tolist() == [10, 11, 12]
-    assert held_out.tokens.tolist() == [13] * 6
-    assert training.lengths().tolist() == [3, 5, 4]
-    assert held_out.lengths().tolist() == [6]
-    assert (training.num_cut, training.num_left_out, held_out.num_cut) == (3, 1, 0)
-    # Whatever steps or calibration choose is an index into the training part.
-    assert {row for step in step_rows(len(training), 2, 5, None, 0) for row in step} == {0, 1, 2}
-    assert choose(len(training), 3, 0) == [0, 1, 2]
-    assert measure.split(whole, 0) == (whole, None)
-    with pytest.raises(UserError, match=r"data.held_out: 4 of 4 rows leave none"):
-        measure.split(whole, 4)
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device of a started process group of one rank."""
+    yield start_process_group()
+    stop_process_group()
 
 
 def test_prediction_is_the_mean_over_the_answer_tokens(
-    make_llama: Callable[..., LlamaForCausalLM],
+    device: torch.device, make_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
-    tokens = token_set([3, 5, 4, 6, 9, 3, 3, 7, 12])
+    tokens = make_token_set([3, 5, 4, 6, 9, 3, 3, 7, 12])
     model = make_llama()
-    device = start()
-    try:
-        found = measure.prediction(make_engine("single", device, torch.float32), model, tokens)
-        assert measure.peak_memory(device)[0] > 2**20
-    finally:
-        stop()
-    assert not dist.is_initialized()
+    found = measure_prediction(make_engine("single", device, torch.float32), model, tokens)
     losses, hits = [], []
     for i in range(len(tokens)):
         row = tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].long()
         logits = model.double()(input_ids=row[None]).logits[0, 1:-1]
         losses.append(F.cross_entropy(logits, row[2:], reduction="none"))
         hits.append(logits.argmax(-1) == row[2:])
-    assert found["tokens"] == sum(map(len, losses)) == 34
-    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-    assert found["accuracy"] == torch.cat(hits).double().mean().item()
+    assert found.tokens == sum(map(len, losses)) == 34
+    # The model runs in fp32 and the reference in fp64.
+    assert found.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert found.accuracy == torch.cat(hits).double().mean().item()
 
 
-class Letters:
+def test_memory_and_trained_parameters_are_counted(
+    device: torch.device, make_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    assert gather_peak_memory(device)[0] > 2**20
+    model = make_llama().requires_grad_(False)
+    assert count_trained_parameters(model) == 0
+    model.lm_head.requires_grad_(True)
+    assert count_trained_parameters(model) == model.lm_head.weight.numel()
+
+
+class LetterTokenizer:
     """A tokenizer of one token a letter."""
 
     eos_token_id = None
 
-    def __call__(self, texts: list[str], **_: object):  # noqa: ANN204
-        return type(
-            "Encoding", (), {"input_ids": [[ord(letter) for letter in text] for text in texts]}
-        )
+    def __call__(self, texts: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[list(map(ord, text)) for text in texts])
 
 
 @pytest.mark.parametrize(
@@ -89,14 +90,14 @@ def test_other_text_that_cannot_be_used_is_named(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        measure.read_text(tmp_path / name, Letters(), 8)
+        read_other_text(tmp_path / name, LetterTokenizer(), 8)
     with pytest.raises(UserError, match="cannot read"):
-        measure.read_text(tmp_path / "none.txt", Letters(), 8)
+        read_other_text(tmp_path / "none.txt", LetterTokenizer(), 8)
 
 
 def test_other_text_is_taken_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefghi")
-    tokens, source = measure.read_text(tmp_path / "a.txt", Letters(), 4)
+    tokens, source = read_other_text(tmp_path / "a.txt", LetterTokenizer(), 4)
     assert tokens.lengths().tolist() == [4, 4]  # the last letter alone has nothing before it
-    assert tokens.answer_tokens([0, 1]) == 6
+    assert tokens.count_answer_tokens([0, 1]) == 6
     assert len(source["sha256"]) == 64

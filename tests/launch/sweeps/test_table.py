@@ -1,6 +1,8 @@
-"""Tables: every shipped one parses, runs are told apart by what decides them, and rates are chosen by held-out loss."""
+"""Proves which runs a table leads to: their recipes and names, and rates chosen by held-out loss.
 
-import json
+Reads every table in recipes/tables. Needs nothing else; takes 30 seconds.
+"""
+
 import math
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 import yaml
 
 from launch.runtime.errors import UserError
-from launch.sweeps.table import TABLES, Sweep, Unit, read_table
+from launch.sweeps.table import TABLES, Cell, Run, Sweep, read_table
+from tests.support.sweeps import make_held_out, make_results, write_results
 
 SHIPPED = sorted(path.stem for path in TABLES.glob("*.yaml") if path.stem != "published")
-ASTRA, LORA = Unit("astra", None), Unit("lora", None)
+ASTRA, LORA = Cell("astra", None), Cell("lora", None)
 TABLE = {
     "recipe": "quickstart",
     "set": {"data.held_out": 20, "train.max_steps": 5},
@@ -25,27 +28,29 @@ TABLE = {
 }
 
 
-def sweep_of(folder: Path, *overrides: str, **fields: object) -> Sweep:
+def read_small_table(folder: Path, *overrides: str, **fields: object) -> Sweep:
+    """Read TABLE with other `fields`, from `folder`."""
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(TABLE | fields))
     return read_table(str(path), overrides, folder / "runs")
 
 
-def finish(sweep: Sweep, run: object, loss: float) -> None:
-    folder = sweep.folder / run.name
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"held_out": {"after": {"loss": loss}}}))
+def finish_run(sweep: Sweep, run: Run, loss: float) -> None:
+    """Write the results of a run with this held-out loss."""
+    write_results(sweep, run, make_results(0.5, held_out=make_held_out(loss)))
 
 
 def test_there_are_tables() -> None:
     assert {"maths", "code", "commonsense", "ranks", "reference", "miniature"} <= set(SHIPPED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -> None:
     sweep = read_table(name)
-    runs = [run for unit in sweep.units() for run in sweep.choosing(unit).values()]
-    runs += [run for unit in sweep.units() for of in sweep.scored(unit).values() for run in of]
+    runs = []
+    for cell in sweep.list_cells():
+        runs += sweep.list_runs(cell)
     assert len(runs) >= 9
     assert len({run.name for run in runs}) == len(runs)
 
@@ -53,80 +58,90 @@ def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -
 def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(
     tmp_path: Path,
 ) -> None:
-    run = sweep_of(tmp_path, "train.max_steps=7", "train.lr=3").run(ASTRA, 0.01, 2, ["gsm8k"])
-    of = run.recipe
-    assert (of.train.max_steps, of.train.lr, of.train.seed, of.calibration.seed) == (7, 0.01, 2, 2)
-    assert (of.adapter.eigen_select, of.data.held_out, of.eval.suites) == ("largest", 20, ["gsm8k"])
+    sweep = read_small_table(tmp_path, "train.max_steps=7", "train.lr=3")
+    run = sweep.make_run(ASTRA, 0.01, 2, ["gsm8k"])
+    train = run.recipe.train
+    assert (train.max_steps, train.lr, train.seed, run.recipe.calibration.seed) == (7, 0.01, 2, 2)
+    assert run.recipe.adapter.eigen_select == "largest"
+    assert run.recipe.data.held_out == 20
+    assert run.recipe.eval.suites == ["gsm8k"]
     rate = [word for word in run.arguments if word.startswith("train.lr=")]
     assert rate == ["train.lr=3", "train.lr=0.01"]  # the later one counts
 
 
 def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_path: Path) -> None:
-    name = sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name
+    name = read_small_table(tmp_path).make_run(ASTRA, 0.01, 1, []).name
     assert name.startswith("astra-lr0.01-seed1-")
-    assert sweep_of(tmp_path).run(ASTRA, 0.01, 1, []).name == name
-    assert (
-        sweep_of(tmp_path, seeds=[1, 2, 3]).run(ASTRA, 0.01, 1, []).name == name
-    )  # further rows, the same run
+    assert read_small_table(tmp_path).make_run(ASTRA, 0.01, 1, []).name == name
+    with_another_seed = read_small_table(tmp_path, seeds=[1, 2, 3])
+    assert with_another_seed.make_run(ASTRA, 0.01, 1, []).name == name
     changed = [
-        sweep_of(tmp_path).run(ASTRA, 0.01, 1, ["gsm8k"]),
-        sweep_of(tmp_path).run(ASTRA, 0.01, 2, []),
-        sweep_of(tmp_path, "calibration.samples=65").run(ASTRA, 0.01, 1, []),
-        sweep_of(tmp_path, recipe="metamath").run(ASTRA, 0.01, 1, []),
-        sweep_of(tmp_path).run(LORA, 0.01, 1, []),
+        read_small_table(tmp_path).make_run(ASTRA, 0.01, 1, ["gsm8k"]),
+        read_small_table(tmp_path).make_run(ASTRA, 0.01, 2, []),
+        read_small_table(tmp_path, "calibration.samples=65").make_run(ASTRA, 0.01, 1, []),
+        read_small_table(tmp_path, recipe="metamath").make_run(ASTRA, 0.01, 1, []),
+        read_small_table(tmp_path).make_run(LORA, 0.01, 1, []),
     ]
     assert len({run.name for run in changed} | {name}) == 6
 
 
 def test_the_rate_with_the_least_held_out_loss_is_the_rows_own(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    low, high = sweep.choosing(ASTRA).values()
+    sweep = read_small_table(tmp_path)
+    low, high = sweep.tuning_runs(ASTRA).values()
     assert low.recipe.eval.suites == []  # no score can count
-    assert sweep.own_rate(ASTRA) is None
-    assert list(sweep.scored(ASTRA)) == ["common"]
-    finish(sweep, low, 0.7)
-    assert sweep.own_rate(ASTRA) is None  # the other has not ended
-    finish(sweep, high, 0.5)
-    assert sweep.own_rate(ASTRA) == 0.01
-    assert sweep.own_rate(LORA) is None
-    scored = sweep.scored(ASTRA)
-    assert [run.recipe.train.lr for run in scored["own"]] == [0.01, 0.01]
-    assert [run.recipe.train.seed for run in scored["common"]] == [1, 2]
+    assert sweep.tuned_lr(ASTRA) is None
+    assert list(sweep.eval_runs(ASTRA)) == ["common"]
+    finish_run(sweep, low, 0.7)
+    assert sweep.tuned_lr(ASTRA) is None  # the other has not ended
+    finish_run(sweep, high, 0.5)
+    assert sweep.tuned_lr(ASTRA) == 0.01
+    assert sweep.tuned_lr(LORA) is None
+    runs = sweep.eval_runs(ASTRA)
+    assert [run.recipe.train.lr for run in runs["own"]] == [0.01, 0.01]
+    assert [run.recipe.train.seed for run in runs["common"]] == [1, 2]
 
 
 def test_a_diverged_rate_loses_and_the_common_rate_is_not_run_twice(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    low, high = sweep.choosing(ASTRA).values()
-    finish(sweep, low, 0.7)
+    sweep = read_small_table(tmp_path)
+    low, high = sweep.tuning_runs(ASTRA).values()
+    finish_run(sweep, low, 0.7)
     (sweep.folder / high.name).mkdir()
     (sweep.folder / high.name / "state.json").write_text('{"state": "diverged"}')
-    assert sweep.own_rate(ASTRA) == 1e-3
-    scored = sweep.scored(ASTRA)
-    assert [run.name for run in scored["own"]] == [run.name for run in scored["common"]]
+    assert sweep.tuned_lr(ASTRA) == 1e-3
+    runs = sweep.eval_runs(ASTRA)
+    assert [run.name for run in runs["own"]] == [run.name for run in runs["common"]]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_held_out_loss_that_is_not_finite_is_not_chosen(loss: float, tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    low, high = sweep.choosing(ASTRA).values()
-    finish(sweep, low, loss)  # the first of the grid
-    finish(sweep, high, 0.7)
-    assert sweep.own_rate(ASTRA) == 1e-2
-    for run in sweep.choosing(LORA).values():
-        finish(sweep, run, loss)
-    assert sweep.own_rate(LORA) is None
+    sweep = read_small_table(tmp_path)
+    low, high = sweep.tuning_runs(ASTRA).values()
+    finish_run(sweep, low, loss)  # the first of the grid
+    finish_run(sweep, high, 0.7)
+    assert sweep.tuned_lr(ASTRA) == 1e-2
+    for run in sweep.tuning_runs(LORA).values():
+        finish_run(sweep, run, loss)
+    assert sweep.tuned_lr(LORA) is None
 
 
 def test_a_rows_rates_may_be_another_multiple(tmp_path: Path) -> None:
     rows = TABLE["rows"] | {"low": {"rate_factor": 0.1}}
-    assert sweep_of(tmp_path, rows=rows).grid(Unit("low", None)) == [1e-4, 1e-3]
+    assert read_small_table(tmp_path, rows=rows).learning_rate_grid(Cell("low", None)) == [
+        1e-4,
+        1e-3,
+    ]
 
 
 def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
     vary = {"fields": ["adapter.rank", "adapter.alpha"], "values": [2, 4]}
-    sweep = sweep_of(tmp_path, learning_rates=None, vary=vary)
-    assert sweep.units() == [Unit("astra", 2), Unit("astra", 4), Unit("lora", 2), Unit("lora", 4)]
-    recipe = sweep.scored(Unit("lora", 4))["recipe"][0].recipe
+    sweep = read_small_table(tmp_path, learning_rates=None, vary=vary)
+    assert sweep.list_cells() == [
+        Cell("astra", 2),
+        Cell("astra", 4),
+        Cell("lora", 2),
+        Cell("lora", 4),
+    ]
+    recipe = sweep.eval_runs(Cell("lora", 4))["recipe"][0].recipe
     assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.alpha) == ("lora", 4, 4)
 
 
@@ -148,15 +163,15 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(fields: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        sweep_of(tmp_path, **fields)
+        read_small_table(tmp_path, **fields)
     assert message in str(error.value)
 
 
 def test_a_table_may_extend_another_but_not_itself(tmp_path: Path) -> None:
     (tmp_path / "child.yaml").write_text(f"extends: {tmp_path / 'small.yaml'}\nseeds: [7]\n")
-    sweep_of(tmp_path)
+    read_small_table(tmp_path)
     child = read_table(str(tmp_path / "child.yaml"))
     assert child.table.seeds == [7]
     assert list(child.table.rows) == ["astra", "lora"]
     with pytest.raises(UserError, match="extends itself"):
-        sweep_of(tmp_path, extends=str(tmp_path / "child.yaml"))
+        read_small_table(tmp_path, extends=str(tmp_path / "child.yaml"))

@@ -1,4 +1,7 @@
-"""The training loop in one process: its metrics, where it goes on, what it refuses, and what can be seen of it."""
+"""Proves what the training loop does in one process: its metrics, resuming, refusals and trackers.
+
+Needs nothing; tensorboard and wandb are tried where they are installed. Takes 15 seconds.
+"""
 
 import json
 import re
@@ -9,21 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from astra import adapter
-from launch.config.schema import Recipe, Train, validate
-from launch.data.batches import Packing
-from launch.data.tokenize import TokenSet, step_rows
+from astra.adapter import attach_adapters
+from launch.config.loading import validate_recipe
+from launch.config.schema import Recipe, Train
+from launch.data.order import Packing, plan_steps
+from launch.data.token_set import TokenSet
 from launch.engines.single import SingleEngine
+from launch.run.metrics import Metrics
 from launch.runtime.errors import UserError
 from launch.training import kernels, loop, trackers
-from launch.training import metrics_log as tracking
-from launch.training.flops import work_of
-from launch.training.loop import Metrics, make_stepper, train
+from launch.training.flops import count_training_flops
+from launch.training.loop import make_train_state, train
 from launch.training.loss import AnswerLoss
-from launch.training.profiling import TABLE, TRACE, profiled
+from launch.training.metrics_log import format_speed, log_steps
+from launch.training.profiling import TABLE, TRACE, profile_steps
 
 CPU = torch.device("cpu")
 SETTINGS = Train(global_batch=6, micro_batch=2, lr=0.01, checkpoint_every=4)
@@ -47,7 +53,12 @@ def tokens() -> TokenSet:
 
 
 def steps_of(tokens: TokenSet, epochs: float = 2) -> list[list[int]]:
-    return list(step_rows(len(tokens), SETTINGS.global_batch, epochs, None, seed=3))
+    return list(plan_steps(len(tokens), SETTINGS.global_batch, epochs, None, seed=3))
+
+
+def attach(base: LlamaForCausalLM) -> PeftModel:
+    """Attach small adapters to a frozen base."""
+    return attach_adapters(base.requires_grad_(False), ["q_proj", "down_proj"], 2, 4, 0.0)
 
 
 @pytest.fixture
@@ -56,12 +67,15 @@ def start(
 ) -> Callable[..., Iterator[Metrics]]:
     """A training of adapters on a tiny Llama."""
 
-    def run(steps: list[list[int]], done: tuple = (), **options: object) -> Iterator[Metrics]:
-        model = adapter.attach(
-            make_llama().requires_grad_(False), ["q_proj", "down_proj"], 2, 4, 0.0
-        )
-        stepper = make_stepper(SingleEngine(CPU, torch.float32), model, SETTINGS)
-        return train(stepper, tokens, steps, SETTINGS, CPU, done, **options)
+    def run(
+        steps: list[list[int]],
+        done: tuple = (),
+        model: PeftModel | None = None,
+        **options: object,
+    ) -> Iterator[Metrics]:
+        model = model or attach(make_llama())
+        state = make_train_state(SingleEngine(CPU, torch.float32), model, SETTINGS)
+        return train(state, tokens, steps, SETTINGS, CPU, done, **options)
 
     return run
 
@@ -70,13 +84,13 @@ def test_metrics_say_what_a_step_did(
     start: Callable, tokens: TokenSet, make_llama: Callable
 ) -> None:
     steps = steps_of(tokens)
-    work = work_of(make_llama())
-    found = list(start(steps, work=work, peak=2e12))
+    flop_counts = count_training_flops(make_llama())
+    found = list(start(steps, flop_counts=flop_counts, peak_flops=2e12))
     assert [step["step"] for step in found] == list(range(1, 8))
     assert found[-1]["loss"] < found[0]["loss"]
     for step, rows in zip(found, steps, strict=True):
         assert step.keys() == Metrics.__annotations__.keys()
-        assert step["tokens"] == tokens.answer_tokens(rows)
+        assert step["tokens"] == tokens.count_answer_tokens(rows)
         assert step["all_tokens"] == sum(6 + row for row in rows)
         assert step["all_tokens_per_second"] / step["tokens_per_second"] == pytest.approx(
             step["all_tokens"] / step["tokens"]
@@ -88,9 +102,10 @@ def test_metrics_say_what_a_step_did(
     assert found[2]["seconds_left"] == pytest.approx(found[2]["seconds"] / 3 * 4)
     seconds = found[1]["seconds"] - found[0]["seconds"]
     rows = steps[1]
-    flops = work.of(torch.tensor([6 + row for row in rows]), tokens.answer_tokens(rows))
+    lengths = torch.tensor([6 + row for row in rows])
+    flops = flop_counts.count_step(lengths, tokens.count_answer_tokens(rows))
     assert found[1]["tflops"] == pytest.approx(flops / seconds / 1e12)
-    assert "% of the device's 2)" in tracking.speed(found[0])
+    assert "% of the device's 2)" in format_speed(found[0])
     unknown = next(start(steps))
     assert (unknown["tflops"], unknown["utilisation"]) == (None, None)
 
@@ -108,13 +123,13 @@ def test_a_resumed_epoch_goes_on_with_the_next_row(
     start: Callable, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    collate = loop.collate
+    collate = loop.collate_sequences
 
     def spy(tokens: TokenSet, sequences: list, packing: None) -> object:
         seen.extend(rows for rows in sequences if rows is not None)
         return collate(tokens, sequences, packing)
 
-    monkeypatch.setattr(loop, "collate", spy)
+    monkeypatch.setattr(loop, "collate_sequences", spy)
     steps = steps_of(tokens)
     whole = list(start(steps))
     undisturbed, seen[:] = list(seen), []
@@ -124,12 +139,12 @@ def test_a_resumed_epoch_goes_on_with_the_next_row(
 
 
 def test_numbers_that_are_not_finite_end_the_run_before_they_can_be_saved(
-    start: Callable, tokens: TokenSet
+    start: Callable, tokens: TokenSet, make_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
-    rows = steps_of(tokens)
-    training = start(rows)
+    model = attach(make_llama())
+    training = start(steps_of(tokens), model=model)
     next(training)
-    parameters = next(iter(training.gi_frame.f_locals["stepper"].optimizer.param_groups))["params"]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
         parameters[0].fill_(float("nan"))
     with pytest.raises(
@@ -144,7 +159,7 @@ def test_work_is_that_of_the_matrix_products(
 ) -> None:
     base = make_llama(tied=False).requires_grad_(False)
     base.set_attn_implementation("eager")  # whose products are counted too, over the whole square
-    model = adapter.attach(base, ["q_proj", "k_proj", "v_proj", "up_proj", *more], 2, 4, 0.0)
+    model = attach_adapters(base, ["q_proj", "k_proj", "v_proj", "up_proj", *more], 2, 4, 0.0)
     ids, counted = torch.arange(24)[None], torch.arange(10, 23)
     with FlopCounterMode(display=False) as counter:
         AnswerLoss(model)(ids, counted, ids[0, 1:][counted]).backward()
@@ -153,7 +168,7 @@ def test_work_is_that_of_the_matrix_products(
         2 * 24 * (width * (width + 2 * kv_width) + 3 * width * rank)
     )  # the gradient into the first layer
     upper_triangle = 6 * 2 * width * 24 * 24
-    found = work_of(base).of(torch.tensor([24]), len(counted))
+    found = count_training_flops(base).count_step(torch.tensor([24]), len(counted))
     assert counter.get_total_flops() == found - never + upper_triangle
 
 
@@ -161,7 +176,7 @@ def test_a_profile_has_a_trace_and_the_costliest_operations(
     start: Callable, tokens: TokenSet, tmp_path: Path
 ) -> None:
     steps = steps_of(tokens)
-    assert len(list(profiled(start(steps), len(steps), tmp_path, rank=0))) == len(steps)
+    assert len(list(profile_steps(start(steps), len(steps), tmp_path, rank=0))) == len(steps)
     names = [
         event.get("name") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]
     ]
@@ -184,11 +199,13 @@ def test_a_disk_that_is_full_is_an_error_of_every_rank(
 
     steps = steps_of(tokens)
     with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"):
-        list(tracking.track(start(steps), [], len(steps), tmp_path, 0, log))
+        list(log_steps(start(steps), [], len(steps), tmp_path, 0, log))
 
 
 def recipe(**sections: dict) -> Recipe:
-    return validate({"model": {"name": "m"}, "data": {"path": "d"}, "engine": "single"} | sections)
+    return validate_recipe(
+        {"model": {"name": "m"}, "data": {"path": "d"}, "engine": "single"} | sections
+    )
 
 
 def test_what_is_not_installed_is_named_before_anything_starts() -> None:
@@ -200,9 +217,9 @@ def test_what_is_not_installed_is_named_before_anything_starts() -> None:
         ({"train": {"liger": True}}, r"train\.liger: its kernels need a GPU"),
     ):
         with pytest.raises(UserError, match=words):
-            kernels.require(recipe(**sections), CPU, torch.float32)
+            kernels.require_kernels(recipe(**sections), CPU, torch.float32)
     with pytest.raises(UserError, match=r"tracking: no_such_package is not installed; pip install"):
-        trackers.require(["no_such_package"])
+        trackers.require_trackers(["no_such_package"])
     with pytest.raises(UserError, match=r"train\.compile: zero3 gathers"):
         recipe(train={"compile": True}, engine="zero3")
 
@@ -223,17 +240,17 @@ def test_compiled_layers_train_alike_and_run_as_written_again(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = list(start(steps_of(tokens)))
     base = make_llama().requires_grad_(False)
-    model = adapter.attach(base, ["q_proj", "down_proj"], 2, 4, 0.0)
+    model = attach(base)
     compiled = kernels.compile_layers(base)
     assert [type(layer).__name__ for layer in compiled] == ["LlamaDecoderLayer"] * 2
-    stepper = make_stepper(SingleEngine(CPU, torch.float32), model, SETTINGS)
-    found = list(train(stepper, tokens, steps_of(tokens), SETTINGS, CPU))
+    state = make_train_state(SingleEngine(CPU, torch.float32), model, SETTINGS)
+    found = list(train(state, tokens, steps_of(tokens), SETTINGS, CPU))
     for key in ("loss", "grad_norm"):
         assert [step[key] for step in found] == pytest.approx(
             [step[key] for step in plain], rel=1e-4
         )
     assert graphs
-    kernels.uncompile(compiled)
+    kernels.uncompile_layers(compiled)
     before = len(graphs)
     torch._dynamo.reset()
     base(input_ids=torch.arange(7)[None])
@@ -248,7 +265,7 @@ def test_a_tracker_goes_on_where_it_was(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first in (1, 3):  # killed after step 3 and gone on with after step 2
-        with trackers.opened(recipe(tracking=[name]), tmp_path, first - 1) as log:
+        with trackers.open_trackers(recipe(tracking=[name]), tmp_path, first - 1) as log:
             for step in range(first, first + 3):
                 log(
                     dict.fromkeys(Metrics.__annotations__, float(step))
@@ -290,5 +307,5 @@ def test_packing_is_refused_where_attention_does_not_keep_examples_apart(
 
 def test_attention_is_the_recipes(make_llama: Callable[..., LlamaForCausalLM]) -> None:
     model = make_llama()
-    kernels.put_in(model, recipe(model={"name": "m", "attention": "eager"}))
+    kernels.apply_kernels(model, recipe(model={"name": "m", "attention": "eager"}))
     assert model.config._attn_implementation == "eager"

@@ -1,4 +1,7 @@
-"""The loss without logits: PyTorch's cross-entropy and its gradients, padded, packed, in any chunks, for any head."""
+"""Proves that the loss in chunks is PyTorch's cross-entropy, with its gradients.
+
+Padded and packed, in any chunks, for any head. Needs nothing; takes 20 seconds.
+"""
 
 from collections.abc import Callable
 
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaForCausalLM
 
 from astra import adapter
-from launch.data.batches import Packing, collate, make_share, pack
-from launch.data.tokenize import TokenSet
+from launch.data.batches import collate_sequences
+from launch.data.order import Packing, pack_examples, plan_micro_batches
+from launch.data.token_set import TokenSet
 from launch.training.loss import AnswerLoss, chunked_cross_entropy
 
 PACKED, FLAT = Packing(capacity=40, flat=False), Packing(capacity=40, flat=True)
@@ -64,7 +68,7 @@ def tokens() -> TokenSet:
 def by_hand(model: nn.Module, tokens: TokenSet) -> Tensor:
     """Row by row, from whole logits."""
     losses = []
-    for row, start in enumerate(tokens.answer_starts.tolist()):
+    for row, start in enumerate(tokens.prompt_lengths.tolist()):
         ids = tokens.tokens[tokens.offsets[row] : tokens.offsets[row + 1]].long()
         logits = model(input_ids=ids[None]).logits[0]
         losses.append(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))
@@ -77,13 +81,15 @@ def in_batches(
     """By the functions of the training loop, all ranks' batches one after another."""
     rows, objective = range(len(tokens)), AnswerLoss(model)
     shares = [
-        make_share(rows, tokens.lengths(), rank, ranks, micro_batch, packing)
+        plan_micro_batches(rows, tokens.lengths(), rank, ranks, micro_batch, packing)
         for rank in range(ranks)
     ]
     assert len({len(share) for share in shares}) == 1
-    batches = [collate(tokens, sequences, packing) for share in shares for sequences in share]
+    batches = [
+        collate_sequences(tokens, sequences, packing) for share in shares for sequences in share
+    ]
     return torch.stack(
-        [objective(b.input_ids, b.positions, b.targets, b.position_ids) for b in batches]
+        [objective(b.input_ids, b.loss_indices, b.targets, b.position_ids) for b in batches]
     ).sum()
 
 
@@ -120,8 +126,8 @@ def test_adapters_learn_the_same_from_packed_rows(
         "lm_head",
     ]  # with an adapter, the head is no plain product
     for chosen in (targets[:3], targets):
-        model = adapter.attach(make_llama(tied=False), chosen, 3, 6, 0.0)
-        for layer in adapter.lora_layers(model).values():
+        model = adapter.attach_adapters(make_llama(tied=False), chosen, 3, 6, 0.0)
+        for layer in adapter.get_lora_layers(model).values():
             nn.init.normal_(layer.lora_B[adapter.ADAPTER].weight, std=0.3)
         whole = gradients(model, by_hand(model, tokens))
         for packing in (None, PACKED):
@@ -166,9 +172,9 @@ def test_a_batch_without_answers_weighs_nothing_but_runs_every_module(
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    batch = collate(tokens, [None, None], None)
+    batch = collate_sequences(tokens, [None, None], None)
     loss, *found = gradients(
-        model, AnswerLoss(model)(batch.input_ids, batch.positions, batch.targets)
+        model, AnswerLoss(model)(batch.input_ids, batch.loss_indices, batch.targets)
     )
     assert loss == 0
     assert all((gradient == 0).all() for gradient in found)
@@ -207,7 +213,7 @@ def test_packing_holds_every_row_once_within_the_capacity(
     lengths: list[int], capacity: int
 ) -> None:
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    packed = pack(ordered, torch.tensor(lengths), capacity)
+    packed = pack_examples(ordered, torch.tensor(lengths), capacity)
     assert sorted(row for rows in packed for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= capacity for rows in packed)
     assert (
@@ -217,10 +223,10 @@ def test_packing_holds_every_row_once_within_the_capacity(
 
 
 def test_flat_batches_have_no_padding_and_say_where_examples_begin(tokens: TokenSet) -> None:
-    padded, flat = (collate(tokens, [[1, 3], [5]], packing) for packing in (PACKED, FLAT))
+    padded, flat = (collate_sequences(tokens, [[1, 3], [5]], packing) for packing in (PACKED, FLAT))
     assert padded.input_ids.shape == (2, 32)
     assert flat.input_ids.shape == (1, 48)
     assert flat.position_ids[0].tolist() == [*range(20), *range(12), *range(16)]
     assert torch.equal(flat.targets, padded.targets)
-    assert torch.equal(flat.input_ids[0][flat.positions + 1], flat.targets)
+    assert torch.equal(flat.input_ids[0][flat.loss_indices + 1], flat.targets)
     assert padded.position_ids[1].tolist() == [*range(16)] + [0] * 16

@@ -1,11 +1,12 @@
-"""The metrics as Hugging Face's evaluate loads them, with no network."""
+"""The metrics as Hugging Face's evaluate loads them, without a network.
 
-from pathlib import Path
+Needs bubblewrap or user namespaces for `code`. About fifteen seconds, most of it imports.
+"""
 
 import evaluate
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
             [{"tests": "assert f(1) == 2", "entry_point": "f"}] * 2,
             {},
         ),
+        ("gsm8k", ["The answer is: 18", "#### 18"], ["18", "18"], {"grader": "literature"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

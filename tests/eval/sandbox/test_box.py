@@ -1,0 +1,49 @@
+"""The box is chosen once: the best that works here, or none only where the caller allows it.
+
+Needs Linux; bubblewrap or user namespaces for the test of the choice. A few seconds.
+"""
+
+import pytest
+
+from eval.errors import EvalError
+from eval.sandbox import box as box_module
+from eval.sandbox.box import Box, choose_box
+from eval.sandbox.check import Verdict
+from tests.support.sandbox import BOXES, check
+
+pytestmark = pytest.mark.xdist_group("sandbox")  # they look for processes that stayed behind
+
+
+@pytest.fixture
+def no_box_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without bubblewrap and user namespaces, on which none has been tried yet."""
+    monkeypatch.setattr(box_module, "LEVELS", ())
+    monkeypatch.setattr(box_module, "_find_best_box", box_module._find_best_box.__wrapped__)
+
+
+def test_no_isolation_is_refused_unless_allowed(no_box_works: None) -> None:
+    with pytest.raises(
+        EvalError, match=r"apt-get install bubblewrap.*or run them unprotected"
+    ) as error:
+        check("def f(x): return 4", "assert f(2) == 4", "f")
+    assert error.value.subject == "sandbox"
+    with pytest.raises(EvalError, match="no sandbox"):
+        choose_box()
+    box = choose_box(allow_unsandboxed=True)
+    wrong = check("def f(x): return 3", "assert f(2) == 4", "f", box)
+    assert wrong == Verdict(False, "wrong answer: assert f(2) == 4", "none")
+    late = check("while True: pass", "assert f(2) == 4", "f", box, timeout=0.5)
+    assert late == Verdict(False, "timed out after 0.5 s", "none")
+
+
+def test_the_best_box_is_found_once(any_box: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = next(iter(BOXES))
+    assert choose_box().level == best
+    monkeypatch.setattr(box_module, "find_box", None)  # to try again would be a TypeError
+    assert choose_box().level == best
+
+
+def test_a_box_that_breaks_is_no_wrong_answer() -> None:
+    broken = Box("bubblewrap", ["sh", "-c", "echo no space >&2; exit 1"])
+    with pytest.raises(EvalError, match="did not start: no space"):
+        check("def f(x): return 4", "assert f(2) == 4", "f", broken)

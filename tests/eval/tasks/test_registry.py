@@ -1,0 +1,24 @@
+"""The registry holds every benchmark once, and groups expand to their benchmarks. Needs nothing."""
+
+from eval.tasks import BENCHMARKS, GROUPS, expand_groups
+from eval.tasks.commonsense import CHOICES
+
+
+def test_benchmarks_are_found_by_their_name() -> None:
+    assert list(BENCHMARKS) == [
+        *("gsm8k", "math", "math500", "humaneval", "mbpp", "mbpp_sanitized"),
+        *CHOICES,
+    ]
+    assert all(benchmark.name == name for name, benchmark in BENCHMARKS.items())
+
+
+def test_each_benchmark_is_graded_or_run() -> None:
+    for benchmark in BENCHMARKS.values():
+        assert (benchmark.grade is not None) is (benchmark.kind == "answer")
+        assert (benchmark.extract_program is not None) is (benchmark.kind == "code")
+
+
+def test_groups_expand_and_name_each_benchmark_once() -> None:
+    expanded = expand_groups(["commonsense", "gsm8k", "piqa"])
+    assert expanded == [*GROUPS["commonsense"], "gsm8k"]
+    assert len(GROUPS["commonsense"]) == 8

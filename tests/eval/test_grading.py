@@ -1,0 +1,88 @@
+"""Stored responses are matched with their problems, graded by both graders and summed up.
+
+Needs bubblewrap or user namespaces for the test of programs. A few seconds.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from eval import grading
+from eval.errors import EvalError
+from eval.grading import Grade, grade_responses, match_problems, summarise_passes
+from eval.sandbox.box import Box
+from eval.sandbox.check import Job, Verdict
+from eval.tasks import BENCHMARKS
+from eval.tasks.base import Problem
+from tests.support.sandbox import BOXES
+
+TESTS = {
+    "entry_point": "f",
+    "setup": "",
+    "tests": "assert f(1) == 2",
+    "prompt": "",
+    "in_box": False,
+}
+CODE = Problem("mbpp/11", "Add one.", "def f(x):\n    return x + 1\n", TESTS)
+RIGHT = "```python\ndef f(x):\n    return x + 1\n```"
+ASSERTS = "```python\ndef f(x):\n    assert x\n    return x + 1\n```"
+
+
+def test_answers_are_graded_by_both_graders() -> None:
+    problems = [Problem("gsm8k/0", "", "1,450,000")] * 2
+    outputs = ["The answer is: 1,450,000", "The answer is: 7"]
+    found = list(grade_responses(BENCHMARKS["gsm8k"], problems, outputs))
+    assert found == [
+        {"strict": Grade(True), "literature": Grade(False)},
+        {"strict": Grade(False), "literature": Grade(False)},
+    ]
+
+
+def test_programs_are_run() -> None:
+    if not BOXES:
+        pytest.skip("neither bubblewrap nor user namespaces work on this machine")
+    found = list(grade_responses(BENCHMARKS["mbpp"], [CODE] * 2, [RIGHT, ASSERTS]))
+    assert [[of[grader].passed for grader in ("strict", "literature")] for of in found] == [
+        [True, True],
+        [True, False],  # the published rule cuts at the first assert
+    ]
+    assert found[0]["strict"].isolation == next(iter(BOXES))
+
+
+def test_a_program_that_both_graders_extract_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Job] = []
+    unused = Box("none", [])
+
+    def check_programs(jobs: Iterable[Job], *, box: Box) -> list[Verdict]:
+        assert box is unused
+        seen.extend(jobs)
+        return [Verdict(True, f"run {number}", box.level) for number in range(len(seen))]
+
+    monkeypatch.setattr(grading, "check_programs", check_programs)
+    outputs = ["def f(x):\n    return x + 1\n", ASSERTS, "def f(x):\n    return x + 1\n"]
+    found = list(grade_responses(BENCHMARKS["mbpp"], [CODE] * 3, outputs, timeout=3, box=unused))
+    assert [(job.entry_point, job.timeout) for job in seen] == [("f", 3)] * 4
+    reasons = [(of["strict"].reason, of["literature"].reason) for of in found]
+    assert reasons == [("run 0", "run 0"), ("run 1", "run 2"), ("run 3", "run 3")]
+
+
+def test_problems_are_matched_by_reference_or_id(tmp_path: Path) -> None:
+    rows = [{"id": "a", "reference": "1"}, {"reference": "2"}]
+    matched = match_problems(BENCHMARKS["gsm8k"], rows, None)
+    assert [(problem.id, problem.reference) for problem in matched] == [("a", "1"), ("1", "2")]
+    lines = [f'{{"question": "q{i}", "answer": "#### {i}"}}\n' for i in range(3)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(lines))
+    matched = match_problems(BENCHMARKS["gsm8k"], [{"id": "gsm8k/2"}, {"id": "gsm8k/0"}], tmp_path)
+    assert [problem.question for problem in matched] == ["q2", "q0"]
+    with pytest.raises(EvalError, match="response 1 has no id of a problem, such as gsm8k/0"):
+        match_problems(BENCHMARKS["gsm8k"], [{"id": "gsm8k/9"}], tmp_path)
+
+
+def test_a_summary_counts_problems_and_samples() -> None:
+    single = summarise_passes([[True], [False], [True], [True]])
+    assert (single["accuracy"], single["n"], single["correct"]) == (0.75, 4, 3)
+    assert "pass_at" not in single
+    several = summarise_passes([[True] * 10, [False] * 9 + [True]])
+    assert (several["accuracy"], several["samples"], several["correct"]) == (0.55, 10, 1)
+    assert several["pass_at"] == {"1": pytest.approx(0.55), "10": 1.0}

@@ -1,0 +1,39 @@
+"""Prove that held-out examples are split off whole and never trained or calibrated on.
+
+Needs nothing; a second.
+"""
+
+import pytest
+import torch
+
+from launch.data.order import plan_steps, sample_examples
+from launch.data.token_set import TokenSet, split_held_out
+from launch.runtime.errors import UserError
+
+
+def make_token_set(lengths: list[int]) -> TokenSet:
+    """Make examples of which number i holds the token 10 + i; all but two tokens are the answer."""
+    pieces = []
+    for i, length in enumerate(lengths):
+        pieces.append(torch.full((length,), 10 + i, dtype=torch.int32))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return TokenSet(torch.cat(pieces), offsets, torch.full((len(lengths),), 2), 3, 1)
+
+
+def test_the_last_rows_are_split_off_whole() -> None:
+    whole = make_token_set([3, 5, 4, 6])
+    training, held_out = split_held_out(whole, 1)
+    assert training.tokens.unique().tolist() == [10, 11, 12]
+    assert held_out.tokens.tolist() == [13] * 6
+    assert training.lengths().tolist() == [3, 5, 4]
+    assert held_out.lengths().tolist() == [6]
+    assert (training.num_truncated, training.num_dropped, held_out.num_truncated) == (3, 1, 0)
+    # Whatever steps or calibration choose is an index into the training part.
+    trained = set()
+    for step in plan_steps(len(training), 2, 5, None, 0):
+        trained.update(step)
+    assert trained == {0, 1, 2}
+    assert sample_examples(len(training), 3, 0) == [0, 1, 2]
+    assert split_held_out(whole, 0) == (whole, None)
+    with pytest.raises(UserError, match=r"data.held_out: 4 of 4 rows leave none"):
+        split_held_out(whole, 4)

@@ -1,0 +1,68 @@
+"""A command ends with the exit code and the one line that belong to its error; help needs no torch.
+
+Needs nothing: each case is a short process. Takes 30 s.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
+COMMANDS = [name for name in COMMANDS if name not in ("__init__", "cli", "pipeline")]
+
+
+def run_main(body: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command whose `main` is `body`."""
+    code = f"""
+from astra.errors import AstraError
+from launch.runtime.entry import run_command
+from launch.runtime.errors import RankError, UserError
+def main():
+    {body}
+run_command(main)"""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("print('done')", 0, ""),
+        ("raise UserError('data.path: no\\n  such file')", 2, "error: data.path: no such file\n"),
+        ("raise AstraError('8 is too much', 'rank')", 2, "error: adapter.rank: 8 is too much\n"),
+        ("raise RankError('rank 0 is alone')", 1, "error: rank 0 is alone\n"),
+    ],
+)
+def test_the_exit_code_and_the_line(body: str, code: int, line: str) -> None:
+    done = run_main(body)
+    assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_what_is_no_user_error_has_a_traceback() -> None:
+    done = run_main("raise RuntimeError('a fault')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and "RuntimeError: a fault" in done.stderr
+
+
+def test_torchs_log_level_is_set_before_main_and_kept_if_given() -> None:
+    body = "import os; print(os.environ['TORCH_CPP_LOG_LEVEL'])"
+    assert run_main(body).stdout == "ERROR\n"
+    assert run_main(body, TORCH_CPP_LOG_LEVEL="INFO").stdout == "INFO\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_imports_torch_before_main(name: str) -> None:
+    """Help answers at once, and the log level is read when torch is first imported."""
+    code = f"import sys, launch.{name}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,54 @@
+"""The cross-check compares grades problem by problem, and refuses early what it cannot use.
+
+lm-eval is replaced by a function here; nothing is needed. A few seconds.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.crosscheck import harness
+from launch.runtime.errors import UserError
+from launch.scoring import crosscheck
+
+
+def test_a_missing_harness_is_one_line_that_says_what_to_install() -> None:
+    with pytest.raises(
+        UserError, match=r"no_such_harness missing here: pip install .* requirements-crosscheck.txt"
+    ):
+        crosscheck.require_harnesses("json", "no_such_harness")
+
+
+def test_responses_on_which_the_graders_differ_are_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def pass_all(folder: Path, tasks: list[str], *_: object) -> list[harness.Judgement]:
+        (task,) = tasks
+        documents = (folder / f"{task}.jsonl").read_text().splitlines()
+        ids = [json.loads(document)["id"] for document in documents]
+        return [harness.Judgement(task, "strict-match", problem, True, "") for problem in ids]
+
+    monkeypatch.setattr(harness, "run_lm_eval", pass_all)
+    monkeypatch.setattr(crosscheck, "require_harnesses", lambda *_: None)
+    rows = [
+        {"suite": "gsm8k", "id": "right", "output": "The answer is: 18", "reference": "18"},
+        {"suite": "gsm8k", "id": "wrong", "output": "The answer is: 19", "reference": "18"},
+        {"suite": "siqa", "id": "a", "output": "the answer is answer1", "reference": "answer1"},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    crosscheck.crosscheck_scores(source, None, None, "main", tmp_path / "checked")
+    printed = capsys.readouterr().out
+    assert "siqa: no other harness has a grader of these responses" in printed
+    assert "| gsm8k | lm-eval strict-match | 50.0 | 50.0 | 100.0 | 2 | 1 |" in printed
+    lines = (tmp_path / "checked" / "differences.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["wrong"]
+
+
+def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a finished folder"):
+        crosscheck.crosscheck_scores(tmp_path, None, None, "main", tmp_path / "checked")
+    (tmp_path / "results.json").write_text('{"recipe": "metamath"}')
+    with pytest.raises(UserError, match=r"--scores: .* is not the folder of a finished evaluation"):
+        crosscheck.crosscheck_scores(tmp_path, None, None, "main", tmp_path / "checked")

@@ -1,0 +1,178 @@
+"""Each answer is graded once, a killed scoring resumes to the same file, and scores add up.
+
+The responses are made here, without a model; a second.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from eval.tasks import BENCHMARKS
+from eval.tasks.base import GRADERS, Problem
+from launch.config.schema import Eval
+from launch.run.results import Score
+from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
+from launch.scoring.score import Request, render_scores, score_responses
+
+IDENTITY = {"base": {"name": "model", "weights_sha256": "0"}, "dtype": "float32"}
+SETTINGS = Eval(suites=["gsm8k", "siqa"], samples=2, temperature=0.5)
+PROBLEMS = {
+    "gsm8k": [Problem(f"gsm8k/{i}", f"What is {i} + 1?", str(i + 1)) for i in range(5)],
+    "siqa": [Problem(f"siqa/{i}", "Which?", "answer2") for i in range(3)],
+}
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    start_process_group()
+    yield
+    stop_process_group()
+
+
+@pytest.fixture
+def graded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The responses to gsm8k that were graded, each with its grader."""
+    calls = []
+    own_grade = BENCHMARKS["gsm8k"].grade
+
+    def grade(output: str, problem: Problem, grader: str) -> bool:
+        calls.append((output, grader))
+        return own_grade(output, problem, grader)
+
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", BENCHMARKS["gsm8k"]._replace(grade=grade))
+    return calls
+
+
+def make_responder(
+    asked: list[Request], limit: int | None = None
+) -> Callable[..., Iterable[dict[int, str]]]:
+    """Make a function that responds in parts of two, last requests first, until `limit` is asked.
+
+    The first sample of a problem is right, the second is not; each response has the names of its
+    problem and sample.
+    """
+
+    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, str]]:
+        backwards = list(reversed(range(len(requests))))
+        for start in range(0, len(backwards), 2):
+            if limit is not None and len(asked) >= limit:
+                raise KilledError
+            part = {}
+            for i in backwards[start : start + 2]:
+                request = requests[i]
+                asked.append(request)
+                answer = "0" if request.sample else request.problem.reference
+                part[i] = f"{request.problem.id} {request.sample}\nThe answer is: {answer}"
+            yield part
+
+    return respond
+
+
+def score(folder: Path, asked: list[Request], **options: object) -> dict[str, Score]:
+    settings = options.pop("settings", SETTINGS)
+    problems = {name: PROBLEMS[name] for name in settings.suites}
+    respond = make_responder(asked, **options)
+    return score_responses(respond, problems, settings, folder, IDENTITY)
+
+
+def test_each_answer_is_graded_once_by_each_grader(
+    graded: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    scores = score(tmp_path, [])
+    assert len(graded) == len(set(graded)) == 5 * 2 * len(GRADERS)
+    assert (scores["gsm8k"].accuracy, scores["gsm8k"].correct, scores["gsm8k"].n) == (0.5, 5, 5)
+    assert scores["gsm8k"].pass_at == {"1": 0.5}
+    assert scores["gsm8k"].literature.accuracy == 0.5
+    rows = read_generations(tmp_path / GENERATIONS)
+    # In the order of benchmarks, problems and samples, although the last responses came first.
+    expected = [
+        (name, problem.id, sample)
+        for name, problems in PROBLEMS.items()
+        for problem in problems
+        for sample in range(2)
+    ]
+    assert [(row["suite"], row["id"], row["sample"]) for row in rows] == expected
+    assert all(row["strict"] == (row["sample"] == 0) for row in rows)
+
+
+def test_a_killed_scoring_resumes_to_the_same_file(
+    graded: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = score(undisturbed, [])
+    before: list[Request] = []
+    with pytest.raises(KilledError):
+        score(killed, before, limit=12)
+    with (killed / GENERATIONS).open("a") as file:
+        file.write('{"suite": "siqa", "id": "siqa/0", "sam')  # what a kill in a write leaves
+    graded.clear()
+    after: list[Request] = []
+    resumed = score(killed, after)
+    assert sorted(request.key for request in before + after) == sorted(
+        (row["suite"], row["id"], row["sample"])
+        for row in read_generations(undisturbed / GENERATIONS)
+    )
+    assert len(graded) == len(set(graded)) == 5 * 2 * len(GRADERS)
+    assert (killed / GENERATIONS).read_bytes() == (undisturbed / GENERATIONS).read_bytes()
+    for name, score_of_benchmark in resumed.items():
+        expected = whole[name].model_dump(exclude={"seconds"})
+        assert score_of_benchmark.model_dump(exclude={"seconds"}) == expected
+
+
+def test_responses_to_other_benchmarks_stay(tmp_path: Path) -> None:
+    score(tmp_path, [])
+    first = read_generations(tmp_path / GENERATIONS)
+    asked: list[Request] = []
+    score(tmp_path, asked, settings=SETTINGS.model_copy(update={"suites": ["gsm8k"], "samples": 1}))
+    assert not asked
+    of_gsm8k = [row for row in first if row["suite"] == "gsm8k" and row["sample"] == 0]
+    others = [row for row in first if row["suite"] != "gsm8k"]
+    assert read_generations(tmp_path / GENERATIONS) == [*others, *of_gsm8k]
+
+
+def test_responses_of_other_settings_are_set_aside(tmp_path: Path) -> None:
+    score(tmp_path, [])
+    first = (tmp_path / GENERATIONS).read_bytes()
+    asked: list[Request] = []
+    score(tmp_path, asked, settings=SETTINGS.model_copy(update={"seed": 1}))
+    assert len(asked) == 16
+    assert (tmp_path / PREVIOUS).read_bytes() == first
+
+
+def test_the_data_hash_is_that_of_the_problems(tmp_path: Path) -> None:
+    """Evaluations by two versions can be compared only while the hash stays what it was."""
+    values = [[f"siqa/{i}", "Which?", "answer2", None, ""] for i in range(3)]
+    expected = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    assert score(tmp_path, [])["siqa"].data_sha256 == expected
+
+
+def test_the_table_has_both_graders_and_the_mean_of_the_eight() -> None:
+    literature = {"accuracy": 0.25, "n": 4, "correct": 1, "interval": (0.05, 0.7)}
+    one = Score(
+        accuracy=0.5,
+        n=4,
+        samples=10,
+        correct=2,
+        interval=(0.15, 0.85),
+        pass_at={"1": 0.5, "10": 1.0},
+        literature=literature,
+        prompt="recipe",
+    )
+    lines = render_scores({"gsm8k": one}).splitlines()
+    assert lines[2:] == [
+        "| gsm8k | 50.0 | 15.0 to 85.0 | 25.0 | 4 | recipe |",
+        "| gsm8k pass@1 | 50.0 | | | 4 | recipe |",
+        "| gsm8k pass@10 | 100.0 | | | 4 | recipe |",
+    ]
+    names = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
+    assert "mean" not in render_scores(dict.fromkeys(names, one))
+    table = render_scores(dict.fromkeys([*names, "openbookqa"], one))
+    assert table.splitlines()[-1] == "| mean of the eight | 50.0 | | 25.0 | | |"

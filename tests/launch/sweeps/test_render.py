@@ -1,0 +1,91 @@
+"""Proves what a table shows in Markdown, LaTeX and CSV: bold, empty cells, published scores, notes.
+
+Needs nothing; takes 10 seconds.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from launch.sweeps.render import escape_latex, render_csv, render_latex, render_markdown
+from launch.sweeps.summary import collect_groups
+from launch.sweeps.table import Cell
+from tests.support.sweeps import make_sweep
+
+SCORES = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
+SOURCE = "the READMEs of PEFT's CorDA example and of CorDA"
+
+
+def read_rows(markdown: str) -> dict[str, dict[str, str]]:
+    """Return the rows of a table with one block: label -> title -> text."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    titles, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+
+
+def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, SCORES)
+    shown = render_markdown(sweep, collect_groups(sweep))
+    best = read_rows(shown)["b"]
+    assert best["gsm8k (%)"] == "**81.3 ± 3.8**"
+    assert best["held-out loss"] == "**0.1867 ± 0.0379**"  # the least
+    assert shown.count("**") == 4
+
+    (tmp_path / "close").mkdir()
+    scores = {"a_1": [0.2, 0.5, 0.8], "b": [0.8, 0.3, 0.6], "c": [0.5, 0.2, 0.6]}
+    close = make_sweep(tmp_path / "close", scores)
+    assert "**" not in render_markdown(close, collect_groups(close))
+
+
+def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, None, None], "b": [None] * 3, "c": [0.0, 0.0, 0.0]}
+    sweep = make_sweep(tmp_path, scores)
+    groups = collect_groups(sweep)
+    rows = read_rows(render_markdown(sweep, groups))
+    a, b, c = rows["a_1"], rows["b"], rows["c"]
+    assert (a["seeds"], b["seeds"], c["seeds"]) == ("1 of 3", "0 of 3", "3")
+    assert (a["gsm8k (%)"], b["gsm8k (%)"], c["gsm8k (%)"]) == ("20.0", "", "0.0 ± 0.0")
+    assert {row[title] for row in (a, b, c) for title in ("math (%)", "mean (%)")} == {""}
+    assert (a["peak memory (GiB)"], b["peak memory (GiB)"]) == ("3.00", "")
+    # a_1 is lora of rank 128 on Llama-2-7b.
+    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == ("42.68", "")
+
+    lines = list(csv.DictReader(io.StringIO(render_csv(sweep, groups))))
+    assert {line["row"] for line in lines} == {"a_1", "c"}
+    (line,) = (line for line in lines if (line["row"], line["column"]) == ("a_1", "gsm8k (%)"))
+    numbers = (line["mean"], line["low"], line["n"], line["published"])
+    assert numbers == ("20.0", "", "1", "42.68")
+    assert line["source"] == SOURCE
+    assert {line["source"] for line in lines if not line["published"]} == {""}
+
+
+def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
+    escaped = escape_latex("50% of a_1 & {b} ± 2\\")
+    assert escaped == r"50\% of a\_1 \& \{b\} $\pm$ 2\textbackslash{}"
+    sweep = make_sweep(tmp_path, SCORES)
+    shown = render_latex(sweep, collect_groups(sweep))
+    assert r"a\_1 & 2e-05 & 3 & 20.3 $\pm$ 1.4 &" in shown
+    assert r"\textbf{81.3 $\pm$ 3.8}" in shown
+    widths = {line.count(" & ") for line in shown.splitlines() if line.endswith(r"\\")}
+    assert len(widths) == 1
+
+
+def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Path) -> None:
+    assert escape_latex("p < 0.05 > 0") == "p $<$ 0.05 $>$ 0"
+    cells = [Cell(label, rank) for label in ("a_1", "b", "c") for rank in (2, 128)]
+    sweep = make_sweep(
+        tmp_path,
+        {cell: [0.2, 0.21, 0.2] for cell in cells},
+        vary={"fields": ["calibration.batch_size", "adapter.rank"], "values": [2, 128]},
+    )
+    lines = render_latex(sweep, collect_groups(sweep)).splitlines()
+    typeset = [line for line in lines if not line.startswith("%")]
+    begins = [i for i, line in enumerate(typeset) if line.startswith(r"\begin{tabular}")]
+    assert [typeset[i - 1] for i in begins] == [
+        rf"\noindent Calibration.batch\_size = {rank}, at the recipe's learning rate:\\*"
+        for rank in (2, 128)
+    ]
+    below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
+    assert "gives p $<$ 0.05 (paired t-test" in below
+    assert rf"Published: {SOURCE}.\par" in below
+    assert "\n".join(typeset).count("{") == "\n".join(typeset).count("}")
