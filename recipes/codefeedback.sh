@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Train, score and print the row: recipes/codefeedback.sh [--output DIR] [--set FIELD=VALUE ...]
-# LAUNCH chooses the launcher: "torchrun --nproc_per_node 8", "deepspeed --hostfile hosts" (default: deepspeed).
+# Train codefeedback, score it and print its results row:
+#   bash recipes/codefeedback.sh
+#   LAUNCH="torchrun --nproc_per_node 8" bash recipes/codefeedback.sh --engine fsdp --output runs/mine
+# Arguments go to launch/train.py. LAUNCH is the launcher; the default, deepspeed, uses every GPU of
+# this machine. Prerequisites and hardware are in recipes/codefeedback.yaml.
 set -euo pipefail
 exec ${LAUNCH:-deepspeed} "$(dirname "$0")/../launch/train.py" --recipe codefeedback "$@"

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# The quickstart: pretrain a small base (once), train Astra and plain LoRA at the same rate, print both rows.
-# recipes/quickstart.sh [--set FIELD=VALUE ...]; run folders go to $RUNS (default runs/).
-# LAUNCH chooses the launcher, as in the other scripts.
+# Pretrain a small base (once), train Astra and plain LoRA on it at the same learning rate, and
+# print both rows:
+#   bash recipes/quickstart.sh
+#   RUNS=trials bash recipes/quickstart.sh --set train.max_steps=50
+# Arguments go to launch/train.py. Run folders are in $RUNS (default runs). LAUNCH is the launcher.
+# Hardware: 2 CPU cores. Needs the packages of requirements.txt on PATH; `make quickstart` sees to it.
 set -euo pipefail
 launch="$(dirname "$0")/../launch"
 runs="${RUNS:-runs}"
