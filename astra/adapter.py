@@ -196,8 +196,8 @@ def initialise_layers(
         if product.any():
             residual = (weight.double() - product).to(weight.dtype)
             weights.write(layer.base_layer.weight, residual)
-            rounding = product + residual.double() - weight.double()
-            error = rounding.norm() / weight.double().norm()
+            # In one expression: a name would keep another fp64 copy of W alive.
+            error = (product + residual.double() - weight.double()).norm() / weight.double().norm()
             worst = max(worst, error.item())
         for vector in layer.lora_magnitude_vector.values():
             # PEFT divides by the same norm in the forward pass: the ratio is exactly 1.

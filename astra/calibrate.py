@@ -21,7 +21,7 @@ Words that mean the same throughout this package:
   (windows.CalibrationPlan).
 * owner: the rank that receives the sums of a group over all ranks, and solves its modules.
 * solve a module: compute its Solution, for Astra r eigenvectors of its C. How is the caller's
-  choice: a `Solver` is a function from a `ModuleModuleProblem` to a `Solution`. Astra's is
+  choice: a `Solver` is a function from a `ModuleProblem` to a `Solution`. Astra's is
   `solve_subspace`; those of other methods use the functions of astra.inits.
 * part: the samples that are summed together: all of them, or one of two halves, whose solutions are
   then compared.

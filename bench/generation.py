@@ -1,4 +1,4 @@
-r"""Measure tokens per second of eval.generation.schedule against transformers' `generate`.
+r"""Measure tokens per second of eval.generation.generate against transformers' `generate`.
 
     python bench/generation.py                        the quickstart's base and problems
     python bench/generation.py --model FOLDER --data-dir FOLDER
@@ -48,7 +48,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eval.generation.schedule import generate_responses
+from eval.generation.generate import generate_responses
 from eval.tasks import gsm8k
 from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
@@ -208,7 +208,7 @@ def generate_plainly(work: Work) -> list[str]:
 
 
 def generate_scheduled(work: Work) -> list[str]:
-    """Generate with eval.generation.schedule."""
+    """Generate with eval.generation.generate."""
     responses: dict[int, str] = {}
     for part in generate_responses(
         work.model,

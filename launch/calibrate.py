@@ -52,13 +52,17 @@ def main() -> None:
 def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
     """Make the calibration of `recipe` in `output`."""
     # These take seconds to import, so only when the recipe is known to be good.
-    from launch.calibration.run import calibrate_alone
+    from launch.calibration.run import calibrate_alone, open_calibration_folder
     from launch.quickstart.base import resolve_quickstart
+    from launch.runtime import watchdog
     from launch.runtime.distributed import start_process_group, stop_process_group
 
     device = start_process_group(stall)
+    lock = open_calibration_folder(recipe, output)
+    watchdog.set_phase("reading the inputs")
     calibrate_alone(resolve_quickstart(recipe, device), output, device)
     stop_process_group()
+    del lock  # held until here
 
 
 def _measure_run(run: Path, engine: str | None, stall: float) -> None:

@@ -38,7 +38,7 @@ def make_decoder(
     """Return the decoder of a causal LM.
 
     Raises:
-        EvalError: the model has no cache of keys and values, as Mamba.
+        EvalError: the model has no cache of keys and values, such as Mamba.
     """
     forward = _make_forward(model)
     joins_rows = can_join_rows(_get_base_model(model).config)

@@ -18,7 +18,7 @@ SOURCE = Source("gsm8k", ("gsm8k_test.jsonl", "gsm8k/test.jsonl"), "openai/gsm8k
 # The stops of CorDA and Astra. They also cut prose such as "Response time", and 1 of the 1,319 gold
 # solutions.
 STOPS = ("Instruction:", "Instruction", "Response:", "Response")
-MAX_DIGITS = 400  # a longer answer is no answer, and Python refuses to read very long integers
+MAX_CHARACTERS = 400  # a longer answer counts as none; Python refuses to read very long integers
 
 # What comes before a stated final answer. The last one in a response counts.
 _MARKER = re.compile(r"answer\W{0,4}(?:is\b|[:=])\W{0,4}?[:=]?|####", re.IGNORECASE)
@@ -61,10 +61,13 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
     r"""Return whether `output` gives the number `reference` as its final answer. Never raises.
 
     strict: exact rational arithmetic without rounding. The answer is the text after the last
-    "answer is", "answer:" or "####" that any text follows, else the last \boxed{}, else an output
-    that is nothing but a number. Currency and percent signs, units, thousands separators and markup
-    are dropped. In an equation the side that is one number counts. Two different numbers
-    ("18 or 20") are no answer.
+    "answer is", "answer:", "answer =" or "####" that any text follows; if a \boxed{} comes before
+    the first digit of that text, it is the content of the box. Without a marker the answer is the
+    last \boxed{}, else an output that is nothing but a number. Only the first statement of the
+    answer is read: up to the end of the line or sentence, a comma before words, or a word such as
+    "because". Currency and percent signs, units, thousands separators and markup are dropped. A
+    word of scale multiplies its number: "2 thousand" is 2000. In an equation the last side that
+    holds a single number counts. Two different numbers ("18 or 20") are no answer.
 
     literature: MetaMath's rule (and PiSSA's) with its quirks. Only "The answer is: ", to the
     letter, is a marker. One separator of the number after it is read, so 1,450,000 is 1450. The
@@ -80,7 +83,7 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
 def _grade_literature(output: str, reference: str) -> bool:
     _, marker, after = output.rpartition("The answer is: ")
     match = re.search(r"[\-+]?\d*[.,/]?\d+", after) if marker else None
-    if match is None or len(match.group()) > MAX_DIGITS:
+    if match is None or len(match.group()) > MAX_CHARACTERS:
         return False
     top, slash, bottom = match.group().replace(",", "").partition("/")
     try:
@@ -104,7 +107,7 @@ def extract_answer(output: str) -> Fraction | None:
     boxes = _BOXED.findall(output)
     if boxes:
         return _parse_value(boxes[-1])
-    if len(output) <= MAX_DIGITS and _BARE_NUMBER.fullmatch(output.strip()):
+    if len(output) <= MAX_CHARACTERS and _BARE_NUMBER.fullmatch(output.strip()):
         return _parse_value(output)
     return None
 
@@ -126,7 +129,7 @@ def _parse_value(text: str) -> Fraction | None:
     text = _NOISE.sub("", text)
     text = re.sub(r"(?<=\d)[, '\u2019\u202f](?=\d{3}(?!\d))", "", text)  # thousands separators
     text = _STATEMENT_END.split(text, maxsplit=1)[0]
-    if len(text) > MAX_DIGITS or re.match(r"\W*not\b", text):
+    if len(text) > MAX_CHARACTERS or re.match(r"\W*not\b", text):
         return None
     for side in reversed(text.split("=")):  # "20 - 2 = 18" and "18 = 20 - 2"
         if re.match(r"\W*\d", side):  # "18 (out of 20)", but not "eighteen (18)"

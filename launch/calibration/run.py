@@ -51,14 +51,18 @@ TIE_BREAK = (
 MIN_KEPT_RANK = 256  # vectors kept of a module where ranks follow from its spectrum
 
 
-def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    """Make the calibration of `recipe` in `folder`, for runs to take as calibration.path.
+def open_calibration_folder(recipe: Recipe, folder: Path) -> FolderLock:
+    """Make and lock the folder of a calibration that is made alone. Collective.
 
-    Collective. A killed start is resumed after its last window; a finished folder is left alone.
+    Returns:
+        The folder's lock, which the caller keeps until the calibration is made.
 
     Raises:
-        UserError: the recipe's method needs no calibration, or the folder cannot be used.
+        UserError: the recipe's method needs no calibration, it names one already, or the folder
+            cannot be used.
     """
+    if recipe.calibration.path is not None:
+        raise UserError("calibration.path: is what --output makes; leave it out here")
     if not recipe.adapter.method_record.is_calibrated:
         raise UserError(f"adapter.method: {recipe.adapter.method} needs no calibration")
     lock = FolderLock(folder)
@@ -68,23 +72,38 @@ def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
         lock.acquire()
 
     run_on_rank0(open_folder)
-    watchdog.set_phase("reading the inputs")
+    return lock
+
+
+def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    """Make the calibration of `recipe` in `folder`, for runs to take as calibration.path.
+
+    Collective. A killed process is resumed after its last window; a finished folder is left alone.
+
+    Args:
+        folder: opened by `open_calibration_folder`.
+    """
     inputs = prepare_inputs(recipe, device)
     engine = make_engine(recipe.engine, device, inputs.dtype)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
     else:
-        print_rank0(f"{folder} holds it, finished")
+        print_rank0(f"{folder} already holds this calibration, finished")
 
 
 def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path) -> bool:
-    """Load the base, make the calibration in `folder`, and let go of the base. Collective.
+    """Load the base, make the calibration in `folder`, and free the base. Collective.
+
+    A calibration that is there is checked only.
+
+    Args:
+        folder: of the calibration; calibration.path where the recipe sets it.
 
     Returns:
-        False if the calibration was there already.
+        Whether it was made now.
     """
     if recipe.calibration.path or run_on_rank0(lambda: is_finished(folder)):
-        described = describe_calibration(recipe, inputs, {})
+        described = describe_calibration(recipe, inputs, conditions={})  # they are not compared
         run_on_rank0(lambda: check_calibration(folder, described))
         return False
     watchdog.set_phase("loading the base")
@@ -117,14 +136,14 @@ def obtain_calibration(
     """
     if not recipe.adapter.method_record.is_calibrated:
         return None
-    described = describe_calibration(recipe, inputs, {})
+    described = describe_calibration(recipe, inputs, conditions={})  # they are not compared
     if recipe.calibration.path is not None:
         source = Path(recipe.calibration.path).expanduser()
         run_on_rank0(lambda: check_calibration(source, described))
         run_on_rank0(lambda: copy_summary(source, folder))
         print_rank0(f"calibration: taken from {source}")
         return source
-    if run_on_rank0(lambda: is_finished(folder)):  # of a start that was killed after it
+    if run_on_rank0(lambda: is_finished(folder)):  # by a process that was killed later
         run_on_rank0(lambda: check_calibration(folder, described))
     else:
         make_calibration(recipe, inputs, engine, model, linears, folder)
@@ -141,7 +160,7 @@ def make_calibration(
 ) -> None:
     """Calibrate `model`, in its engine's inference mode, into `folder`. Collective.
 
-    Begins with the first window that is not there. The plan is printed before it runs; the checks
+    Begins with the first window that has no file. The plan is printed before it runs; the checks
     of the solutions, and warnings, afterwards.
     """
     watchdog.set_phase("calibration", timed=True)
@@ -179,8 +198,8 @@ def make_calibration(
         f"calibration: {len(linears)} modules, {facts['tokens']} tokens, {facts['seconds']:.1f} s"
     )
     if recipe.adapter.method_record.solution == "subspace":
-        reach = {name: _count_reachable_outputs(linear) for name, linear in linears.items()}
-        for line in run_on_rank0(lambda: write_report(folder, recipe, reach, facts["tokens"])):
+        reachable = {name: _count_reachable_outputs(linear) for name, linear in linears.items()}
+        for line in run_on_rank0(lambda: write_report(folder, recipe, reachable, facts["tokens"])):
             print_rank0(line)
     run_on_rank0(lambda: finish_calibration(folder, facts))
 
@@ -192,7 +211,12 @@ def _plan_calibration(
     parts: list[list],
     lengths: Tensor,
 ) -> CalibrationPlan:
-    """Plan the windows that keep the statistics within calibration.memory_gib."""
+    """Plan the windows that keep the statistics within calibration.memory_gib.
+
+    Args:
+        parts: this rank's batches in one list; in two with split_half; none if only weights count.
+        lengths: (samples,), tokens of each.
+    """
     settings = recipe.calibration
     first_batch = parts[0][0] if parts else None
     memory = None if settings.memory_gib is None else settings.memory_gib * GIB
@@ -224,7 +248,7 @@ def _count_reachable_outputs(linear: nn.Linear) -> int:
 
 
 def choose_kept_rank(recipe: Recipe) -> int:
-    """Return how many vectors a calibration keeps of each module that has as many."""
+    """Return how many vectors a calibration keeps of each module; a smaller module keeps all."""
     rank = recipe.adapter.rank
     if recipe.adapter.rank_allocation == "effective_rank":
         return max(2 * rank, MIN_KEPT_RANK)
@@ -289,9 +313,10 @@ def make_factor_source(
 
 
 def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
-    """Describe everything that decides the solutions, as the manifest has it.
+    """Describe how the calibration is made, as the manifest has it.
 
-    A value is None where the method does not depend on it.
+    store.COMPARED_FIELDS names what a run that reuses it must share. A value is None where the
+    method does not depend on it.
     """
     settings, adapter = recipe.calibration, recipe.adapter
     method = adapter.method_record

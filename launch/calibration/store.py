@@ -1,20 +1,23 @@
 """A calibration on disk: one file for each window and, written last, manifest.json.
 
-Until it is finished the manifest is called unfinished.json. A start that finds it there resumes
+Until it is finished the manifest is called unfinished.json. A process that finds it there resumes
 after the last window. Astra's also has spectrum.json, plots and a page (calibration/report.py).
 `window-<n>.safetensors` holds what was solved of each module, fp64. For Astra:
 
-    <module>.vectors    (d_out, r)     the chosen eigenvectors, in ascending order of eigenvalue
-    <module>.values     (r,)           their eigenvalues
+    <module>.vectors    (d_out, k)     the chosen eigenvectors, in ascending order of eigenvalue
+    <module>.values     (k,)           their eigenvalues
     <module>.spectrum   (d_out,)       all eigenvalues
-    <module>.checks     (3,)           how exact they are (astra.eigen.Checks)
-    <module>.angles     (r,) or (0,)   with calibration.split_half, the principal angles between the
-                                       subspaces of the two halves
+    <module>.checks     (3,)           errors over their tolerances (astra.eigen.Checks)
+    <module>.angles     (k,)           with calibration.split_half, the principal angles between the
+                                       subspaces of the two halves, radians, ascending; else (0,)
 
 For the other methods:
 
-    <module>.a0         (r, d_in)      the initial factors; those that a smaller rank takes are first
-    <module>.b0         (d_out, r)
+    <module>.a0         (k, d_in)      the initial factors; those that a smaller rank takes are first
+    <module>.b0         (d_out, k)
+
+k is the adapter's rank r, or more where ranks follow from the spectrum
+(calibration.run.choose_kept_rank).
 """
 
 import json
@@ -34,8 +37,9 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import sync_file, sync_folder, write_json
 
 MANIFEST, UNFINISHED, SPECTRUM = "manifest.json", "unfinished.json", "spectrum.json"
-# What decides the solutions, and the recipe field to look at where it differs.
-CONTENT = {
+# Keys of the manifest in which a run and the calibration that it reuses must agree -> the recipe
+# field to look at where they differ. A calibration that is resumed must agree in all but conditions.
+COMPARED_FIELDS = {
     "method": "adapter.method",
     "statistics": "calibration.statistics",
     "base.weights_sha256": "model.name",
@@ -126,7 +130,10 @@ def read_seconds(folder: Path) -> float:
 
 
 def read_solutions(folder: Path) -> Iterator[tuple[str, Solution]]:
-    """Yield every module's name and solution, without its eigenvectors, in the order of solving."""
+    """Yield every module's name, and its solution without the eigenvectors.
+
+    Window by window, and by name within one.
+    """
     for path in _list_windows(folder):
         with safe_open(path, framework="pt") as file:
             fields: dict[str, list[str]] = {}
@@ -172,14 +179,17 @@ def _load_solution(folder: Path, name: str) -> Solution:
 
 
 def check_calibration(folder: Path, manifest: dict) -> None:
-    """Raise UserError, naming the first difference, if `folder` is not what `manifest` describes."""
+    """Raise UserError if a run that `manifest` describes cannot reuse the calibration in `folder`.
+
+    The error names the first of COMPARED_FIELDS that differs, or a rank that does not fit.
+    """
     found = _read_json(folder / MANIFEST)
     if found is None:
         unfinished = (folder / UNFINISHED).is_file()
         state = "is not finished; run launch/calibrate.py again" if unfinished else "has none"
         raise UserError(f"calibration.path: {folder} {state}")
     wanted = json.loads(json.dumps(manifest))
-    for key, field in CONTENT.items():
+    for key, field in COMPARED_FIELDS.items():
         there, here = _get_value(found, key), _get_value(wanted, key)
         if there != here:
             raise UserError(

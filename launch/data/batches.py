@@ -20,13 +20,13 @@ IGNORED = -100  # a label that PyTorch's cross-entropy leaves out
 class TrainBatch:
     """One micro batch of training, as training.loss.AnswerLoss takes it."""
 
-    # (sequences, tokens), int64, padded on the right.
+    # (sequences, tokens), int64, padded on the right; (1, tokens), unpadded, with Packing.flat.
     input_ids: Tensor
     # (n,), int64: places in the flattened input_ids whose next token the loss counts.
     loss_indices: Tensor
     # (n,), int64: those next tokens.
     targets: Tensor
-    # (sequences, tokens), int64, from 0 in each example; None where a sequence is one example.
+    # As input_ids, counted from 0 in each example; None without packing.
     position_ids: Tensor | None
 
     def to(self, device: torch.device) -> "TrainBatch":
@@ -52,7 +52,8 @@ def collate_sequences(
 ) -> TrainBatch:
     """Make the micro batch of `sequences`, each of one or more examples, on the CPU.
 
-    A sequence that is None weighs nothing: it repeats an example, and the loss counts none of it.
+    None fills a batch up, since all ranks must run equally many. It repeats an example of the
+    batch, or example 0, and the loss counts none of it.
     """
     filler = next((examples[0] for examples in reversed(sequences) if examples is not None), 0)
     pieces: list[list[Tensor]] = []  # of each sequence, the tokens of its examples
@@ -109,22 +110,22 @@ def collate_examples(
     An example that is None has weight 0: it repeats another one, and none of its tokens counts.
 
     Returns:
-        The batch, and its labels: int64, IGNORED where the loss does not count; both are
-        (examples, tokens).
+        The batch, and its labels: (examples, tokens), int64, IGNORED where the loss does not count.
+        Labels are not shifted: the label of a token is that token.
     """
     filler = next((example for example in examples if example is not None), 0)
     pieces = []
     for example in examples:
         pieces.append(_example_tokens(tokens, filler if example is None else example).long())
     input_ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=0)
-    places = torch.arange(input_ids.shape[1])
+    columns = torch.arange(input_ids.shape[1])
     lengths = [
         0 if example is None else len(piece)
         for example, piece in zip(examples, pieces, strict=True)
     ]
     starts = [0 if example is None else int(tokens.prompt_lengths[example]) for example in examples]
-    token_mask = places < torch.tensor(lengths)[:, None]
-    is_answer = token_mask & (places >= torch.tensor(starts)[:, None])
+    token_mask = columns < torch.tensor(lengths)[:, None]
+    is_answer = token_mask & (columns >= torch.tensor(starts)[:, None])
     labels = input_ids.masked_fill(~is_answer, IGNORED)
     batch = Batch(input_ids=input_ids.to(device), token_mask=token_mask.to(device))
     return batch, labels.to(device)

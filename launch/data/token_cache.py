@@ -87,7 +87,8 @@ def obtain_tokens(data: Data, model_path: Path) -> TokenFolder:
         source = fetch_source(data)
         wanted = describe_origin(data, model_path, source)
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        tokens = make_tokens(cache_root() / "tokens" / key, data, model_path, source)
+        folder = cache_root() / "tokens" / key
+        tokens = make_tokens(folder, data, model_path, source, option="token cache")
     else:
         tokens = _read_prepared(data, model_path)
     check_refused_rows(tokens.manifest, data)
@@ -104,7 +105,8 @@ def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
             state = "is not there or has no manifest.json"
         raise UserError(f"data.prepared: {folder} {state}")
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
-    _require_same_origin(tokens, describe_origin(data, model_path, None), "data.prepared")
+    wanted = describe_origin(data, model_path, source=None)
+    _require_same_origin(folder, tokens.manifest, wanted, "data.prepared")
     _check_sizes(tokens)
     return tokens
 
@@ -129,14 +131,20 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
 
 
 def make_tokens(
-    folder: Path, data: Data, model_path: Path, source: Path, verify: bool = False
+    folder: Path,
+    data: Data,
+    model_path: Path,
+    source: Path,
+    verify: bool = False,
+    option: str = "--output",
 ) -> TokenFolder:
     """Make the tokens of the rows at `source` in `folder`, unless they are there already.
 
-    A killed start is resumed after its last whole chunk of rows.
+    After a kill the next process resumes behind the last whole chunk of rows.
 
     Args:
         verify: whether to compare the hashes of tokens that are there, and not their sizes alone.
+        option: what errors about the folder name.
 
     Raises:
         UserError: the folder holds something else or damaged tokens, rows cannot be read, or no
@@ -147,9 +155,10 @@ def make_tokens(
         folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(folder / "lock"):
             if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                _write_tokens(folder, wanted, data, load_tokenizer(model_path), source)
+                tokenizer = load_tokenizer(model_path)
+                _write_tokens(folder, wanted, data, tokenizer, source, option)
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
-    _require_same_origin(tokens, wanted, "--output")
+    _require_same_origin(folder, tokens.manifest, wanted, option)
     _check_sizes(tokens)
     if verify:
         _check_hashes(tokens)
@@ -157,9 +166,9 @@ def make_tokens(
 
 
 def check_refused_rows(manifest: dict, data: Data) -> None:
-    """Raise UserError, naming the first row and the counts, if `data` refuses rows it has.
+    """Raise UserError if there are rows that data.on_bad_row or data.on_cut says to refuse.
 
-    Which rows those are say data.on_bad_row and data.on_cut.
+    The error names the first of them and the counts.
     """
     refused = dict(manifest["dropped"]) if data.on_bad_row == "refuse" else {}
     refused.pop(CUT, None)
@@ -167,7 +176,8 @@ def check_refused_rows(manifest: dict, data: Data) -> None:
         refused[CUT] = manifest["cut"]
     if not refused:
         return
-    row, what, reason = min((*manifest["examples"][reason][0], reason) for reason in refused)
+    named = [(*manifest["examples"][reason][0], reason) for reason in refused]
+    row, what, reason = min(named)  # the lowest row number
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
     remedies = []
     if CUT in refused:
@@ -182,10 +192,15 @@ def check_refused_rows(manifest: dict, data: Data) -> None:
 
 
 def _write_tokens(
-    folder: Path, wanted: dict, data: Data, tokenizer: PreTrainedTokenizerBase, source: Path
+    folder: Path,
+    wanted: dict,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path,
+    option: str,
 ) -> None:
     """Write the files chunk by chunk, and the manifest."""
-    tally = _read_tally(folder, wanted)
+    tally = _read_tally(folder, wanted, option)
     dataset = load_split(data, source)
     total = len(dataset) if data.limit is None else min(data.limit, len(dataset))
     with contextlib.ExitStack() as stack:
@@ -206,11 +221,11 @@ def _write_tokens(
             bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
     if not tally["kept"]:
         raise UserError(_describe_no_rows(tally, data))
-    _write_manifest(folder, tally, source)
+    _write_manifest(folder, tally, source, option)
 
 
 def _truncate_files(files: dict, tally: dict) -> None:
-    """Cut off what a killed start wrote after its last whole chunk."""
+    """Cut off what a killed process wrote after its last whole chunk."""
     sizes = _count_numbers(tally)
     begun = bool(tally["read"])
     for name, file in files.items():
@@ -219,7 +234,7 @@ def _truncate_files(files: dict, tally: dict) -> None:
         files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
 
 
-def _write_manifest(folder: Path, tally: dict, source: Path) -> None:
+def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> None:
     """Check the files' lengths, and write the manifest that marks the folder as finished."""
     files = {}
     for name, size in _count_numbers(tally).items():
@@ -228,7 +243,7 @@ def _write_manifest(folder: Path, tally: dict, source: Path) -> None:
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         if files[path.name]["bytes"] != size * DTYPES[name].itemsize:
             raise UserError(
-                f"--output: {path} is not as long as what was written: another process writes "
+                f"{option}: {path} is not as long as what was written: another process writes "
                 f"there too, on a file system without locks; stop it, delete {folder} and prepare "
                 "on one machine"
             )
@@ -291,21 +306,21 @@ def _name_row(tally: dict, row: BadRow) -> None:
         named.append([row.number, row.what])
 
 
-def _read_tally(folder: Path, wanted: dict) -> dict:
+def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
     """Read up to where the folder's files are whole; all zero in a new folder.
 
     Raises UserError if the folder holds something else.
     """
     if (folder / PROGRESS).is_file():
-        begun = TokenFolder(folder, _read_json(folder / PROGRESS))
-        _require_same_origin(begun, wanted, "--output")
-        return begun.manifest
+        tally = _read_json(folder / PROGRESS)
+        _require_same_origin(folder, tally, wanted, option)
+        return tally
     # What a kill before the first chunk may leave.
     ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, DTYPES)}
     others = {file.name for file in folder.iterdir()} - ours
     if others:
         raise UserError(
-            f"--output: {folder} holds other files ({min(others)}); choose an empty or new folder"
+            f"{option}: {folder} holds other files ({min(others)}); choose an empty or new folder"
         )
     counts = dict.fromkeys(("read", "selected", "kept", "cut", "tokens", "answer_tokens"), 0)
     return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
@@ -325,20 +340,23 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
     )
 
 
-def _require_same_origin(tokens: TokenFolder, wanted: dict, option: str) -> None:
-    """Raise UserError, naming the first difference, if the tokens were not made from `wanted`."""
-    found = tokens.manifest["made_from"]
+def _require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
+    """Raise UserError, naming the first difference, if `folder` was not made from `wanted`."""
+    found = manifest["made_from"]
     for name, before, after in _list_differences(found, json.loads(json.dumps(wanted))):
         field = RENAMED_FIELDS.get(name, name)  # manifests hold old names
         values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"
         raise UserError(
-            f"{option}: {tokens.folder} was made with another {field} ({values}); bring that back, "
+            f"{option}: {folder} was made with another {field} ({values}); bring that back, "
             "or prepare into another folder"
         )
 
 
 def _list_differences(found: dict, wanted: dict) -> Iterator[tuple[str, object, object]]:
-    """Yield (name, found, wanted) of what differs; keys that only `found` has do not count."""
+    """Yield (name, found, wanted) of what differs.
+
+    Keys that only `found` has do not count at the top: `wanted` may leave `source` out.
+    """
     for key, now in wanted.items():
         before = found.get(key)
         if not (isinstance(before, dict) and isinstance(now, dict)):

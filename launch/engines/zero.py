@@ -142,7 +142,11 @@ class ZeroEngine(ZeroWeights):
         return (model if self.sharded else model.to(self.device)).requires_grad_(full)
 
     def materialize(self, model: nn.Module) -> None:
-        """Do nothing: `load_model` reads the weights, under stage 3 as shards."""
+        """Have stage 3 take over adapters that were attached since; the base is read already."""
+        parameters = model.parameters()
+        if self.sharded and not all(compat.is_zero_parameter(p) for p in parameters):
+            with self.inference_mode(model):  # DeepSpeed shards what is not, on the device
+                pass
 
     @contextmanager
     def inference_mode(self, model: nn.Module) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from eval.generation.schedule import find_overlong_prompts, generate_responses
+from eval.generation.generate import find_overlong_prompts, generate_responses
 from eval.grading import Grade, grade_responses, summarise_passes
 from eval.sandbox.box import choose_box
 from eval.tasks import BENCHMARKS, expand_groups

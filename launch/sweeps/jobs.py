@@ -97,7 +97,7 @@ def count_jobs(sweep: Sweep, cell: Cell) -> int:
 
 
 def is_done(job: Job) -> bool:
-    """Return whether another start would change nothing."""
+    """Return whether a new launch of the job would change nothing."""
     return job.output.is_file() or has_diverged(job.output.parent)
 
 

@@ -29,7 +29,9 @@ from launch.run.results import RunResults, find_run_results
 from launch.runtime.errors import UserError
 
 TABLES = RECIPES / "tables"
-DIGITS = 6  # of a learning rate that is scaled by rate_factor: 0.1 x 2e-3 is 2e-4
+# Significant digits of a learning rate times rate_factor. 0.1 * 2e-5 is 2.0000000000000003e-6 in
+# floating point and must become exactly 2e-6, because the recipe's hash names the folder.
+SIGNIFICANT_DIGITS = 6
 
 Rate = Literal["recipe", "own", "common"]
 """Which learning rate a group of runs is at.
@@ -46,7 +48,7 @@ class Row(Section):
     )
     set: dict[Name, Any] = Field({}, description="overrides of the recipe, field: value")
     rate_factor: Number = Field(
-        1.0, gt=0, description="the row's learning rates to choose from, over the table's"
+        1.0, gt=0, description="factor on the table's grid of learning rates, for this row"
     )
 
 
@@ -132,7 +134,7 @@ class Sweep:
         if rates is None:
             return []
         factor = self.table.rows[cell.label].rate_factor
-        return [float(f"{rate * factor:.{DIGITS}g}") for rate in rates.grid]
+        return [float(f"{rate * factor:.{SIGNIFICANT_DIGITS}g}") for rate in rates.grid]
 
     def make_run(self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]) -> Run:
         """Resolve the recipe of a run and name its folder.
@@ -168,7 +170,7 @@ class Sweep:
     def tuning_runs(self, cell: Cell) -> dict[float, Run]:
         """Return the runs that choose the cell's learning rate, by learning rate.
 
-        They are scored on no benchmark, so no score can count.
+        They are scored on no benchmark, so no benchmark score can influence the choice.
         """
         runs = {}
         for lr in self.learning_rate_grid(cell):
@@ -192,9 +194,9 @@ class Sweep:
         return None if best is None or losses[best] == math.inf else best
 
     def eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
-        """Return the runs that fill the cell, one a seed, by which learning rate they are at.
+        """Return the runs that fill the cell, one per seed, keyed by `Rate`.
 
-        There is no `own` until that learning rate is chosen.
+        The key `own` is missing until that learning rate is chosen.
         """
         rates: dict[Rate, float | None] = {}
         if self.table.learning_rates is None:
@@ -223,7 +225,7 @@ class Sweep:
 
 
 def read_table(source: str, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
-    """Read a table and validate the recipes of every run that it can lead to.
+    """Read a table and validate the recipes of its runs, before any of them is launched.
 
     `extends: NAME` in a table takes over the fields of another one that it does not set itself.
 
@@ -242,8 +244,7 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
     sweep = Sweep(path.stem, table, tuple(overrides), folder)
     for cell in sweep.list_cells():
         try:
-            runs = [*sweep.tuning_runs(cell).values()]
-            runs.append(sweep.make_run(cell, None, table.seeds[0], table.suites))
+            runs = _resolve_runs(sweep, cell)
         except UserError as error:
             raise UserError(f"rows.{cell.label}: {error}") from None
         if table.learning_rates and not all(run.recipe.data.held_out for run in runs):
@@ -252,6 +253,24 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
                 "set it in the table"
             )
     return sweep
+
+
+def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
+    """Resolve the cell's tuning runs, and a run of every seed at each other rate known in advance.
+
+    The runs at the learning rate that tuning will choose only combine settings of these.
+
+    Raises:
+        UserError: what `read_recipe` finds wrong in a recipe.
+    """
+    table = sweep.table
+    runs = list(sweep.tuning_runs(cell).values())
+    # None checks the row's own train.lr too, although the rates of the table replace it.
+    lrs = [None, table.learning_rates.common] if table.learning_rates else [None]
+    for lr in lrs:
+        for seed in table.seeds:
+            runs.append(sweep.make_run(cell, lr, seed, table.suites))
+    return runs
 
 
 def _load_table(path: Path) -> dict:
@@ -272,7 +291,7 @@ def hash_recipe(recipe: Recipe) -> str:
 
 
 def has_diverged(folder: Path) -> bool:
-    """Return whether a run ended because its loss was not finite, as another start would."""
+    """Return whether a run ended because its loss was not finite. A new launch would repeat it."""
     path = folder / "state.json"
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "diverged"
 

@@ -1,4 +1,7 @@
-"""What a run exports: astra_init/, adapter/ and lora/, or model/."""
+"""What a run exports: adapter/, astra_init/ and lora/, or model/.
+
+astra_init/ holds A0 and B0 of any method that starts on a residual base, PiSSA for example.
+"""
 
 import json
 import shutil
@@ -35,14 +38,19 @@ def save_adapters(
     trained: Mapping[str, Factors],
     magnitudes: Mapping[str, Tensor],
 ) -> None:
-    """Write the trained adapter in PEFT's format, in the forms that the model card lists.
+    """Write the trained adapter in PEFT's format. Rank 0 calls it.
+
+    adapter/ holds the trained factors. On a residual base, astra_init/ holds A0 and B0, and lora/
+    the difference, valid on the original base. Otherwise lora/ is the trained adapter itself; DoRA
+    has none, because no plain LoRA equals it.
 
     Args:
         base: name and weights_sha256 of the base model. They are kept beside each adapter, and
             checked when it is loaded.
         initial, trained: factors by module name.
-        magnitudes: DoRA's by module name; empty for the others. No plain LoRA equals DoRA.
+        magnitudes: DoRA's by module name; empty for the others.
     """
+    # By value: a method that starts on a residual may have found nothing but zeros.
     on_residual = any(factors.b.any() and factors.a.any() for factors in initial.values())
     exports: dict[str, Mapping[str, Factors]] = {"adapter": trained}
     if on_residual:

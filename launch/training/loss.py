@@ -1,9 +1,10 @@
-"""The training loss: computed only where the next token is part of an answer, and logits nowhere else.
+"""The training loss. It and the logits are computed only where the next token belongs to an answer.
 
 With a vocabulary of 128,000 the logits of 4 rows of 512 tokens are a GiB in fp32, and their gradient
-another. Here the output head sees only the hidden states whose next token counts, a chunk at a time.
-The gradients that follow from a chunk are computed while its logits exist, so no more than one
-chunk of logits is ever held, forward or backward.
+another. If the output head is a plain nn.Linear, and the model returns what the head gives, the head
+runs on a chunk of the wanted hidden states at a time. The gradients that follow from a chunk are
+computed while its logits exist, so only one chunk of logits is held, forward or backward. Otherwise
+the logits of all answer tokens are held; of a model that names no head, those of all tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ CHUNK_CPU, CHUNK_GPU = 2**22, 2**25
 
 
 class AnswerLoss(nn.Module):
-    """A model with its training loss: what forward passes of a training call, and engines wrap.
+    """A model that returns its training loss. Training calls it, and engines wrap it.
 
     The model itself runs, with another function in the place of its head's `forward`. So the hooks
     by which engines gather weights see one call of every module, the head included, on every rank.
@@ -29,8 +30,8 @@ class AnswerLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # A head with an adapter needs whole logits. So does a model that does something to logits
-        # after the head, such as soft capping; that is found out in the first forward pass.
+        # A head with an adapter cannot run in chunks. Nor can a model that does something to the
+        # logits after the head, such as soft capping; the first forward pass finds that out.
         self.in_chunks = type(model.get_output_embeddings()) is nn.Linear
 
     def forward(
@@ -46,10 +47,10 @@ class AnswerLoss(nn.Module):
         padding, and fused causal kernels apply.
 
         Args:
-            input_ids: (sequences, tokens), int64.
+            input_ids: (sequences, tokens), int64; see data.batches.TrainBatch.
             loss_indices: (n,), int64: places in the flattened `input_ids` whose next token counts.
             targets: (n,), int64: those next tokens.
-            position_ids: (sequences, tokens), int64, from 0 in each packed example.
+            position_ids: as input_ids, from 0 in each packed example.
 
         Returns:
             A scalar, fp32; 0 for n = 0.
@@ -85,14 +86,17 @@ class AnswerLoss(nn.Module):
     ) -> Tensor | None:
         """Compute the loss in the head's place.
 
+        The head returns the scalar loss instead of logits, and the model hands it on as its own
+        `logits`. If that is another object, the model changes its logits.
+
         Returns:
-            None if the model does anything to what its head returns.
+            None if the model changes what its head returns.
         """
         head_outputs: list[Tensor] = []
         own_forward = base.forward
         untouched = False
 
-        def answer_loss(hidden: Tensor) -> Tensor:
+        def compute_head_loss(hidden: Tensor) -> Tensor:
             chunk = CHUNK_CPU if hidden.device.type == "cpu" else CHUNK_GPU
             selected = hidden.flatten(0, 1)[loss_indices]
             return chunked_cross_entropy(selected, head.weight, head.bias, targets, chunk)
@@ -103,7 +107,7 @@ class AnswerLoss(nn.Module):
             untouched = output.logits is head_outputs[-1]
             return output
 
-        with _replace_forward(head, answer_loss), _replace_forward(base, watched_forward):
+        with _replace_forward(head, compute_head_loss), _replace_forward(base, watched_forward):
             # Registered last, this hook sees what the engine's own hooks make of the head's output.
             hook = head.register_forward_hook(
                 lambda _module, _inputs, output: head_outputs.append(output)
@@ -154,7 +158,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def label_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Compute the same sum with whole logits, for a calibration, which may observe the head itself.
+    """Compute the sum of AnswerLoss.forward from the logits of every token.
+
+    For a calibration, which may observe the head, so the head must run as it is.
 
     Args:
         input_ids, labels: (examples, tokens), int64; labels of -100 do not count, as PyTorch's

@@ -31,6 +31,6 @@ def test_quickstart_raises_exact_match_by_30_points_within_8_minutes(
     assert after["accuracy"] - before["accuracy"] >= 0.30
     conditions = (results["method"], results["eigen_select"], results["engine"])
     assert conditions == ("astra", "smallest", "zero3")
-    assert "| run | astra smallest | 8 | 0.005 | 42 | 100 |" in done.stdout
+    assert "| run | astra smallest | 8 | 0.005 | 42 | 200 |" in done.stdout
     manifest = json.loads(next((tmp_path / "cache").glob("quickstart-*/manifest.json")).read_text())
     assert 1_000_000 <= manifest["parameters"] <= 3_000_000

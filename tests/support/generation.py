@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.generation.schedule import generate_responses
+from eval.generation.generate import generate_responses
 
 CPU = torch.device("cpu")
 

@@ -88,7 +88,7 @@ def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_pa
 def test_the_rate_with_the_least_held_out_loss_is_the_rows_own(tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path)
     low, high = sweep.tuning_runs(ASTRA).values()
-    assert low.recipe.eval.suites == []  # no score can count
+    assert low.recipe.eval.suites == []  # no benchmark score can influence the choice
     assert sweep.tuned_lr(ASTRA) is None
     assert list(sweep.eval_runs(ASTRA)) == ["common"]
     finish_run(sweep, low, 0.7)
@@ -152,6 +152,7 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         ({"rows": {"a": {"sett": {}}}}, "rows.a.sett: unknown key; did you mean rows.a.set?"),
         ({"learning_rates": {"grit": [1]}}, "did you mean learning_rates.grid?"),
         ({"seeds": [1, 1]}, "seeds: the same value twice"),
+        ({"seeds": [1, -1]}, "rows.astra: calibration.seed: -1 is not valid"),
         (
             {"rows": {"a": {"set": {"adapter.rnk": 3}}}},
             "rows.a: adapter.rnk: unknown key; did you mean adapter.rank?",

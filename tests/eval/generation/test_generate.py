@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from eval.errors import EvalError
-from eval.generation.schedule import find_overlong_prompts
+from eval.generation.generate import find_overlong_prompts
 from eval.tasks import gsm8k
 from tests.support.generation import (
     CPU,
@@ -173,7 +173,7 @@ def test_how_often_places_fill_again_changes_nothing(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eval.generation.schedule._choose_interval", lambda _: steps)
+    monkeypatch.setattr("eval.generation.generate._choose_interval", lambda _: steps)
     draw = torch.Generator().manual_seed(6)
     prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
     texts = generate_all(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
@@ -200,7 +200,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(
     options = {"max_new_tokens": 8, "temperature": 1.0, "seeds": seeds}
     texts = generate_all(model, tokenizer, prompts, batch_size=5, **options)
     assert texts[0] == texts[2] != texts[1]
-    monkeypatch.setattr("eval.generation.schedule._choose_interval", lambda _: 3)
+    monkeypatch.setattr("eval.generation.generate._choose_interval", lambda _: 3)
     assert generate_all(model, tokenizer, prompts, batch_size=2, **options) == texts
 
 

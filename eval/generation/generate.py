@@ -31,17 +31,19 @@ FIRST_INTERVAL = 8  # steps, while no response has ended
 
 @dataclass
 class _Schedule:
-    """What every rank runs and how far it is.
+    """What every rank runs, and how far each prompt is.
 
-    Every rank holds the same, so all of them take the same steps without asking one another.
+    Every rank holds the same copy, so all take the same steps. All they exchange is the responses
+    that have ended, at every look.
     """
 
     limits: list[int]  # the most new tokens of each prompt
     waiting: deque[int]  # prompts, by index
     running: list[list[int]]  # the prompts of each rank
     counts: list[int]  # new tokens that each prompt has
-    # Tokens of the responses that have ended.
-    ended_lengths: list[int] = field(default_factory=list)
+    # For each response that has ended, the tokens decoded up to the look that found its end. They
+    # include the tokens after the end, which are cut off.
+    ended_steps: list[int] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -60,10 +62,10 @@ def generate_responses(
 ) -> Iterator[dict[int, str]]:
     """Generate the response to each prompt up to the end of sequence or a stop. Collective.
 
-    Every few tokens, responses that have ended leave the batch, and waiting prompts, the longest
-    first, take their places. So no short response waits for a long one, and no rank for another. A
-    model that caches more than the keys and values of each token, such as the states of
-    convolutions, runs one batch after another.
+    Every few steps, all ranks look at which responses have ended. These leave the batch, and
+    waiting prompts, the longest first, take their places. So no short response waits for a long
+    one, and no rank for another. A model that caches more than the keys and values of each token,
+    such as the states of convolutions, runs one batch after another.
 
     Args:
         model: a causal LM in eval mode. Its own generation settings (repetition_penalty, ...) do
@@ -74,12 +76,14 @@ def generate_responses(
         sharded: ranks hold shards of the model, so all of them must run as many forward passes.
         stops: texts that end a response; they and what follows are cut off.
         temperature: 0 is greedy; else each prompt's tokens are drawn with its own seed.
+        seeds: one for each prompt; needed if the temperature is above 0.
 
     Yields:
-        Index of a prompt -> its response, for all that have ended since; the same on every rank.
+        {index of a prompt: its response} of those that have ended since the last yield; equal on
+        every rank.
 
     Raises:
-        EvalError: the model has no cache of keys and values, as Mamba.
+        EvalError: the model has no cache of keys and values, such as Mamba.
     """
     rank, world_size = _get_rank()
     overlong = find_overlong_prompts(model, prompts)
@@ -116,6 +120,7 @@ def _get_rank() -> tuple[int, int]:
 def _make_schedule(
     model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, world_size: int
 ) -> _Schedule:
+    """Return a schedule in which every prompt that fits the context waits, the longest first."""
     context = get_context_length(model)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     waiting = [i for i, limit in enumerate(limits) if limit > 0]
@@ -129,7 +134,8 @@ def _admit_prompts(schedule: _Schedule, batch_size: int, joins_rows: bool) -> li
     """Move waiting prompts to the ranks that run fewest, up to `batch_size` on each.
 
     Args:
-        joins_rows: if false, none are moved until all that run have ended.
+        joins_rows: whether the model's cache lets new rows enter a running batch. If it does not,
+            no prompt is moved until all that run have ended.
 
     Returns:
         The new prompts of each rank.
@@ -200,7 +206,7 @@ def _advance_rows(
     for i in running:
         schedule.counts[i] = max(schedule.counts[i], 1)  # reading a prompt gives its first token
     most_left = max(schedule.limits[i] - schedule.counts[i] for i in running)
-    num_steps = min(_choose_interval(schedule.ended_lengths), most_left)
+    num_steps = min(_choose_interval(schedule.ended_steps), most_left)
     if batch is not None:
         batch, columns = decode_tokens(decoder, batch, num_steps, schedule.counts)
         for i, new_tokens in zip(batch.prompts, columns, strict=True):
@@ -230,22 +236,24 @@ def _take_ended(
     return ended
 
 
-def _choose_interval(ended_lengths: list[int]) -> int:
+def _choose_interval(ended_steps: list[int]) -> int:
     """Return the steps to the next look at what has ended.
 
-    A look costs about two steps, because new prompts are read, and a response that ends between two
-    looks s steps apart wastes s / 2. For n tokens that is 2 n / s + s / 2 steps, which is least at
-    s = 2 sqrt(n), with n the mean length of the responses that have ended.
+    A look is assumed to cost as much as two steps, because new prompts are read then. A response
+    that ends between two looks, s steps apart, wastes s / 2 steps on average. A response of n steps
+    so costs 2 n / s + s / 2 extra steps, which is least at s = 2 sqrt(n). n is the mean of
+    `ended_steps`.
     """
-    if not ended_lengths:
+    if not ended_steps:
         return FIRST_INTERVAL
-    return 2 * math.isqrt(sum(ended_lengths) // len(ended_lengths))
+    return 2 * math.isqrt(sum(ended_steps) // len(ended_steps))
 
 
 def _record_ended(schedule: _Schedule, ended: dict[int, str]) -> None:
+    """Remove the prompts that have ended from those that run, and note their steps."""
     for rank, indices in enumerate(schedule.running):
         schedule.running[rank] = [i for i in indices if i not in ended]
-    schedule.ended_lengths += [schedule.counts[i] for i in ended]
+    schedule.ended_steps += [schedule.counts[i] for i in ended]
 
 
 def _gather_responses(responses: dict[int, str], world_size: int) -> dict[int, str]:
