@@ -112,6 +112,7 @@ def test_checkpointing_saves_memory_for_a_third_more_arithmetic() -> None:
     assert 1.3 < saving.training.flops / plain.training.flops < 1.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "ratio"), [("fsdp", 2), ("zero3", 2), ("zero2", 1)])
 def test_what_is_sharded_falls_with_the_world_size(engine: str, ratio: int) -> None:
     two, four = (plan(make_recipe(engine), size).training.memory for size in (2, 4))
@@ -120,6 +121,7 @@ def test_what_is_sharded_falls_with_the_world_size(engine: str, ratio: int) -> N
     assert plan(make_recipe("fsdp"), 2).training.memory["activations"] == two["activations"]
 
 
+@pytest.mark.slow
 def test_windows_follow_the_budget() -> None:
     whole = plan(make_recipe())
     assert whole.hidden_states == 0
@@ -164,6 +166,7 @@ def test_full_is_sharded_by_fsdp() -> None:
     assert held["base"] + held["gradients and optimiser"] == 8 * count
 
 
+@pytest.mark.slow
 def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
     forward, backward, weights = (
         plan(make_recipe(adapter={"method": name})) for name in ("eva", "lora_ga", "pissa")

@@ -9,7 +9,6 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from launch.runtime import compat
 from launch.runtime.errors import RankError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 REQUIREMENTS = ROOT / "requirements.txt"
 # Public names of the standard library that begin with an underscore.
 PUBLIC = {"_asdict", "_fields", "_replace", "_exit", "_current_frames"}

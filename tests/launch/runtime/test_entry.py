@@ -6,11 +6,11 @@ Needs nothing: each case is a short process. Takes 30 s.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.paths import ROOT
+
 COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
 COMMANDS = [name for name in COMMANDS if name not in ("__init__", "cli", "pipeline")]
 
