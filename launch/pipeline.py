@@ -279,7 +279,10 @@ def _read_measured_sets(
 
 
 def _find_checkpoint(checkpoints: CheckpointStore, inputs: Inputs) -> Checkpoint | None:
-    """Return the newest whole checkpoint. Raises UserError if it is of another base or other rows."""
+    """Return the newest intact checkpoint.
+
+    Raises UserError if it is of another base or of other examples.
+    """
     saved = checkpoints.find_newest()
     if saved is None:
         return None

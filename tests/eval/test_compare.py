@@ -1,4 +1,4 @@
-"""The comparison of two sets of responses: its numbers, and what changed. Needs nothing."""
+"""The comparison of two sets of responses: its numbers, and what changed. Needs nothing; a second."""
 
 import pytest
 

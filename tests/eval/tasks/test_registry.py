@@ -1,4 +1,4 @@
-"""The registry holds every benchmark once, and groups expand to their benchmarks. Needs nothing."""
+"""The registry holds every benchmark once, and groups expand to their benchmarks. Needs nothing; a second."""
 
 from eval.tasks import BENCHMARKS, GROUPS, expand_groups
 from eval.tasks.commonsense import CHOICES
