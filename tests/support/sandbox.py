@@ -1,7 +1,10 @@
 """Helpers for tests that run programs in the sandbox."""
 
+import contextlib
 import os
 from pathlib import Path
+
+import psutil
 
 from eval.sandbox.box import LEVELS, NOBODY, Box, find_box
 from eval.sandbox.check import Job, Verdict, check_program
@@ -33,6 +36,17 @@ def find_boxed_processes() -> set[int]:
                 found.add(int(entry.name))
         except OSError:  # it has ended, or is another user's
             continue
+    return found
+
+
+def find_programs_of(caller: int) -> set[int]:
+    """Return the boxed processes below the process `caller` that run the interpreter by now."""
+    boxed, found = find_boxed_processes(), set()
+    for process in psutil.Process(caller).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            command = process.cmdline()
+            if process.pid in boxed and command and "python" in Path(command[0]).name:
+                found.add(process.pid)
     return found
 
 

@@ -17,7 +17,7 @@ from eval.sandbox.box import PYTHON_FLAGS, UNPROTECTED, Box, get_interpreter
 from eval.sandbox.check import Verdict
 from tests.support.attacks import ATTACKS, ESCAPES, FORGED
 from tests.support.paths import ROOT
-from tests.support.sandbox import check, find_boxed_processes
+from tests.support.sandbox import check, find_boxed_processes, find_programs_of
 
 pytestmark = pytest.mark.xdist_group("sandbox")  # they look for processes that stayed behind
 
@@ -94,7 +94,7 @@ def test_forged_in_the_box(any_box: None, name: str, nothing_left: None) -> None
 
 
 def test_nothing_outlives_a_killed_caller(box: Box) -> None:
-    before = find_boxed_processes()
+    """Once the program runs: while its box is set up, processes are not bound to the caller yet."""
     program = (
         "from eval.sandbox.box import Box\n"
         "from eval.sandbox.check import Job, check_program\n"
@@ -103,7 +103,7 @@ def test_nothing_outlives_a_killed_caller(box: Box) -> None:
     )
     caller = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     until = time.monotonic() + 20
-    while not (inside := find_boxed_processes() - before) and time.monotonic() < until:
+    while not (inside := find_programs_of(caller.pid)) and time.monotonic() < until:
         time.sleep(0.05)
     caller.kill()
     caller.wait()
