@@ -44,47 +44,19 @@ def find_subspaces(
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
     weights: Weights,
+    plan: CalibrationPlan | None = None,
     *,
     rank: int,
     select: str,
     seed: int,
 ) -> dict[str, Subspace]:
-    """Return every module's subspace from a calibration in one window."""
-    plan = plan_calibration(model, linears, batches)
-    (solutions,) = calibrate_modules(
-        model,
-        linears,
-        [batches],
-        weights,
-        plan,
-        make_solver(select, seed),
-        lora_ranks=dict.fromkeys(linears, rank),
-    )
-    return {name: to_subspace(solutions[name]) for name in linears}
-
-
-def find_subspaces_by_layer(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    batches: Sequence[Batch],
-    weights: Weights,
-    *,
-    rank: int,
-    select: str,
-    seed: int,
-) -> dict[str, Subspace]:
-    """Return every module's subspace from a calibration in windows of one layer, the smallest."""
-    whole = plan_calibration(model, linears, batches)
-    num_layers = len(find_layers(model, linears))
-    memory = whole.windows[0].statistics_bytes / num_layers + whole.working_bytes
-    plan = plan_calibration(model, linears, batches, memory)
-    assert len(plan.windows) == num_layers
+    """Return every module's subspace from a calibration by `plan`, by default in one window."""
     windows = calibrate_modules(
         model,
         linears,
         [batches],
         weights,
-        plan,
+        plan or plan_calibration(model, linears, batches),
         make_solver(select, seed),
         lora_ranks=dict.fromkeys(linears, rank),
     )
@@ -93,3 +65,19 @@ def find_subspaces_by_layer(
         for name, solution in solutions.items():
             subspaces[name] = to_subspace(solution)
     return subspaces
+
+
+def find_subspaces_by_layer(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Sequence[Batch],
+    weights: Weights,
+    **options: object,
+) -> dict[str, Subspace]:
+    """Return the same from a calibration in windows of one layer, the smallest."""
+    whole = plan_calibration(model, linears, batches)
+    num_layers = len(find_layers(model, linears))
+    memory = whole.windows[0].statistics_bytes / num_layers + whole.working_bytes
+    plan = plan_calibration(model, linears, batches, memory)
+    assert len(plan.windows) == num_layers
+    return find_subspaces(model, linears, batches, weights, plan, **options)
