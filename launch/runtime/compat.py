@@ -159,7 +159,8 @@ class DispatchMode(TorchDispatchMode):
 def make_fake_mode() -> FakeTensorMode:
     """Make a context whose new tensors have shapes and no memory.
 
-    FakeTensorMode is in a private module; pytorch/pytorch#173589 and #173671 propose a public one.
+    FakeTensorMode is in a private module; pytorch/pytorch#113456 asks for a public one, #173589 and
+    #173671 propose it.
     """
     return FakeTensorMode()
 
