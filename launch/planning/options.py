@@ -4,10 +4,9 @@ import argparse
 from dataclasses import dataclass
 
 from launch.runtime.errors import UserError
+from launch.runtime.gpus import GPUS
 
-# Dense peaks of NVIDIA's data sheet of the H100 SXM, TFLOP/s.
-H100_BF16_TFLOPS = 989
-H100_FP64_TFLOPS = 67
+H100 = GPUS["H100"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--tflops",
         type=float,
-        default=H100_BF16_TFLOPS,
+        default=H100.bf16_tflops,
         help="peak of a GPU in the base's dtype (default %(default)s, an H100's)",
     )
     options.add_argument(
         "--fp64-tflops",
         type=float,
-        default=H100_FP64_TFLOPS,
+        default=H100.fp64_tflops,
         help="peak in fp64 (default %(default)s, an H100's)",
     )
     options.add_argument(

@@ -8,27 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from launch.runtime.compat import get_full_shape
-
-# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
-# match counts, so longer names stand before shorter ones.
-PEAKS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.05,
-    "L40": 181.05,
-    "L4": 121.0,
-    "A40": 149.7,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "RTX 6000 Ada": 364.25,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
+from launch.runtime.gpus import find_gpu
 
 
 @dataclass(frozen=True)
@@ -100,12 +80,12 @@ def find_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Look up the FLOP/s that `device` can do at most with bf16 matrices.
 
     Returns:
-        None for other dtypes, and for devices that are not in PEAKS.
+        None for other dtypes, and for devices that are not in launch.runtime.gpus.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.bf16_tflops * 1e12 if gpu is not None and gpu.bf16_tflops else None
 
 
 def read_peak_memory(device: torch.device) -> int:
