@@ -19,7 +19,8 @@ UNPROTECTED = "none"  # the level of a program that no box isolates
 # The user that a box has outside if we are root, because a limit on processes does not bind root.
 NOBODY = "65534"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-# Hashes are fixed, so that a solution that returns list(set(words)) has one verdict in all runs.
+# Hashes are fixed, here and in the judge, so that a program that lists a set has one verdict in all
+# runs.
 # Python reads the seed from the environment, so -I is not possible; the other flags do what else -I
 # does. The environment holds nothing else, and the path no folder but the standard library's.
 BOX_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}

@@ -25,10 +25,11 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from eval.errors import EvalError
-from eval.sandbox import judge, runner
+from eval.sandbox import codec, judge, runner
 from eval.sandbox.box import (
     BOX_ENVIRONMENT,
     ENVIRONMENT,
+    PYTHON_FLAGS,
     UNPROTECTED,
     Box,
     choose_box,
@@ -41,7 +42,12 @@ MAX_REASON = 200  # characters
 _ROOT = str(Path(__file__).resolve().parents[2])
 # The import of judge and runner above compiles them, which spares each judge process 10 ms.
 _JUDGE = f"import sys; sys.path.append({_ROOT!r}); from {judge.__name__} import main; main()"
-_RUNNER = Path(runner.__file__).read_text(encoding="utf-8")
+# In the box there is no such package: the codec's module is made there from its text.
+_RUNNER = (
+    f"import sys\ncodec = sys.modules[{codec.__name__!r}] = type(sys)({codec.__name__!r})\n"
+    f"exec({Path(codec.__file__).read_text(encoding='utf-8')!r}, codec.__dict__)\n"
+    f"{Path(runner.__file__).read_text(encoding='utf-8')}"
+)
 
 
 class Verdict(NamedTuple):
@@ -195,12 +201,12 @@ def _start_box(box: Box, cpu_seconds: int, stdin: int, stdout: int) -> subproces
 def _start_judge(cpu_seconds: int, answers: int, asks: int) -> subprocess.Popen:
     arguments = [str(number) for number in (answers, asks, cpu_seconds, MEMORY)]
     return subprocess.Popen(
-        [get_interpreter(), "-I", "-S", "-B", "-c", _JUDGE, *arguments],
+        [get_interpreter(), *PYTHON_FLAGS, "-c", _JUDGE, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         pass_fds=(answers, asks),
-        env={},
+        env=BOX_ENVIRONMENT,  # its hashes are fixed too: a test may list a set
         cwd="/",
     )
 

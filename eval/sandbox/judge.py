@@ -12,12 +12,10 @@ import os
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
 
+from eval.sandbox.codec import decode_value, encode_value
 from eval.sandbox.runner import (
-    decode_value,
     describe_exception,
-    encode_value,
     find_failed_line,
     limit_process,
     read_message,
@@ -25,7 +23,7 @@ from eval.sandbox.runner import (
 )
 
 # What a broken message can raise when it is read or decoded.
-_BROKEN = (
+BROKEN = (
     ValueError,
     TypeError,
     KeyError,
@@ -63,7 +61,7 @@ class Channel:
         self.stopped = self.stopped or Stop(reason)
         return self.stopped
 
-    def send_message(self, message: Any) -> None:
+    def send_message(self, message: object) -> None:
         """Send a message.
 
         Raises:
@@ -84,7 +82,7 @@ class Channel:
             message = read_message(self.source)
         except EOFError:
             raise self.make_stop(_ENDED) from None
-        except _BROKEN:
+        except BROKEN:
             raise self.make_stop(_INTRUDED) from None
         match message:
             case ["failed", str(reason)]:
@@ -95,10 +93,10 @@ class Channel:
                 return message
         raise self.make_stop(_INTRUDED)
 
-    def make_function(self) -> Callable[..., Any]:
+    def make_function(self) -> Callable[..., object]:
         """Return what the tests call in the place of the solution's function."""
 
-        def call_solution(*arguments: Any, **keywords: Any) -> Any:
+        def call_solution(*arguments: object, **keywords: object) -> object:
             self.calls += 1
             if self.stopped:
                 raise self.stopped
@@ -113,7 +111,7 @@ class Channel:
                 case ["value", data]:
                     try:
                         return decode_value(data)
-                    except _BROKEN:
+                    except BROKEN:
                         raise self.make_stop(_INTRUDED) from None
                 case ["raised", name, text]:
                     raise self.make_exception(name, text)
@@ -134,7 +132,7 @@ class Channel:
         return self.raised
 
 
-def judge_solution(channel: Channel, job: dict[str, Any]) -> str | None:
+def judge_solution(channel: Channel, job: dict[str, object]) -> str | None:
     """Run the tests, here or in the box as the job says.
 
     Returns:
@@ -149,7 +147,7 @@ def judge_solution(channel: Channel, job: dict[str, Any]) -> str | None:
     channel.started = True
     channel.send_message([job["solution"], job["entry_point"]])
     # Compiled and set up while the solution is imported in the box.
-    names: dict[str, Any] = {"__name__": "tests"}
+    names: dict[str, object] = {"__name__": "tests"}
     tests = _prepare_tests(job, names)
     if channel.receive_message() != ["ready"]:
         raise channel.make_stop(_INTRUDED)
@@ -173,7 +171,7 @@ def judge_solution(channel: Channel, job: dict[str, Any]) -> str | None:
     return None
 
 
-def _prepare_tests(job: dict[str, Any], names: dict[str, Any]) -> CodeType:
+def _prepare_tests(job: dict[str, object], names: dict[str, object]) -> CodeType:
     """Compile the tests, and run their setup in `names` unless it belongs in the box."""
     part = "setup"
     try:
@@ -195,7 +193,7 @@ def main() -> None:
     os.dup2(2, 1)
     job = json.loads(sys.stdin.buffer.read())
     channel = Channel(source, sink)
-    verdict: dict[str, Any] = {"passed": False, "reason": "passed", "fault": ""}
+    verdict: dict[str, object] = {"passed": False, "reason": "passed", "fault": ""}
     try:
         why = judge_solution(channel, job)
         verdict |= {"passed": True} if why is None else {"reason": why}

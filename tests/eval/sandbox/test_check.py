@@ -84,10 +84,19 @@ def test_set_up_does_not_hide_the_solution(any_box: None) -> None:
     assert not check("def f(x): return x", tests, "f", setup=setup).passed
 
 
-def test_the_same_words_in_the_same_order(any_box: None) -> None:
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("def f(x): return list(set(x))", "f(list('abcdefgh'))"),  # listed in the box
+        ("def f(x): return set(x)", "list(f(list('abcdefgh')))"),  # listed in the judge
+        ("def f(x): return list(x)", "f(set('abcdefgh'))"),  # made in the judge
+    ],
+)
+def test_the_same_words_in_the_same_order(any_box: None, program: str, shown: str) -> None:
     """A set of strings has one order in every run, so a program has one verdict."""
-    jobs = [Job("def f(x): return list(set(x))", "raise ValueError(f(list('abcdefgh')))", "f")] * 6
-    assert len({verdict.reason for verdict in check_programs(jobs)}) == 1
+    jobs = [Job(program, f"raise ValueError({shown})", "f")] * 6
+    reasons = {verdict.reason for verdict in check_programs(jobs)}
+    assert len(reasons) == 1 and "'a'" in reasons.pop()
 
 
 @pytest.mark.parametrize(
