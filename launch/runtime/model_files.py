@@ -18,7 +18,8 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, read_blob_name
 
 WEIGHT_FILES = "*.safetensors"
-FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt"]  # that are fetched from the hub
+# That are fetched from the hub; *.jinja are chat templates, some in a folder of their own.
+FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.jinja"]
 # Files in a model's folder that decide its tokenizer; config.json may name the tokenizer's class.
 TOKENIZER_FILES = [
     "config.json",

@@ -22,7 +22,8 @@ from launch.config.schema import Adapter
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.runtime.distributed import run_on_rank0
-from launch.training.export import save_adapters, save_model
+from launch.training.export import save_adapters
+from launch.training.model_export import save_model
 
 
 def attach_trainable(

@@ -1,0 +1,134 @@
+"""Write a whole model in transformers' format: its weights, config, tokenizer and chat templates.
+
+Weights have the names that the base's files have: transformers fuses experts, for example, while it
+reads a mixture of experts, and each expert is to be a tensor of its own again.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from launch.data.inputs import Inputs
+from launch.engines import Engine
+from launch.run.provenance import dtype_name
+from launch.runtime import compat
+from launch.runtime.distributed import run_on_rank0
+from launch.runtime.files import write_json
+from launch.runtime.model_files import FILES
+from launch.training.shards import write_shards
+
+# Not copied: with it in a model's folder transformers looks for an adapter there.
+ADAPTER_CONFIG = "adapter_config.json"
+Description = dict[str, Tensor]  # name -> meta tensor of the weight's shape and dtype
+
+
+def save_model(folder: Path, model: PreTrainedModel, engine: Engine, inputs: Inputs) -> None:
+    """Write the whole trained model, in the recipe's dtype. Collective."""
+    read = partial(read_weight, model, engine)
+    write_weights(folder, model, describe_weights(model, inputs.dtype), read)
+    run_on_rank0(lambda: write_config(inputs.model_path, folder, inputs.dtype))
+
+
+def describe_weights(model: PreTrainedModel, dtype: torch.dtype) -> Description:
+    """Describe what a model's files hold: its parameters in `dtype`, and its persistent buffers.
+
+    A tied weight is there under its first name only.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        shape = compat.get_full_shape(parameter)
+        weights[name] = torch.empty(shape, dtype=dtype, device="meta")
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            weights[name] = torch.empty_like(buffer, device="meta")
+    return weights
+
+
+def read_weight(model: PreTrainedModel, engine: Engine, name: str) -> Tensor:
+    """Return a whole parameter, or a buffer. Collective."""
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), attribute)
+    return engine.read(value) if isinstance(value, torch.nn.Parameter) else value
+
+
+def write_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: Description,
+    read: Callable[[str], Tensor],
+) -> None:
+    """Write weights to `folder` as safetensors files, under the names of the base's. Collective.
+
+    They are gathered layer by layer into rank 0's CPU memory, and written file by file.
+
+    Args:
+        model: whose conversions are reverted.
+        weights: of all weights, by their names in `model`.
+        read: returns the whole weight of a name. Collective.
+
+    Raises:
+        UserError: on every rank, if a file cannot be written.
+    """
+
+    def read_layers() -> Iterator[Mapping[str, Tensor]]:
+        for names in run_on_rank0(lambda: plan_layers(model, weights)):
+            layer = {}
+            for name in names:
+                value = read(name)
+                if dist.get_rank() == 0:
+                    # A copy of the very shape: FSDP2's storage may be padded.
+                    layer[name] = torch.empty_like(weights[name], device="cpu").copy_(value)
+            yield revert_weight_conversion(model, layer) if layer else {}
+
+    write_shards(folder, read_layers())
+
+
+def plan_layers(model: PreTrainedModel, weights: Description) -> list[list[str]]:
+    """Group the names of weights into parts that can be converted one by one.
+
+    Returns:
+        The names of each layer; or all names together, if a conversion joins several layers.
+    """
+    layers = _group_by_layer(weights)
+    converted: Description = {}
+    for names in layers:
+        converted |= revert_weight_conversion(model, {name: weights[name] for name in names})
+    together = revert_weight_conversion(model, dict(weights))
+    shapes, own_shapes = (
+        {name: value.shape for name, value in found.items()} for found in (together, converted)
+    )
+    return layers if own_shapes == shapes else [list(weights)]
+
+
+def _group_by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Group names by what stands before and with their first number."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r"(.*?\.\d+\.)?", name)[0]
+        groups.setdefault(layer, []).append(name)
+    return list(groups.values())
+
+
+def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy all files of the base's folder but its weights, and name the dtype. Rank 0 calls it."""
+    for pattern in (*FILES, "additional_chat_templates/*.jinja"):
+        for path in base.glob(pattern):
+            is_weights = ".safetensors" in path.name or path.name.endswith(".index.json")
+            if is_weights or path.name == ADAPTER_CONFIG:
+                continue
+            target = folder / path.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # older files' name of dtype
+    write_json(folder / "config.json", config | {"dtype": dtype_name(dtype)})
