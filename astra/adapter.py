@@ -10,14 +10,13 @@ change is `s (B A - B0 A0)`: a plain LoRA of rank 2r.
 import copy
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -298,50 +297,6 @@ def load_adapter(folder: Path) -> tuple[dict[str, Factors], float]:
             factors[stem.removeprefix(PREFIX)] = Factors(a, tensors[f"{stem}.lora_B.weight"])
     divisor = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
     return factors, config["lora_alpha"] / divisor
-
-
-def attach_saved_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """Return `model` with the layers of the PEFT LoRA in `folder`, without their values.
-
-    write_saved_adapter sets the values. An engine may shard the model between the two calls.
-
-    Raises:
-        AstraError: the adapter is not a LoRA.
-    """
-    config = PeftConfig.from_pretrained(folder)
-    if config.peft_type != PeftType.LORA:
-        kind = config.peft_type.value
-        raise AstraError(
-            f"{folder} is a {kind} adapter, not a LoRA; it cannot be loaded", "adapter"
-        )
-    config.init_lora_weights = True  # PEFT would change the base for a data-driven initialisation
-    return get_peft_model(model, config)
-
-
-def write_saved_adapter(model: PeftModel, folder: Path, weights: Weights) -> None:
-    """Set the adapter of `model` to the values in `folder`. Collective.
-
-    Raises:
-        AstraError: `folder` lacks the file of factors, or the file's tensors are not those that the
-            folder's adapter_config.json describes.
-    """
-    path = folder / TENSORS
-    if not path.is_file():
-        raise AstraError(f"{folder} has no {path.name}", "adapter")
-    wanted = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    # `lora_A.weight` in the file is `lora_A.default.weight` in the model. Magnitudes have no
-    # `.weight` in the file.
-    suffix = r"(?:\.weight|(?<=lora_magnitude_vector))$"
-    found = {}
-    for key, value in load_file(path).items():
-        found[re.sub(suffix, f".{ADAPTER}.weight", key)] = value
-    mismatched = sorted(found.keys() ^ wanted.keys())
-    if mismatched:
-        raise AstraError(
-            f"{path} does not fit the model and adapter_config.json: {mismatched[0]}", "adapter"
-        )
-    for name, parameter in wanted.items():
-        weights.write(parameter, found[name])
 
 
 def subtract_initial(

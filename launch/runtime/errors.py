@@ -25,6 +25,7 @@ FIELDS = {
     "eigen_select": "adapter.eigen_select",
     "memory": "calibration.memory_gib",
     "adapter": "--adapter",
+    "sharded": "--adapter",
     "model": "--model",
     "server": "--url",
     "served_model": "--url",
@@ -34,6 +35,7 @@ FIELDS = {
 HINTS = {
     "model": ", and use --backend openai",
     "served_model": "; check --model",
+    "sharded": "; use --engine single",
     "sandbox": " with --allow-unsandboxed",
     "data": "; give a folder as data_dir",
 }

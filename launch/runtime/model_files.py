@@ -30,6 +30,7 @@ TOKENIZER_FILES = [
     "merges.txt",
     "*.model",
 ]
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # an adapter's values in PEFT
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
 
@@ -115,6 +116,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def hash_weights(folder: Path) -> str:
     """Return the SHA-256 over the names and SHA-256 sums of a model's safetensors files."""
     return _hash_files(folder.glob(WEIGHT_FILES))
+
+
+def hash_adapter(folder: Path) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of an adapter's files.
+
+    They are its values and, where this project did not write it, its config, which decides the
+    scale: that of our own adapters does not change. PEFT reads the .bin file only where there is no
+    other.
+    """
+    paths = [path for name in ADAPTER_FILES if (path := folder / name).is_file()][:1]
+    if not (folder / "base.json").is_file():
+        paths.append(folder / "adapter_config.json")
+    return _hash_files(paths)
 
 
 def hash_tokenizer(folder: Path) -> str:

@@ -7,8 +7,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from astra import adapter
+from astra.adapter import load_adapter, subtract_initial
+from astra.saved_adapter import (
+    SavedAdapter,
+    attach_saved_adapter,
+    load_saved_adapter,
+    read_saved_adapter,
+    write_saved_adapter,
+)
 from eval.tasks.base import Problem
 from launch.config.schema import Eval
 from launch.data.inputs import resolve_dtype
@@ -18,7 +26,7 @@ from launch.run.results import Score
 from launch.runtime import watchdog
 from launch.runtime.distributed import run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import fetch_model, hash_weights, load_tokenizer
+from launch.runtime.model_files import fetch_model, hash_adapter, hash_weights, load_tokenizer
 from launch.scoring.score import score_benchmarks
 from launch.training.export import read_adapter_base
 
@@ -49,14 +57,16 @@ def evaluate_model(
         UserError: there is no such model or adapter, or the adapter is for another base.
     """
     path, base = _fetch_base(source)
-    on_residual, adapter_hash = False, None
+    on_residual, adapter_hash, saved = False, None, None
     if source.adapter is not None:
         on_residual = run_on_rank0(lambda: _check_adapter(source.adapter, base))
-        adapter_hash = run_on_rank0(lambda: hash_weights(source.adapter))
+        adapter_hash = run_on_rank0(lambda: hash_adapter(source.adapter))
+        # Before there is an engine: DeepSpeed would shard the empty model too.
+        saved = _read_adapter(path, source)
     tokenizer = load_tokenizer(path)
     engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
     watchdog.set_phase("loading the base")
-    model = _load_model(path, source.adapter, on_residual, engine)
+    model = _load_model(path, saved, on_residual, engine)
     identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
     with engine.inference_mode(model):
         watchdog.set_phase("scoring", timed=True)
@@ -114,21 +124,36 @@ def _check_adapter(folder: Path, base: dict) -> bool:
     return True
 
 
+def _read_adapter(path: Path, source: ModelSource) -> SavedAdapter:
+    """Read the adapter and check it against the base in `path`, before the base is loaded.
+
+    Raises AstraError.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    return read_saved_adapter(source.adapter, empty, sharded=source.engine != "single")
+
+
 def _load_model(
-    path: Path, adapter_folder: Path | None, on_residual: bool, engine: Engine
+    path: Path, saved: SavedAdapter | None, on_residual: bool, engine: Engine
 ) -> nn.Module:
     """Load the base in `path` with its adapter, for `engine.inference_mode`. Collective."""
     base = engine.load_model(str(path))
     # Each forward pass is progress: a response of thousands of tokens may take minutes.
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    if adapter_folder is None:
+    if saved is None:
         engine.materialize(base)
         return base
-    # Attached before the base is sharded: FSDP2 does not manage parameters that come later.
-    model = adapter.attach_saved_adapter(base, adapter_folder)
-    engine.materialize(model)
-    adapter.write_saved_adapter(model, adapter_folder, engine)
+    if engine.sharded:
+        # Attached before the base is sharded: FSDP2 does not manage parameters that come later.
+        model = attach_saved_adapter(base, saved)
+        engine.materialize(model)
+        write_saved_adapter(model, saved, engine)
+    else:
+        engine.materialize(base)
+        model = load_saved_adapter(base, saved)
     if on_residual:
-        initial, scaling = adapter.load_adapter(adapter_folder.parent / "astra_init")
-        adapter.subtract_initial(model.get_base_model(), initial, scaling, engine)
+        initial, scaling = load_adapter(saved.folder.parent / "astra_init")
+        subtract_initial(model.get_base_model(), initial, scaling, engine)
     return model
