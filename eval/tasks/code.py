@@ -1,39 +1,56 @@
 """Find the program in a model's response."""
 
 import ast
-import re
-import warnings
+from collections.abc import Iterator
 
-_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-# A line of prose may parse too ("yes"), so code begins where a definition or import does.
-_FIRST_CODE_LINE = re.compile(r"(?:def|class|import|from|@|async def)\b")
-MAX_PROSE_LINES = 200  # a response with more lines after its program is not code
+from eval.tasks.code_blocks import (
+    cut_at_end_token,
+    cut_at_fence,
+    find_blocks,
+    find_inline_blocks,
+    join_dedented,
+)
+from eval.tasks.code_syntax import (
+    drop_stubs_and_prose,
+    find_definition,
+    find_prefix,
+    is_stub,
+    list_bound_names,
+    list_missing_names,
+    parse_program,
+)
 
 
 def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
     """Return the program that `output` gives, ready to run.
 
-    That is the fenced block that defines `entry_point`, else the longest run of lines that does. A
-    bare function body is put below `prompt`; a whole function gets the prompt's imports. An end
-    that cannot be parsed, as of a response that was cut off, is dropped. Nothing else is: a program
-    that asserts is not cut at its asserts.
+    That is the first of these that defines `entry_point` with more than a stub: the whole text, a
+    fenced block, the longest run of lines that parses. It gets the imports of `prompt`, and what it
+    uses of the prompt and of earlier blocks but does not define. If there is none, a bare function
+    body is put below `prompt`. An end that cannot be parsed, as of a response that was cut off, is
+    dropped. Nothing else is: a program that asserts is not cut at its asserts.
     """
-    blocks = []
-    for language, block in _FENCE.findall(output):
-        if language.lower() in ("", "python", "py", "python3"):
-            blocks.append(block)
-    for text in (*blocks, _skip_prose(output)):
-        program = _find_program_prefix(text)
-        if program and _defines_name(program, entry_point):
-            return f"{_collect_imports(prompt)}{program}"
-    # Nothing defines the function, so it may be the body of the prompt's.
-    body = blocks[0] if blocks else output
-    if prompt:
-        body = _indent_body(body)
-        whole = _find_program_prefix(prompt + body, min_lines=prompt.count("\n") + 1)
-        if whole:
+    output = _strip_around(output)
+    text = cut_at_end_token(output)
+    blocks = find_blocks(output)
+    if text != output:
+        blocks += find_blocks(text)
+    stub = None
+    for program in _list_programs(output, text, blocks, entry_point, bool(prompt)):
+        whole = _complete_program(program, entry_point, prompt, blocks)
+        if not is_stub(parse_program(program), entry_point):
             return whole
-    return blocks[0] if blocks else output
+        stub = stub or whole
+    # A stub at the beginning of a line is a program of its own, and no body of the prompt's.
+    if (
+        prompt
+        and (stub is None or is_completion(text))
+        and (whole := _find_body(text, blocks, prompt))
+    ):
+        return drop_stubs_and_prose(whole, entry_point)
+    if stub is not None:
+        return stub
+    return blocks[0][0] if blocks else output
 
 
 def extract_program_literature(output: str, prompt: str = "") -> str:
@@ -50,69 +67,121 @@ def extract_program_literature(output: str, prompt: str = "") -> str:
     return f"{prompt}\n{text}" if prompt else text
 
 
-def _find_program_prefix(text: str, min_lines: int = 1) -> str | None:
-    """Return the longest prefix of `text`, of at least `min_lines` lines, that is a program."""
-    lines = text.splitlines()
-    for end in range(len(lines), min_lines - 1, -1):
-        program = "\n".join(lines[:end]) + "\n"
-        tree = _parse_program(program)
-        if tree is not None:
-            return program if tree.body else None
-        if len(lines) - end > MAX_PROSE_LINES:  # each line costs a parse of the rest
-            return None
+def _strip_around(output: str) -> str:
+    """Return `output` with plain line ends, and without a byte-order mark or thoughts before it."""
+    output = output.replace("\r\n", "\n").removeprefix("\ufeff")
+    return output.rpartition("</think>")[2] if "</think>" in output else output
+
+
+def _list_programs(
+    output: str, text: str, blocks: list[list[str]], entry_point: str, has_prompt: bool
+) -> Iterator[str]:
+    """Yield the programs in a response that define `entry_point`, the likeliest first.
+
+    Args:
+        text: the output up to its end token.
+    """
+    may_dedent = not (has_prompt and is_completion(text))
+    wholes = [output, text, *(block for choices in blocks for block in choices)]
+    wholes += find_inline_blocks(text)
+    for whole in dict.fromkeys(wholes):
+        tree = parse_program(whole)
+        if tree is not None and entry_point in list_bound_names(tree):
+            yield whole
+    # With prose in it, or cut off.
+    for choices in blocks:
+        yield from find_definition(choices[0], entry_point, may_dedent)
+    yield from find_definition(text, entry_point, may_dedent)
+
+
+def is_completion(text: str) -> bool:
+    """Return whether `text` begins indented, as what continues the prompt's function does."""
+    return text.strip("\r\n").startswith((" ", "\t"))
+
+
+def _complete_program(program: str, entry_point: str, prompt: str, blocks: list[list[str]]) -> str:
+    """Return `program` with the imports of `prompt`, and with the definitions that it lacks.
+
+    They are put below the program's docstring and imports from __future__, which must come first.
+    """
+    program = drop_stubs_and_prose(program, entry_point)
+    # A prompt may end in a signature and docstring, which need a body to parse.
+    of_prompt = parse_program(prompt) or parse_program(f"{prompt}    pass\n")
+    added = []
+    for node in of_prompt.body if of_prompt else []:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            added.append(node)
+    added += _find_lacking(program, entry_point, of_prompt, blocks)
+    if not added:
+        return program
+    lines = program.split("\n")
+    first = _count_opening_lines(parse_program(program))
+    return "\n".join([*lines[:first], *map(ast.unparse, added), *lines[first:]])
+
+
+def _find_lacking(
+    program: str, entry_point: str, of_prompt: ast.Module | None, blocks: list[list[str]]
+) -> list[ast.stmt]:
+    """Return statements of the prompt and of blocks that define what `program` reads but lacks."""
+    sources = [of_prompt, *(parse_program(choices[0]) for choices in blocks)]
+    known = [node for source in sources if source for node in source.body if _is_definition(node)]
+    lacking = list_missing_names(parse_program(program))
+    chosen: set[int] = set()
+    grown = True
+    while grown:  # a definition may lack others in turn
+        grown = False
+        for number, node in enumerate(known):
+            alone = ast.Module([node], [])
+            names = list_bound_names(alone)
+            if number not in chosen and names & lacking and entry_point not in names:
+                chosen.add(number)
+                lacking = (lacking - names) | (list_missing_names(alone) - names)
+                grown = True
+    return [known[number] for number in sorted(chosen)]
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    """Return whether `node` only defines something: an example that calls something is left out."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return not any(isinstance(part, ast.Call) for part in ast.walk(node))
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+    return isinstance(node, kinds)
+
+
+def _count_opening_lines(tree: ast.Module) -> int:
+    """Return the number of lines up to the end of a docstring and of imports from __future__."""
+    last = 0
+    for node in tree.body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+        if not (is_docstring or is_future):
+            break
+        last = node.end_lineno
+    return last
+
+
+def _find_body(text: str, blocks: list[list[str]], prompt: str) -> str | None:
+    """Return `prompt` with the function body that `text` gives, or None if it gives none."""
+    head = cut_at_fence(text)
+    bodies = [choices[0] for choices in blocks]
+    # The fence after a completion is a stray one.
+    bodies.insert(0 if is_completion(head) else len(bodies), head)
+    first = prompt.count("\n")
+    for body in bodies:
+        found = []
+        for indented in _list_indented(body):
+            lines = (prompt + indented).split("\n")
+            end = find_prefix(lines, first + 1)
+            if any(line.strip() for line in lines[first:end]):
+                found.append(lines[:end])
+        if found:
+            return "\n".join(max(found, key=len)) + "\n"
     return None
 
 
-def _parse_program(program: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in the program's strings
-            return ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # ast raises ValueError for NUL bytes and lone surrogates.
-        return None
-
-
-def _defines_name(program: str, name: str) -> bool:
-    """Return whether `program` defines a function, class or variable `name` at its top level."""
-    for node in _parse_program(program).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if node.name == name:
-                return True
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Name) and target.id == name:
-                    return True
-    return False
-
-
-def _skip_prose(text: str) -> str:
-    """Return `text` from its first line of code on, or all of it if it has none."""
-    lines = text.splitlines()
-    for start, line in enumerate(lines):
-        if _FIRST_CODE_LINE.match(line):
-            return "\n".join(lines[start:])
-    return "\n".join(lines)
-
-
-def _indent_body(body: str) -> str:
-    """Indent a function body, if all its lines or only the first have lost their indentation."""
-    lines = [line for line in body.splitlines() if line.strip()]
-    if not lines:
-        return body
-    indented = [line.startswith((" ", "\t")) for line in lines]
-    if not indented[0] and all(indented[1:]):
-        return "    " + body.lstrip("\n")
-    if not any(indented):
-        return "\n".join(f"    {line}" for line in body.splitlines())
-    return body
-
-
-def _collect_imports(prompt: str) -> str:
-    """Return the import statements of `prompt`, which a program may have left out."""
-    # A prompt may end in a signature and docstring, which need a body to parse.
-    tree = _parse_program(prompt) or _parse_program(prompt + "    pass\n")
-    if tree is None:
-        return ""
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return "".join(ast.unparse(node) + "\n" for node in imports)
+def _list_indented(body: str) -> list[str]:
+    """Return the ways to indent a function body: as it is, only its first line, all lines anew."""
+    lines = join_dedented(body.split("\n")).split("\n")
+    anew = "\n".join(f"    {line}" if line.strip() else line for line in lines)
+    ways = ["    " + body.lstrip(), anew]
+    return [body, *ways] if is_completion(body) else ways

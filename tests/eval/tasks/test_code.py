@@ -1,6 +1,7 @@
-"""The program in a response: fences, prose, bodies, cut-off ends; and the published rule's quirks.
+"""The program in a response: fences, prose, stubs, bodies, cut-off ends; the published rule's quirks.
 
-Needs nothing. A few seconds.
+The forms of tests/support/program_variants.py are tried on real programs in
+tests/eval/sandbox/test_variants.py. Needs nothing. A few seconds.
 """
 
 import pytest
@@ -28,6 +29,48 @@ STRICT = [
     ("", False),
     ("\x00\ud800", False),
     ("```python\n" + "(" * 5000, False),
+    ("from __future__ import annotations\n" + WHOLE, True),
+    ('"""A program."""\nfrom __future__ import annotations\n\nSTEP = 1\n' + WHOLE, True),
+    ("x = 1\nfrom __future__ import annotations\n" + WHOLE, False),  # no Python
+    ("Add a step:\n\nSTEP = [\n    1,\n]\n\ndef f(x):\n    return x + STEP[0]\n\nDone.", True),
+    ("STEP = 1\n\n\ndef f(x: List[int]):\n    return x + STEP", True),
+    (WHOLE + "```", True),
+    ("    return x + 1\n```\nThis adds one.", True),
+    ("    y = x\n    return y + 1```", True),
+    ("  y = x\n  return y + 1\n", True),  # indented by two
+    ("\tif x:\n\t\treturn x + 1\n\treturn 1\n", True),
+    ("if x:\n    return x + 1\nreturn 1", True),
+    ("def f(x):\n    pass\n\n" + WHOLE, True),
+    (WHOLE + "\n" + PROMPT, True),  # a completion goes on with the prompt, once more
+    (WHOLE + "\n@overload\ndef f(x):\n    raise NotImplementedError\n", True),
+    ("```python\ndef f(x):\n    ...\n```\nFilled in:\n```python\n" + WHOLE + "```", True),
+    ("def f(x):\n    '''Add.'''\n\nNow the body:\n\n" + WHOLE, True),
+    ("def f(x):\n    pass\n", False),
+    ("1. Do this:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n", True),
+    ("- ```python\n  def f(x):\n      return x + 1\n  ```\n", True),
+    ("> ```python\n> def f(x):\n>     return x + 1\n> ```\n", True),
+    ("So:\n\n    def f(x):\n        return x + 1\n\nas asked.", True),
+    ("class A:\n    def f(self, x=1):\n        return 2\n", False),
+    ("~~~\n" + WHOLE + "~~~", True),
+    ("```python3\n" + WHOLE, True),
+    ("```python def f(x): return x + 1```", True),
+    ("````markdown\n```python\n" + WHOLE + "```\n````", True),
+    (
+        "```python\ndef g(x):\n    return x + 1\n```\n```python\ndef f(x):\n    return g(x)\n```",
+        True,
+    ),
+    ("```python\nimport math\n```\n```python\ndef f(x):\n    return math.floor(x) + 1\n```", True),
+    ("Complexity: O(n)\n" + WHOLE + "Explanation: simple\n", True),
+    ("python\n" + WHOLE, True),
+    (WHOLE.rstrip() + "<|im_end|>\n<|im_start|>user", True),
+    ("def f(x):\n    end = '<|im_end|>'\n    return x + len(end) - 9\n", True),
+    ("<think>def f(x):\n    return 0\n</think>\n" + WHOLE, True),
+    (
+        "try:\n    f = None\n    import nothing\nexcept ImportError:\n    def f(x):\n        return x + 1\n",
+        True,
+    ),
+    ("f: object = lambda x: x + 1", True),
+    ("from operator import neg as g\ndef f(x):\n    return 1 - g(x)\n", True),
 ]
 
 
@@ -54,6 +97,23 @@ def test_strict(output: str, good: bool) -> None:
 def test_a_whole_function_gets_the_prompts_imports() -> None:
     text = extract_program("def f(x: List[int]) -> int:\n    return 1", "f", PROMPT)
     assert text.startswith("from typing import List\n")
+
+
+def test_a_whole_function_gets_the_prompts_other_functions() -> None:
+    prompt = "SIGN = -1\n\ndef g(x):\n    return SIGN * x\n\n\ndef f(x):\n    pass\n"
+    names: dict = {}
+    exec(extract_program("def f(x):\n    return 1 - g(x)\n", "f", prompt), names)
+    assert names["f"](1) == 2
+    own = extract_program("def g(x): return 0\ndef f(x):\n    return 1 - g(x)\n", "f", prompt)
+    assert "SIGN" not in own
+
+
+def test_text_in_strings_stays_as_it_is() -> None:
+    program = "def f(x):\n    return 'a\u2028b\x0cc\x85', '''\n```\n \n'''\n"
+    for output in (program, f"```python\n{program}```", f"Here:\n{program}"):
+        names: dict = {}
+        exec(extract_program(output, "f"), names)
+        assert names["f"](1) == ("a\u2028b\x0cc\x85", "\n```\n \n")
 
 
 def test_a_program_that_asserts_is_not_cut() -> None:
