@@ -157,7 +157,7 @@ def worker(folder: Path, engine_name: str) -> None:
             held += shard.numel() * shard.element_size()
         found[stage] = {"base": held, "peak": peak.take() - before}
 
-    base = engine.load_model(str(inputs.model_path))
+    base = engine.load_model(inputs.model)
     model = adapter.attach_adapters(
         base, recipe.adapter.targets, recipe.adapter.rank, recipe.adapter.alpha, 0.0
     )

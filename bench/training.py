@@ -56,6 +56,7 @@ from launch.data.order import Packing
 from launch.data.token_set import TokenSet
 from launch.engines import make_engine
 from launch.engines.single import TorchTrainState
+from launch.runtime.base_model import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.training import kernels, loop
 from launch.training import loss as objective
@@ -136,7 +137,7 @@ class Bench:
     ) -> tuple[Turn, PeftModel]:
         """A training by the functions of the main path."""
         engine = make_engine(name, self.device, self.dtype)
-        base = engine.load_model(str(self.folder))
+        base = engine.load_model(check_model(self.folder))
         model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
         engine.materialize(model)
         adapter.initialise_layers(adapter.get_lora_layers(model), INITIALISERS[method], engine)
@@ -333,7 +334,7 @@ def astra(bench: Bench) -> dict:
 def ablation(bench: Bench) -> dict:
     """One model, its step as it is by default and with one thing changed."""
     engine = make_engine("single", bench.device, bench.dtype)
-    base = engine.load_model(str(bench.folder))
+    base = engine.load_model(check_model(bench.folder))
     model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
     state = loop.make_train_state(engine, model, bench.settings)
 

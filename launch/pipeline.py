@@ -85,6 +85,7 @@ from launch.training.trackers import open_trackers, require_trackers
 from launch.training.trainable import (
     as_base,
     attach_trainable,
+    draw_new_weights,
     export_trained,
     find_lora_layers,
     find_trained_parameters,
@@ -95,7 +96,7 @@ from launch.training.trainable import (
 class PreparedRun:
     """What the first stage reads and decides.
 
-    It is the same on every rank, except for inputs.model_path, which is local to a node.
+    It is the same on every rank, except for the folder in inputs.model, which is local to a node.
     """
 
     name: str  # the recipe's name
@@ -315,9 +316,7 @@ def load_run_model(run: PreparedRun, device: torch.device) -> RunModel:
     else:
         lora_ranks = _allocate_lora_ranks(run, device)
     engine = make_engine(recipe.engine, device, run.inputs.dtype)
-    base = engine.load_model(
-        str(run.inputs.model_path), full=recipe.adapter.method_record.trains_all
-    )
+    base = engine.load_model(run.inputs.model, full=recipe.adapter.method_record.trains_all)
     apply_kernels(base, recipe)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     model = attach_trainable(base, recipe.adapter, lora_ranks)
@@ -343,6 +342,7 @@ def _allocate_lora_ranks(run: PreparedRun, device: torch.device) -> dict[str, in
 def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
     """Calibrate and measure the untouched base, then set A0, B0 and W_res. Collective."""
     loaded.engine.materialize(loaded.model)
+    draw_new_weights(loaded.base, run.inputs.model, run.recipe.train.seed, loaded.engine)
     measured = _measure_base(run, loaded)
     watchdog.set_phase("initialisation")
     ranks = {name: layer.r[ADAPTER] for name, layer in loaded.lora_layers.items()}

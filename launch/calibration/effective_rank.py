@@ -27,6 +27,7 @@ from launch.engines import Engine, make_engine
 from launch.run import plots
 from launch.run.results import RESULTS
 from launch.runtime import watchdog
+from launch.runtime.base_model import check_model
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
@@ -124,7 +125,10 @@ def _calibrate_model(
     """Calibrate the base, or the model whose export is `trained`, into `folder`. Collective."""
     watchdog.set_phase("loading the base")
     is_model = trained is not None and trained.name == "model"
-    base = engine.load_model(str(trained if is_model else inputs.model_path))
+    checked = inputs.model
+    if is_model:
+        checked = run_on_rank0(lambda: check_model(trained, "--after"))
+    base = engine.load_model(checked)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     linears = find_targets(base, recipe.adapter.targets)
     engine.materialize(base)

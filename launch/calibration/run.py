@@ -107,7 +107,7 @@ def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path)
         run_on_rank0(lambda: check_calibration(folder, described))
         return False
     watchdog.set_phase("loading the base")
-    base = engine.load_model(str(inputs.model_path))
+    base = engine.load_model(inputs.model)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     linears = find_targets(base, recipe.adapter.targets)
     engine.materialize(base)

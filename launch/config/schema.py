@@ -56,6 +56,11 @@ class Model(Section):
         description="attention kernels; auto is what transformers prefers for the model, mostly "
         "sdpa",
     )
+    new_weights: list[Name] = Field(
+        [],
+        description="parameters that the model's files lack and method full trains from random "
+        "values, by whole names: [lm_head.weight]",
+    )
 
 
 class Data(Section):
@@ -335,6 +340,14 @@ class Recipe(Section):
         description="where metrics also go; each needs its package (wandb is offline without "
         "network)",
     )
+
+    @model_validator(mode="after")
+    def _check_new_weights(self) -> "Recipe":
+        if self.model.new_weights and not self.adapter.method_record.trains_all:
+            raise ValueError(
+                "model.new_weights: an adapter's folder cannot hold them; set adapter.method=full"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_compile(self) -> "Recipe":

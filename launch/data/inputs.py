@@ -6,26 +6,37 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from launch.config.schema import Recipe
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, split_held_out
+from launch.runtime.base_model import (
+    CheckedModel,
+    check_max_length,
+    check_model,
+    check_token_ids,
+    read_config,
+)
 from launch.runtime.distributed import run_on_each_node
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import fetch_model, find_commit, hash_weights
+from launch.runtime.model_files import fetch_model, find_commit, hash_weights, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What `prepare_inputs` found, the same on every rank but for the local path."""
 
-    model_path: Path
+    model: CheckedModel  # in this node's folder
     dtype: torch.dtype  # of the base
     tokens: TokenSet  # to train and calibrate on
     held_out: TokenSet | None  # the last data.held_out examples, which are not in `tokens`
     base: dict  # name, revision and hash of the base model, as results.json has them
     data: dict  # path, counts and hash of the tokens, as results.json has them
+
+    @property
+    def model_path(self) -> Path:
+        """The base's folder on this node."""
+        return self.model.folder
 
 
 def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
@@ -49,7 +60,7 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     tokens = TokenFolder(Path(here["prepared"]), here["manifest"]).open_tokens()
     training, held_out = split_held_out(tokens, recipe.data.held_out)
     return Inputs(
-        model_path=Path(here["model_path"]),
+        model=here["model"],
         dtype=resolve_dtype(recipe.model.dtype, device),
         tokens=training,
         held_out=held_out,
@@ -63,22 +74,26 @@ def _describe_difference(field: str, node: dict, first: dict) -> str:
 
 
 def _prepare_node(recipe: Recipe) -> dict:
-    """Prepare this node, and describe the result in plain values that ranks can exchange."""
+    """Prepare this node, and describe the result in values that ranks can exchange."""
     model_path = fetch_model(recipe.model.name, recipe.model.revision)
-    check_max_length(recipe, model_path)
-    folder, manifest = obtain_tokens(recipe.data, model_path)
+    check_max_length(recipe.data.max_length, read_config(model_path), recipe.model.name)
+    model = check_model(model_path, new_weights=recipe.model.new_weights)
+    prepared = obtain_tokens(recipe.data, model_path)
+    folder, manifest = prepared
+    largest = int(prepared.open_tokens().tokens.max())
+    check_token_ids(largest, model.num_embeddings, load_tokenizer(model_path))
     model_commit = find_commit(model_path)
     data_commit = manifest["made_from"]["source"].get("commit")
     return {
         "host": socket.gethostname(),
-        "model_path": str(model_path),
+        "model": model,
         "prepared": str(folder.absolute()),
         "manifest": manifest,
         "base": {
             "name": recipe.model.name,
             "revision": model_commit or recipe.model.revision,
             "revision_verified": model_commit is not None,
-            "weights_sha256": hash_weights(model_path),
+            "weights_sha256": hash_weights(model.files),
         },
         "data": {
             "path": recipe.data.path,
@@ -90,17 +105,6 @@ def _prepare_node(recipe: Recipe) -> dict:
             "tokens_sha256": manifest["tokens_sha256"],
         },
     }
-
-
-def check_max_length(recipe: Recipe, model_path: Path) -> None:
-    """Raise UserError if rows may be longer than the model's context."""
-    config = AutoConfig.from_pretrained(model_path)
-    context = getattr(config, "max_position_embeddings", None)
-    if context and recipe.data.max_length > context:
-        raise UserError(
-            f"data.max_length: {recipe.data.max_length} is above the {context} positions of "
-            f"{recipe.model.name}; lower it"
-        )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -5,12 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.config.schema import Recipe
-from launch.data.inputs import check_max_length
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.token_cache import check_refused_rows, make_tokens
+from launch.runtime.base_model import (
+    check_max_length,
+    check_token_ids,
+    get_num_embeddings,
+    read_config,
+)
 from launch.runtime.files import write_json, write_text
-from launch.runtime.model_files import fetch_model
+from launch.runtime.model_files import fetch_model, load_tokenizer
 
 OVERLAP, REPORT = "overlap.json", "report.md"
 
@@ -30,9 +35,13 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
         EvalError: a benchmark cannot be read.
     """
     model_path = fetch_model(recipe.model.name, recipe.model.revision, weights=False)
-    check_max_length(recipe, model_path)
+    config = read_config(model_path)
+    check_max_length(recipe.data.max_length, config, recipe.model.name)
     source = fetch_source(recipe.data)
-    manifest = make_tokens(folder, recipe.data, model_path, source, verify=True).manifest
+    prepared = make_tokens(folder, recipe.data, model_path, source, verify=True)
+    largest = int(prepared.open_tokens().tokens.max())
+    check_token_ids(largest, get_num_embeddings(config), load_tokenizer(model_path))
+    manifest = prepared.manifest
     path = folder / OVERLAP
     overlaps = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if benchmarks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from astra.weights import Weights
+from launch.runtime.base_model import CheckedModel
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments of a parameter
@@ -81,8 +82,8 @@ class Engine(Weights, Protocol):
     reentrant: bool
     """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
-    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
-        """Load the causal language model in the local folder `path`.
+    def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
+        """Load the causal language model that `check_model` has checked.
 
         Args:
             full: whether all parameters are to be trained. Forward and backward passes are in the
@@ -91,7 +92,8 @@ class Engine(Weights, Protocol):
 
         Returns:
             The model, frozen unless `full`. Its weights may not have values yet (FSDP2), so
-            adapters can be attached before it is sharded: see `materialize`.
+            adapters can be attached before it is sharded: see `materialize`. Values of
+            `checked.new_weights` are left to the caller.
         """
         ...
 

@@ -1,14 +1,14 @@
 """PyTorch FSDP2 (`fully_shard`): each decoder layer is a unit, and each rank reads only its rows."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
-from launch.runtime.compat import list_layer_classes
+from launch.runtime import compat
+from launch.runtime.base_model import CheckedModel
 from launch.runtime.errors import UserError
 
 
@@ -29,24 +30,30 @@ class FsdpEngine(TorchWeights):
         self.device, self.dtype = device, dtype
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
-    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
-        self.path = Path(path)
+    def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
+        self.checked = checked
         if full:
             dtype = torch.float32
             self.policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         else:
             dtype = self.dtype
             self.policy = MixedPrecisionPolicy()  # base and adapters keep their own dtypes
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(checked.folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
             self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.base.tie_weights()  # without storage each module was given a weight of its own
+        compat.keep_in_fp32(self.base, dtype)
         # Parameters are found by module later: adapters will wrap modules and so change their
-        # names, and FSDP2 will put other parameters in the places of these.
+        # names, and FSDP2 will put other parameters in the places of these. Buffers that are in
+        # the files are found in the same way.
         self.owners: dict[str, tuple[nn.Module, str]] = {}
+        stored = self.base.state_dict().keys()
         for prefix, module in self.base.named_modules():
-            for name, _ in module.named_parameters(recurse=False):
-                self.owners[f"{prefix}.{name}".lstrip(".")] = (module, name)
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, _ in own:
+                full_name = f"{prefix}.{name}".lstrip(".")
+                if full_name in stored:
+                    self.owners[full_name] = (module, name)
         return self.base.requires_grad_(full)
 
     def materialize(self, model: nn.Module) -> None:
@@ -71,7 +78,7 @@ class FsdpEngine(TorchWeights):
         The units are under the base and not under PEFT's wrapper, since `generate` calls the base
         itself.
         """
-        layer_classes = list_layer_classes(self.base)
+        layer_classes = compat.list_layer_classes(self.base)
         for module in self.base.modules():
             if type(module).__name__ in layer_classes:
                 fully_shard(module, mesh=self.mesh, mp_policy=self.policy)
@@ -86,32 +93,53 @@ class FsdpEngine(TorchWeights):
 
     @torch.no_grad()
     def _read_weights(self) -> None:
-        """Read this rank's shards from the files.
+        """Read this rank's shards, and whole buffers, from the checked files.
+
+        A parameter that transformers makes of several tensors, such as those of experts, is made
+        whole on the CPU, one at a time, and its shard is kept.
 
         Raises:
-            UserError: the files lack a weight.
+            UserError: a parameter has no values. `check_model` has found all, so transformers has
+                then read a parameter in another way than `plan_reading` says.
         """
-        files: dict[str, Path] = {}  # name of a weight -> its file
-        for path in sorted(self.path.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
+        model = compat.make_meta_model(self.base.config)  # with the names that the files go by
         filled = set()
-        for name, (module, attribute) in self.owners.items():
-            parameter = getattr(module, attribute)
-            if name not in files:
-                continue
-            with safe_open(files[name], framework="pt") as file:
-                values = file.get_slice(name)
-                shard = parameter.to_local()
-                # fully_shard splits dimension 0 as torch.chunk does: ceil(size / world) rows a rank.
-                start = dist.get_rank() * -(-parameter.shape[0] // self.mesh.size())
-                if len(shard):
-                    shard.copy_(values[start : start + len(shard)])
-            filled.add(id(parameter))
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}  # name of a tensor -> its opened file
+            for path in self.checked.files:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                files |= dict.fromkeys(file.keys(), file)
+            for step in compat.plan_reading(model, files):
+                if step.transform is None:
+                    (key,) = step.list_keys()
+                    made = {step.target: files[key].get_slice(key)}
+                else:
+                    made = compat.convert_tensors(
+                        step, model, lambda key: files[key].get_tensor(key)
+                    )
+                for name, values in made.items():
+                    filled.add(id(self._fill(name, values)))
         for name, (module, attribute) in self.owners.items():
             # A tied weight is in the files under one of its names only.
-            if id(getattr(module, attribute)) not in filled:
+            if (
+                id(getattr(module, attribute)) not in filled
+                and name not in self.checked.new_weights
+            ):
                 raise UserError(
-                    f"engine: fsdp finds no weight {name} in {self.path}; use engine=zero3 for "
-                    "this model"
+                    f"engine: fsdp cannot read {name} of {self.checked.folder}; use engine=zero3 "
+                    "for this model"
                 )
+
+    def _fill(self, name: str, values: Any) -> Tensor:
+        """Copy this rank's part of `values`, a tensor or a slice of a file, and return its place."""
+        module, attribute = self.owners[name]
+        tensor = getattr(module, attribute)
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(values[...])
+            return tensor
+        shard = tensor.to_local()
+        # fully_shard splits dimension 0 as torch.chunk does: ceil(size / world) rows a rank.
+        start = dist.get_rank() * -(-tensor.shape[0] // self.mesh.size())
+        if len(shard):
+            shard.copy_(values[start : start + len(shard)])
+        return tensor

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS
+from launch.runtime.base_model import CheckedModel
 
 WEIGHTS = TorchWeights()
 
@@ -64,9 +65,11 @@ class SingleEngine(TorchWeights):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
 
-    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
+    def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         dtype = torch.float32 if full else self.dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(checked.folder), dtype=dtype, local_files_only=True, use_safetensors=True
+        )
         model = model.to(self.device)
         if dtype != self.dtype:
             model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)

@@ -25,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS, read_deepspeed_config
 from launch.runtime import compat
+from launch.runtime.base_model import CheckedModel
 from launch.runtime.distributed import FOREVER
 
 
@@ -131,14 +132,16 @@ class ZeroEngine(ZeroWeights):
         # By default micro batches' gradients would be added up in bf16 too.
         self.config["data_types"] = {"grad_accum_dtype": "fp32"}
 
-    def load_model(self, path: str, full: bool = False) -> PreTrainedModel:
+    def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         if full:
             # DeepSpeed's optimiser then holds fp32 weights.
             self._use_bf16(self.dtype == torch.bfloat16)
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(checked.folder), dtype=self.dtype, local_files_only=True, use_safetensors=True
+        )
         return (model if self.sharded else model.to(self.device)).requires_grad_(full)
 
     def materialize(self, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from launch.planning.options import PlanOptions
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_TRAIN_PROBLEMS
 from launch.run.provenance import dtype_name
+from launch.runtime.base_model import check_config, check_max_length
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import fetch_config
 from launch.runtime.units import GIB
@@ -37,6 +38,8 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
             "--gpus 1"
         )
     config = _load_config(recipe)
+    check_config(config)
+    check_max_length(recipe.data.max_length, config, recipe.model.name)
     steps = _count_steps(recipe, options)
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
     name = recipe.model.name

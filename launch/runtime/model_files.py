@@ -40,36 +40,36 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not is_file
 
 
-def fetch_model(name: str, revision: str, weights: bool = True) -> Path:
+def fetch_model(name: str, revision: str, weights: bool = True, field: str = "model.name") -> Path:
     """Return the local folder of model `name`.
 
-    It is the folder itself, or the hub's files, downloaded or from the hub's cache.
+    It is the folder itself, or the hub's files, downloaded or from the hub's cache. What it holds
+    is checked by launch.runtime.base_model.
 
     Args:
         name: hub id or local folder.
         revision: branch, tag or commit on the hub.
         weights: whether the weights are wanted too; without them, the config and the tokenizer.
+        field: what a message begins with, the recipe field or option that names the model.
 
     Raises:
-        UserError: no such folder or model, the hub is not reachable, or there are no safetensors
-            weights.
+        UserError: no such folder or model, the hub is not reachable, or there is no config.json.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if not is_hub_id(name):
-            raise UserError(f"model.name: no folder {name}")
+            raise UserError(f"{field}: no folder {name}")
         try:
             patterns = FILES if weights else FILES[1:]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
-                f"model.name: cannot get {name} (revision {revision}) from the hub "
+                f"{field}: cannot get {name} (revision {revision}) from the hub "
                 f"({type(error).__name__}); check the name and the network, log in if the model "
                 "is gated, or give a local folder"
             ) from None
-    has_weights = any(folder.glob(WEIGHT_FILES))
-    if not (folder / "config.json").is_file() or (weights and not has_weights):
-        raise UserError(f"model.name: {folder} needs a config.json and *.safetensors weights")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{field}: {folder} has no config.json; give a model's folder")
     return folder
 
 
@@ -113,9 +113,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def hash_weights(folder: Path) -> str:
-    """Return the SHA-256 over the names and SHA-256 sums of a model's safetensors files."""
-    return _hash_files(folder.glob(WEIGHT_FILES))
+def hash_weights(files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of the files that hold a model's weights.
+
+    Args:
+        files: those that are read, `CheckedModel.files`, and no others beside them.
+    """
+    return _hash_files(files)
 
 
 def hash_adapter(folder: Path) -> str:

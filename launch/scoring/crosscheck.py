@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from eval import grading
 from eval.crosscheck import harness
 from eval.crosscheck.programs import check_with_evalplus
@@ -21,6 +19,7 @@ from eval.tasks.base import GRADERS
 from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
 from launch.run.results import RESULTS, EvaluationResults, read_evaluation_results
+from launch.runtime.base_model import check_model, get_num_positions, read_config
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_text
 from launch.runtime.model_files import fetch_model, hash_weights, load_tokenizer
@@ -292,8 +291,8 @@ def _find_model(results: EvaluationResults, revision: str) -> dict[str, str]:
         UserError: the base's weights have changed, or lm-eval cannot make the adapter's base.
     """
     base, adapter = results.base, results.adapter
-    path = Path(fetch_model(base.name, revision))
-    if hash_weights(path) != base.weights_sha256:
+    path = fetch_model(base.name, revision, field="--scores")
+    if hash_weights(check_model(path, "--scores").files) != base.weights_sha256:
         raise UserError(
             f"--scores: {base.name} has other weights now than were scored; give its --revision"
         )
@@ -329,7 +328,7 @@ def _select_fitting(
     )
     prompts = [format_question(row["question"]) for row in rows.values()]
     encoded = encode_texts(load_tokenizer(model), prompts)
-    context = AutoConfig.from_pretrained(model).max_position_embeddings
+    context = get_num_positions(read_config(model, "--scores")) or 2**31
     documents = []
     for row, prompt, ids in zip(rows.values(), prompts, encoded, strict=True):
         if len(ids) + new_tokens <= context:

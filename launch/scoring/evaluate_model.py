@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from astra.adapter import load_adapter, subtract_initial
 from astra.saved_adapter import (
@@ -24,6 +23,7 @@ from launch.engines import Engine, make_engine
 from launch.run.provenance import dtype_name
 from launch.run.results import Score
 from launch.runtime import watchdog
+from launch.runtime.base_model import CheckedModel, check_model, make_meta_model, read_config
 from launch.runtime.distributed import run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import fetch_model, hash_adapter, hash_weights, load_tokenizer
@@ -56,17 +56,17 @@ def evaluate_model(
     Raises:
         UserError: there is no such model or adapter, or the adapter is for another base.
     """
-    path, base = _fetch_base(source)
+    checked, base = _fetch_base(source)
     on_residual, adapter_hash, saved = False, None, None
     if source.adapter is not None:
         on_residual = run_on_rank0(lambda: _check_adapter(source.adapter, base))
         adapter_hash = run_on_rank0(lambda: hash_adapter(source.adapter))
         # Before there is an engine: DeepSpeed would shard the empty model too.
-        saved = _read_adapter(path, source)
-    tokenizer = load_tokenizer(path)
+        saved = _read_adapter(checked, source)
+    tokenizer = load_tokenizer(checked.folder)
     engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
     watchdog.set_phase("loading the base")
-    model = _load_model(path, saved, on_residual, engine)
+    model = _load_model(checked, saved, on_residual, engine)
     identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
     with engine.inference_mode(model):
         watchdog.set_phase("scoring", timed=True)
@@ -74,16 +74,16 @@ def evaluate_model(
     return identity, scores
 
 
-def _fetch_base(source: ModelSource) -> tuple[Path, dict]:
-    """Fetch the base on every node, since nodes need not share a disk. Collective.
+def _fetch_base(source: ModelSource) -> tuple[CheckedModel, dict]:
+    """Fetch and check the base on every node, since nodes need not share a disk. Collective.
 
     Returns:
-        Its folder on this node, and {name, weights_sha256}.
+        The base in its folder on this node, and {name, weights_sha256}.
     """
 
-    def fetch() -> tuple[Path, str]:
-        path = fetch_model(source.name, source.revision)
-        return path, hash_weights(path)
+    def fetch() -> tuple[CheckedModel, str]:
+        checked = check_model(fetch_model(source.name, source.revision, field="--model"), "--model")
+        return checked, hash_weights(checked.files)
 
     fetched = run_on_each_node(fetch)
     hashes = [weights for _, weights in fetched]
@@ -91,8 +91,8 @@ def _fetch_base(source: ModelSource) -> tuple[Path, dict]:
         raise UserError(
             f"--model: the weights of {source.name} differ between the nodes; copy one's to all"
         )
-    path, _ = fetched[dist.get_rank()]
-    return path, {"name": source.name, "weights_sha256": hashes[0]}
+    checked, _ = fetched[dist.get_rank()]
+    return checked, {"name": source.name, "weights_sha256": hashes[0]}
 
 
 def _check_adapter(folder: Path, base: dict) -> bool:
@@ -124,22 +124,20 @@ def _check_adapter(folder: Path, base: dict) -> bool:
     return True
 
 
-def _read_adapter(path: Path, source: ModelSource) -> SavedAdapter:
-    """Read the adapter and check it against the base in `path`, before the base is loaded.
+def _read_adapter(checked: CheckedModel, source: ModelSource) -> SavedAdapter:
+    """Read the adapter and check it against the base, before the base is loaded.
 
     Raises AstraError.
     """
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = make_meta_model(read_config(checked.folder))
     return read_saved_adapter(source.adapter, empty, sharded=source.engine != "single")
 
 
 def _load_model(
-    path: Path, saved: SavedAdapter | None, on_residual: bool, engine: Engine
+    checked: CheckedModel, saved: SavedAdapter | None, on_residual: bool, engine: Engine
 ) -> nn.Module:
-    """Load the base in `path` with its adapter, for `engine.inference_mode`. Collective."""
-    base = engine.load_model(str(path))
+    """Load the base with its adapter, for `engine.inference_mode`. Collective."""
+    base = engine.load_model(checked)
     # Each forward pass is progress: a response of thousands of tokens may take minutes.
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     if saved is None:

@@ -21,6 +21,7 @@ from astra.adapter import (
 from launch.config.schema import Adapter
 from launch.data.inputs import Inputs
 from launch.engines import Engine
+from launch.runtime.base_model import CheckedModel, draw_weight
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
 from launch.training.model_export import save_model
@@ -47,6 +48,19 @@ def attach_trainable(
         rslora=method.use_rslora,
         dora=method.use_dora,
     )
+
+
+def draw_new_weights(
+    base: PreTrainedModel, checked: CheckedModel, seed: int, engine: Engine
+) -> None:
+    """Draw the parameters that the base's files lack, alike on all engines. Collective.
+
+    Args:
+        base: materialized, and trained whole.
+        seed: train.seed.
+    """
+    for name in checked.new_weights:
+        engine.write(base.get_parameter(name), draw_weight(checked.folder, name, seed))
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

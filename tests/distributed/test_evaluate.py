@@ -134,7 +134,8 @@ def test_each_node_takes_the_model_from_its_own_disk(
     launch(WORKERS / "node.py", *line, ranks=2)
     assert read_results(tmp_path / "scores")["scores"]["gsm8k"]["n"] == 7
     snapshot = tmp_path / "1" / "models--some--base" / "snapshots" / COMMIT
-    with (snapshot / "model.safetensors").open("ab") as file:
+    with (snapshot / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
         file.write(b"0")
     refused = launch(WORKERS / "node.py", *line, ranks=2, check=False)
     assert refused.returncode == 2

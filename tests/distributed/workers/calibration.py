@@ -24,6 +24,7 @@ from launch.data import token_cache as prepared
 from launch.data.batches import collate_examples
 from launch.data.order import sample_examples, shard_batches
 from launch.engines import make_engine
+from launch.runtime.base_model import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from tests.support.calibration import (
@@ -45,7 +46,7 @@ def main(recipe_path: str, output: Path) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = prepared.obtain_tokens(recipe.data, Path(recipe.model.name)).open_tokens()
     engine = make_engine("zero3", device, torch.float32)
-    base = engine.load_model(recipe.model.name)
+    base = engine.load_model(check_model(Path(recipe.model.name)))
     parameters = dict(base.named_parameters())
     loaded = {name: (p.ds_tensor.numel(), p.ds_numel, p.numel()) for name, p in parameters.items()}
     lora_rank = recipe.adapter.rank

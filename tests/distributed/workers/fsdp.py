@@ -21,6 +21,7 @@ from launch.data import token_cache as prepared
 from launch.data.batches import collate_examples
 from launch.data.order import sample_examples, shard_batches
 from launch.engines import make_engine
+from launch.runtime.base_model import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from tests.support.calibration import find_subspaces, find_subspaces_by_layer
@@ -69,7 +70,7 @@ def main(recipe_path: str, output: Path) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = prepared.obtain_tokens(recipe.data, Path(recipe.model.name)).open_tokens()
     engine = make_engine("fsdp", device, torch.float32)
-    base = engine.load_model(recipe.model.name)
+    base = engine.load_model(check_model(Path(recipe.model.name)))
     held = HeldSizes(base)
     held.record()
     lora_rank = recipe.adapter.rank

@@ -1,0 +1,376 @@
+"""Check a base model's folder before anything is computed.
+
+transformers draws every weight that the files lack at random, with no more than a warning, and its
+loaders for DeepSpeed do not even warn. So every command that loads a model calls `check_model`
+first, and every engine loads the `CheckedModel` that it returns.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from launch.runtime import compat
+from launch.runtime.errors import UserError
+from launch.runtime.weight_files import StoredTensor, WeightFiles, find_weight_files
+
+# Dtypes in the words of safetensors. A parameter in any but the first four is quantised.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+QUANTIZATION = ("quantization_config", "compression_config")  # in a config, at any depth
+# The names of a config for the number of positions; most have the first, also as an alias.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+ROWS = 4096  # of two tied matrices that are compared at once
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model whose files hold every weight of its architecture, and nothing else."""
+
+    folder: Path
+    files: tuple[Path, ...]  # that hold the weights; others in the folder are not read
+    new_weights: tuple[str, ...]  # parameters that the files lack, which the run draws
+    num_embeddings: int  # rows of the input embedding: token ids are below it
+
+
+def check_model(
+    folder: Path, field: str = "model.name", new_weights: Sequence[str] = ()
+) -> CheckedModel:
+    """Check that transformers would find every weight of the model in `folder`, and no others.
+
+    transformers loads the files' names, dtypes and shapes into the architecture on the meta device,
+    with its own key conversions, ties and ignored keys, so a model of any size takes no memory.
+
+    Args:
+        field: what a message begins with, the recipe field or option that names the folder.
+        new_weights: parameters that are to be missing: the run draws them.
+
+    Raises:
+        UserError: whatever would make a run train something else than the files hold.
+    """
+    config = read_config(folder, field)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{field}: {folder} also holds an adapter (adapter_config.json), which transformers "
+            "would load with the model; move it to a folder of its own"
+        )
+    weights = find_weight_files(folder, config, field)
+    tensors = weights.read_headers(field)
+    model = make_meta_model(config, field)
+    _check_loading(model, weights, tensors, new_weights, field)
+    return CheckedModel(folder, weights.files, tuple(new_weights), _count_embeddings(model))
+
+
+def read_config(folder: Path, field: str = "model.name") -> PretrainedConfig:
+    """Read the config in a model's folder.
+
+    Raises:
+        UserError: it cannot be read, or the model is quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 (a config's own code may raise anything)
+        raise UserError(
+            f"{field}: cannot use the config.json of {folder}: {_shorten(error)}"
+        ) from None
+    check_config(config, field)
+    return config
+
+
+def check_config(config: PretrainedConfig, field: str = "model.name") -> None:
+    """Raise UserError if the model is quantised."""
+    found = next(_find_quantization(config.to_dict()), None)
+    if found is None:
+        return
+    place, settings = found
+    method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+    raise UserError(
+        f"{field}: the base is quantised ({place} {method}".rstrip() + " in config.json), which is "
+        "not supported; give its weights in bfloat16, float16 or float32"
+    )
+
+
+def make_meta_model(config: PretrainedConfig, field: str = "model.name") -> PreTrainedModel:
+    """Make the causal language model of `config` without storage.
+
+    Raises:
+        UserError: transformers has none for this config.
+    """
+    try:
+        return compat.make_meta_model(config)
+    except Exception as error:  # noqa: BLE001 (a model's own code may raise anything)
+        raise UserError(
+            f"{field}: transformers cannot make a causal language model of this config.json: "
+            f"{_shorten(error)}"
+        ) from None
+
+
+def get_num_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model has, None where there is no limit.
+
+    Models with images or sounds have them in the config of their text part.
+    """
+    for part in (config.get_text_config(decoder=True), config):
+        for name in POSITIONS:
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def check_max_length(max_length: int, config: PretrainedConfig, name: str) -> None:
+    """Raise UserError if rows of `max_length` tokens may be longer than the model's context."""
+    context = get_num_positions(config)
+    if context is not None and max_length > context:
+        raise UserError(
+            f"data.max_length: {max_length} is above the {context} positions of {name}; lower it"
+        )
+
+
+def check_token_ids(
+    largest: int,
+    num_embeddings: int,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str = "model.name",
+) -> None:
+    """Raise UserError if `largest`, the largest id of some tokens, has no row of the embedding."""
+    if largest < num_embeddings:
+        return
+    token = tokenizer.convert_ids_to_tokens(largest)
+    raise UserError(
+        f"{field}: the tokenizer gives token {largest} ({token!r}), but the embedding has "
+        f"{num_embeddings} rows; remove that token from the tokenizer, or enlarge the base with "
+        "resize_token_embeddings and save it"
+    )
+
+
+def draw_weight(folder: Path, name: str, seed: int) -> Tensor:
+    """Draw the values of a parameter that the files lack, fp32, on the CPU.
+
+    They have the distribution that transformers gives to this module, and depend on nothing but
+    (seed, name) and the config: every engine and world size has the same.
+    """
+    return compat.draw_parameter(make_meta_model(read_config(folder)), name, seed)
+
+
+def get_num_embeddings(config: PretrainedConfig) -> int:
+    """Return the number of token ids that the input embedding has rows for, by the config alone."""
+    return _count_embeddings(make_meta_model(config))
+
+
+def _check_loading(
+    model: PreTrainedModel,
+    weights: WeightFiles,
+    tensors: Mapping[str, StoredTensor],
+    new_weights: Sequence[str],
+    field: str,
+) -> None:
+    """Raise UserError if loading `tensors` into `model` would leave anything over or unset."""
+    steps = compat.plan_reading(model, tensors)
+    _check_dtypes(steps, tensors, field)
+    forms = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TORCH_DTYPES:
+            raise UserError(f"{field}: {name} has the dtype {tensor.dtype}, which is not supported")
+        forms[name] = (TORCH_DTYPES[tensor.dtype], tensor.shape)
+    report = compat.report_loading(model, forms)
+    if report.failed:
+        name, reason = next(iter(report.failed.items()))
+        raise UserError(
+            f"{field}: the files' tensors for {name}{_count_others(report.failed)} do not fit "
+            f"together: {reason}; get the whole model again"
+        )
+    missing = report.missing - set(new_weights)
+    if missing:
+        raise UserError(f"{field}: {_describe_missing(missing, report.unexpected, field)}")
+    if report.unexpected:
+        raise UserError(
+            f"{field}: the files hold {_pick(report.unexpected)}{_count_others(report.unexpected)}, "
+            f"for which {type(model).__name__} of this config.json has no place; correct "
+            "config.json, or remove it from the files"
+        )
+    if report.mismatched:
+        name, (found, wanted) = next(iter(sorted(report.mismatched.items())))
+        raise UserError(
+            f"{field}: {name}{_count_others(report.mismatched)} has the shape {found} in the "
+            f"files, and {wanted} by config.json; one of them is of another model"
+        )
+    for step in steps:
+        _check_numbering(step, field)
+    _check_new_weights(model, new_weights, report.missing)
+    used = {key for step in steps for key in step.list_keys()}
+    try:
+        weights.check_index(tensors, tensors.keys() - used)
+    except UserError as error:
+        raise UserError(f"{field}: {error}; copy or download the model again") from None
+    _check_ties(model, steps, tensors, field)
+
+
+def _check_dtypes(
+    steps: Sequence[compat.ReadingStep], tensors: Mapping[str, StoredTensor], field: str
+) -> None:
+    """Raise UserError if a parameter is stored in a quantised form."""
+    for step in steps:
+        if not step.is_parameter:
+            continue
+        for key in step.list_keys():
+            if tensors[key].dtype not in FLOAT_DTYPES:
+                raise UserError(
+                    f"{field}: {key} is stored as {tensors[key].dtype}, a quantised form, which is "
+                    "not supported; give its weights in bfloat16, float16 or float32"
+                )
+
+
+def _describe_missing(missing: Collection[str], unexpected: Collection[str], field: str) -> str:
+    """Say which weights are missing, and what to do."""
+    text = f"the files lack {_pick(missing)}{_count_others(missing)}"
+    if unexpected:
+        text += (
+            f" and hold {_pick(unexpected)}{_count_others(unexpected)}, which is not of this model"
+        )
+    if field == "model.name" and len(missing) == 1:
+        return (
+            f"{text}; get the whole model, or, if it is to be trained from nothing, set "
+            f"model.new_weights=[{_pick(missing)}] with adapter.method=full"
+        )
+    return f"{text}; get the whole model, with the config.json that belongs to these files"
+
+
+def _check_numbering(step: compat.ReadingStep, field: str) -> None:
+    """Raise UserError if one of the modules that are stacked into one tensor is missing.
+
+    transformers stacks what is there, in order: with another one too many at the end, the shape
+    would be right and the experts the wrong ones.
+    """
+    for numbers in compat.list_stacked_numbers(step):
+        if numbers != list(range(len(numbers))):
+            lacking = next(i for i, number in enumerate(numbers) if i != number)
+            raise UserError(
+                f"{field}: the files lack number {lacking} of the tensors that are stacked into "
+                f"{step.target}; get the whole model"
+            )
+
+
+def _check_new_weights(
+    model: PreTrainedModel, new_weights: Sequence[str], missing: Collection[str]
+) -> None:
+    """Raise UserError if a weight that is declared as new is none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in new_weights:
+        if name not in parameters:
+            raise UserError(
+                f"model.new_weights: {name} is no parameter of {type(model).__name__}; give whole "
+                "names, such as lm_head.weight"
+            )
+        if name not in missing:
+            raise UserError(
+                f"model.new_weights: {name} is in the model's files, or tied to a weight that is; "
+                "leave it out"
+            )
+
+
+def _check_ties(
+    model: PreTrainedModel,
+    steps: Sequence[compat.ReadingStep],
+    tensors: Mapping[str, StoredTensor],
+    field: str,
+) -> None:
+    """Raise UserError if two parameters that the config ties are both in the files, and differ.
+
+    transformers then leaves them untied, but not with DeepSpeed's stage 3.
+    """
+    stored = {step.target: step for step in steps}
+    for name, other in compat.get_ties(model).items():
+        if name not in stored or other not in stored:
+            continue
+        if not _are_equal(model, stored[name], stored[other], tensors):
+            raise UserError(
+                f"{field}: config.json ties {name} to {other}, but the files hold both, with other "
+                "values; set tie_word_embeddings to false in config.json to train two matrices, or "
+                f"remove {name} from the files"
+            )
+
+
+def _are_equal(
+    model: PreTrainedModel,
+    first: compat.ReadingStep,
+    second: compat.ReadingStep,
+    tensors: Mapping[str, StoredTensor],
+) -> bool:
+    """Compare the values of two parameters, a few rows at a time."""
+    if first.transform is not None or second.transform is not None:
+        whole = [_convert(model, step, tensors)[step.target] for step in (first, second)]
+        return torch.equal(*(value.double() for value in whole))
+    (key,), (other_key,) = first.list_keys(), second.list_keys()
+    if tensors[key].shape != tensors[other_key].shape:
+        return False
+    with (
+        safe_open(tensors[key].file, framework="pt") as file,
+        safe_open(tensors[other_key].file, framework="pt") as other_file,
+    ):
+        rows, other_rows = file.get_slice(key), other_file.get_slice(other_key)
+        if not tensors[key].shape:
+            return torch.equal(rows[...].double(), other_rows[...].double())
+        for start in range(0, tensors[key].shape[0], ROWS):
+            part = slice(start, start + ROWS)
+            if not torch.equal(rows[part].double(), other_rows[part].double()):
+                return False
+    return True
+
+
+def _convert(
+    model: PreTrainedModel, step: compat.ReadingStep, tensors: Mapping[str, StoredTensor]
+) -> dict[str, Tensor]:
+    """Read the tensors of one step and return the parameters made of them."""
+
+    def read(key: str) -> Tensor:
+        with safe_open(tensors[key].file, framework="pt") as file:
+            return file.get_tensor(key)
+
+    return compat.convert_tensors(step, model, read)
+
+
+def _find_quantization(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of the settings of a quantisation anywhere in a config."""
+    for name, value in config.items():
+        if name in QUANTIZATION and value is not None:
+            yield f"{path}{name}", value
+        elif isinstance(value, dict):
+            yield from _find_quantization(value, f"{path}{name}.")
+
+
+def _count_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the input embedding has rows for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _pick(names: Collection[str]) -> str:
+    """Return the first name, in the order of the alphabet."""
+    return min(names)
+
+
+def _count_others(names: Collection) -> str:
+    """Say how many names there are beside the one that is given."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _shorten(error: Exception) -> str:
+    """Return an exception's first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

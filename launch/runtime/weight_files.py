@@ -1,0 +1,169 @@
+"""Find the files that a model's weights are read from, and read what their headers promise.
+
+No value of a weight is read: a header holds the name, dtype, shape and place of every tensor.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from launch.runtime import compat
+from launch.runtime.errors import UserError
+
+LFS_POINTER = (
+    b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+)
+
+
+class StoredTensor(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    file: Path
+    dtype: str  # in the words of the format: F32, BF16, F8_E4M3
+    shape: tuple[int, ...]
+
+
+class WeightFiles(NamedTuple):
+    """The files that transformers reads for a model, in its order."""
+
+    files: tuple[Path, ...]
+    index: Mapping[str, str] | None  # tensor -> name of its file; None for a single file
+
+    def read_headers(self, field: str) -> dict[str, StoredTensor]:
+        """Return name -> tensor of all files.
+
+        Raises:
+            UserError: a file is missing or not whole, or two files hold the same tensor. The
+                message begins with `field`.
+        """
+        missing = [path for path in self.files if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{field}: {missing[0]} is missing ({len(missing)} of the {len(self.files)} files "
+                "that the model's index names); copy or download it again"
+            )
+        tensors: dict[str, StoredTensor] = {}
+        for path in self.files:
+            for name, tensor in _read_header(path, field).items():
+                if name in tensors:
+                    raise UserError(
+                        f"{field}: {name} is in {tensors[name].file.name} and in {path}; keep one"
+                    )
+                tensors[name] = tensor
+        return tensors
+
+    def check_index(self, tensors: Mapping[str, StoredTensor], ignored: set[str]) -> None:
+        """Check that the index names what the files hold, and no more.
+
+        Args:
+            tensors: what `read_headers` returned.
+            ignored: tensors that loading ignores, which need not be in the index.
+
+        Raises:
+            UserError: it does not, said without a field before it.
+        """
+        if self.index is None:
+            return
+        for name, file in self.index.items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise UserError(f"the index says that {name} is in {file}, but it is not there")
+        for name, tensor in tensors.items():
+            if name not in self.index and name not in ignored:
+                raise UserError(f"{tensor.file} holds {name}, which the index does not name")
+
+
+def find_weight_files(folder: Path, config: PretrainedConfig, field: str) -> WeightFiles:
+    """Find the files that transformers would read for the model in `folder`.
+
+    It decides itself: a single file comes before an index, and only files that the index names
+    are read. Files beside them are never read.
+
+    Raises:
+        UserError: there are no safetensors weights, or the index cannot be used. The message begins
+            with `field`.
+    """
+    try:
+        paths, index = compat.resolve_weight_files(folder, config)
+    except OSError:
+        raise UserError(f"{field}: {_describe_no_weights(folder)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{field}: cannot read the index of the weights in {folder} "
+            f"({type(error).__name__}: {str(error)[:100]}); copy or download it again"
+        ) from None
+    if not paths or not all(path.suffix == ".safetensors" for path in paths):
+        raise UserError(f"{field}: {_describe_no_weights(folder)}")
+    for path in paths:
+        if path.parent != folder:
+            raise UserError(
+                f"{field}: the index of the weights in {folder} names {path}, which is in another "
+                "folder; put the file beside the index"
+            )
+    return WeightFiles(tuple(paths), index)
+
+
+def _describe_no_weights(folder: Path) -> str:
+    """Describe a folder without weights that are read."""
+    others = sorted(
+        path.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf")
+        for path in folder.glob(pattern)
+    )
+    if others:
+        return (
+            f"{folder} has weights as {others[0]} only, not as safetensors; load it once with "
+            "transformers and write it with save_pretrained"
+        )
+    return f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+
+
+def _read_header(path: Path, field: str) -> dict[str, StoredTensor]:
+    """Return name -> tensor of one file.
+
+    safetensors checks that the header can be read, that every tensor has the bytes of its dtype and
+    shape, and that the file ends where the last one does.
+
+    Raises:
+        UserError: the file is not whole, or cannot be read.
+    """
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = file.get_slice(name)
+                tensors[name] = StoredTensor(path, tensor.get_dtype(), tuple(tensor.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{field}: {_describe_damage(path, error)}") from None
+    return tensors
+
+
+def _describe_damage(path: Path, error: Exception) -> str:
+    """Say what is wrong with a file that safetensors cannot read, and what to do."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as unreadable:
+        return f"{path} cannot be read: {unreadable.strerror}"
+    if start == LFS_POINTER:
+        return (
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder, or "
+            "download it"
+        )
+    return (
+        f"{path} is no whole safetensors file ({size} bytes; {str(error)[:120]}); copy or download "
+        "it again"
+    )
+
+
+def list_tensor_files(files: Iterable[Path]) -> dict[str, Path]:
+    """Return name -> file of every tensor in checked `files`."""
+    places: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    return places
