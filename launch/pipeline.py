@@ -50,8 +50,10 @@ from launch.runtime.distributed import (
     run_on_rank0,
     start_process_group,
     stop_process_group,
+    try_or_say,
 )
-from launch.runtime.errors import USER_ERRORS, DivergedError, UserError
+from launch.runtime.entry import describe_failure
+from launch.runtime.errors import DivergedError, UserError
 from launch.runtime.locks import FolderLock
 from launch.runtime.model_files import load_tokenizer
 from launch.scoring.held_out import (
@@ -165,13 +167,15 @@ def fine_tune(
     else:
         # For a request to stop outside of training; `run_stages` handles one during it.
         watchdog.on_preempted(lambda: write_state(folder, "preempted"))
+        watchdog.on_error(lambda line, code: write_state(folder, "error", line, code))
         try:
             run_stages(recipe, name, folder, device, profile, peak_tflops)
-        except USER_ERRORS as error:
+        except Exception as error:  # of every kind: state.json is to tell how the run ended
+            line, code = describe_failure(error)
             if dist.get_rank() == 0:
                 state = "diverged" if isinstance(error, DivergedError) else "error"
                 with contextlib.suppress(OSError):  # of a full disk: the user is to see `error`
-                    write_state(folder, state)
+                    write_state(folder, state, line, code)
             raise
     stop_process_group()
 
@@ -513,7 +517,10 @@ def export_run(
     """
     watchdog.set_phase("exporting")
     exported = export_trained(run.folder, loaded.model, loaded.engine, run.inputs, initial)
-    run_on_rank0(lambda: plot_runs({run.folder.name: history}, run.folder))
+    # Nothing depends on the plots: the run is not to fail for them after its training.
+    run_on_rank0(
+        lambda: try_or_say("the plots", lambda: plot_runs({run.folder.name: history}, run.folder))
+    )
     return exported
 
 
@@ -598,10 +605,14 @@ def make_results(
 def write_run_results(run: PreparedRun, results: RunResults) -> None:
     """Write the model card and results.json. Rank 0 calls it.
 
-    results.json comes after everything else: that it is there marks the run as finished.
-    state.json only repeats that.
+    A model card that fails is said and left out. results.json comes after everything else: that it
+    is there marks the run as finished. state.json only repeats that.
     """
-    card = render_model_card(run.folder, run.recipe, results)
-    (run.folder / "README.md").write_text(card, encoding="utf-8")
+
+    def write_card() -> None:
+        card = render_model_card(run.folder, run.recipe, results)
+        (run.folder / "README.md").write_text(card, encoding="utf-8")
+
+    try_or_say("the model card", write_card)
     write_results(run.folder, results)
     write_state(run.folder, "finished")

@@ -85,6 +85,9 @@ class FsdpEngine(TorchWeights):
         # By default FSDP2 keeps the root's own weights whole after a forward pass, and what is
         # written to their shards then is lost.
         fully_shard(self.base, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=True)
+        # Ranks may differ in what their rows reach (an expert that one rank's tokens do not choose);
+        # without it their gradients of other parameters would be added up.
+        self.base.set_reduce_scatter_unused_params(True)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device=self.device)
         for name, buffer in model.named_buffers():

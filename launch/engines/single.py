@@ -31,6 +31,12 @@ class TorchTrainState:
 
     def step(self, lr: float) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                # That no backward pass reached: an expert that no token chose, a vision tower. As
+                # under ZeRO it takes the step with a gradient of 0, so that AdamW has moments of
+                # it, and one count of steps is right for all parameters.
+                parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

@@ -72,15 +72,21 @@ def _refuse_another_run(folder: Path, stored: Recipe, recipe: Recipe, finished: 
         )
 
 
-def write_state(folder: Path, state: str) -> None:
+def write_state(
+    folder: Path, state: str, error: str | None = None, exit_code: int | None = None
+) -> None:
     """Write state.json.
 
     Args:
         folder: of the run.
         state: `running`, `preempted` (asked to stop; start it again), `error` (something to mend),
             `diverged` or `finished`.
+        error: the line that says why the run ended.
+        exit_code: that belongs to the error: 1 if the same command may succeed, 2 if not.
     """
-    value = {"state": state, "host": socket.gethostname(), "pid": os.getpid()}
+    value: dict[str, str | int] = {"state": state, "host": socket.gethostname(), "pid": os.getpid()}
+    if error is not None:
+        value |= {"error": error, "exit_code": exit_code}
     write_json(folder / "state.json", value)
 
 

@@ -18,7 +18,14 @@ import transformers
 from safetensors import SafetensorError
 
 from launch.runtime import compat, watchdog
-from launch.runtime.errors import USER_ERRORS, RankError, UserError, describe_error
+from launch.runtime.errors import (
+    USER_ERRORS,
+    RankError,
+    RankZeroError,
+    UserError,
+    describe_error,
+)
+from launch.runtime.shortages import describe_shortage, is_full_disk
 
 T = TypeVar("T")
 
@@ -171,13 +178,37 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
     Raises:
         UserError: on every rank, if `function` raised an error that the user can fix.
+        RankZeroError: on the other ranks, if it raised any other error; on rank 0 that error.
     """
-    outcome = [_call(function) if dist.get_rank() == 0 else None]
+    outcome: list = [None]
+    fault: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(*_call(function), None)]
+        except Exception as error:  # noqa: BLE001 (of any kind: the others wait)
+            fault = error
+            outcome = [(None, None, f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(outcome, src=0)
-    value, error = outcome[0]
-    if error is not None:
-        raise UserError(error)
+    if fault is not None:
+        raise fault
+    value, user_error, fault_text = outcome[0]
+    if user_error is not None:
+        raise UserError(user_error)
+    if fault_text is not None:
+        raise RankZeroError(fault_text)
     return value
+
+
+def try_or_say(what: str, function: Callable[[], object]) -> None:
+    """Call `function`; print its error as a line in the place of raising it.
+
+    For what nothing else depends on, made after hours of training.
+    """
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 (of any kind, a full disk too)
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"warning: {what} could not be written: {text}", flush=True)
 
 
 def run_on_each_node(function: Callable[[], T]) -> list[T]:
@@ -223,9 +254,11 @@ def _call(function: Callable[[], T]) -> tuple[T | None, str | None]:
     except USER_ERRORS as error:
         return None, describe_error(error)
     except OSError as error:
-        return None, f"{error.filename or 'file'}: {error.strerror or error}"
+        line = describe_shortage(error, watchdog.current_phase()) if is_full_disk(error) else None
+        return None, line or f"{error.filename or 'file'}: {error.strerror or error}"
     except SafetensorError as error:  # made of an OSError, without the file's name
-        return None, f"cannot write or read a file: {error}"
+        line = describe_shortage(error, watchdog.current_phase()) if is_full_disk(error) else None
+        return None, line or f"cannot write or read a file: {error}"
 
 
 def broadcast_tensor(value: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -3,22 +3,44 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from launch.runtime import watchdog
-from launch.runtime.errors import USER_ERRORS, RankError, describe_error
+from launch.runtime.errors import USER_ERRORS, RankError, RankZeroError, describe_error
+from launch.runtime.shortages import describe_shortage
+
+
+def describe_failure(error: Exception) -> tuple[str, int]:
+    """Return the line and the exit code of an error of this rank that ends a run.
+
+    Where another rank is gone, which makes collectives fail, the process ends here instead.
+    """
+    if isinstance(error, RankError):
+        return describe_error(error), 1
+    if isinstance(error, USER_ERRORS):
+        return " ".join(describe_error(error).split()), 2
+    shortage = describe_shortage(error, watchdog.current_phase())
+    if shortage is not None:
+        # Met again with the same settings: the user must change something.
+        return " ".join(shortage.split()), 2
+    if isinstance(error, RuntimeError):
+        watchdog.report_lost_peer()
+    text = " ".join(str(error).split())[:500]
+    return f"{watchdog.current_phase()}: {type(error).__name__}: {text}", 1
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process.
 
-    The exit code is 0 if all went well, 2 for an error that the user can fix, and 1 for a fault
-    that may be gone at the next start. An error that the user can fix is printed by rank 0 as one
-    line, without a traceback, and every rank ends.
+    The exit code is 0 if all went well, 2 for an error that the user can fix, full disks and full
+    memory among them, and 1 for a fault that may be gone at the next start. An error that the user
+    can fix is printed as one line, without a traceback, and every rank ends.
 
     Every rank raises the same user error, because what one rank finds is broadcast first. A
     launcher stops the other ranks as soon as one ends, so they wait for rank 0, which prints the
-    line. After an error caused by a lost rank, the watchdog prints a line about that rank.
+    line. After an error caused by a lost rank, the watchdog prints a line about that rank. An error
+    of one rank alone, such as full memory, ends all ranks through the watchdog.
     """
     # Else torch prints the C++ stack when the store of a process group closes. torch reads the
     # variable when it is first imported, which `main` does.
@@ -35,9 +57,16 @@ def run_command(main: Callable[[], None]) -> None:
         else:
             time.sleep(10)
         code = 1 if alone else 2
-    except RuntimeError:
-        watchdog.report_lost_peer()
-        raise
+    except RankZeroError:
+        time.sleep(10)  # rank 0 reports it
+        code = 1
+    except Exception as error:  # noqa: BLE001 (of any kind: it ends all ranks)
+        line, code = describe_failure(error)
+        if code == 1:
+            traceback.print_exc()
+        watchdog.report_error(line, code)
+        if code == 2:
+            print(f"error: {line}", file=sys.stderr, flush=True)
     # Not sys.exit: DeepSpeed keeps process groups alive until C++ objects are torn down, which at
     # times aborts a finished rank ("terminate called without an active exception", seen with 4 gloo
     # ranks).

@@ -16,6 +16,10 @@ class RankError(UserError):
     """An error of one rank that cannot reach the others."""
 
 
+class RankZeroError(RuntimeError):
+    """Raised on the other ranks when rank 0 met an error that it reports itself."""
+
+
 USER_ERRORS = (UserError, AstraError, EvalError)
 
 # Subject of an error of astra or eval -> the recipe field or the option that sets it.

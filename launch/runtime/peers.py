@@ -36,12 +36,14 @@ class Report:
     heartbeats: int  # counts progress
     stop_reason: str | None  # why the rank was asked to stop
     failed: bool  # a collective of the rank has failed
+    error: str | None = None  # why the rank cannot go on, as a line
+    error_code: int = 1  # the exit code that belongs to it
 
 
 class Verdict(NamedTuple):
     """How all processes are to end."""
 
-    code: int  # 0: as asked; 1: a fault that a new start may not meet
+    code: int  # 0: as asked; 1: a fault that a new start may not meet; 2: the user must mend it
     line: str
 
 
@@ -92,11 +94,19 @@ class PeerReports:
             in_trouble: whether this rank was asked to stop or a collective of it has failed.
         """
         return (
-            self.find_missing(absent, stall)
+            self.find_error()
+            or self.find_missing(absent, stall)
             or self.find_silent(in_trouble)
             or self.find_stalled(stall)
             or self.find_request_to_stop()
         )
+
+    def find_error(self) -> Verdict | None:
+        """End a run in which a rank has met an error that the others have not."""
+        for report in self.reports.values():
+            if report.error is not None:
+                return Verdict(report.error_code, report.error)
+        return None
 
     def find_missing(self, absent: list[int], limit: float) -> Verdict | None:
         """Give up ranks that have not come within `limit` seconds.

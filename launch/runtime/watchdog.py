@@ -59,7 +59,10 @@ class Watchdog:
     heartbeats: int = 0  # counts progress
     failed: bool = False  # a collective of this rank has failed
     disarmed: bool = False  # the process ends in good order: watch no more
+    error: str | None = None  # why this rank cannot go on
+    error_code: int = 1
     on_preempted: Callable[[], None] | None = None
+    on_error: Callable[[str, int], None] | None = None
     # Set by the threads.
     stop_reason: str | None = None  # why this rank was asked to stop
     reached: float | None = None  # when the store was last reached
@@ -146,6 +149,11 @@ def heartbeat(phase: str | None = None) -> None:
     _watchdog.phase = phase or _watchdog.phase
 
 
+def current_phase() -> str:
+    """Return what this rank does."""
+    return _watchdog.phase
+
+
 @contextlib.contextmanager
 def without_stall_limit() -> Iterator[None]:
     """Lift the stall limit of a timed phase, to write a large file for example."""
@@ -173,6 +181,23 @@ def on_preempted(callback: Callable[[], None]) -> None:
     _watchdog.on_preempted = callback
 
 
+def on_error(callback: Callable[[str, int], None]) -> None:
+    """Have rank 0 call `callback` with the line and the exit code of an error of another rank."""
+    _watchdog.on_error = callback
+
+
+def report_error(line: str, code: int) -> None:
+    """Tell rank 0 of an error of this rank alone, so that all ranks end with its line and code.
+
+    The process ends here, unless there is no other rank or rank 0 does not answer.
+    """
+    if _watchdog.world_size > 1 and not _watchdog.disarmed:
+        _watchdog.error_code = code
+        rank = f"rank {_watchdog.rank} ({socket.gethostname()}, pid {os.getpid()})"
+        _watchdog.error = f"{rank}: {line}"
+        time.sleep(_watchdog.limits.short_silence + 5 * _watchdog.limits.beat)
+
+
 def disarm() -> None:
     """Stop watching, so that this rank may end in good order. The main thread calls this."""
     with _watchdog.end_lock:
@@ -188,6 +213,8 @@ def report_lost_peer() -> None:
     If one is, the process ends here with a line that names it; if none is, the error was this
     rank's own.
     """
+    if _watchdog.failed:
+        return  # waited already
     _watchdog.failed = True
     if _watchdog.world_size > 1 and not _watchdog.disarmed:
         time.sleep(_watchdog.limits.short_silence + 5 * _watchdog.limits.beat)
@@ -222,7 +249,7 @@ def _exchange_reports(
                     store.set("watch/verdict", json.dumps(verdict))
                     # Rank 0 may be the store's host: let the others read first.
                     time.sleep(3 * beat)
-                    _end_process(watchdog, verdict)
+                    _end_process(watchdog, verdict, is_error=verdict == peers.find_error())
             elif store.check(["watch/verdict"]):
                 _end_process(watchdog, Verdict(*json.loads(store.get("watch/verdict"))))
             elif verdict := peers.find_silent(in_trouble):
@@ -249,6 +276,8 @@ def _make_report(watchdog: Watchdog, tick: int) -> Report:
         heartbeats=watchdog.heartbeats,
         stop_reason=watchdog.stop_reason,
         failed=watchdog.failed,
+        error=watchdog.error,
+        error_code=watchdog.error_code,
     )
 
 
@@ -316,10 +345,15 @@ def _locate_main_thread() -> str:
     return f"({location}{WAITS if waits else ''})"
 
 
-def _end_process(watchdog: Watchdog, verdict: Verdict, rank0_is_gone: bool = False) -> NoReturn:
+def _end_process(
+    watchdog: Watchdog, verdict: Verdict, rank0_is_gone: bool = False, is_error: bool = False
+) -> NoReturn:
     """End this process from a thread, unless the main thread has disarmed the watchdog.
 
     On each node one rank prints the verdict: the first, or the second where rank 0 is gone.
+
+    Args:
+        is_error: whether a rank has reported the verdict as its error, and this is rank 0.
     """
     code = verdict.code
     with watchdog.end_lock:
@@ -330,11 +364,14 @@ def _end_process(watchdog: Watchdog, verdict: Verdict, rank0_is_gone: bool = Fal
                 code = 143
             elif code == 0 and watchdog.rank == 0:
                 watchdog.on_preempted()
+            elif is_error and watchdog.on_error is not None:
+                watchdog.on_error(verdict.line, code)
             speaks = watchdog.is_speaker and not (rank0_is_gone and watchdog.rank == 0)
             if speaks or (rank0_is_gone and watchdog.is_deputy):
-                error = "error: " if code == 1 else ""
+                error = "error: " if code in (1, 2) else ""
                 again = "; the same command resumes from the last checkpoint"
-                line = f"{error}{verdict.line}{again if watchdog.on_preempted else ''}"
+                resumes = watchdog.on_preempted is not None and code != 2
+                line = f"{error}{verdict.line}{again if resumes else ''}"
                 print(line, file=sys.stderr, flush=True)
             sys.stdout.flush()
         os._exit(code)

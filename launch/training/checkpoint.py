@@ -44,6 +44,8 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, sync_file, sync_folder, write_json
+from launch.runtime.shortages import describe_space
+from launch.runtime.units import GIB
 
 FOLDER = "checkpoints"  # in the run folder
 STEP_GLOB = f"step-{'[0-9]' * 7}"
@@ -141,9 +143,11 @@ class CheckpointStore:
             sync_folder(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
+            needed = sum(tensor.nbytes for tensor in tensors.values())
             raise UserError(
-                f"checkpoint of step {step}: cannot write {path}: {error}; make room and start the "
-                "same command again, which resumes from the one before"
+                f"checkpoint of step {step}: cannot write {path}: {error}; it takes "
+                f"{needed / GIB:.2f} GiB and {describe_space(self.folder)}: make room, or lower "
+                "train.keep, and start the same command again, which resumes from the one before"
             ) from None
 
     def _prune(self, step: int) -> None:

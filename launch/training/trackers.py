@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -31,24 +32,46 @@ def require_trackers(names: Sequence[str]) -> None:
 def open_trackers(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     """Open the recipe's trackers on rank 0; yield what logs a step to all of them. Collective.
 
+    A tracker that fails later is left out from then on, with a line: training must not end with it,
+    and metrics.jsonl has every step.
+
     Args:
         done: the step after which they resume.
     """
     makers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
-    logs: list[Log] = []
+    logs: dict[str, Log] = {}
 
     def log_step(step: Metrics) -> None:
-        for log in logs:
-            log(step)
+        for name, log in list(logs.items()):
+            try:
+                log(step)
+            except Exception as error:  # noqa: BLE001 (of any library)
+                print(f"warning: tracking: {name} is left out from now on: {error!r}", flush=True)
+                del logs[name]
 
     with contextlib.ExitStack() as stack:
 
         def open_all() -> None:
             for name in recipe.tracking:
-                logs.append(stack.enter_context(makers[name](recipe, folder, done)))
+                tracker = makers[name](recipe, folder, done)
+                logs[name] = stack.enter_context(_close_in_any_case(name, tracker))
 
         run_on_rank0(open_all)
         yield log_step
+
+
+@contextlib.contextmanager
+def _close_in_any_case(name: str, tracker: AbstractContextManager[Log]) -> Iterator[Log]:
+    """Open a tracker; print its error in closing in the place of raising it."""
+    stack = contextlib.ExitStack()
+    log = stack.enter_context(tracker)
+    try:
+        yield log
+    finally:
+        try:
+            stack.close()
+        except Exception as error:  # noqa: BLE001 (of any library)
+            print(f"warning: tracking: {name} could not be closed: {error!r}", flush=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ bit for bit. Real launchers; the full disk needs root, to mount a small file sys
 minutes.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -261,3 +262,53 @@ def test_another_recipe_is_refused_and_a_finished_run_stays(
     assert other.returncode == 2
     assert "holds an unfinished run with another train.lr (0.02, now 0.5)" in other.stderr
     assert list_changes() == before
+
+
+@pytest.mark.parametrize(
+    ("point", "engine", "code", "words"),
+    [
+        ("memory", "fsdp", 2, "out of memory: "),
+        pytest.param("memory", "single", 2, "out of memory: ", marks=pytest.mark.full),
+        pytest.param("mistake", "fsdp", 1, "KeyError: 'exp_avg'", marks=pytest.mark.full),
+        pytest.param("rank0", "fsdp", 1, "KeyError: 'exp_avg'", marks=pytest.mark.full),
+        pytest.param("mistake", "single", 1, "KeyError: 'exp_avg'", marks=pytest.mark.full),
+        pytest.param("writer", "fsdp", 1, "exporting: KeyError", marks=pytest.mark.full),
+        pytest.param("disk", "fsdp", 2, "No space left on device", marks=pytest.mark.full),
+    ],
+)
+def test_any_error_is_the_runs_state(
+    point: str,
+    engine: str,
+    code: int,
+    words: str,
+    launch: Callable,
+    arguments: list[object],
+    tmp_path: Path,
+) -> None:
+    """A real failed allocation, a mistake in the code, and a full disk, which is simulated."""
+    line = [point, *arguments, "--engine", engine, "--output", tmp_path / "run"]
+    done = launch(WORKERS / "fault.py", *line, ranks=ENGINES[engine][1], check=False)
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (state["state"], state["exit_code"]) == ("error", code)
+    assert words in state["error"] and "\n" not in state["error"]
+    assert done.returncode == code
+    lines = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    if code == 2:
+        assert len(lines) == 1 and words in lines[0], done.stderr[-3000:]
+        assert "Traceback" not in done.stderr
+    else:
+        assert done.stderr.count("Traceback") == 1, done.stderr[-3000:]
+    if point == "memory" and engine == "fsdp":
+        assert lines[0].startswith("error: rank 1 (")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("point", ["plot", "card"])
+def test_what_nothing_depends_on_does_not_fail_a_trained_run(
+    point: str, launch: Callable, arguments: list[object], undisturbed: Callable, tmp_path: Path
+) -> None:
+    line = [point, *arguments, "--engine", "single", "--output", tmp_path / "run"]
+    done = launch(WORKERS / "fault.py", *line)
+    assert "could not be written: KeyError: 'exp_avg'" in done.stdout
+    assert read_state(tmp_path / "run") == "finished"
+    assert runs_are_equal(tmp_path / "run", undisturbed("single"))

@@ -4,6 +4,7 @@ The faults are real: a rank kills itself with SIGKILL, or hangs, at a point that
 outside could hit only by luck.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import torch
 
 import astra.calibrate
 from launch import calibrate, pipeline, train
@@ -32,6 +35,21 @@ def die() -> None:
 def hang() -> None:
     """Make no progress for an hour."""
     time.sleep(3600)
+
+
+def fill_memory() -> None:
+    """Ask for more memory than there is."""
+    torch.empty(2**50)
+
+
+def break_down() -> None:
+    """Fail as a mistake in the code does."""
+    raise KeyError("exp_avg")
+
+
+def fill_disk() -> None:
+    """Fail as a write to a full disk does, with the file's name."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tensors.safetensors")
 
 
 def wait_for_signal() -> None:
@@ -66,6 +84,14 @@ POINTS = {
     "window": lambda: plant_fault(calibration, "save_window", 0, 2, die),
     # Step 5 lasts until a signal comes.
     "signal": lambda: plant_fault(loop, "learning_rate", LAST_RANK, 5, wait_for_signal),
+    "memory": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, fill_memory),
+    "mistake": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, break_down),
+    "rank0": lambda: plant_fault(loop, "collate_sequences", 0, 9, break_down),
+    # In the export, which rank 0 writes while the others wait.
+    "disk": lambda: plant_fault(export, "write_json", 0, 2, fill_disk),
+    "writer": lambda: plant_fault(export, "write_json", 0, 2, break_down),
+    "plot": lambda: plant_fault(pipeline, "plot_runs", 0, 1, break_down),
+    "card": lambda: plant_fault(pipeline, "render_model_card", 0, 1, break_down),
     "stall": lambda: plant_fault(loop, "collate_sequences", 1, 9, hang),
 }
 

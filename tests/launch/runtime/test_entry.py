@@ -41,6 +41,14 @@ run_command(main)"""
         ("raise UserError('data.path: no\\n  such file')", 2, "error: data.path: no such file\n"),
         ("raise AstraError('8 is too much', 'rank')", 2, "error: adapter.rank: 8 is too much\n"),
         ("raise RankError('rank 0 is alone')", 1, "error: rank 0 is alone\n"),
+        (
+            "raise MemoryError('no more')",
+            2,
+            "error: starting: out of memory: no more; lower train.micro_batch, data.max_length, "
+            "eval.batch_size or calibration.memory_gib, set train.gradient_checkpointing=true, or "
+            "spread the model: engine=zero3 or fsdp on more devices, or zero3_offload (see "
+            "--plan)\n",
+        ),
     ],
 )
 def test_the_exit_code_and_the_line(body: str, code: int, line: str) -> None:

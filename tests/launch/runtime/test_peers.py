@@ -149,3 +149,10 @@ def test_a_pause_of_this_process_counts_for_no_wait(clock: Clock) -> None:
     clock.now += 10 * LIMITS.untimed
     seen.skip_pause(10 * LIMITS.untimed)
     assert seen.judge([2], 5, in_trouble=True) is None
+
+
+def test_an_error_of_one_rank_ends_all_with_its_line_and_code() -> None:
+    seen = PeerReports(LIMITS)
+    failed = report(1, error="rank 1 (node): out of memory", error_code=2)
+    seen.update({0: report(1), 1: failed})
+    assert seen.judge([], stall=600, in_trouble=False) == (2, "rank 1 (node): out of memory")
