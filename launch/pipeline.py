@@ -82,7 +82,14 @@ from launch.training.kernels import (
 from launch.training.loop import make_train_state, train
 from launch.training.metrics_log import log_steps
 from launch.training.model_card import render_model_card
+from launch.training.model_export import describe_weights
 from launch.training.profiling import profile_steps
+from launch.training.rehearsal import (
+    describe_unreached,
+    find_unreached_adapters,
+    refuse_unsaveable,
+    require_space,
+)
 from launch.training.trackers import open_trackers, require_trackers
 from launch.training.trainable import (
     as_base,
@@ -447,6 +454,38 @@ def save_checkpoint(
     run.checkpoints.save(len(history), parameters, initial, state, values, history)
 
 
+def rehearse_saves(
+    run: PreparedRun,
+    loaded: RunModel,
+    state: TrainState,
+    initial: dict[str, Factors],
+    facts: RunFacts,
+    history: list[Metrics],
+) -> None:
+    """Try every way in which this run will save, before hours are spent. Collective.
+
+    Raises UserError on every rank if one of them fails, or the disk has no room.
+    """
+    parameters = find_trained_parameters(loaded.model)
+    values = facts.model_dump(mode="json", exclude_unset=True)
+    with refuse_unsaveable(run.checkpoints):
+        checkpoint = run.checkpoints.rehearse(parameters, initial, state, values, history)
+        export_trained(
+            checkpoint.folder, loaded.model, loaded.engine, run.inputs, initial, rehearsal=True
+        )
+    num_bytes = checkpoint.num_bytes
+    if not loaded.lora_layers:
+        weights = describe_weights(loaded.model, run.inputs.dtype)
+        num_bytes += sum(weight.nbytes for weight in weights.values())
+    run_on_rank0(lambda: require_space(run.folder, num_bytes))
+    unreached = checkpoint.unreached
+    if loaded.lora_layers:
+        unreached = find_unreached_adapters(unreached, list(parameters))
+    if unreached:
+        decays = run.recipe.train.weight_decay > 0
+        print_rank0(describe_unreached(unreached, list(parameters), decays))
+
+
 def train_model(
     run: PreparedRun,
     loaded: RunModel,
@@ -492,6 +531,8 @@ def train_model(
         for metrics in log_steps(training, earlier, total, run.folder, rank, log):
             history.append(metrics)
             step = metrics["step"]
+            if step == num_done + 1:
+                rehearse_saves(run, loaded, state, initial, facts, history)
             if step % settings.checkpoint_every == 0 and step < total:
                 save_checkpoint(run, loaded, state, initial, facts, history)
                 last_saved = step

@@ -38,9 +38,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from astra.adapter import Factors
-from launch.engines.base import STATE_KINDS, TrainState
+from launch.engines.base import MOMENTS, STATE_KINDS, TrainState
 from launch.run.metrics import Metrics
-from launch.runtime import watchdog
+from launch.runtime import compat, watchdog
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, sync_file, sync_folder, write_json
@@ -49,6 +49,7 @@ from launch.runtime.units import GIB
 
 FOLDER = "checkpoints"  # in the run folder
 STEP_GLOB = f"step-{'[0-9]' * 7}"
+REHEARSAL = "tmp-rehearsal"  # beside the checkpoints
 TENSORS, METRICS, MANIFEST = "tensors.safetensors", "metrics.jsonl", "manifest.json"
 
 
@@ -60,6 +61,15 @@ class Checkpoint:
     step: int
     facts: dict  # the facts that `save` was given
     history: list[Metrics]  # of the steps done
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsed checkpoint was; the same on every rank, but for num_bytes."""
+
+    folder: Path
+    num_bytes: int  # that a whole checkpoint takes, on rank 0
+    unreached: list[str]  # parameters that no gradient has reached: their moments are 0
 
 
 class CheckpointStore:
@@ -116,6 +126,50 @@ class CheckpointStore:
         with watchdog.without_stall_limit():
             run_on_rank0(write)
 
+    def rehearse(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        initial: Mapping[str, Factors],
+        state: TrainState,
+        facts: dict,
+        history: list[Metrics],
+    ) -> "Rehearsal":
+        """Read all that a checkpoint holds, and write it with one of its tensors. Collective.
+
+        Names, files and format are those of `save`. All tensors but the smallest parameter's are
+        written without values. The folder REHEARSAL is left to the caller; a start that finds one
+        of a launch that was killed removes it with the next checkpoint.
+
+        Args:
+            parameters, initial, facts, history: see `save`.
+            state: after at least one step.
+
+        Raises:
+            UserError: on every rank, if a file cannot be written.
+        """
+        smallest = min(parameters, key=lambda name: compat.count_elements(parameters[name]))
+        tensors, num_bytes, unreached = {}, 0, []
+        for name, kind, value in _read_states(parameters, state):
+            shape = compat.get_full_shape(parameters[name])
+            if value.shape != shape:
+                raise ValueError(f"{name}.{kind} has the shape {value.shape}, not {shape}")
+            if kind == MOMENTS[0] and not value.any():
+                unreached.append(name)
+            num_bytes += value.nbytes
+            value = value if name == smallest else value.new_empty(0)
+            tensors[f"{name}.{kind}"] = value.cpu().contiguous()
+        for key, value in _name_initial(initial):
+            num_bytes += value.nbytes
+            tensors[key] = value.new_empty(0)
+        folder = self.folder / REHEARSAL
+
+        def write() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._write_files(folder, len(history), tensors, facts, history)
+
+        run_on_rank0(write)
+        return Rehearsal(folder, num_bytes, unreached)
+
     def _write(
         self, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
     ) -> None:
@@ -125,17 +179,7 @@ class CheckpointStore:
         try:
             for left in self.folder.glob("tmp-*"):  # by a launch that was killed
                 shutil.rmtree(left)
-            aside.mkdir(parents=True)
-            save_file(tensors, aside / TENSORS)
-            lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-            (aside / METRICS).write_text(lines, encoding="utf-8")
-            sums = {}
-            for name in (TENSORS, METRICS):
-                sync_file(aside / name)
-                sums[name] = hash_file(aside / name)
-            manifest = {"step": step, "sha256": sums, "facts": facts}
-            checksum = {"manifest_sha256": _hash_manifest(manifest)}
-            write_json(aside / MANIFEST, manifest | checksum)
+            self._write_files(aside, step, tensors, facts, history)
             if path.exists():  # damaged: an intact one would have been resumed from
                 shutil.rmtree(path)
             aside.rename(path)
@@ -149,6 +193,23 @@ class CheckpointStore:
                 f"{needed / GIB:.2f} GiB and {describe_space(self.folder)}: make room, or lower "
                 "train.keep, and start the same command again, which resumes from the one before"
             ) from None
+
+    @staticmethod
+    def _write_files(
+        folder: Path, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
+    ) -> None:
+        """Make the folder and write a checkpoint's files, the manifest last. Raises OSError."""
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / TENSORS)
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+        (folder / METRICS).write_text(lines, encoding="utf-8")
+        sums = {}
+        for name in (TENSORS, METRICS):
+            sync_file(folder / name)
+            sums[name] = hash_file(folder / name)
+        manifest = {"step": step, "sha256": sums, "facts": facts}
+        checksum = {"manifest_sha256": _hash_manifest(manifest)}
+        write_json(folder / MANIFEST, manifest | checksum)
 
     def _prune(self, step: int) -> None:
         """Of the checkpoints up to `step`, keep the newest intact ones and remove the others.
@@ -173,17 +234,30 @@ def _gather_tensors(
     is_rank0 = dist.get_rank() == 0
     tensors = {}
     if state is not None:
-        for name, parameter in parameters.items():
-            watchdog.heartbeat()
-            values = state.read_state(parameter)
+        for name, kind, value in _read_states(parameters, state):
             if is_rank0:
-                for kind, value in zip(STATE_KINDS, values, strict=True):
-                    tensors[f"{name}.{kind}"] = value.cpu().contiguous()
+                tensors[f"{name}.{kind}"] = value.cpu().contiguous()
     if is_rank0:
-        for name, factors in initial.items():
-            tensors[f"{name}.A.initial"] = factors.a.contiguous()
-            tensors[f"{name}.B.initial"] = factors.b.contiguous()
+        for key, value in _name_initial(initial):
+            tensors[key] = value.contiguous()
     return tensors
+
+
+def _read_states(
+    parameters: Mapping[str, nn.Parameter], state: TrainState
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield parameter's name, kind and whole value of every STATE_KINDS. Collective."""
+    for name, parameter in parameters.items():
+        watchdog.heartbeat()
+        for kind, value in zip(STATE_KINDS, state.read_state(parameter), strict=True):
+            yield name, kind, value
+
+
+def _name_initial(initial: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the initial factors by their names in a checkpoint."""
+    for name, factors in initial.items():
+        yield f"{name}.A.initial", factors.a
+        yield f"{name}.B.initial", factors.b
 
 
 def make_initial_reader(

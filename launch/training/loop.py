@@ -145,9 +145,9 @@ def train(
     """Run one optimiser step for each item of `steps` after those in `history`. Collective.
 
     On a GPU the metrics of a step are yielded after the next step has been launched, so that the
-    GPU is busy while the CPU reads them. Before a checkpoint, and at the last step, the loop waits
-    and yields at once. What the caller then saves is the state after the step just yielded, whose
-    loss and gradient norm were finite.
+    GPU is busy while the CPU reads them. Before a checkpoint, after the first step of this call and
+    at the last one, the loop waits and yields at once. What the caller then saves is the state
+    after the step just yielded, whose loss and gradient norm were finite.
 
     When a rank is asked to stop (launch.runtime.watchdog), all ranks end after the same step.
 
@@ -214,7 +214,8 @@ def train(
 
             # Log. On a GPU the newest step stays unread while the next one is launched.
             is_checkpoint = (index + 1) % settings.checkpoint_every == 0
-            wait = device.type != "cuda" or is_checkpoint or index + 1 == len(steps)
+            is_first = index == len(history)  # the caller then tries to save
+            wait = device.type != "cuda" or is_checkpoint or is_first or index + 1 == len(steps)
             while unread:
                 # finish_step may set recorder.stopping; then the newest step is read as well.
                 if len(unread) == 1 and not (wait or recorder.stopping):

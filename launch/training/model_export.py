@@ -31,10 +31,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 Description = dict[str, Tensor]  # name -> meta tensor of the weight's shape and dtype
 
 
-def save_model(folder: Path, model: PreTrainedModel, engine: Engine, inputs: Inputs) -> None:
-    """Write the whole trained model, in the recipe's dtype. Collective."""
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    engine: Engine,
+    inputs: Inputs,
+    rehearsal: bool = False,
+) -> None:
+    """Write the whole trained model, in the recipe's dtype. Collective.
+
+    Args:
+        rehearsal: see `write_weights`.
+    """
     read = partial(read_weight, model, engine)
-    write_weights(folder, model, describe_weights(model, inputs.dtype), read)
+    write_weights(folder, model, describe_weights(model, inputs.dtype), read, rehearsal)
     run_on_rank0(lambda: write_config(inputs.model_path, folder, inputs.dtype))
 
 
@@ -66,6 +76,7 @@ def write_weights(
     model: PreTrainedModel,
     weights: Description,
     read: Callable[[str], Tensor],
+    rehearsal: bool = False,
 ) -> None:
     """Write weights to `folder` as safetensors files, under the names of the base's. Collective.
 
@@ -75,13 +86,22 @@ def write_weights(
         model: whose conversions are reverted.
         weights: of all weights, by their names in `model`.
         read: returns the whole weight of a name. Collective.
+        rehearsal: only try it: the smallest layer is read and written, and of the others the names
+            that they are converted to.
 
     Raises:
         UserError: on every rank, if a file cannot be written.
     """
 
     def read_layers() -> Iterator[Mapping[str, Tensor]]:
-        for names in run_on_rank0(lambda: plan_layers(model, weights)):
+        layers = run_on_rank0(lambda: plan_layers(model, weights))
+        smallest = min(layers, key=lambda names: sum(weights[name].numel() for name in names))
+        for names in layers:
+            if rehearsal and names != smallest:
+                described = {name: weights[name] for name in names}
+                converted = revert_weight_conversion(model, described)
+                yield {name: torch.empty(0, dtype=w.dtype) for name, w in converted.items()}
+                continue
             layer = {}
             for name in names:
                 value = read(name)

@@ -21,6 +21,7 @@ from astra.adapter import (
 from launch.config.schema import Adapter
 from launch.data.inputs import Inputs
 from launch.engines import Engine
+from launch.runtime import compat
 from launch.runtime.base_model import CheckedModel, draw_weight
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
@@ -84,25 +85,43 @@ def as_base(model: nn.Module) -> AbstractContextManager[None]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
+def _choose_smallest(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return the layer with the smallest factors, by its name."""
+
+    def count_elements(name: str) -> int:
+        factors = (layers[name].lora_A[ADAPTER].weight, layers[name].lora_B[ADAPTER].weight)
+        return sum(compat.count_elements(factor) for factor in factors)
+
+    name = min(layers, key=count_elements)
+    return {name: layers[name]}
+
+
 def export_trained(
     folder: Path,
     model: nn.Module,
     engine: Engine,
     inputs: Inputs,
     initial: Mapping[str, Factors],
+    rehearsal: bool = False,
 ) -> Path:
     """Write what was trained into the run folder, in PEFT's or transformers' format. Collective.
 
     Args:
         initial: on rank 0, A0 and B0 by module name.
+        rehearsal: only try it, with the same code, names and formats: all that is exported, but of
+            the smallest adapted module or layer alone. Every export must work with it: training
+            is not to end before what cannot be exported.
 
     Returns:
         The folder that users load: `lora` or, where there is no plain LoRA, `adapter` or `model`.
     """
     if not isinstance(model, PeftModel):
-        save_model(folder / "model", model, engine, inputs)
+        save_model(folder / "model", model, engine, inputs, rehearsal)
         return folder / "model"
     layers = get_lora_layers(model)
+    if rehearsal:
+        layers = _choose_smallest(layers)
+        initial = {name: factors for name, factors in initial.items() if name in layers}
     trained = read_factors(layers, engine)
     magnitudes = read_magnitudes(layers, engine)
     config = model.peft_config[ADAPTER]
