@@ -79,7 +79,7 @@ from launch.training.kernels import (
     require_packing,
     uncompile_layers,
 )
-from launch.training.loop import make_train_state, train
+from launch.training.loop import describe_low_rates, make_train_state, train
 from launch.training.metrics_log import log_steps
 from launch.training.model_card import render_model_card
 from launch.training.model_export import describe_weights
@@ -256,6 +256,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         f"{settings.global_batch} rows on {dist.get_world_size()} ranks, micro batch "
         f"{settings.micro_batch}"
     )
+    low_rates = describe_low_rates(len(steps), settings)
+    if low_rates is not None:
+        print_rank0(low_rates)
     return PreparedRun(
         name=name,
         model_name=model_name,

@@ -120,6 +120,23 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(angle))
 
 
+def describe_low_rates(steps: int, settings: Train) -> str | None:
+    """Return a line if no step of a run reaches the peak learning rate; None if one does."""
+    rates = [learning_rate(i, steps, settings.lr, settings.warmup_ratio) for i in range(steps)]
+    if max(rates) == settings.lr:
+        return None
+    if max(rates) == 0:  # a single step, which warms up
+        return (
+            "warning: the only step has learning rate 0, for warmup begins at 0: nothing is "
+            "trained; raise train.max_steps (or the rows), or set train.warmup_ratio=0"
+        )
+    return (
+        f"warning: all {steps} steps are warmup, so the learning rate reaches {max(rates):.2e} and "
+        f"not train.lr, {settings.lr:.2e}; raise train.max_steps (or the rows), or lower "
+        "train.warmup_ratio"
+    )
+
+
 def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> TrainState:
     """Make AdamW over all parameters of `model` that require gradients. Collective.
 

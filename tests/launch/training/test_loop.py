@@ -26,7 +26,7 @@ from launch.run.metrics import Metrics
 from launch.runtime.errors import UserError
 from launch.training import kernels, loop, trackers
 from launch.training.flops import count_training_flops
-from launch.training.loop import make_train_state, train
+from launch.training.loop import describe_low_rates, make_train_state, train
 from launch.training.loss import AnswerLoss
 from launch.training.metrics_log import format_speed, log_steps
 from launch.training.profiling import TABLE, TRACE, profile_steps
@@ -309,3 +309,21 @@ def test_attention_is_the_recipes(make_llama: Callable[..., LlamaForCausalLM]) -
     model = make_llama()
     kernels.apply_kernels(model, recipe(model={"name": "m", "attention": "eager"}))
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_ratio", "words"),
+    [
+        (1, 0.03, "nothing is trained"),
+        (1, 0.0, None),
+        (2, 0.03, None),
+        (2, 0.9, "the learning rate reaches 1.00e-02 and not train.lr, 2.00e-02"),
+        (100, 0.995, "all 100 steps are warmup"),
+        (100, 0.03, None),
+    ],
+)
+def test_a_rate_that_is_never_reached_is_said(
+    steps: int, warmup_ratio: float, words: str | None
+) -> None:
+    line = describe_low_rates(steps, Train(lr=0.02, warmup_ratio=warmup_ratio))
+    assert line is None if words is None else words in line
