@@ -246,10 +246,14 @@ def _exchange_reports(
                     _tell_attempt(store.underlying_store, rank, attempt)
                 verdict = peers.judge(absent, stall, in_trouble)
                 if verdict:
+                    if verdict == peers.find_error() and watchdog.on_error is not None:
+                        # First, for a launcher may kill this rank once another one has ended.
+                        with contextlib.suppress(OSError):  # of a full disk
+                            watchdog.on_error(verdict.line, verdict.code)
                     store.set("watch/verdict", json.dumps(verdict))
                     # Rank 0 may be the store's host: let the others read first.
                     time.sleep(3 * beat)
-                    _end_process(watchdog, verdict, is_error=verdict == peers.find_error())
+                    _end_process(watchdog, verdict)
             elif store.check(["watch/verdict"]):
                 _end_process(watchdog, Verdict(*json.loads(store.get("watch/verdict"))))
             elif verdict := peers.find_silent(in_trouble):
@@ -345,15 +349,10 @@ def _locate_main_thread() -> str:
     return f"({location}{WAITS if waits else ''})"
 
 
-def _end_process(
-    watchdog: Watchdog, verdict: Verdict, rank0_is_gone: bool = False, is_error: bool = False
-) -> NoReturn:
+def _end_process(watchdog: Watchdog, verdict: Verdict, rank0_is_gone: bool = False) -> NoReturn:
     """End this process from a thread, unless the main thread has disarmed the watchdog.
 
     On each node one rank prints the verdict: the first, or the second where rank 0 is gone.
-
-    Args:
-        is_error: whether a rank has reported the verdict as its error, and this is rank 0.
     """
     code = verdict.code
     with watchdog.end_lock:
@@ -364,8 +363,6 @@ def _end_process(
                 code = 143
             elif code == 0 and watchdog.rank == 0:
                 watchdog.on_preempted()
-            elif is_error and watchdog.on_error is not None:
-                watchdog.on_error(verdict.line, code)
             speaks = watchdog.is_speaker and not (rank0_is_gone and watchdog.rank == 0)
             if speaks or (rank0_is_gone and watchdog.is_deputy):
                 error = "error: " if code in (1, 2) else ""
