@@ -19,7 +19,7 @@ from launch.config.schema import Recipe
 from launch.data.batches import collate_examples
 from launch.data.inputs import Inputs
 from launch.data.order import sample_examples, shard_batches
-from launch.data.sources import EMPTY, NOT_TEXT, fetch_source, load_split, select_rows
+from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.errors import UserError
@@ -43,7 +43,7 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
     if settings.statistics == "reference":
         # The reference also has rows that are too long to be trained on.
         for reason, count in inputs.data["dropped"].items():
-            if reason not in (NOT_TEXT, EMPTY):
+            if reason not in BAD_TEXT:
                 num_examples += count
     return sample_examples(num_examples, settings.samples, settings.seed)
 

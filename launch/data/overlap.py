@@ -10,24 +10,19 @@ rewording is not found.
 """
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from tqdm import tqdm
+from typing import NamedTuple
 
 from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import Problem
 from launch.config.schema import Recipe
-from launch.data.sources import Row, fetch_source, load_split, select_rows
-
-if TYPE_CHECKING:  # takes seconds to import
-    from datasets import Dataset
+from launch.data.layout import Split
+from launch.data.sources import Row, fetch_source, load_split, select_rows, show_rows
 
 GRAM = 13  # words; as GPT-3's authors took (Brown et al. 2020, appendix C)
 MAX_SHARED = 3  # problems that may share a 13-gram; one that more share is a phrase
@@ -94,15 +89,12 @@ def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
     return overlaps
 
 
-def _stream_rows(dataset: "Dataset", recipe: Recipe) -> Iterator[Row]:
+def _stream_rows(split: Split, recipe: Recipe) -> Iterator[Row]:
     """Yield the good rows that a recipe selects, with a progress bar."""
-    limit = recipe.data.limit
-    total = len(dataset) if limit is None else min(len(dataset), limit)
-    with tqdm(total=total, desc="overlap", unit=" rows", disable=not sys.stderr.isatty()) as bar:
-        for chunk in select_rows(dataset, recipe.data):
+    with show_rows(split, recipe.data, "overlap") as advance:
+        for chunk in select_rows(split, recipe.data):
             yield from chunk.rows
-            done = chunk.position if limit is None else chunk.selected
-            bar.update(done - bar.n)
+            advance(chunk)
 
 
 def _tally_row(

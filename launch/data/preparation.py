@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.config.schema import Recipe
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
-from launch.data.token_cache import check_refused_rows, make_tokens
+from launch.data.token_cache import SPECIAL, check_refused_rows, make_tokens
 from launch.runtime.base_model import (
     check_max_length,
     check_token_ids,
@@ -80,6 +80,10 @@ def render_report(recipe: Recipe, manifest: dict, overlaps: Mapping[str, dict]) 
     lines += [
         f"| kept | {manifest['kept']} |",
         f"| of them, answer cut at {data.max_length} tokens | {manifest['cut']} |",
+    ]
+    if manifest.get("special"):  # manifests of earlier versions do not have it
+        lines.append(f"| of them, {SPECIAL} | {manifest['special']} |")
+    lines += [
         "",
         f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
         f"SHA-256 {manifest['tokens_sha256']}.",

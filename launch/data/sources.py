@@ -1,32 +1,36 @@
-"""Training rows as a recipe asks for them: from the hub, a folder in the hub's layout, or one file.
+"""Training rows as a recipe asks for them: from the hub, a folder, or one file.
 
-A new file format is one line in `FORMATS`, if the `datasets` library reads it.
+Which files those are is in launch.data.layout, and how one is read in launch.data.readers.
 """
 
+import contextlib
 import difflib
-import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from tqdm import tqdm
 
 from launch.config.schema import Data
+from launch.data.layout import Split, find_split
+from launch.data.readers import GZIPPED, READERS, UnreadableError
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import find_commit, is_hub_id
 
-if TYPE_CHECKING:  # takes seconds to import, and finished tokens need none of it
-    from datasets import Dataset
-
 # The files of a data set that are downloaded from the hub.
-HUB_FILES = ["*.parquet", "*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz", "README.md"]
-# File ending -> the builder of `datasets` that reads it; .gz may follow.
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+HUB_FILES = [
+    *(f"*{ending}" for ending in READERS),
+    *(f"*{ending}.gz" for ending in GZIPPED),
+    "README.md",
+]
 CHUNK = 2000  # rows of the split that are read at a time
-NOT_TEXT, EMPTY = "not text", "empty"
+NOT_TEXT, EMPTY, NOT_UNICODE = "not text", "empty", "not valid Unicode"
+BAD_TEXT = (NOT_TEXT, EMPTY, NOT_UNICODE)  # why a row has no texts to tokenise
 
 
 class Row(NamedTuple):
@@ -111,48 +115,50 @@ def list_data_files(path: Path) -> dict[str, Path]:
     return {str(name): found[name] for name in sorted(found)}
 
 
-def load_split(data: Data, path: Path) -> "Dataset":
-    """Load the split at `path` with the columns that `data` names, memory-mapped.
+def load_split(data: Data, path: Path) -> Split:
+    """Find the rows of data.split at `path`, and check that they have the fields `data` names.
 
     Raises:
-        UserError: a file or folder cannot be read, or a column is not there.
+        UserError: a file or folder cannot be read, or no row has a field.
     """
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # the error itself says what is wrong
     try:
-        if path.is_file():
-            kind = _find_format(path)
-            dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            dataset = datasets.load_dataset(str(path), name=data.config, split=data.split)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
+        split = find_split(path, data.split, data.config)
+    except UnreadableError as error:
+        where = "" if path.is_file() else f"cannot load {data.path} (split {data.split}): "
+        raise UserError(f"data.path: {where}{error}") from None
+    _require_fields(split, data)
+    return split
+
+
+def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iterator[dict]:
+    """Yield the rows of a split, with at least `fields`; with all of them when None.
+
+    Raises UserError where a file cannot be read.
+    """
+    try:
+        yield from split.iterate_rows(fields)
+    except UnreadableError as error:
         raise UserError(
-            f"data.path: cannot load {data.path} (split {data.split}): {type(cause).__name__}: "
-            f"{str(cause)[:300]}"
+            f"data.path: cannot load {data.path} (split {data.split}): {error}"
         ) from None
-    columns = _list_columns(data)
-    for key, fields in columns.items():
-        for field in fields:
-            _require_column(dataset.column_names, field, key, data.path)
-    return dataset.select_columns(
-        sorted({field for fields in columns.values() for field in fields})
-    )
 
 
-def _find_format(path: Path) -> str:
-    """Return the builder of `datasets` for a file. Raises UserError for any other or an empty one."""
-    kind = FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
-    if kind is None:
-        raise UserError(f"data.path: {path} is none of {', '.join(FORMATS)}, or one with .gz")
-    if path.stat().st_size == 0:
-        raise UserError(f"data.path: {path} is empty")
-    return kind
+def _require_fields(split: Split, data: Data) -> None:
+    """Raise UserError if no row has one of the fields that `data` names.
+
+    Rows may lack a field, so the rows are read up to the first that has the last field.
+    """
+    missing = {}
+    for key, fields in _list_columns(data).items():
+        missing |= dict.fromkeys(fields, key)
+    known: dict[str, None] = {}
+    for row in iterate_rows(split, data, None):
+        known |= dict.fromkeys(row)
+        missing = {field: key for field, key in missing.items() if field not in row}
+        if not missing:
+            return
+    for field, key in missing.items() if known else ():  # without any row, that is the fault
+        _refuse_field(list(known), field, key, data.path)
 
 
 def _list_columns(data: Data) -> dict[str, list[str]]:
@@ -165,17 +171,15 @@ def _list_columns(data: Data) -> dict[str, list[str]]:
     }
 
 
-def _require_column(columns: list[str], field: str, key: str, path: str) -> None:
-    if field not in columns:
-        near = difflib.get_close_matches(field, columns, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        known = ", ".join(columns)
-        raise UserError(f"{key}: no field {field!r} in the rows of {path}; {hint}fields: {known}")
+def _refuse_field(known: list[str], field: str, key: str, path: str) -> None:
+    near = difflib.get_close_matches(field, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"{key}: no field {field!r} in the rows of {path}; {hint}fields: {', '.join(known)}"
+    )
 
 
-def select_rows(
-    dataset: "Dataset", data: Data, position: int = 0, selected: int = 0
-) -> Iterator[Chunk]:
+def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) -> Iterator[Chunk]:
     """Yield the rows that pass the filter, the first data.limit of them, in order, by chunks.
 
     Bad rows count towards the limit.
@@ -183,17 +187,21 @@ def select_rows(
     Args:
         position: where a killed start is resumed: rows of the split read before.
         selected: of them, rows that passed the filter.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     patterns = {}
     for field, wanted in data.filter.items():
         patterns[field] = [wanted] if isinstance(wanted, str) else wanted
-    while position < len(dataset) and (data.limit is None or selected < data.limit):
+    fields = [field for of_key in _list_columns(data).values() for field in of_key]
+    source = islice(iterate_rows(split, data, fields), position, None)
+    while data.limit is None or selected < data.limit:
         rows: list[Row] = []
         bad: list[BadRow] = []
-        columns = dataset[position : position + CHUNK]
-        for values in zip(*columns.values(), strict=True):
+        begun_at = position
+        for row in islice(source, CHUNK):
             position += 1
-            row = dict(zip(columns, values, strict=True))
             if not _passes_filter(row, patterns):
                 continue
             selected += 1
@@ -204,13 +212,35 @@ def select_rows(
                 bad.append(checked)
             if selected == data.limit:
                 break
+        if position == begun_at:
+            return
         yield Chunk(position, selected, rows, bad)
 
 
-def _passes_filter(row: dict, patterns: dict[str, list[str]]) -> bool:
+@contextlib.contextmanager
+def show_rows(split: Split, data: Data, name: str) -> Iterator[Callable[[Chunk], None]]:
+    """Show a progress bar on a terminal, and yield what moves it on to the end of a chunk.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    is_shown = sys.stderr.isatty()
+    total = data.limit
+    if is_shown:  # the rows are counted by reading them all
+        count = sum(1 for _ in iterate_rows(split, data, ()))
+        total = count if total is None else min(total, count)
+    with tqdm(total=total, desc=name, unit=" rows", disable=not is_shown) as bar:
+
+        def advance(chunk: Chunk) -> None:
+            bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
+
+        yield advance
+
+
+def _passes_filter(row: dict[str, Any], patterns: dict[str, list[str]]) -> bool:
     """Return whether every filtered field of a row matches one of its patterns."""
     for field, wanted in patterns.items():
-        value = row[field]
+        value = row.get(field)
         if not isinstance(value, str):
             return False
         if not any(fnmatchcase(value, pattern) for pattern in wanted):
@@ -218,22 +248,36 @@ def _passes_filter(row: dict, patterns: dict[str, list[str]]) -> bool:
     return True
 
 
-def _check_row(number: int, row: dict, data: Data) -> Row | BadRow:
+def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | BadRow:
     """Return a row's texts, or what is wrong with it."""
-    for field in (data.instruction, data.answer):
-        value = row[field]
-        if not isinstance(value, str):
-            reason = NOT_TEXT
-        elif not value.strip():
-            reason = EMPTY
-        else:
-            continue
-        shown = str(value)[:60] if value else repr(value)
-        return BadRow(number, reason, f"field {field!r} is {shown}, {reason}")
-    input_text = row[data.input] if data.input else None
-    if not isinstance(input_text, str | None):
-        what = f"field {data.input!r} is {str(input_text)[:60]}, {NOT_TEXT}"
-        return BadRow(number, NOT_TEXT, what)
-    if input_text is None or not input_text.strip():
+    texts = {field: row.get(field) for field in (data.instruction, data.answer)}
+    if data.input:
+        given = row.get(data.input)
+        texts[data.input] = "" if given is None else given
+    for field, value in texts.items():
+        fault = find_text_fault(value)
+        if fault is None and field != data.input and not value.strip():
+            fault = EMPTY
+        if fault is not None:
+            return BadRow(number, fault, f"field {field!r} is {show_value(value)}, {fault}")
+    input_text = texts[data.input] if data.input else ""
+    if not input_text.strip():
         input_text = ""
-    return Row(number, row[data.instruction], input_text, row[data.answer])
+    return Row(number, texts[data.instruction], input_text, texts[data.answer])
+
+
+def find_text_fault(value: object) -> str | None:
+    """Return why a value cannot be tokenised, NOT_TEXT or NOT_UNICODE; None if it can."""
+    if not isinstance(value, str):
+        return NOT_TEXT
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but UTF-8 cannot
+        return NOT_UNICODE
+    return None
+
+
+def show_value(value: object) -> str:
+    """Return the beginning of a value, on one line, for a message."""
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return " ".join(shown[:60].split())

@@ -13,19 +13,18 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from eval.tasks.base import ALPACA_PROMPT
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
+from launch.data.earlier_tokens import find_doubt
 from launch.data.prompts import ALPACA_INPUT_PROMPT
 from launch.data.sources import (
     BadRow,
@@ -35,9 +34,10 @@ from launch.data.sources import (
     list_data_files,
     load_split,
     select_rows,
+    show_rows,
 )
 from launch.data.token_set import TokenSet
-from launch.data.tokenize import tokenize_rows
+from launch.data.tokenize import SpecialTokens, find_special_tokens, tokenize_rows
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, sync_file, write_json
@@ -45,9 +45,11 @@ from launch.runtime.locks import hold_lock
 from launch.runtime.model_files import hash_tokenizer, load_tokenizer
 
 FORMAT = 1  # raised with every change of the files' layout
+READING = 2  # raised with every change of how rows are read and tokenised
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 TOO_LONG, CUT = "no answer token within max_length", "answer cut at max_length"
+SPECIAL = "text that became special tokens"
 NUM_NAMED = 3  # rows of each reason that the manifest names
 
 
@@ -106,9 +108,25 @@ def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
         raise UserError(f"data.prepared: {folder} {state}")
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
     wanted = describe_origin(data, model_path, source=None)
-    _require_same_origin(folder, tokens.manifest, wanted, "data.prepared")
-    _check_sizes(tokens)
+    _check_finished(tokens, wanted, model_path, "data.prepared")
     return tokens
+
+
+def _check_finished(tokens: TokenFolder, wanted: dict, model_path: Path, option: str) -> None:
+    """Raise UserError if a finished folder was not made from `wanted`, or a file is cut short."""
+    is_earlier = "reading" not in tokens.manifest["made_from"]
+    if is_earlier:
+        wanted = {key: value for key, value in wanted.items() if key != "reading"}
+    _require_same_origin(tokens.folder, tokens.manifest, wanted, option)
+    _check_sizes(tokens)
+    if is_earlier:
+        special = find_special_tokens(load_tokenizer(model_path))
+        doubt = find_doubt(tokens.manifest, tokens.open_tokens(), special)
+        if doubt is not None:
+            raise UserError(
+                f"{option}: {tokens.folder} was made by an earlier version, {doubt}; prepare the "
+                "rows again into another folder"
+            )
 
 
 def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
@@ -120,6 +138,7 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
     """
     origin = {
         "format": FORMAT,
+        "reading": READING,
         "data": data.token_fields(),
         "prompts": [ALPACA_PROMPT, ALPACA_INPUT_PROMPT],
         "tokenizer": hash_tokenizer(model_path),
@@ -158,8 +177,7 @@ def make_tokens(
                 tokenizer = load_tokenizer(model_path)
                 _write_tokens(folder, wanted, data, tokenizer, source, option)
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
-    _require_same_origin(folder, tokens.manifest, wanted, option)
-    _check_sizes(tokens)
+    _check_finished(tokens, wanted, model_path, option)
     if verify:
         _check_hashes(tokens)
     return tokens
@@ -201,26 +219,25 @@ def _write_tokens(
 ) -> None:
     """Write the files chunk by chunk, and the manifest."""
     tally = _read_tally(folder, wanted, option)
-    dataset = load_split(data, source)
-    total = len(dataset) if data.limit is None else min(data.limit, len(dataset))
+    split = load_split(data, source)
+    special = find_special_tokens(tokenizer)
     with contextlib.ExitStack() as stack:
         files = {}
         for name in DTYPES:
             files[name] = stack.enter_context((folder / _file_name(name)).open("ab"))
         _truncate_files(files, tally)
-        bar = stack.enter_context(
-            tqdm(total=total, desc="tokenise", unit=" rows", disable=not sys.stderr.isatty())
-        )
-        for chunk in select_rows(dataset, data, tally["read"], tally["selected"]):
+        advance = stack.enter_context(show_rows(split, data, "tokenise"))
+        for chunk in select_rows(split, data, tally["read"], tally["selected"]):
             watchdog.heartbeat()
-            for name, values in _tokenize_chunk(chunk, tokenizer, data, tally).items():
+            for name, values in _tokenize_chunk(chunk, tokenizer, special, data, tally).items():
                 files[name].write(torch.tensor(values, dtype=DTYPES[name]).numpy())
                 files[name].flush()
                 os.fsync(files[name].fileno())
             write_json(folder / PROGRESS, tally)
-            bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
+            advance(chunk)
     if not tally["kept"]:
         raise UserError(_describe_no_rows(tally, data))
+    tally["files_read"] = [file.name for file in split.list_files()]
     _write_manifest(folder, tally, source, option)
 
 
@@ -258,7 +275,11 @@ def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> Non
 
 
 def _tokenize_chunk(
-    chunk: Chunk, tokenizer: PreTrainedTokenizerBase, data: Data, tally: dict
+    chunk: Chunk,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    data: Data,
+    tally: dict,
 ) -> dict[str, list[int]]:
     """Return what a chunk adds to each file, and add it to `tally`."""
     added: dict[str, list[int]] = {name: [] for name in DTYPES}
@@ -277,6 +298,9 @@ def _tokenize_chunk(
                 continue
             tally["cut"] += 1
             _name_row(tally, cut)
+        if special.occur_in(ids):
+            tally["special"] += 1
+            _name_row(tally, BadRow(row.number, SPECIAL, f"it holds {SPECIAL}"))
         tally["tokens"] += length
         tally["answer_tokens"] += length - prompt_length
         tally["kept"] += 1
@@ -322,7 +346,8 @@ def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
         raise UserError(
             f"{option}: {folder} holds other files ({min(others)}); choose an empty or new folder"
         )
-    counts = dict.fromkeys(("read", "selected", "kept", "cut", "tokens", "answer_tokens"), 0)
+    names = ("read", "selected", "kept", "cut", "special", "tokens", "answer_tokens")
+    counts = dict.fromkeys(names, 0)
     return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
 
 

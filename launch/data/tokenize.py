@@ -1,8 +1,9 @@
 """Rows to token ids."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from launch.data.prompts import format_prompt
 from launch.data.sources import Row
@@ -11,13 +12,50 @@ from launch.data.sources import Row
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenise `texts` with the tokenizer's beginning-of-sequence token, but no end token.
 
-    A fast tokenizer uses all cores.
+    Training, calibration and evaluation all tokenise by this function. Text that spells a special
+    token, such as HTML's `</s>`, is text: it becomes the tokens of its characters. Where a
+    tokenizer cannot do that (see `SpecialTokens`), it becomes the special token. A fast tokenizer
+    uses all cores.
     """
     if not texts:
         return []
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
+    # transformers' own tokenizers in Python would take added tokens that are not special for text
+    # too; they are few, and old.
+    split = not isinstance(tokenizer, PreTrainedTokenizer)
+    encoded = tokenizer(
+        texts, return_attention_mask=False, verbose=False, split_special_tokens=split
+    ).input_ids
     # Some tokenizers add an end-of-sequence token by themselves.
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+
+
+class SpecialTokens(NamedTuple):
+    """A tokenizer's special tokens, and where it puts them around a text by itself.
+
+    Tokenizers of the unigram kind have special tokens among the pieces of their model, and find
+    them in a text even where special tokens are to be text.
+    """
+
+    ids: frozenset[int]  # without the unknown token, which stands for text
+    num_before: int  # tokens that are put before a text
+    num_after: int  # tokens that are put after it, without the end of sequence
+
+    def occur_in(self, ids: Sequence[int]) -> bool:
+        """Return whether the text of a row, as `tokenize_rows` yields it, holds a special token."""
+        end = len(ids) - 1 - self.num_after
+        return not self.ids.isdisjoint(ids[self.num_before : end])
+
+
+def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """Find a tokenizer's special tokens."""
+    ids = set(tokenizer.all_special_ids)
+    ids |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    text = tokenizer("a", add_special_tokens=False).input_ids
+    whole = encode_texts(tokenizer, ["a"])[0]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+    num_before = starts[0] if starts else 0
+    num_after = len(whole) - num_before - len(text) if starts else 0
+    return SpecialTokens(frozenset(ids - {tokenizer.unk_token_id}), num_before, num_after)
 
 
 def tokenize_rows(

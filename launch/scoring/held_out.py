@@ -1,7 +1,6 @@
 """Measure the loss on tokens never trained on, and the memory and parameters of a training."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.data.batches import IGNORED, collate_examples
 from launch.data.order import shard_batches
+from launch.data.readers import UnreadableError, read_json
+from launch.data.sources import find_text_fault
 from launch.data.token_set import TokenSet, make_text_set
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
@@ -43,36 +44,34 @@ def read_other_text(
     Raises:
         UserError: the file cannot be read, or a row has no text.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"eval.other_text: cannot read {path}: {error}") from None
+    content, texts = _read_texts(path)
+    for number, text in enumerate(texts, start=1):
+        fault = find_text_fault(text)
+        if fault is not None:
+            what = "has no field 'text'" if text is None else f"has a field 'text' that is {fault}"
+            raise UserError(f"eval.other_text: row {number} of {path} {what}; mend it")
     pieces = []
-    for ids in encode_texts(tokenizer, _split_texts(path, content)):
+    for ids in encode_texts(tokenizer, texts):
         starts = range(0, len(ids), max_length)
         pieces += [ids[start : start + max_length] for start in starts]
     pieces = [piece for piece in pieces if len(piece) > 1]  # one token alone predicts nothing
     if not pieces:
         raise UserError(f"eval.other_text: {path} has no text")
-    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     return make_text_set(pieces), {"path": str(path), "sha256": sha256}
 
 
-def _split_texts(path: Path, content: str) -> list[str]:
-    """Return the texts in the content of the file at `path`. Raises what read_other_text does."""
-    if path.suffix == ".txt":
-        return [content]
-    if path.suffix != ".jsonl":
+def _read_texts(path: Path) -> tuple[bytes, list[str]]:
+    """Return the bytes of the file at `path` and its texts. Raises what read_other_text does."""
+    if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"eval.other_text: {path} is neither .jsonl nor .txt")
-    texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"eval.other_text: row {number} of {path} has no field 'text'; mend it"
-            ) from None
-    return texts
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".txt":
+            return content, [content.decode("utf-8-sig")]
+        return content, [row.get("text") for row in read_json(path)] if content else []
+    except (OSError, UnicodeDecodeError, UnreadableError) as error:
+        raise UserError(f"eval.other_text: cannot read {path}: {error}") from None
 
 
 @torch.no_grad()
