@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astra.adapter import ADAPTER, Factors, get_base_layers, initialise_layers, read_factors
 from eval.tasks.base import Problem
+from launch.calibration.batches import check_samples
 from launch.calibration.run import (
     allocate_lora_ranks,
     calibrate_base,
@@ -240,6 +241,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     require_kernels(recipe, device, resolve_dtype(recipe.model.dtype, device))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
+    check_samples(recipe, inputs)
     tokens, tokenizer = inputs.tokens, load_tokenizer(inputs.model_path)
     problems = read_problems(recipe.eval)
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
@@ -249,13 +251,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
     )
     steps = list(steps)
-    dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
-    print_rank0(
-        f"{len(tokens)} rows ({tokens.num_truncated} cut at {recipe.data.max_length} tokens, "
-        f"{tokens.num_dropped} dropped{dropped}), {len(steps)} steps of "
-        f"{settings.global_batch} rows on {dist.get_world_size()} ranks, micro batch "
-        f"{settings.micro_batch}"
-    )
+    _print_rows(recipe, inputs, steps)
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:
         print_rank0(low_rates)
@@ -273,6 +269,29 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         checkpoints=checkpoints,
         saved=saved,
     )
+
+
+def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
+    """Print what is trained on, and what about it may surprise."""
+    tokens, world_size = inputs.tokens, dist.get_world_size()
+    dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
+    print_rank0(
+        f"{len(tokens)} rows ({tokens.num_truncated} cut at {recipe.data.max_length} tokens, "
+        f"{tokens.num_dropped} dropped{dropped}), {len(steps)} steps of "
+        f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
+        f"{recipe.train.micro_batch}"
+    )
+    if tokens.num_special:
+        print_rank0(
+            f"{tokens.num_special} rows hold text that became special tokens, since this tokenizer "
+            "cannot take it for text; launch/prepare.py names the first"
+        )
+    num_rows = max(map(len, steps))
+    if world_size > num_rows:
+        print_rank0(
+            f"{world_size - num_rows} of {world_size} ranks have nothing to train on: no step has "
+            f"more than {num_rows} rows; start fewer ranks"
+        )
 
 
 def _read_measured_sets(

@@ -48,6 +48,15 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
     return sample_examples(num_examples, settings.samples, settings.seed)
 
 
+def check_samples(recipe: Recipe, inputs: Inputs) -> None:
+    """Raise UserError if there are fewer examples than the calibration is to have.
+
+    Called at the start, before a base is loaded for the calibration.
+    """
+    if recipe.adapter.method_record.is_calibrated:
+        draw_samples(recipe, inputs)
+
+
 def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:
     """Return how many tokens of each sample count, (samples,)."""
     if recipe.calibration.statistics == "reference":

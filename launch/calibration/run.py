@@ -14,6 +14,7 @@ from astra.moments import find_groups
 from astra.spectrum import allocate_ranks
 from astra.windows import CalibrationPlan, make_plan
 from launch.calibration.batches import (
+    check_samples,
     choose_prompt,
     count_tokens,
     draw_samples,
@@ -84,6 +85,7 @@ def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
         folder: opened by `open_calibration_folder`.
     """
     inputs = prepare_inputs(recipe, device)
+    check_samples(recipe, inputs)
     engine = make_engine(recipe.engine, device, inputs.dtype)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")

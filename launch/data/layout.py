@@ -12,16 +12,21 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.data.readers import ENDINGS, Reader, UnreadableError, find_reader, read_arrow
+
+if TYPE_CHECKING:  # takes seconds to import
+    from huggingface_hub import DatasetCardData
 
 TRAIN = "train"  # the split of a single file, and of a single data set of `save_to_disk`
 # What README.md may say of a configuration; `datasets` gives other fields to its own readers.
 CONFIG_FIELDS = {"data_files", "data_dir", "default", "description", "version"}
 # Endings of files that `datasets` reads rows from, but this program does not.
 UNREAD = {".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".7z"}
-_SHARD = re.compile(r"(?P<name>.*?)(?P<index>\d+)-of-(?P<total>\d+)")
+_SHARD = re.compile(
+    r"(?P<name>.*?)(?P<index>\d+)[-_. ]of[-_. ](?P<total>\d+)(?![A-Za-z0-9])", re.IGNORECASE
+)
 
 
 class Part(NamedTuple):
@@ -80,10 +85,15 @@ def find_split(path: Path, split: str, config: str | None) -> Split:
         what = f"{path}, a single file,"
         _refuse_config(config, what)
         return _cut_parts({TRAIN: Part((path,), _require_reader(path))}, split, what)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path) or (path / "dataset_dict.json").is_file():
         _refuse_config(config, f"{path}, a folder of save_to_disk,")
         return _find_saved_split(path, split)
     return _find_hub_split(path, split, config)
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a folder holds one data set of `save_to_disk`."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def _refuse_config(config: str | None, what: str) -> None:
@@ -171,19 +181,51 @@ def _read_json_field(path: Path, field: str) -> list[Any]:
         raise UnreadableError(f"{path} cannot be read ({fault}); save the data set again") from None
 
 
+def list_data_files(path: Path) -> dict[str, Path]:
+    """Return the files that may hold rows, by their names below `path`.
+
+    Of a folder those are all but hidden ones; links to folders are followed.
+    """
+    if path.is_file():
+        return {path.name: path}
+    found: dict[Path, Path] = {}
+    _add_files(path, Path(), (), found)
+    return {str(name): found[name] for name in sorted(found)}
+
+
+def _add_files(folder: Path, name: Path, above: tuple[Path, ...], found: dict[Path, Path]) -> None:
+    """Add the files below `folder`, which is called `name`, to `found`.
+
+    Args:
+        above: the real paths of the folders that it lies in, for a link may lead back to one.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            _add_files(entry, name / entry.name, (*above, real), found)
+        elif entry.is_file():
+            found[name / entry.name] = entry
+
+
 def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
     """Find a split in a folder of the hub's layout. Raises UnreadableError."""
     import datasets
 
-    with _link_plainly(path) as link:
+    with _mirror_rows(path) as mirror:
         try:
-            folder = _read_folder(link, config)
+            folder = _read_folder(path, mirror, config)
             _require_splits(split, folder.patterns, str(path))
-            found = {name: _resolve_files(link, path, folder, name) for name in _name_splits(split)}
+            found = {}
+            for name in _name_splits(split):
+                found[name] = _resolve_files(mirror, path, folder, name)
         except UnreadableError:
             raise
         except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-            fault = f"{type(error).__name__}: {error}".replace(str(link), str(path))
+            fault = f"{type(error).__name__}: {error}".replace(str(mirror), str(path))
             raise UnreadableError(" ".join(fault.split())[:300]) from None
     wholes = {}
     for name, files in found.items():
@@ -199,16 +241,28 @@ def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
 
 
 @contextlib.contextmanager
-def _link_plainly(path: Path) -> Iterator[Path]:
-    """Yield another path to a folder, without characters that mean something in a pattern."""
+def _mirror_rows(path: Path) -> Iterator[Path]:
+    """Yield a folder of links to those files below `path` that may hold rows.
+
+    `datasets` looks for files by patterns. In the mirror neither the folder's own name nor files
+    without rows, such as test_notes.txt, mean anything to them.
+    """
     with tempfile.TemporaryDirectory(prefix="astra-rows-") as folder:
-        link = Path(folder).resolve() / "rows"
-        link.symlink_to(path.resolve(), target_is_directory=True)
-        yield link
+        mirror = Path(folder).resolve() / "rows"
+        mirror.mkdir()
+        for name, file in list_data_files(path).items():
+            if find_reader(file) is not None or file.suffix.lower() in UNREAD:
+                link = mirror / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+        yield mirror
 
 
-def _read_folder(path: Path, config: str | None) -> _Folder:
+def _read_folder(path: Path, mirror: Path, config: str | None) -> _Folder:
     """Find the splits of a folder, as README.md or else the names of its files say.
+
+    Args:
+        mirror: of the files that may hold rows.
 
     Raises:
         UnreadableError: there is no such configuration, or README.md asks for what is not done here.
@@ -217,13 +271,13 @@ def _read_folder(path: Path, config: str | None) -> _Folder:
     import datasets
     from datasets.data_files import get_data_patterns, sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard, DatasetCardData
 
     if (path / ".huggingface.yaml").is_file():
         raise UnreadableError(".huggingface.yaml is not supported; move it into README.md's header")
-    readme = path / "README.md"
-    card = DatasetCard.load(readme).data if readme.is_file() else DatasetCardData()
+    card = _read_card(path / "README.md")
     configs = MetadataConfigs.from_dataset_card_data(card)
+    if len(configs) < len(card.get("configs") or ()):
+        raise UnreadableError("README.md has two configurations of one name; rename one")
     infos = datasets.info.DatasetInfosDict.from_dataset_card_data(card)
     settings: dict[str, Any] = {}
     if configs:
@@ -242,7 +296,7 @@ def _read_folder(path: Path, config: str | None) -> _Folder:
             f"README.md sets {min(unknown)} for configuration {config}, which is not supported; "
             "give the files themselves as data.path"
         )
-    base = path / settings["data_dir"] if settings.get("data_dir") else path
+    base = mirror / settings["data_dir"] if settings.get("data_dir") else mirror
     if settings.get("data_files") is not None:
         patterns = sanitize_patterns(settings["data_files"])
     else:
@@ -253,7 +307,26 @@ def _read_folder(path: Path, config: str | None) -> _Folder:
     return _Folder(base, {str(name): list(value) for name, value in patterns.items()}, num_rows)
 
 
-def _resolve_files(link: Path, path: Path, folder: _Folder, split: str) -> list[Path]:
+def _read_card(path: Path) -> "DatasetCardData":
+    """Read the header of README.md; an empty one where there is no header or no file.
+
+    Raises:
+        UnreadableError: the file seems to have a header, but that cannot be found.
+        OSError, ValueError: it cannot be read.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    if not path.is_file():
+        return DatasetCardData()
+    text = path.read_text(encoding="utf-8-sig")
+    has_header = text.lstrip().startswith("---")
+    card = DatasetCard(text).data if has_header else DatasetCardData()
+    if has_header and not card.to_dict():
+        raise UnreadableError("the header of README.md is empty, or has no second line of ---")
+    return card
+
+
+def _resolve_files(mirror: Path, path: Path, folder: _Folder, split: str) -> list[Path]:
     """Return the files of a split, below `path`, each once, in `datasets`' order.
 
     Raises:
@@ -263,18 +336,14 @@ def _resolve_files(link: Path, path: Path, folder: _Folder, split: str) -> list[
     from datasets.data_files import DataFilesList
 
     patterns = folder.patterns[split]
-    if any("://" in pattern or "::" in pattern for pattern in patterns):
-        raise UnreadableError(f"README.md names files elsewhere ({patterns[0]}); fetch them")
     files = []
-    for name in dict.fromkeys(DataFilesList.from_patterns(patterns, base_path=str(folder.path))):
-        file = Path(name)
-        if not file.is_relative_to(link):
-            raise UnreadableError(f"README.md names {file}, which is not in {path}; copy it there")
-        below = file.relative_to(link)
-        if any(part.startswith(".") for part in below.parts):
-            raise UnreadableError(f"README.md names the hidden file {below}; rename it")
-        files.append(path / below)
-    return files
+    if not any("://" in pattern or "::" in pattern for pattern in patterns):  # not an address
+        files = [Path(f) for f in DataFilesList.from_patterns(patterns, str(folder.path))]
+    if not all(file.is_relative_to(mirror) for file in files) or not files:
+        raise UnreadableError(
+            f"README.md names files ({patterns[0]}) that are not in {path}; put them there"
+        )
+    return [path / file.relative_to(mirror) for file in dict.fromkeys(files)]
 
 
 def _make_part(path: Path, split: str, files: Sequence[Path]) -> Part:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from launch.config.schema import Data
-from launch.data.layout import Split, find_split
+from launch.data.layout import Split, find_split, list_data_files
 from launch.data.readers import GZIPPED, READERS, UnreadableError
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import find_commit, is_hub_id
@@ -97,22 +97,6 @@ def identify_source(path: Path) -> dict:
         stat = file.stat()
         files[name] = [stat.st_size, stat.st_mtime_ns]
     return {"files": files}
-
-
-def list_data_files(path: Path) -> dict[str, Path]:
-    """Return the files that `load_split` may read, by their names below `path`.
-
-    Of a folder those are all but hidden ones, since `datasets` chooses among them.
-    """
-    if path.is_file():
-        return {path.name: path}
-    found = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if file.is_file() and not hidden:
-            found[name] = file
-    return {str(name): found[name] for name in sorted(found)}
 
 
 def load_split(data: Data, path: Path) -> Split:

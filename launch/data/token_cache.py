@@ -25,13 +25,13 @@ from eval.tasks.base import ALPACA_PROMPT
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
 from launch.data.earlier_tokens import find_doubt
+from launch.data.layout import list_data_files
 from launch.data.prompts import ALPACA_INPUT_PROMPT
 from launch.data.sources import (
     BadRow,
     Chunk,
     fetch_source,
     identify_source,
-    list_data_files,
     load_split,
     select_rows,
     show_rows,
@@ -72,6 +72,7 @@ class TokenFolder(NamedTuple):
             prompt_lengths=tensors["answer_starts"],
             num_truncated=self.manifest["cut"],
             num_dropped=sum(self.manifest["dropped"].values()),
+            num_special=self.manifest.get("special", 0),  # earlier versions did not count them
         )
 
 

@@ -23,6 +23,7 @@ class TokenSet:
     prompt_lengths: Tensor  # (examples,), int64: tokens before the first one that the loss counts
     num_truncated: int  # examples whose answer was cut at max_length
     num_dropped: int  # rows left out because they are bad, or no answer token fits max_length
+    num_special: int = 0  # examples in whose text the tokenizer finds special tokens
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
