@@ -67,11 +67,14 @@ class Data(Section):
     """The training rows."""
 
     path: Name = Field(
-        description="hub id, folder in the hub's layout, or JSON, JSONL (also .gz) or Parquet file"
+        description="hub id, folder in the hub's layout or of save_to_disk, or a JSON, JSONL, CSV "
+        "(also .gz) or Parquet file"
     )
     revision: Name = Field("main", description="hub branch, tag or commit of the data")
     config: Name | None = Field(None, description="configuration of a data set that has several")
-    split: Name = Field("train", description="split of the data set")
+    split: Name = Field(
+        "train", description="split of the data set, or a part of it: train[:1000], train[10%:]"
+    )
     instruction: Name = Field("query", description="field of a row that holds the instruction")
     answer: Name = Field("response", description="field of a row that holds the answer")
     input: Name | None = Field(

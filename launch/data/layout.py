@@ -5,7 +5,6 @@ Whatever would leave rows out in silence is refused: a split or configuration th
 shards that are missing, files of another format among those of the split.
 """
 
-import contextlib
 import json
 import re
 import tempfile
@@ -215,13 +214,13 @@ def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
     """Find a split in a folder of the hub's layout. Raises UnreadableError."""
     import datasets
 
-    with _mirror_rows(path) as mirror:
+    with tempfile.TemporaryDirectory(prefix="astra-rows-") as temporary:
+        mirror = Path(temporary).resolve() / "rows"
+        links = _mirror_rows(path, mirror)
         try:
             folder = _read_folder(path, mirror, config)
             _require_splits(split, folder.patterns, str(path))
-            found = {}
-            for name in _name_splits(split):
-                found[name] = _resolve_files(mirror, path, folder, name)
+            found = {name: _resolve_files(links, folder, name) for name in _name_splits(split)}
         except UnreadableError:
             raise
         except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
@@ -240,22 +239,25 @@ def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
     return _cut_parts(wholes, split, str(path))
 
 
-@contextlib.contextmanager
-def _mirror_rows(path: Path) -> Iterator[Path]:
-    """Yield a folder of links to those files below `path` that may hold rows.
+def _mirror_rows(path: Path, mirror: Path) -> dict[Path, Path]:
+    """Make in the folder `mirror` links to those files below `path` that may hold rows.
 
     `datasets` looks for files by patterns. In the mirror neither the folder's own name nor files
     without rows, such as test_notes.txt, mean anything to them.
+
+    Returns:
+        Link -> file.
     """
-    with tempfile.TemporaryDirectory(prefix="astra-rows-") as folder:
-        mirror = Path(folder).resolve() / "rows"
-        mirror.mkdir()
-        for name, file in list_data_files(path).items():
-            if find_reader(file) is not None or file.suffix.lower() in UNREAD:
-                link = mirror / name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-        yield mirror
+    mirror.mkdir()
+    links = {}
+    for name, file in list_data_files(path).items():
+        if find_reader(file) is not None or file.suffix.lower() in UNREAD:
+            # fsspec, by which `datasets` finds files, takes :: for a chain of addresses.
+            link = mirror / name.replace("::", "--")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+            links[link] = file
+    return links
 
 
 def _read_folder(path: Path, mirror: Path, config: str | None) -> _Folder:
@@ -311,23 +313,31 @@ def _read_card(path: Path) -> "DatasetCardData":
     """Read the header of README.md; an empty one where there is no header or no file.
 
     Raises:
-        UnreadableError: the file seems to have a header, but that cannot be found.
+        UnreadableError: the file begins a header that has no end, or is not YAML.
         OSError, ValueError: it cannot be read.
     """
+    import yaml
     from huggingface_hub import DatasetCard, DatasetCardData
 
     if not path.is_file():
         return DatasetCardData()
     text = path.read_text(encoding="utf-8-sig")
     has_header = text.lstrip().startswith("---")
-    card = DatasetCard(text).data if has_header else DatasetCardData()
+    try:
+        card = DatasetCard(text).data if has_header else DatasetCardData()
+    except yaml.YAMLError as error:
+        fault = " ".join(str(error).split())[:200]
+        raise UnreadableError(f"the header of README.md is not YAML: {fault}") from None
     if has_header and not card.to_dict():
         raise UnreadableError("the header of README.md is empty, or has no second line of ---")
     return card
 
 
-def _resolve_files(mirror: Path, path: Path, folder: _Folder, split: str) -> list[Path]:
-    """Return the files of a split, below `path`, each once, in `datasets`' order.
+def _resolve_files(links: Mapping[Path, Path], folder: _Folder, split: str) -> list[Path]:
+    """Return the files of a split, each once, in `datasets`' order.
+
+    Args:
+        links: see `_mirror_rows`.
 
     Raises:
         UnreadableError: a pattern leads out of the folder.
@@ -336,14 +346,14 @@ def _resolve_files(mirror: Path, path: Path, folder: _Folder, split: str) -> lis
     from datasets.data_files import DataFilesList
 
     patterns = folder.patterns[split]
-    files = []
+    found = []
     if not any("://" in pattern or "::" in pattern for pattern in patterns):  # not an address
-        files = [Path(f) for f in DataFilesList.from_patterns(patterns, str(folder.path))]
-    if not all(file.is_relative_to(mirror) for file in files) or not files:
+        found = [Path(f) for f in DataFilesList.from_patterns(patterns, str(folder.path))]
+    if not found or not links.keys() >= set(found):
         raise UnreadableError(
-            f"README.md names files ({patterns[0]}) that are not in {path}; put them there"
+            f"README.md names files ({patterns[0]}) that are not in the folder; put them there"
         )
-    return [path / file.relative_to(mirror) for file in dict.fromkeys(files)]
+    return [links[link] for link in dict.fromkeys(found)]
 
 
 def _make_part(path: Path, split: str, files: Sequence[Path]) -> Part:

@@ -18,6 +18,7 @@ from launch.runtime.files import write_json, write_text
 from launch.runtime.model_files import fetch_model, load_tokenizer
 
 OVERLAP, REPORT = "overlap.json", "report.md"
+NUM_FILES = 10  # that the report names
 
 
 def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> None:
@@ -88,6 +89,10 @@ def render_report(recipe: Recipe, manifest: dict, overlaps: Mapping[str, dict]) 
         f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
         f"SHA-256 {manifest['tokens_sha256']}.",
     ]
+    if "files_read" in manifest:  # not in manifests of earlier versions
+        names = manifest["files_read"]
+        more = f" and {len(names) - NUM_FILES} more" if len(names) > NUM_FILES else ""
+        lines += ["", f"Read from {', '.join(names[:NUM_FILES])}{more}."]
     if manifest["examples"]:
         lines += ["", "First rows of each reason:", ""]
         for _, rows in sorted(manifest["examples"].items()):

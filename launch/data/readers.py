@@ -101,6 +101,8 @@ def _read_list(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
         text = _JsonText(file)
         text.take_character()  # the opening bracket
         is_open = text.peek() != "]"
+        if not is_open:
+            text.take_character()
         while is_open:
             yield _require_object(text.take_value(), f"row {number} of {path}")
             character = text.take_character()

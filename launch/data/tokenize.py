@@ -1,5 +1,6 @@
 """Rows to token ids."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
 class SpecialTokens(NamedTuple):
     """A tokenizer's special tokens, and where it puts them around a text by itself.
 
@@ -49,7 +53,10 @@ class SpecialTokens(NamedTuple):
 def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """Find a tokenizer's special tokens."""
     ids = set(tokenizer.all_special_ids)
-    ids |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        # Some tokenizers call the tokens of single bytes special, which stand for text as well.
+        if token.special and not _BYTE_TOKEN.fullmatch(token.content):
+            ids.add(number)
     text = tokenizer("a", add_special_tokens=False).input_ids
     whole = encode_texts(tokenizer, ["a"])[0]
     starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]

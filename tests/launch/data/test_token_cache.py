@@ -16,8 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eval.tasks import BENCHMARKS
 from launch.config.loading import read_recipe
@@ -34,6 +33,7 @@ from launch.data.tokenize import tokenize_rows
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import find_commit
 from tests.support.paths import ROOT
+from tests.support.rows import make_byte_tokenizer
 
 GOOD = [
     {"query": f"q{i}", "response": f"a{i}", "type": "GSM_a" if i % 2 else "MATH_b"}
@@ -44,13 +44,8 @@ GOOD = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of one token a character (a byte-level alphabet without merges)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"</s>": 0} | {character: i for i, character in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    make_byte_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
     return folder
 
@@ -287,7 +282,7 @@ def test_a_prepared_folder_needs_no_rows_and_is_refused_for_another_recipe(
 def test_damage_is_named_truncation_at_once_and_any_byte_when_preparing_again(
     model: Path, tmp_path: Path
 ) -> None:
-    path, folder = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "made"
+    path, folder = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "made [v2] *?"
     data = Data(path=str(path))
     prepared.make_tokens(folder, data, model, path)
     wanted = data.model_copy(update={"prepared": str(folder)})

@@ -3,6 +3,7 @@
 Needs nothing but a tiny random model; a few seconds.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,11 @@ class LetterTokenizer:
         ("a.jsonl", '{"text": "ab"}\n{"txt": 1}\n', "row 2 of .* has no field 'text'"),
         ("a.csv", "a", "neither .jsonl nor .txt"),
         ("a.txt", "", "has no text"),
+        ("a.jsonl", "", "has no text"),
+        ("a.jsonl", '{"text": 3}\n', "row 1 of .* has a field 'text' that is not text"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "row 1 .* that is not valid Unicode"),
+        ("a.jsonl", '{"text": "a"}\n{"text"\n', "cannot read .*: line 2 of .* is not JSON"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1 of .*'text' is there twice"),
     ],
 )
 def test_other_text_that_cannot_be_used_is_named(
@@ -93,6 +99,27 @@ def test_other_text_that_cannot_be_used_is_named(
         read_other_text(tmp_path / name, LetterTokenizer(), 8)
     with pytest.raises(UserError, match="cannot read"):
         read_other_text(tmp_path / "none.txt", LetterTokenizer(), 8)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "[a] *?.jsonl"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_other_text_arrives_to_the_letter(name: str, mark: bytes, tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\r\nfour\x0cfive\rsix </s> 2024-05-01"
+    content = text if name.endswith(".txt") else json.dumps({"text": text}, ensure_ascii=False)
+    end = b"" if name.endswith(".txt") else b"\r\n"
+    (tmp_path / name).write_bytes(mark + content.encode() + end)
+    tokens, _ = read_other_text(tmp_path / name, LetterTokenizer(), 1000)
+    assert "".join(map(chr, tokens.tokens.tolist())) == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_other_text_of_another_encoding_is_refused(
+    name: str, encoding: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes('{"text": "é"}'.encode(encoding))
+    with pytest.raises(UserError, match=r"eval\.other_text: cannot read .*UTF-8|utf-8"):
+        read_other_text(tmp_path / name, LetterTokenizer(), 1000)
 
 
 def test_other_text_is_taken_in_pieces(tmp_path: Path) -> None:
