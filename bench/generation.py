@@ -209,7 +209,7 @@ def generate_plainly(work: Work) -> list[str]:
 
 def generate_scheduled(work: Work) -> list[str]:
     """Generate with eval.generation.generate."""
-    responses: dict[int, str] = {}
+    responses: dict[int, str | None] = {}
     for part in generate_responses(
         work.model,
         work.tokenizer,
@@ -220,7 +220,7 @@ def generate_scheduled(work: Work) -> list[str]:
         sharded=False,
     ):
         responses |= part
-    return [responses[i] for i in range(len(work.prompts))]
+    return [responses[i] or "" for i in range(len(work.prompts))]
 
 
 def _count_tokens(work: Work, text: str) -> int:

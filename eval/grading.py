@@ -1,5 +1,6 @@
 """Grade stored responses: answers as they are, programs by running them in eval.sandbox.check."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from eval.errors import EvalError
 from eval.sandbox.box import Box
 from eval.sandbox.check import Job, check_programs
-from eval.statistics import pass_at_k, wilson_interval
+from eval.statistics import clustered_interval, pass_at_k
 from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
 
 PASS_AT = (1, 10, 100)  # the k of pass@k
@@ -111,27 +112,32 @@ def summarise_passes(passed: Sequence[Sequence[bool]]) -> dict:
     """Compute the score of one benchmark by one grader.
 
     Args:
-        passed: for each problem, whether each of its samples passed; equally many samples for each.
+        passed: for each problem, whether each of its samples passed; at least one sample for each.
 
     Returns:
-        accuracy (mean over samples, a fraction), n (problems), samples, correct (first samples that
-        passed), interval (95 % Wilson interval of the first samples) and, if there are several
-        samples, pass_at: the mean pass@k of every k in `PASS_AT` up to the number of samples.
+        accuracy (mean over problems of the share of their samples that passed, a fraction), n
+        (problems), samples (the most of a problem), correct (first samples that passed), interval
+        (95 % interval of the accuracy, see eval.statistics.clustered_interval) and, if every
+        problem has several samples, pass_at: the mean pass@k of every k in `PASS_AT` up to the
+        number of samples.
     """
-    n, samples = len(passed), len(passed[0])
+    n, samples = len(passed), max(map(len, passed))
     num_passed = [sum(of_problem) for of_problem in passed]
-    correct = sum(of_problem[0] for of_problem in passed)
+    counts = [len(of_problem) for of_problem in passed]
+    shares = [count / total for count, total in zip(num_passed, counts, strict=True)]
+    # One division where the counts are equal, so that equal scores are equal to the last bit.
+    is_even = min(counts) == samples
     summary = {
-        "accuracy": sum(num_passed) / (n * samples),
+        "accuracy": sum(num_passed) / (n * samples) if is_even else math.fsum(shares) / n,
         "n": n,
         "samples": samples,
-        "correct": correct,
-        "interval": list(wilson_interval(correct, n)),
+        "correct": sum(of_problem[0] for of_problem in passed),
+        "interval": list(clustered_interval(shares, samples)),
     }
-    if samples > 1:
+    if min(counts) > 1:
         summary["pass_at"] = {}
         for k in PASS_AT:
-            if k <= samples:
-                total = sum(pass_at_k(samples, count, k) for count in num_passed)
-                summary["pass_at"][str(k)] = total / n
+            if k <= min(counts):
+                values = [pass_at_k(c, p, k) for c, p in zip(counts, num_passed, strict=True)]
+                summary["pass_at"][str(k)] = sum(values) / n
     return summary

@@ -1,12 +1,15 @@
 """Intervals of accuracies and of their differences, and pass@k."""
 
 import math
+from collections.abc import Sequence
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of `correct` out of `n`, as fractions (Wilson 1927).
+
+    Neither needs to be whole: see `clustered_interval`.
 
     Raises:
         ValueError: not 0 <= correct <= n, or n is 0.
@@ -21,6 +24,54 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     low = (centre - spread) / scale if correct else 0.0
     high = (centre + spread) / scale if correct < n else 1.0
     return low, high
+
+
+def clustered_interval(shares: Sequence[float], samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of `shares`, the share of right samples of each problem.
+
+    Samples of one problem are alike, so the interval is Wilson's of the effective number of
+    samples: the number of independent ones whose mean varies as much as this one (Kish 1965; Franco
+    et al. 2019, Journal of Survey Statistics and Methodology 7, 334-364, compare such intervals).
+    That is between the number of problems and the number of samples. With one sample a problem it
+    is Wilson's interval itself, and it always holds the mean.
+
+    Args:
+        shares: of each problem, from 0 to 1.
+        samples: of each problem, at most.
+
+    Raises:
+        ValueError: there is no problem.
+    """
+    n = len(shares)
+    if not n:
+        raise ValueError("no problems have no mean")
+    mean = math.fsum(shares) / n
+    variance = math.fsum((share - mean) ** 2 for share in shares) / n
+    effective = n * samples if not variance else n * mean * (1 - mean) / variance
+    if mean in (0.0, 1.0):  # nothing says how alike the samples are
+        effective = n
+    effective = min(max(effective, n), n * samples)
+    correct = math.fsum(shares) if effective == n else mean * effective
+    return wilson_interval(correct, effective)
+
+
+def mean_interval(
+    means: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Return the 95 % interval of the unweighted mean of independent means.
+
+    Each side adds up the squared distances from the means to their own limits, so the interval
+    holds the mean and stays within 0 and 1 (MOVER: Zou and Donner 2008, Statistics in Medicine 27,
+    1693-1702).
+
+    Args:
+        intervals: the 95 % interval of each mean.
+    """
+    n = len(means)
+    mean = math.fsum(means) / n
+    below = math.hypot(*(m - low for m, (low, _) in zip(means, intervals, strict=True)))
+    above = math.hypot(*(high - m for m, (_, high) in zip(means, intervals, strict=True)))
+    return mean - below / n, mean + above / n
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

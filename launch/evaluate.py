@@ -122,7 +122,7 @@ def _compare(first: Path, second: Path) -> None:
 
 def _regrade(arguments: argparse.Namespace) -> None:
     from launch.scoring.regrade import GRADED, regrade_responses
-    from launch.scoring.score import render_scores
+    from launch.scoring.score_table import render_scores
 
     output = arguments.output or arguments.grade.parent
     scores = regrade_responses(
@@ -206,7 +206,7 @@ def _write_results(
     from launch.run.results import EvaluationResults, write_results
     from launch.runtime.files import write_text
     from launch.scoring.responses import GENERATIONS
-    from launch.scoring.score import render_scores
+    from launch.scoring.score_table import render_scores
 
     results = EvaluationResults(
         **identity,

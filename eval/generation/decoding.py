@@ -51,7 +51,8 @@ def _get_base_model(model: nn.Module) -> nn.Module:
 
 def get_context_length(model: nn.Module) -> int:
     """Return the number of tokens that fit the model's context."""
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
+    config = model.config.get_text_config()  # of a model that also sees, the part that writes
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _make_forward(model: nn.Module) -> Forward:
@@ -147,10 +148,15 @@ def _draw_token(logits: Tensor, temperature: float, seed: int, count: int) -> Te
 
 
 def find_end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a sequence, by the tokenizer and the generation settings."""
-    of_model = model.generation_config.eos_token_id
-    tokens = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
-    return list(dict.fromkeys(token for token in tokens if token is not None))
+    """Return the tokens that end a sequence, by the tokenizer, the config and generation settings.
+
+    They need not agree: a chat model's tokenizer may name <|im_end|>, and its config <|endoftext|>.
+    """
+    found = [tokenizer.eos_token_id]
+    for settings in (model.generation_config, model.config, model.config.get_text_config()):
+        tokens = getattr(settings, "eos_token_id", None)
+        found += tokens if isinstance(tokens, list | tuple) else [tokens]
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def cut_response(
@@ -161,7 +167,8 @@ def cut_response(
 ) -> tuple[str, bool]:
     """Return the text of `tokens` up to the end of the sequence or a stop, and whether it ended."""
     ends = [i for i, token in enumerate(tokens) if token in end_tokens]
-    kept = tokens[: ends[0] + 1] if ends else tokens
+    # Without the end token: the tokenizer need not know it as a special one, which it would skip.
+    kept = tokens[: ends[0]] if ends else tokens
     # Stops are looked for in text, because one may be split into tokens in several ways.
     text = tokenizer.decode(kept, skip_special_tokens=True)
     cuts = [position for stop in stops if (position := text.find(stop)) >= 0]

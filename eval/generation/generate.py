@@ -59,7 +59,7 @@ def generate_responses(
     stops: Sequence[str] = (),
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
-) -> Iterator[dict[int, str]]:
+) -> Iterator[dict[int, str | None]]:
     """Generate the response to each prompt up to the end of sequence or a stop. Collective.
 
     Every few steps, all ranks look at which responses have ended. These leave the batch, and
@@ -70,7 +70,7 @@ def generate_responses(
     Args:
         model: a causal LM in eval mode. Its own generation settings (repetition_penalty, ...) do
             not count.
-        prompts: token ids. A prompt that fills the model's context has an empty response.
+        prompts: token ids. A prompt that fills the model's context has None for a response.
         max_new_tokens: for each prompt; fewer if the model's context ends before.
         batch_size: prompts that run together on a rank.
         sharded: ranks hold shards of the model, so all of them must run as many forward passes.
@@ -88,7 +88,7 @@ def generate_responses(
     rank, world_size = _get_rank()
     overlong = find_overlong_prompts(model, prompts)
     if overlong:
-        yield dict.fromkeys(overlong, "")
+        yield dict.fromkeys(overlong, None)
     schedule = _make_schedule(model, prompts, max_new_tokens, world_size)
     decoder = make_decoder(model, device, temperature, seeds)
     end_tokens = find_end_tokens(model, tokenizer)

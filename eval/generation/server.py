@@ -1,6 +1,7 @@
 """Request responses from an OpenAI-compatible completions server, such as vLLM's."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -13,6 +14,18 @@ from eval.errors import EvalError
 RETRIES = 5
 RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP; the server may recover
 MAX_STOPS = 4  # that the protocol allows in a request
+# How servers refuse a prompt that is too long for the model. The protocol fixes neither the status
+# nor the words: vLLM, OpenAI, SGLang and llama.cpp answer 400, text-generation-inference 422.
+OVERLONG_STATUSES = (400, 413, 422)
+_OVERLONG = re.compile(
+    r"context[ _](length|size|window)|maximum (model|input|sequence|prompt) length|max_model_len"
+    r"|(prompt|input)\b.{0,40}\b(too long|longer than)|inputs` tokens \+ `max_new_tokens",
+    re.IGNORECASE,
+)
+# "maximum context length is 2048 tokens ... (1500 in the prompt, 1024 in the completion)" and the
+# like: a prompt that fits, but not with all the tokens that it asks for.
+_LIMIT = re.compile(r"(?:context length (?:is|of)|must be <=) (\d+)", re.IGNORECASE)
+_PROMPT = re.compile(r"(\d+) (?:in (?:the|your) (?:prompt|messages)|input tokens|`inputs` tokens)")
 
 
 def request_completions(
@@ -27,8 +40,12 @@ def request_completions(
     concurrency: int = 16,
     timeout: float = 600.0,
     pause: float = 0.5,
-) -> Iterator[dict[int, str]]:
+) -> Iterator[dict[int, str | None]]:
     """Yield the server's completion of each prompt as it comes, as {index: text}.
+
+    A prompt that the server refuses as too long for the model has None. One that fits the model's
+    context, but not with `max_new_tokens`, is asked for as many as fit, if the server says how many
+    that are: so it is with transformers too.
 
     Args:
         url: up to and including /v1, such as http://localhost:8000/v1. The key is $OPENAI_API_KEY,
@@ -64,7 +81,8 @@ def request_completions(
             futures[pool.submit(_request_text, session, address, body, timeout)] = index
         try:
             for future in as_completed(futures):
-                yield {futures[future]: _cut_at_stops(future.result(), stops)}
+                text = future.result()
+                yield {futures[future]: None if text is None else _cut_at_stops(text, stops)}
         finally:
             # After an error, or if the caller stops, requests that wait are not sent.
             pool.shutdown(cancel_futures=True)
@@ -86,19 +104,48 @@ def _open_session(concurrency: int, pause: float) -> requests.Session:
     return session
 
 
-def _request_text(session: requests.Session, address: str, body: dict, timeout: float) -> str:
-    try:
-        answer = session.post(address, json=body, timeout=timeout)
-    except requests.RequestException as error:
-        raise EvalError(
-            f"{address} does not answer ({type(error).__name__}); check the server",
-            subject="server",
-        ) from None
+def _request_text(
+    session: requests.Session, address: str, body: dict, timeout: float
+) -> str | None:
+    """Return the completion, or None if the prompt is too long for the model."""
+    answer = _post(session, address, body, timeout)
+    if _says_overlong(answer):
+        room = _find_room(answer.text)
+        if not 0 < room < body["max_tokens"]:
+            return None
+        answer = _post(session, address, body | {"max_tokens": room}, timeout)
+        if _says_overlong(answer):
+            return None
     if answer.status_code != 200:
         raise EvalError(
             f"{answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}",
             subject="served_model",
         )
+    return _read_text(answer)
+
+
+def _post(session: requests.Session, address: str, body: dict, timeout: float) -> requests.Response:
+    try:
+        return session.post(address, json=body, timeout=timeout)
+    except requests.RequestException as error:
+        raise EvalError(
+            f"{address} does not answer ({type(error).__name__}); check the server",
+            subject="server",
+        ) from None
+
+
+def _says_overlong(answer: requests.Response) -> bool:
+    is_refusal = answer.status_code in OVERLONG_STATUSES
+    return is_refusal and _OVERLONG.search(answer.text) is not None
+
+
+def _find_room(refusal: str) -> int:
+    """Return the new tokens that fit beside the prompt by the server's own words, or 0."""
+    limit, prompt = _LIMIT.search(refusal), _PROMPT.search(refusal)
+    return int(limit[1]) - int(prompt[1]) if limit and prompt else 0
+
+
+def _read_text(answer: requests.Response) -> str:
     try:
         text = answer.json()["choices"][0]["text"]
     except (ValueError, KeyError, IndexError, TypeError):

@@ -31,11 +31,13 @@ RecordT = TypeVar("RecordT", bound=Record)
 class GraderScore(Record):
     """One grader's score of one benchmark."""
 
-    accuracy: float  # mean over all samples, a fraction
+    accuracy: float  # mean over problems and their samples, a fraction
     n: int  # problems
     samples: int = 1  # responses to each problem
     correct: int  # problems whose first response passed
-    interval: tuple[float, float]  # 95 % Wilson interval of the first responses, fractions
+    # 95 % interval of the accuracy, fractions. Before several responses were taken into account, it
+    # was that of the first responses alone.
+    interval: tuple[float, float]
     pass_at: dict[str, float] | None = None  # k -> unbiased pass@k; only with several samples
 
 
@@ -46,6 +48,8 @@ class Score(GraderScore):
     prompt: str  # "recipe" or "literature"; empty where stored responses were graded again
     grader: str = "strict"
     data_sha256: str | None = None  # of the problems
+    # Ids of problems whose prompt was too long for the model; left out where there are none.
+    overlong: list[str] | None = None
 
 
 class Base(Record):

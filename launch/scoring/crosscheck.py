@@ -354,6 +354,8 @@ def _report(
     differences = []
     for comparison in comparisons:
         differences += find_differences(comparison, ours[comparison.benchmark])
+    # Of programs alone, nothing has been written there yet.
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "differences.jsonl"
     write_text(path, "".join(json.dumps(row) + "\n" for row in differences))
     table = render_comparisons(comparisons, ours)

@@ -8,7 +8,8 @@ from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
 from launch.run.results import Score
 from launch.runtime import watchdog
-from launch.scoring.score import Request, score_responses
+from launch.scoring.requests import Request, get_new_tokens, get_stops
+from launch.scoring.score import score_responses
 
 
 def evaluate_server(
@@ -32,13 +33,15 @@ def evaluate_server(
         EvalError: the server refuses, or does not answer.
     """
 
-    def make_responses(benchmark: Benchmark, requests: list[Request]) -> Iterable[dict[int, str]]:
+    def make_responses(
+        benchmark: Benchmark, requests: list[Request]
+    ) -> Iterable[dict[int, str | None]]:
         return request_completions(
             url,
             model,
             [request.prompt for request in requests],
-            max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
-            stops=benchmark.stops if settings.prompt == "literature" else (),
+            max_new_tokens=get_new_tokens(benchmark, settings),
+            stops=get_stops(benchmark, settings),
             temperature=settings.temperature,
             seeds=[request.seed for request in requests],
             concurrency=concurrency,

@@ -1,16 +1,15 @@
 """Grade stored responses again, by both graders. Needs no model."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval import grading
 from eval.sandbox.box import choose_box
 from eval.tasks import BENCHMARKS
-from eval.tasks.base import GRADERS, Grader
+from eval.tasks.base import GRADERS, Benchmark, Grader
 from launch.run.results import Score
 from launch.runtime.errors import UserError
-from launch.scoring.responses import check_responses, read_generations
+from launch.scoring.responses import check_responses, read_generations, write_rows
 
 GRADED = "graded.jsonl"
 
@@ -24,6 +23,8 @@ def regrade_responses(
 ) -> dict[str, Score]:
     """Grade the rows of a file, and write them with their grades to `output`/graded.jsonl.
 
+    Rows with one id are samples of one problem, in the order of `sample`.
+
     Args:
         path: JSONL rows with suite, output, and reference (of an answer) or id (of a problem).
         output: folder; it is made if need be.
@@ -35,7 +36,7 @@ def regrade_responses(
         Name of the benchmark -> its score, in the order in which the file names them.
 
     Raises:
-        UserError: the file or a row of it cannot be read.
+        UserError: the file or a row of it cannot be read, or a sample is there twice.
         EvalError: a row's problem is not in the benchmark, or programs cannot be isolated.
     """
     rows = _read_rows(path)
@@ -44,6 +45,7 @@ def regrade_responses(
     for name in dict.fromkeys(row["suite"] for row in rows):
         benchmark = BENCHMARKS[name]
         of_benchmark = [row for row in rows if row["suite"] == name]
+        samples = _group_samples(of_benchmark, path)
         problems = grading.match_problems(benchmark, of_benchmark, data_dir)
         outputs = [row["output"] for row in of_benchmark]
         grades = list(
@@ -55,14 +57,10 @@ def regrade_responses(
                 box=choose_box(allow_unsandboxed) if benchmark.kind == "code" else None,
             )
         )
-        for row, given in zip(of_benchmark, grades, strict=True):
-            passed = {grader: grade.passed for grader, grade in given.items()}
-            # Answers are right or wrong; of a program, why it failed.
-            reason = {"reason": given["strict"].reason} if benchmark.kind == "code" else {}
-            graded.append(row | passed | reason)
-        scores[name] = _summarise_grades(grades)
+        graded += _add_grades(benchmark, of_benchmark, grades)
+        scores[name] = _summarise_grades(of_benchmark, grades, samples)
     output.mkdir(parents=True, exist_ok=True)
-    (output / GRADED).write_text("".join(json.dumps(row) + "\n" for row in graded))
+    write_rows(output / GRADED, graded)
     return scores
 
 
@@ -82,11 +80,68 @@ def _read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _summarise_grades(grades: Sequence[dict[Grader, grading.Grade]]) -> Score:
-    """Sum up the grades of one benchmark. Every row counts as a problem of its own."""
-    totals = {
-        grader: grading.summarise_passes([[given[grader].passed] for given in grades])
-        for grader in GRADERS
-    }
+def _group_samples(rows: Sequence[dict], path: Path) -> list[list[int]]:
+    """Return for each problem the indices of its rows, by their number of the sample.
+
+    A row without an id is a problem of its own.
+
+    Raises:
+        UserError: a sample of a problem is there twice, which would count it twice.
+    """
+    by_problem: dict[tuple, dict[int, int]] = {}
+    for index, row in enumerate(rows):
+        problem = ("row", index) if row.get("id") is None else ("id", str(row["id"]))
+        samples = by_problem.setdefault(problem, {})
+        sample = row.get("sample", len(samples))
+        if not isinstance(sample, int) or sample in samples:
+            raise UserError(
+                f"--grade: {path} has sample {sample} of {row.get('id')} of {row['suite']} twice, or it "
+                "is no number; remove the rows that were appended"
+            )
+        samples[sample] = index
+    numbers = {len(samples) for samples in by_problem.values()}
+    if len(numbers) > 1:
+        print(
+            f"{rows[0]['suite']}: the problems of {path} have {min(numbers)} to {max(numbers)} "
+            "responses; each problem counts alike",
+            flush=True,
+        )
+    return [[samples[sample] for sample in sorted(samples)] for samples in by_problem.values()]
+
+
+def _add_grades(
+    benchmark: Benchmark, rows: Sequence[dict], grades: Sequence[dict[Grader, grading.Grade]]
+) -> list[dict]:
+    graded = []
+    for row, given in zip(rows, grades, strict=True):
+        fields: dict = {grader: grade.passed for grader, grade in given.items()}
+        if benchmark.kind == "code":
+            # Why the program failed, and what isolated it.
+            strict = given["strict"]
+            fields |= {"reason": strict.reason, "isolation": strict.isolation}
+        graded.append(row | fields)
+    return graded
+
+
+def _summarise_grades(
+    rows: Sequence[dict],
+    grades: Sequence[dict[Grader, grading.Grade]],
+    samples: Sequence[Sequence[int]],
+) -> Score:
+    """Sum up the grades of one benchmark.
+
+    Args:
+        samples: for each problem, the indices of its rows.
+    """
+    totals = {}
+    for grader in GRADERS:
+        passed = [[grades[index][grader].passed for index in of_problem] for of_problem in samples]
+        totals[grader] = grading.summarise_passes(passed)
+    overlong = [str(row["id"]) for row in rows if row.get("overlong") and "id" in row]
     # The prompt that the responses were made with is not known.
-    return Score(**totals["strict"], literature=totals["literature"], prompt="")
+    return Score(
+        **totals["strict"],
+        literature=totals["literature"],
+        prompt="",
+        **({"overlong": list(dict.fromkeys(overlong))} if overlong else {}),
+    )

@@ -1,14 +1,17 @@
 """generations.jsonl: the responses of an evaluation, appended as they come, graded at the end.
 
-Each line is a JSON object: suite, id (of the problem), sample (from 0) and output (the response);
-once graded also question, reference, a boolean for each grader and, of a program, reason and
-isolation.
+Each line is a JSON object: suite, id (of the problem), sample (from 0), request_sha256 (of what the
+response was made for, see launch.scoring.score.Request), output (the response) and, if the prompt
+was too long for the model, overlong; once graded also question, reference, a boolean for each
+grader and, of a program, reason and isolation. Rows of earlier versions have no request_sha256.
 """
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from eval.tasks import BENCHMARKS
 from launch.runtime.errors import UserError
@@ -22,13 +25,36 @@ ResponseKey = tuple[str, str, int]
 """Names one response: benchmark, id of the problem, number of the sample."""
 
 
-def open_responses(folder: Path, made_with: dict) -> dict[ResponseKey, str]:
+class Response(NamedTuple):
+    """A response, and what it was made for."""
+
+    output: str  # empty if `overlong`
+    overlong: bool = False  # the prompt is too long for the model
+    request_sha256: str | None = None  # None of a response of an earlier version
+
+
+class Wanted(NamedTuple):
+    """What tells whether a response on the disk answers a request."""
+
+    request_sha256: str
+    question: str  # for responses of earlier versions, which have no hash
+
+
+def open_responses(
+    folder: Path, made_with: dict, wanted: Mapping[ResponseKey, Wanted]
+) -> dict[ResponseKey, Response]:
     """Open `folder` for responses, and read those that an earlier start left there.
 
-    Responses that were made with something else than `made_with` are set aside, in PREVIOUS.
+    Responses that were made with something else than `made_with` are set aside, in PREVIOUS. So are
+    all, if some answer other requests than those `wanted` under their names, as of another data
+    folder; the others are kept as well.
 
     Args:
-        made_with: all that responses depend on, as JSON values: model, adapter, decoding.
+        made_with: all that responses depend on besides their prompts, as JSON values: model,
+            adapter, decoding.
+
+    Returns:
+        Responses to the requests in `wanted`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, note = folder / GENERATIONS, folder / SETTINGS
@@ -37,9 +63,46 @@ def open_responses(folder: Path, made_with: dict) -> dict[ResponseKey, str]:
         print(f"{path} was made with other settings, and is {PREVIOUS} now", flush=True)
     write_json(note, made_with)
     rows = read_generations(path) if path.is_file() else []
+    kept, responses = [], {}
+    for number, row in enumerate(rows, start=1):
+        key = _read_key(row, number, path)
+        if key not in wanted:  # of another benchmark, or beyond a limit
+            kept.append(row)
+        elif _answers(row, wanted[key]):
+            kept.append(row)
+            hashed = row.get("request_sha256")
+            responses[key] = Response(row["output"], row.get("overlong", False), hashed)
+    if len(kept) < len(rows):
+        shutil.copyfile(path, folder / PREVIOUS)
+        print(
+            f"{path}: {len(rows) - len(kept)} responses are to other prompts than those of now, or "
+            f"of an earlier version that did not record their prompts; they are made again, and "
+            f"{PREVIOUS} has them",
+            flush=True,
+        )
     # Written again without a last line that a kill cut short, which the next append would continue.
-    _write_rows(path, rows)
-    return {(row["suite"], row["id"], row["sample"]): row["output"] for row in rows}
+    write_rows(path, kept)
+    return responses
+
+
+def _read_key(row: dict, number: int, path: Path) -> ResponseKey:
+    try:
+        return row["suite"], row["id"], row["sample"]
+    except KeyError as error:
+        raise UserError(
+            f"line {number} of {path} has no {error.args[0]}; is it a file of responses? mend or "
+            "remove it"
+        ) from None
+
+
+def _answers(row: dict, wanted: Wanted) -> bool:
+    """Return whether the response in `row` was made for the request that is wanted.
+
+    An earlier version recorded the question of graded responses only.
+    """
+    if "request_sha256" in row:
+        return row["request_sha256"] == wanted.request_sha256
+    return row.get("question") == wanted.question
 
 
 def _was_made_with(note: Path, made_with: dict) -> bool:
@@ -49,14 +112,25 @@ def _was_made_with(note: Path, made_with: dict) -> bool:
     return json.loads(note.read_text(encoding="utf-8")) == as_written
 
 
-def append_responses(folder: Path, responses: dict[ResponseKey, str]) -> None:
+def append_responses(folder: Path, responses: Mapping[ResponseKey, Response]) -> None:
     """Append responses that have no grades yet, and flush them to the disk."""
     with (folder / GENERATIONS).open("a", encoding="utf-8") as file:
-        for (benchmark, problem, sample), output in responses.items():
-            row = {"suite": benchmark, "id": problem, "sample": sample, "output": output}
-            file.write(_to_line(row))
+        for key, response in responses.items():
+            file.write(_to_line(make_row(key, response, {})))
         file.flush()
         os.fsync(file.fileno())
+
+
+def make_row(key: ResponseKey, response: Response, grades: Mapping[str, object]) -> dict:
+    """Make the row of a response; `grades` has the further fields of a graded one."""
+    benchmark, problem, sample = key
+    row = {"suite": benchmark, "id": problem, "sample": sample}
+    if response.request_sha256 is not None:
+        row["request_sha256"] = response.request_sha256
+    if response.overlong:
+        row["overlong"] = True
+    known = {name: grades[name] for name in ("question", "reference") if name in grades}
+    return row | known | {"output": response.output} | dict(grades)
 
 
 def write_graded(folder: Path, graded: Sequence[dict]) -> None:
@@ -67,7 +141,7 @@ def write_graded(folder: Path, graded: Sequence[dict]) -> None:
     path = folder / GENERATIONS
     benchmarks = {row["suite"] for row in graded}
     others = [row for row in read_generations(path) if row["suite"] not in benchmarks]
-    _write_rows(path, [*others, *graded])
+    write_rows(path, [*others, *graded])
 
 
 def read_generations(path: Path) -> list[dict]:
@@ -107,7 +181,8 @@ def check_responses(rows: Sequence[dict], path: Path, option: str) -> None:
             )
 
 
-def _write_rows(path: Path, rows: Sequence[dict]) -> None:
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Write a file of responses, whole or not at all."""
     write_text(path, "".join(map(_to_line, rows)))
 
 

@@ -86,3 +86,12 @@ def test_a_summary_counts_problems_and_samples() -> None:
     several = summarise_passes([[True] * 10, [False] * 9 + [True]])
     assert (several["accuracy"], several["samples"], several["correct"]) == (0.55, 10, 1)
     assert several["pass_at"] == {"1": pytest.approx(0.55), "10": 1.0}
+
+
+def test_problems_with_unlike_numbers_of_samples_count_alike() -> None:
+    summary = summarise_passes([[True, True, False, False], [True, True]])
+    assert (summary["accuracy"], summary["n"], summary["samples"]) == (0.75, 2, 4)
+    assert summary["pass_at"] == {"1": pytest.approx(0.75)}
+    low, high = summary["interval"]
+    assert low <= 0.75 <= high
+    assert "pass_at" not in summarise_passes([[True, False], [True]])

@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 
 def generate_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
-) -> list[str]:
+) -> list[str | None]:
     """Return all responses in the order of the prompts; check that each comes once."""
     options = {"device": CPU, "sharded": False} | options
-    found: dict[int, str] = {}
+    found: dict[int, str | None] = {}
     for part in generate_responses(model, tokenizer, prompts, **options):
         assert part
         assert not found.keys() & part.keys()

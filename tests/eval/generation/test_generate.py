@@ -68,7 +68,7 @@ def test_stops_at_the_end_of_the_context(
     assert len(generate_all(model, tokenizer, [prompt], **options)[0].split()) <= 2
     assert find_overlong_prompts(model, [[5] * 31, [5] * 32]) == [1]
     full = generate_all(model, tokenizer, [[5] * 32, [5] * 31, [5] * 40], **options)
-    assert [full[0], full[2]] == ["", ""]
+    assert [full[0], full[2]] == [None, None]
     assert generate_all(model, tokenizer, [], **options) == []
 
 
@@ -178,6 +178,33 @@ def test_how_often_places_fill_again_changes_nothing(
     prompts = [torch.randint(1, 40, (1 + 4 * (i % 7),), generator=draw).tolist() for i in range(15)]
     texts = generate_all(model, tokenizer, prompts, max_new_tokens=11, batch_size=4)
     assert texts == [tokenizer.decode(decode_greedily(model, ids, 11)) for ids in prompts]
+
+
+@pytest.mark.parametrize("known_to", ["generation settings", "config", "tokenizer"])
+def test_an_end_token_that_is_not_special_is_cut_off(
+    known_to: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Skipping special tokens would leave such a token in the text, and what follows it."""
+    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    options = {"max_new_tokens": 8, "batch_size": 2}
+    whole = generate_all(model, tokenizer, prompts, **options)
+    end = whole[0].split()[2]  # an ordinary word
+    token = tokenizer.convert_tokens_to_ids(end)
+    if known_to == "tokenizer":
+        tokenizer.eos_token = end
+        assert tokenizer.eos_token_id == token
+    elif known_to == "config":
+        model.config.eos_token_id = [0, token]
+    else:
+        model.generation_config.eos_token_id = [39, token, 0]
+    found = generate_all(model, tokenizer, prompts, **options)
+    assert found == [" ".join(_take_until(end, text.split())) for text in whole]
+    assert found[0] != whole[0]
+
+
+def _take_until(end: str, words: list[str]) -> list[str]:
+    return words[: words.index(end)] if end in words else words
 
 
 def test_a_stop_ends_a_response_and_is_cut_off(

@@ -22,6 +22,7 @@ class Handler(BaseHTTPRequestHandler):
     seen: list[dict]
     busy: list[int]  # now, and at most
     lock: threading.Lock
+    refusal: str  # of a prompt that is too long
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -34,12 +35,21 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "no such model"})
         elif attempt <= 2 and body["model"] == "flaky":
             self.answer(503, {"error": "later"})
+        elif body["model"] == "short":  # 10 tokens of context; a letter is a token
+            self.answer_short(body)
         elif body["model"] == "odd":
             self.answer(200, {"choices": []})
         else:
             self.answer(200, {"choices": [{"text": f"{body['prompt']}!{body['prompt']}"}]})
         with self.lock:
             self.busy[0] -= 1
+
+    def answer_short(self, body: dict) -> None:
+        size, new = len(body["prompt"]), body["max_tokens"]
+        if size + new <= 10:
+            self.answer(200, {"choices": [{"text": "x" * new}]})
+        else:
+            self.answer(400, {"message": self.refusal.format(size=size, new=new, sum=size + new)})
 
     def answer(self, status: int, body: dict) -> None:
         text = json.dumps(body).encode()
@@ -61,8 +71,8 @@ def server() -> Iterator[tuple[str, type[Handler]]]:
         running.shutdown()
 
 
-def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str]:
-    found: dict[int, str] = {}
+def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str | None]:
+    found: dict[int, str | None] = {}
     for part in request_completions(url, model, prompts, max_new_tokens=7, pause=0.01, **options):
         found |= part
     return [found[i] for i in range(len(prompts))]
@@ -97,6 +107,36 @@ def test_samples_carry_their_seeds(server: tuple) -> None:
     url, handler = server
     ask(url, "m", ["a", "b"], temperature=0.5, seeds=[3, 2**40 + 4])
     assert {of["prompt"]: of["seed"] for of in handler.seen} == {"a": 3, "b": 4}
+
+
+# As servers word them. The last two do not say how many new tokens fit.
+VLLM = "This model's maximum context length is 10 tokens. However, "
+REFUSALS = [
+    (VLLM + "you requested {sum} tokens ({size} in the prompt, {new} in the completion).", True),
+    (VLLM + "you requested {sum} tokens ({size} in your prompt; {new} for the completion).", True),
+    (VLLM + "your request has {size} input tokens plus {new} 'max_tokens'.", True),
+    ("`inputs` tokens + `max_new_tokens` must be <= 10. Given: {size} `inputs` tokens", True),
+    ("the request exceeds the available context size. try increasing the context size", False),
+    ("The decoder prompt (length {size}) is longer than the maximum model length of 10.", False),
+]
+
+
+@pytest.mark.parametrize(("refusal", "says_room"), REFUSALS)
+def test_a_prompt_that_is_too_long_has_no_response(
+    server: tuple, refusal: str, says_room: bool
+) -> None:
+    url, handler = server
+    handler.refusal = refusal
+    # The second fits with three new tokens, but not with the seven that it asks for.
+    found = ask(url, "short", ["abc", "abcdefg", "abcdefghij", "abcdefghijk", "ab"])
+    assert found == ["x" * 7, "xxx" if says_room else None, None, None, "x" * 7]
+
+
+def test_other_refusals_are_errors(server: tuple) -> None:
+    url, handler = server
+    handler.refusal = "max_tokens must be positive"
+    with pytest.raises(EvalError, match=r"HTTP 400: .*must be positive"):
+        ask(url, "short", ["abcdefghijk"])
 
 
 @pytest.mark.parametrize(

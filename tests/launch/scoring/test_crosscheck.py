@@ -46,6 +46,22 @@ def test_responses_on_which_the_graders_differ_are_written(
     assert [json.loads(line)["id"] for line in lines] == ["wrong"]
 
 
+def test_a_table_of_programs_alone_gets_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(crosscheck, "check_with_evalplus", lambda *_: [False])
+    monkeypatch.setattr(crosscheck, "require_harnesses", lambda *_: None)
+    (tmp_path / "mbpp.jsonl").write_text(
+        json.dumps({"task_id": 11, "text": "", "code": "def f(): pass", "test_list": ["f()"]})
+    )
+    row = {"suite": "mbpp", "id": "mbpp/11", "output": "", "strict": True, "literature": True}
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    folder = tmp_path / "not" / "there"
+    crosscheck.crosscheck_scores(source, None, tmp_path, "main", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["crosscheck.md", "differences.jsonl"]
+
+
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a finished folder"):
         crosscheck.crosscheck_scores(tmp_path, None, None, "main", tmp_path / "checked")

@@ -15,8 +15,11 @@ from eval.tasks.base import GRADERS, Problem
 from launch.config.schema import Eval
 from launch.run.results import Score
 from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.runtime.errors import UserError
+from launch.scoring.requests import Request
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
-from launch.scoring.score import Request, render_scores, score_responses
+from launch.scoring.score import score_responses
+from launch.scoring.score_table import render_scores
 
 IDENTITY = {"base": {"name": "model", "weights_sha256": "0"}, "dtype": "float32"}
 SETTINGS = Eval(suites=["gsm8k", "siqa"], samples=2, temperature=0.5)
@@ -147,6 +150,80 @@ def test_responses_of_other_settings_are_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / PREVIOUS).read_bytes() == first
 
 
+def test_responses_to_other_prompts_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Another data folder has other problems under the same ids."""
+    score(tmp_path, [])
+    first = (tmp_path / GENERATIONS).read_bytes()
+    others = [problem._replace(question="Another.", reference="7") for problem in PROBLEMS["siqa"]]
+    monkeypatch.setitem(PROBLEMS, "siqa", others)
+    asked: list[Request] = []
+    score(tmp_path, asked)
+    assert {request.key[:2] for request in asked} == {("siqa", problem.id) for problem in others}
+    assert "6 responses are to other prompts than those of now" in capsys.readouterr().out
+    assert (tmp_path / PREVIOUS).read_bytes() == first
+    rows = read_generations(tmp_path / GENERATIONS)
+    assert {row["question"] for row in rows if row["suite"] == "siqa"} == {"Another."}
+    score(tmp_path, asked := [])
+    assert not asked
+
+
+def test_another_reference_is_graded_without_new_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(tmp_path, [])
+    others = [problem._replace(reference="99") for problem in PROBLEMS["gsm8k"]]
+    monkeypatch.setitem(PROBLEMS, "gsm8k", others)
+    asked: list[Request] = []
+    assert score(tmp_path, asked)["gsm8k"].accuracy == 0
+    assert not asked
+
+
+def test_responses_of_an_earlier_version_are_kept_where_their_question_is_known(
+    tmp_path: Path,
+) -> None:
+    score(tmp_path, [])
+    path = tmp_path / GENERATIONS
+    rows = [dict(row) for row in read_generations(path)]
+    for row in rows:
+        del row["request_sha256"]
+    graded, ungraded = rows[:10], rows[10:]
+    for row in ungraded:  # as a kill left them
+        for name in ("question", "reference", *GRADERS):
+            del row[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[Request] = []
+    score(tmp_path, asked)
+    assert {request.benchmark for request in asked} == {"siqa"} and len(asked) == 6
+    assert read_generations(path)[:10] == graded
+    score(tmp_path, asked := [])
+    assert not asked
+
+
+def test_a_prompt_that_is_too_long_is_counted_and_named(tmp_path: Path) -> None:
+    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, str | None]]:
+        for i, request in enumerate(requests):
+            is_long = request.problem.id == "gsm8k/3"
+            yield {i: None if is_long else f"The answer is: {request.problem.reference}"}
+
+    settings = SETTINGS.model_copy(update={"suites": ["gsm8k"]})
+    problems = {"gsm8k": PROBLEMS["gsm8k"]}
+    found = score_responses(respond, problems, settings, tmp_path, IDENTITY)["gsm8k"]
+    assert (found.accuracy, found.n, found.empty, found.overlong) == (0.8, 5, 2, ["gsm8k/3"])
+    # A new start knows it from the file.
+    again = score_responses(respond, problems, settings, tmp_path, IDENTITY)["gsm8k"]
+    assert (again.empty, again.overlong) == (2, ["gsm8k/3"])
+
+
+def test_a_line_that_is_no_response_is_named(tmp_path: Path) -> None:
+    score(tmp_path, [])
+    path = tmp_path / GENERATIONS
+    path.write_text('{"suite": "gsm8k", "output": "x"}\n')
+    with pytest.raises(UserError, match=r"line 1 of .* has no id"):
+        score(tmp_path, [])
+
+
 def test_the_data_hash_is_that_of_the_problems(tmp_path: Path) -> None:
     """Evaluations by two versions can be compared only while the hash stays what it was."""
     values = [[f"siqa/{i}", "Which?", "answer2", None, ""] for i in range(3)]
@@ -175,4 +252,10 @@ def test_the_table_has_both_graders_and_the_mean_of_the_eight() -> None:
     names = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
     assert "mean" not in render_scores(dict.fromkeys(names, one))
     table = render_scores(dict.fromkeys([*names, "openbookqa"], one))
-    assert table.splitlines()[-1] == "| mean of the eight | 50.0 | | 25.0 | | |"
+    # Eight alike: the interval of one, its sides divided by the square root of eight.
+    assert table.splitlines()[-1] == "| mean of the eight | 50.0 | 37.6 to 62.4 | 25.0 | | |"
+    named = one.model_copy(update={"overlong": ["gsm8k/7"]})
+    assert render_scores({"gsm8k": named}).splitlines()[-1] == (
+        "gsm8k: the prompts of 1 problems are too long for the model, so they have an empty "
+        "response: gsm8k/7"
+    )

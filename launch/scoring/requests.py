@@ -1,0 +1,63 @@
+"""The responses that a scoring asks a model for, with a hash of what each is made from."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from eval.tasks.base import Benchmark, Problem
+from launch.config.schema import Eval
+from launch.data.prompts import format_prompt
+from launch.scoring.responses import ResponseKey
+
+
+class Request(NamedTuple):
+    """One response that is to be made."""
+
+    benchmark: str
+    problem: Problem
+    sample: int  # from 0
+    prompt: str
+    seed: int
+    sha256: str  # of the prompt and of what decodes the response: it is kept under this hash
+
+    @property
+    def key(self) -> ResponseKey:
+        """The name under which the response is kept."""
+        return self.benchmark, self.problem.id, self.sample
+
+
+def make_requests(
+    benchmark: Benchmark, problems: Sequence[Problem], settings: Eval
+) -> list[Request]:
+    """Make the requests of one benchmark: all samples of a problem, then those of the next."""
+    format_question = (
+        format_prompt if settings.prompt == "recipe" else benchmark.format_literature_prompt
+    )
+    requests = []
+    for problem in problems:
+        prompt = format_question(problem.question)
+        for sample in range(settings.samples):
+            # By name and not by place, so that a limit or a new start changes no response.
+            digest = hashlib.sha256(f"{settings.seed} {problem.id} {sample}".encode()).digest()
+            seed = int.from_bytes(digest[:8], "big")
+            made_from = [
+                prompt,
+                get_new_tokens(benchmark, settings),
+                get_stops(benchmark, settings),
+                settings.temperature,
+                seed if settings.temperature else None,
+            ]
+            hashed = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+            requests.append(Request(benchmark.name, problem, sample, prompt, seed, hashed))
+    return requests
+
+
+def get_new_tokens(benchmark: Benchmark, settings: Eval) -> int:
+    """Return the most new tokens of a response: as set, or as published."""
+    return settings.max_new_tokens or benchmark.max_new_tokens
+
+
+def get_stops(benchmark: Benchmark, settings: Eval) -> tuple[str, ...]:
+    """Return the strings that end a response. The published ones belong to the published prompt."""
+    return benchmark.stops if settings.prompt == "literature" else ()
