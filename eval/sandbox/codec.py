@@ -12,7 +12,6 @@ of known types, so no method of the sender's classes takes part in a comparison.
 
 import collections
 import collections.abc
-import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable
@@ -244,5 +243,5 @@ def decode_value(data: object, depth: int = 0) -> object:
 
 
 def _make_library_value(name: tuple[str, str], arguments: tuple) -> object:
-    kind = getattr(importlib.import_module(name[0]), name[1])
+    kind = getattr(__import__(name[0]), name[1])  # importlib would be one more import
     return kind.fromisoformat(*arguments) if name[1] in _FROM_ISO else kind(*arguments)

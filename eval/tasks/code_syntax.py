@@ -165,17 +165,15 @@ def _walk_scope(tree: ast.AST) -> Iterator[ast.AST]:
 
 def is_stub(tree: ast.Module, name: str) -> bool:
     """Return whether all that a module binds to `name` are functions that do nothing."""
-    found = [
-        node
-        for node in _walk_scope(tree)
-        if name in list_bound_names(ast.Module([node], [])) and not _is_container(node)
-    ]
+    found = []
+    for node in _walk_scope(tree):
+        # A statement with others in it, as `if`, binds by those.
+        is_simple = isinstance(node, _SCOPES) or not hasattr(node, "body")
+        if not isinstance(node, ast.stmt) or not is_simple:
+            continue
+        if name in list_bound_names(ast.Module([node], [])):
+            found.append(node)
     return bool(found) and all(_does_nothing(node) for node in found)
-
-
-def _is_container(node: ast.AST) -> bool:
-    """Return whether `node` binds a name only by the statements in it, as `if` does."""
-    return hasattr(node, "body") and not isinstance(node, _SCOPES)
 
 
 def _does_nothing(node: ast.AST) -> bool:

@@ -276,7 +276,7 @@ def check_data(data: object) -> None:
     assert type(value) in KINDS
 
 
-def judge_messages(messages: list[bytes], tests: str) -> str | None:
+def judge_messages(messages: list[bytes], tests: str, in_box: bool = False) -> str | None:
     """Return the judge's verdict on a box that sends these bytes, whatever it is asked."""
     source, box = os.pipe()
     heard, sink = os.pipe()
@@ -285,7 +285,8 @@ def judge_messages(messages: list[bytes], tests: str) -> str | None:
             write_message(box, json.loads(message))
         os.write(box, b"".join(messages))
         os.close(box)
-        job = {"solution": "", "entry_point": "f", "setup": "", "tests": tests, "in_box": False}
+        job = {"solution": "", "entry_point": "f", "setup": "", "tests": tests}
+        job["in_box"] = in_box
         return judge_solution(Channel(source, sink), job)
     except (Stop, Fault) as end:
         return str(end)
@@ -311,6 +312,7 @@ def check_judge(messages: list[object], garbage: bytes) -> None:
     ):
         assert judge_messages(sent, tests) is not None
         assert judge_messages([garbage, *sent], tests) is not None
+    assert judge_messages(sent, "assert f(1) == 4", in_box=True) is not None
 
 
 FUZZ: dict[str, tuple[Callable, list]] = {
