@@ -35,7 +35,7 @@ def grade_responses(
 
     Args:
         problems: the problem of each output.
-        timeout: seconds that a program may take with its tests.
+        timeout: seconds that a program may use, see eval.sandbox.watch.
         box: what programs run in; by default what eval.sandbox.box.choose_box finds.
 
     Raises:

@@ -2,16 +2,26 @@
 
 Both kinds, bubblewrap and util-linux's unshare, make new user, mount, process, network, IPC and
 host-name namespaces. Their root has nothing but a read-only /usr, the interpreter, a private /tmp
-and a /proc of its own. They drop every capability.
+and a /proc of its own, and what else is mounted below those is covered. They drop every capability
+and filter system calls (eval.sandbox.seccomp). What a box claims is looked up from inside of it,
+by a program that runs there first.
 """
 
+import binascii
+import json
+import marshal
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from eval.errors import EvalError
+from eval.sandbox import enter
+from eval.sandbox.seccomp import make_filter
 
 SCRATCH = 64 << 20  # bytes of the private /tmp
 LEVELS = ("bubblewrap", "namespaces")  # the better first
@@ -25,45 +35,50 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 # does. The environment holds nothing else, and the path no folder but the standard library's.
 BOX_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
 PYTHON_FLAGS = ["-P", "-s", "-S", "-B"]
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 
+# If memory is short, the kernel ends a box first. Raised here, because /proc is read-only inside.
+_FIRST_TO_DIE = "{ echo 1000 > /proc/self/oom_score_adj; } 2> /dev/null\n"
+_AS_CALLER = _FIRST_TO_DIE + 'exec "$@"'
 # Runs as root. It shows the interpreter, which may be in a closed home, to nobody, in a mount
 # namespace of the box's own.
-_AS_NOBODY = """
-mount -t tmpfs -o mode=755 tmpfs /mnt && mkdir /mnt/python /mnt/root &&
-mount --bind "$1" /mnt/python && shift &&
+_AS_NOBODY = (
+    _FIRST_TO_DIE
+    + """mount --bind "$1" /mnt && shift &&
 exec setpriv --reuid=65534 --regid=65534 --clear-groups -- "$@"
 """
-# Runs in new namespaces, as their root. It makes a root of its own and then drops its capabilities,
-# and the user namespaces that would give them back.
-_NAMESPACES = r"""
-set -e
-[ -d /mnt/root ] && root=/mnt/root || root=/mnt
-source=$1 prefix=$2; shift 2
-mount -t tmpfs -o mode=755,size=1m tmpfs $root
-cd $root
-mkdir old proc dev tmp
-show() { mkdir -p ".$2"; mount --rbind "$1" ".$2"; mount -o remount,bind,ro ".$2"; }
-for path in SYSTEM; do
-  if [ -L $path ]; then ln -s "$(readlink $path)" .$path
-  elif [ -d $path ]; then show $path $path
-  fi
-done
-mount -t tmpfs -o mode=1777,nosuid,nodev,size=SCRATCH tmpfs tmp
-[ -e ".$prefix" ] || show "$source" "$prefix"
-for name in null zero full random urandom; do : > dev/$name; mount --bind /dev/$name dev/$name; done
-mount -t proc proc proc
-echo 0 > proc/sys/user/max_user_namespaces
-mount -o remount,bind,ro $root
-pivot_root . old
-cd /tmp
-umount -l /old
-exec env -i ENVIRONMENT \
-  setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all --no-new-privs -- "$@"
-"""
+)
+# bwrap's own process 1 would be left to the machine's init when a program ends, which in a container
+# may not reap. So process 1 is a shell: not the program, see eval.sandbox.enter.
 _BWRAP_OPTIONS = """
 --unshare-user --unshare-all --disable-userns --die-with-parent --new-session --as-pid-1
 --cap-drop ALL
+"""
+_INIT = '"$@"; exit $?'
+_ENTER = Path(enter.__file__).read_text(encoding="utf-8")
+# Runs in a box. It writes what the box claims and is not so, and what may be missing.
+_PROBE = """
+import json, os
+with open("/proc/self/status") as file:
+    status = {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+with open("/proc/self/mountinfo") as file:
+    mounts = [line.split(" ")[4:6] for line in file]
+with open("/proc/net/route") as file:
+    routes = file.read().splitlines()[1:]
+broken = [name for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb") if int(status[name], 16)]
+broken += [
+    point
+    for point, options in mounts
+    if "rw" in options.split(",") and point != "/tmp" and not point.startswith("/dev/")
+    and os.access(point, os.F_OK)
+]
+broken += ["network"] if routes else []
+broken += ["no_new_privs"] if status["NoNewPrivs"] != "1" else []
+broken += ["processes"] if sum(name.isdigit() for name in os.listdir("/proc")) > 3 else []
+with open("/proc/self/oom_score_adj") as file:
+    missing = [] if file.read().strip() == "1000" else ["not first to die if memory is short"]
+if status.get("Seccomp") != "2":
+    missing.append("no filter of system calls")
+print(json.dumps([broken, missing]))
 """
 
 
@@ -71,7 +86,14 @@ class Box(NamedTuple):
     """A way to isolate a program."""
 
     level: str  # one of LEVELS, or UNPROTECTED
-    command: list[str]  # `-c`, a program and its arguments follow it
+    command: list[str]  # what `start_box` adds a program to
+    shown: tuple[str, ...] = ()  # folders that it shows, besides the system's
+    lacks: str = ""  # what it does not have on this machine, or why it is not a better one
+
+    @property
+    def isolation(self) -> str:
+        """What is recorded with a verdict."""
+        return self.level + (f" ({self.lacks})" if self.lacks else "")
 
 
 def choose_box(allow_unsandboxed: bool = False) -> Box:
@@ -100,11 +122,15 @@ def choose_box(allow_unsandboxed: bool = False) -> Box:
 
 @cache
 def _find_best_box() -> Box:
+    why = ""
     for level in LEVELS:
-        box = find_box(level)
+        box, reason = _try_level(level)
         if box is not None:
-            return box
-    return Box(UNPROTECTED, [get_interpreter(), *PYTHON_FLAGS])
+            return box._replace(lacks=", ".join(filter(None, (box.lacks, why))))
+        # An old bubblewrap, say, which lacks --disable-userns: not to be taken for none at all.
+        if level == "bubblewrap" and shutil.which("bwrap", path=ENVIRONMENT["PATH"]):
+            why = f"bubblewrap does not work: {reason}"
+    return Box(UNPROTECTED, [get_interpreter(), *PYTHON_FLAGS], lacks=why)
 
 
 def choose_bubblewrap(folders: tuple[str, ...]) -> Box:
@@ -113,11 +139,11 @@ def choose_bubblewrap(folders: tuple[str, ...]) -> Box:
     Raises:
         EvalError: bubblewrap does not work here.
     """
-    box = find_box("bubblewrap", folders)
+    box, reason = _try_level("bubblewrap", folders)
     if box is None:
         raise EvalError(
             "the sandbox needs bubblewrap here (Debian: apt-get install bubblewrap), "
-            "and user namespaces"
+            f"and user namespaces: {reason}"
         )
     return box
 
@@ -128,15 +154,26 @@ def find_box(level: str, folders: tuple[str, ...] = ()) -> Box | None:
     Args:
         folders: what bubblewrap shows besides the system and the interpreter, read-only.
     """
-    for before, source, prefix, interpreter in _list_ways():
-        if level == "bubblewrap":
-            isolate = _make_bubblewrap_command(source, prefix, folders)
-        else:
-            isolate = _make_namespaces_command(source, prefix)
-        box = Box(level, [*before, *isolate, interpreter, *PYTHON_FLAGS])
-        if _runs_programs(box):
-            return box
-    return None
+    return _try_level(level, folders)[0]
+
+
+def _try_level(level: str, folders: tuple[str, ...] = ()) -> tuple[Box | None, str]:
+    """Return the first box of a level that is what it claims to be; and why the last one is not."""
+    reason = ""
+    # A kernel may lack seccomp.
+    for instructions in dict.fromkeys((make_filter().hex(), "")):
+        for before, source, prefix, interpreter in _list_ways():
+            python = [interpreter, *PYTHON_FLAGS]
+            if level == "bubblewrap":
+                isolate = _make_bubblewrap_command(source, prefix, folders, instructions)
+            else:
+                first = source + interpreter.removeprefix(prefix)
+                isolate = _make_namespaces_command(first, source, prefix, instructions)
+            box = Box(level, [*before, *isolate, *python], (prefix, *folders))
+            found, reason = _probe_box(box)
+            if found is not None:
+                return found, ""
+    return None, reason
 
 
 def _list_ways() -> list[tuple[list[str], str, str, str]]:
@@ -148,33 +185,126 @@ def _list_ways() -> list[tuple[list[str], str, str, str]]:
         the root of a container may not mount.
     """
     own, prefix = get_interpreter(), os.path.realpath(sys.base_prefix)
-    ways = [([], prefix, prefix, own), ([], "/usr", "/usr", "/usr/bin/python3")]
+    as_caller = ["sh", "-c", _AS_CALLER, "sh"]
+    ways = [
+        (as_caller, prefix, prefix, own),
+        (as_caller, "/usr", "/usr", "/usr/bin/python3"),
+    ]
     if os.geteuid() != 0:
         return ways
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
     show = ["unshare", "--mount", "--", "sh", "-c", _AS_NOBODY, "sh", prefix]
-    dropped = [(drop, *way[1:]) for way in ways]
-    return [(show, "/mnt/python", prefix, own), *dropped]
+    dropped = [([*way[0], *drop], *way[1:]) for way in ways]
+    return [(show, "/mnt", prefix, own), *dropped]
 
 
-def _runs_programs(box: Box) -> bool:
-    command = [*box.command, "-c", "import json"]
+def _probe_box(box: Box) -> tuple[Box | None, str]:
+    """Return the box with what it lacks, or None if it does not run or does not hold; and why."""
     try:
-        ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return ran.returncode == 0
+        pipe = subprocess.PIPE
+        with start_box(box, _PROBE, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as ran:
+            try:
+                out, errors = ran.communicate(timeout=20)
+            finally:
+                ran.kill()
+        broken, missing = json.loads(out)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, " ".join(str(error).split())[:100]
+    except ValueError:
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        return None, lines[-1][:100] if lines else "no message"
+    if broken:
+        return None, f"not closed: {', '.join(broken)}"
+    return box._replace(lacks=", ".join(missing)), ""
 
 
-def _make_bubblewrap_command(source: str, prefix: str, folders: tuple[str, ...]) -> list[str]:
+def start_box(
+    box: Box,
+    program: str,
+    *arguments: str,
+    stdin: Any,
+    stdout: Any,
+    stderr: int,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen:
+    """Start a box with the text of a Python program in it.
+
+    Args:
+        arguments: of the program.
+        pass_fds: further descriptors that it gets.
+
+    Returns:
+        bwrap or unshare, outside of the box: its child is process 1 of the box.
+    """
+    command = list(box.command)
+    if box.level == "bubblewrap" and box.shown:
+        # What is mounted now: a box is found long before it is used. The other kind looks itself.
+        at = command.index("--remount-ro")
+        command[at:at] = _hide_mounts([*enter.SYSTEM, *box.shown])
+    command += ["-c", _pack_program(program, command), *arguments]
+    read_filter = None
+    if "--seccomp" in command:
+        # bwrap reads the filter from a descriptor, to its end; the command has it as text.
+        read_filter, write_filter = os.pipe()
+        at = command.index("--seccomp") + 1
+        os.write(write_filter, bytes.fromhex(command[at]))
+        os.close(write_filter)
+        command[at] = str(read_filter)
+        pass_fds = [*pass_fds, read_filter]
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=BOX_ENVIRONMENT if box.level == UNPROTECTED else ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
+    finally:
+        if read_filter is not None:
+            os.close(read_filter)
+
+
+def _hide_mounts(shown: list[str]) -> list[str]:
+    options = []
+    for path in enter.list_mounts_to_hide(shown):
+        if os.path.isdir(path):
+            options += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
+        else:
+            options += ["--ro-bind", "/dev/null", path]
+    return options
+
+
+def _pack_program(text: str, command: list[str]) -> str:
+    return f"exec({write_code(text, get_interpreter() in command)})"
+
+
+@cache
+def write_code(text: str, is_ours: bool, name: str = "<program>") -> str:
+    """Return an expression for the compiled `text`.
+
+    Args:
+        is_ours: whether our own interpreter is to read it, which spares it to compile.
+    """
+    if not is_ours:
+        return f"compile({text!r}, {name!r}, 'exec')"
+    code = binascii.b2a_base64(marshal.dumps(compile(text, name, "exec")), newline=False)
+    return f"__import__('marshal').loads(__import__('binascii').a2b_base64({code!r}))"
+
+
+def _make_bubblewrap_command(
+    source: str, prefix: str, folders: tuple[str, ...], instructions: str
+) -> list[str]:
     show = []
-    for path in _SYSTEM:
+    for path in enter.SYSTEM:
         if os.path.islink(path):
             show += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             show += ["--ro-bind", path, path]
     show += ["--proc", "/proc", "--dev", "/dev", "--size", str(SCRATCH), "--tmpfs", "/tmp"]
-    if not prefix.startswith("/usr"):
+    if prefix != "/usr" and not enter.is_below(prefix, "/usr"):
         show += ["--ro-bind", source, prefix]  # after /tmp, because it may be there
     for folder in folders:
         show += ["--ro-bind", folder, folder]
@@ -183,19 +313,24 @@ def _make_bubblewrap_command(source: str, prefix: str, folders: tuple[str, ...])
     for name, value in BOX_ENVIRONMENT.items():
         show += ["--setenv", name, value]
     user = f"--uid {NOBODY} --gid {NOBODY} --hostname box --clearenv"
-    last = "--remount-ro / --remount-ro /dev --chdir /tmp --"
-    return ["bwrap", *_BWRAP_OPTIONS.split(), *user.split(), *show, *last.split()]
+    last = "--remount-ro / --remount-ro /dev --remount-ro /proc --chdir /tmp"
+    system_calls = ["--seccomp", instructions] if instructions else []
+    options = [*_BWRAP_OPTIONS.split(), *user.split(), *show, *last.split(), *system_calls]
+    return ["bwrap", *options, "--", "sh", "-c", _INIT, "sh"]
 
 
-def _make_namespaces_command(source: str, prefix: str) -> list[str]:
+def _make_namespaces_command(
+    interpreter: str, source: str, prefix: str, instructions: str
+) -> list[str]:
     # The first process ends when its parent ends. The second keeps that bond, because nothing
     # changes its user any more.
     first = "unshare --user --map-root-user -- setpriv --pdeathsig KILL --"
     second = "unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child --"
-    script = _NAMESPACES.replace("SYSTEM", " ".join(_SYSTEM)).replace("SCRATCH", str(SCRATCH))
-    environment = " ".join(f"{name}={value}" for name, value in BOX_ENVIRONMENT.items())
-    script = script.replace("ENVIRONMENT", environment)
-    return [*first.split(), *second.split(), "sh", "-c", script, "sh", source, prefix]
+    environment = [f"{name}={value}" for name, value in BOX_ENVIRONMENT.items()]
+    python = ["env", "-i", *environment, interpreter, *PYTHON_FLAGS]
+    program = _pack_program(_ENTER, [interpreter.replace(source, prefix, 1)])
+    root = [source, prefix, str(SCRATCH), instructions]
+    return [*first.split(), *second.split(), *python, "-c", program, *root]
 
 
 def get_interpreter() -> str:

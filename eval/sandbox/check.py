@@ -1,53 +1,51 @@
 """Run programs that a model wrote against a benchmark's tests, in a box that they cannot leave.
 
-A check is two processes. The solution runs in the box (eval.sandbox.runner): no network, no files
-but a read-only /usr and the interpreter, no other processes, and limits on everything. The tests
-run outside of it, in a judge (eval.sandbox.judge), which calls the solution's function over a pipe
-and compares plain data. So exit codes, prints and objects that claim to be equal do not make a
-pass.
+A check is two processes, each in a box of its own: no network, no files but a read-only /usr and
+the interpreter, no other processes, and limits on everything. The solution runs in one
+(eval.sandbox.runner). The tests run in the other, in a judge (eval.sandbox.judge), which calls the
+solution's function over a pipe and compares plain data. So exit codes, prints and objects that
+claim to be equal do not make a pass, and a benchmark's file can do this machine no more harm than a
+solution can.
 
-The box is bubblewrap's or, if that is missing, one of util-linux's `unshare`. A flaw in the kernel
-opens both: for programs that are made to attack, use a virtual machine. Tests that need the
-solution's own objects run in the box, after the solution. They are isolated too, but a solution
+The boxes are bubblewrap's or, if that is missing, made with util-linux's `unshare`. A flaw in the
+kernel opens both: for programs that are made to attack, use a virtual machine. Tests that need the
+solution's own objects run in the solution's box, after it. They are isolated too, but a solution
 that is made for it can forge their verdict.
 """
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from subprocess import PIPE
 from tempfile import TemporaryFile
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from eval.errors import EvalError
 from eval.sandbox import codec, judge, runner
 from eval.sandbox.box import (
-    BOX_ENVIRONMENT,
-    ENVIRONMENT,
-    PYTHON_FLAGS,
     UNPROTECTED,
     Box,
     choose_box,
     get_interpreter,
+    start_box,
+    write_code,
 )
+from eval.sandbox.watch import POLL, Watch
 
-MEMORY = 1 << 30  # bytes of address space, for the solution and for the judge
-PROCESSES = 32  # of the solution, threads included
+MEMORY = 1 << 30  # bytes: a process' address space, and what a whole box may have
+PROCESSES = 16  # of the solution, and of the judge, threads included
+START = 60.0  # seconds in which the boxes are set up, by the clock
+CHECKER_MEMORY = 4 << 30  # bytes, for `run_in_box`
 MAX_REASON = 200  # characters
-_ROOT = str(Path(__file__).resolve().parents[2])
-# The import of judge and runner above compiles them, which spares each judge process 10 ms.
-_JUDGE = f"import sys; sys.path.append({_ROOT!r}); from {judge.__name__} import main; main()"
-# In the box there is no such package: the codec's module is made there from its text.
-_RUNNER = (
-    f"import sys\ncodec = sys.modules[{codec.__name__!r}] = type(sys)({codec.__name__!r})\n"
-    f"exec({Path(codec.__file__).read_text(encoding='utf-8')!r}, codec.__dict__)\n"
-    f"{Path(runner.__file__).read_text(encoding='utf-8')}"
-)
+MAX_ANSWER = 64 << 10  # bytes of the judge's answer
+_STARTED = b"started\n"
 
 
 class Verdict(NamedTuple):
@@ -66,7 +64,8 @@ class Job(NamedTuple):
     entry_point: str
     setup: str = ""  # runs before the tests, where they run
     in_box: bool = False  # run the tests in the box, because they need the solution's own classes
-    timeout: float = 10.0  # seconds for all that the solution and the tests do
+    # Seconds that the solution may use, see eval.sandbox.watch. The tests may use as many.
+    timeout: float = 10.0
 
 
 def check_program(job: Job, box: Box | None = None) -> Verdict:
@@ -80,30 +79,51 @@ def check_program(job: Job, box: Box | None = None) -> Verdict:
             solution is.
     """
     box = box or choose_box()
-    isolation = box.level + (", tests in the box" if job.in_box else "")
-    deadline = time.monotonic() + job.timeout
-    # The deadline comes first. The limit on CPU time ends what could not be killed.
-    cpu_seconds = int(job.timeout) + 2
-    answer, errors = _run_judge(box, _encode_job(job), cpu_seconds, deadline)
-    if answer is None:
-        return Verdict(False, f"timed out after {job.timeout:g} s", isolation)
-    if not answer:
+    isolation = box.isolation + (", tests in the box" if job.in_box else "")
+    with os.fdopen(_write_job(job), "rb") as given:
+        boxes = _Boxes(box, job.timeout, given.fileno())
+        try:
+            if not boxes.wait_for_start():
+                raise EvalError(
+                    f"the sandbox ({box.level}) did not start: {boxes.end() or 'no message'}; "
+                    "see if memory is short"
+                )
+            answer, excess = boxes.wait_for_answer()
+        finally:
+            boxes.end()
+    if excess:
+        return Verdict(False, excess, isolation)
+    verdict = _read_verdict(answer)
+    if verdict is None:
         return Verdict(False, "the judge could not read its answers", isolation)
-    verdict = json.loads(answer)
     if verdict["fault"]:
-        raise EvalError(verdict["fault"])
-    if not verdict["started"]:
-        raise EvalError(
-            f"the sandbox ({box.level}) did not start: {errors or 'no message'}; "
-            "see if memory is short"
-        )
+        raise EvalError(_make_printable(verdict["fault"]))
     return Verdict(verdict["passed"], _make_printable(verdict["reason"]), isolation)
 
 
-def _encode_job(job: Job) -> bytes:
+def _write_job(job: Job) -> int:
+    """Return a descriptor of the job as JSON, at its start."""
     fields = job._asdict()
     del fields["timeout"]
-    return json.dumps(fields).encode()
+    fd = os.memfd_create("job")
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(fields).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _read_verdict(answer: bytes) -> dict[str, Any] | None:
+    """Return the judge's verdict, or None if it is none: the tests may have written it."""
+    try:
+        verdict = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"passed": bool, "reason": str, "fault": str}
+    if not isinstance(verdict, dict) or verdict.keys() != kinds.keys():
+        return None
+    if not all(isinstance(verdict[name], kind) for name, kind in kinds.items()):
+        return None
+    return verdict
 
 
 def _make_printable(reason: str) -> str:
@@ -139,76 +159,127 @@ def run_in_box(program: str, job: bytes, timeout: float, box: Box) -> bytes | No
     with TemporaryFile() as given, TemporaryFile() as out:
         given.write(job)
         given.seek(0)
-        inside = subprocess.Popen(
-            [*box.command, "-c", program],
-            stdin=given,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=True,
-        )
+        inside = start_box(box, program, stdin=given, stdout=out, stderr=subprocess.DEVNULL)
         try:
-            inside.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+            watch = Watch(inside.pid, timeout, CHECKER_MEMORY)
+            while True:
+                try:
+                    inside.wait(POLL)
+                    break
+                except subprocess.TimeoutExpired:
+                    if watch.find_excess():
+                        return None
         finally:
             _end_box(inside, box.level)
         out.seek(0)
         return out.read()
 
 
-def _run_judge(box: Box, job: bytes, cpu_seconds: int, deadline: float) -> tuple[bytes | None, str]:
-    """Start a box and a judge, and end both.
+class _Boxes:
+    """The two boxes of a check: the solution's and the judge's."""
 
-    Returns:
-        The judge's answer, or None if it is late; and what the box wrote while it was set up.
-    """
-    asked, asks = os.pipe()  # from the judge to the solution
-    answers, answered = os.pipe()  # and back
-    inside = judging = None
-    out: bytes | None = None
-    try:
+    def __init__(self, box: Box, timeout: float, job: int) -> None:
+        self.level, self.timeout = box.level, timeout
+        self.running: list[subprocess.Popen] = []
+        self.errors: list[str] = []  # what they wrote while they were set up
+        # The watch comes first. The limit on processor time ends what could not be killed.
+        limits = [str(int(timeout) + 2), str(MEMORY), str(PROCESSES)]
+        asked, asks = os.pipe()  # from the judge to the solution
+        answers, answered = os.pipe()  # and back
         try:
-            inside = _start_box(box, cpu_seconds, asked, answered)
-            judging = _start_judge(cpu_seconds, answers, asks)
+            is_ours = get_interpreter() in box.command
+            program = _make_program(runner.__name__, is_ours)
+            inside = start_box(box, program, *limits, stdin=asked, stdout=answered, stderr=PIPE)
+            self.running.append(inside)
+            program = _make_program(judge.__name__, is_ours)
+            fds = (answers, asks, job)
+            numbers = [*map(str, fds), *limits]
+            judging = start_box(
+                box, program, *numbers, stdin=PIPE, stdout=PIPE, stderr=PIPE, pass_fds=fds
+            )
+            self.running.append(judging)
+        except BaseException:
+            self.end()
+            raise
         finally:
-            # Each end is open in one process only, so each side notices when the other ends.
+            # Each end is open in one box only, so each side notices when the other ends.
             for fd in (asked, asks, answers, answered):
                 os.close(fd)
-        out = judging.communicate(job, timeout=max(deadline - time.monotonic(), 0.0))[0]
-    except subprocess.TimeoutExpired:
-        out = None
-    finally:
-        if judging is not None:
-            _close_process(judging)
-        errors = "" if inside is None else _end_box(inside, box.level)
-    return out, errors
+
+    def wait_for_start(self) -> bool:
+        """Return whether both boxes are set up, and let the judge begin.
+
+        The judge waits for this: until a box is set up, its processes are not bound to this one and
+        outlive it, but no program runs in it yet.
+        """
+        judging = self.running[1]
+        until = time.monotonic() + START
+        told = b""
+        while told != _STARTED:
+            if not _can_read(judging.stdout, until - time.monotonic()):
+                return False
+            part = os.read(judging.stdout.fileno(), len(_STARTED) - len(told))
+            if not part:
+                return False
+            told += part
+        try:
+            os.write(judging.stdin.fileno(), b"\n")
+        except BrokenPipeError:
+            return False
+        return True
+
+    def wait_for_answer(self) -> tuple[bytes, str]:
+        """Return the judge's answer, and the limit that was exceeded before it came, or ""."""
+        inside, judging = self.running
+        watches = (
+            Watch(inside.pid, self.timeout, MEMORY, partners=[judging.pid]),
+            Watch(judging.pid, self.timeout, MEMORY, partners=[inside.pid]),
+        )
+        answer, look = bytearray(), time.monotonic() + POLL
+        while len(answer) <= MAX_ANSWER:
+            left = look - time.monotonic()
+            if left <= 0:
+                for watch in watches:
+                    if excess := watch.find_excess():
+                        return b"", excess
+                look = time.monotonic() + POLL
+            elif _can_read(judging.stdout, left):
+                part = os.read(judging.stdout.fileno(), MAX_ANSWER)
+                if not part:
+                    break
+                answer += part
+        return bytes(answer), ""
+
+    def end(self) -> str:
+        """End both boxes and all processes in them; return what they wrote while set up."""
+        for outer in self.running:
+            for child in _list_children(outer.pid):
+                _kill_process(child)
+        self.errors += [_end_box(outer, self.level) for outer in self.running]
+        self.running = []
+        return " ".join(filter(None, self.errors))
 
 
-def _start_box(box: Box, cpu_seconds: int, stdin: int, stdout: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*box.command, "-c", _RUNNER, str(cpu_seconds), str(MEMORY), str(PROCESSES)],
-        stdin=stdin,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        env=BOX_ENVIRONMENT if box.level == UNPROTECTED else ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,
-    )
+def _can_read(file: IO[bytes], seconds: float) -> bool:
+    """Wait until there is something to read, or the end of the file."""
+    poll = select.poll()  # select.select takes no descriptor above 1023
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0.0) * 1000))
 
 
-def _start_judge(cpu_seconds: int, answers: int, asks: int) -> subprocess.Popen:
-    arguments = [str(number) for number in (answers, asks, cpu_seconds, MEMORY)]
-    return subprocess.Popen(
-        [get_interpreter(), *PYTHON_FLAGS, "-c", _JUDGE, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        pass_fds=(answers, asks),
-        env=BOX_ENVIRONMENT,  # its hashes are fixed too: a test may list a set
-        cwd="/",
-    )
+@cache
+def _make_program(main: str, is_ours: bool) -> str:
+    """Return a program that runs `main` of one of our modules: a box does not see their files."""
+    lines = ["import sys"]
+    for module in (codec, runner, judge):
+        name, text = module.__name__, Path(module.__file__).read_text(encoding="utf-8")
+        lines += [
+            f"module = sys.modules[{name!r}] = type(sys)({name!r})",
+            f"exec({write_code(text, is_ours, name)}, module.__dict__)",
+        ]
+        if name == main:
+            break
+    return "\n".join([*lines, "module.main()"])
 
 
 def _end_box(outer: subprocess.Popen, level: str) -> str:

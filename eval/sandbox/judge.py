@@ -1,9 +1,9 @@
-"""The judge runs a benchmark's tests in a process outside the box, and asks the box for each value.
+"""The judge runs a benchmark's tests in a box of its own, and asks the solution's for each value.
 
-eval.sandbox.check starts it with the numbers of the channel's two ends, sends it a job as JSON and
-reads a verdict: {"passed": bool, "reason": text, "started": whether the box did, "fault": text if
-the tests themselves are broken}. The solution never sees the tests. What it sends is decoded by a
-closed codec and compared here, where none of its code runs.
+eval.sandbox.check starts it with the numbers of the channel's two ends and of a job as JSON, lets
+it begin once both boxes are set up, and reads a verdict: {"passed": bool, "reason": text, "fault":
+text if the tests themselves are broken}. The solution never sees the tests. What it sends is
+decoded by a closed codec and compared here, where none of its code runs.
 """
 
 import builtins
@@ -50,7 +50,6 @@ class Channel:
 
     def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
-        self.started = False
         self.calls = 0
         self.stopped: Stop | None = None
         self.raised: BaseException | None = None  # the solution's last exception
@@ -142,9 +141,6 @@ def judge_solution(channel: Channel, job: dict[str, object]) -> str | None:
         Stop: the program ended or broke the channel.
         Fault: the tests cannot run.
     """
-    if channel.receive_message() != "started":
-        raise channel.make_stop(_INTRUDED)
-    channel.started = True
     channel.send_message([job["solution"], job["entry_point"]])
     # Compiled and set up while the solution is imported in the box.
     names: dict[str, object] = {"__name__": "tests"}
@@ -186,13 +182,26 @@ def _prepare_tests(job: dict[str, object], names: dict[str, object]) -> CodeType
 
 
 def main() -> None:
-    """Judge the job on standard input, and write the verdict to standard output."""
-    source, sink, cpu_seconds, memory = map(int, sys.argv[1:5])
-    limit_process(cpu_seconds, memory)
-    verdicts = os.dup(1)  # apart from what the tests print
-    os.dup2(2, 1)
-    job = json.loads(sys.stdin.buffer.read())
+    """Judge a job, and write the verdict to standard output.
+
+    Its arguments are the descriptors of the channel's two ends and of the job, and its limits.
+    """
+    source, sink, given, *limits = map(int, sys.argv[1:])
+    limit_process(*limits)
+    verdicts = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):  # apart from what the tests print
+        os.dup2(null, fd)
     channel = Channel(source, sink)
+    try:
+        channel.receive_message()  # "started"
+    except Stop:  # the box did not start, which its own message tells
+        os._exit(1)
+    os.write(verdicts, b"started\n")
+    if not os.read(0, 1):  # the caller has ended
+        os._exit(1)
+    with open(given, "rb") as file:
+        job = json.load(file)
     verdict: dict[str, object] = {"passed": False, "reason": "passed", "fault": ""}
     try:
         why = judge_solution(channel, job)
@@ -202,5 +211,5 @@ def main() -> None:
     except Fault as fault:
         verdict["fault"] = str(fault)
     with os.fdopen(verdicts, "w") as file:
-        json.dump(verdict | {"started": channel.started}, file)
+        json.dump(verdict, file)
     os._exit(0)  # no clean-up of what the solution sent

@@ -308,7 +308,7 @@ class Eval(Section):
         0, ge=0, description="of samples, with the problem's name and the sample's number"
     )
     timeout: Number = Field(
-        10.0, gt=0, description="seconds that a generated program may take with its tests"
+        10.0, gt=0, description="seconds of processor time, or of sleep, for a generated program"
     )
     allow_unsandboxed: bool = Field(
         False, description="run generated programs even where no sandbox works"

@@ -29,7 +29,7 @@ def regrade_responses(
         path: JSONL rows with suite, output, and reference (of an answer) or id (of a problem).
         output: folder; it is made if need be.
         data_dir: folder with the benchmarks' files, where rows have ids; None for the hub.
-        timeout: seconds that a program may take with its tests.
+        timeout: seconds that a program may use, see eval.sandbox.watch.
         allow_unsandboxed: run programs even where nothing here can isolate them.
 
     Returns:

@@ -1,14 +1,23 @@
 """Helpers for tests that run programs in the sandbox."""
 
 import contextlib
+import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import psutil
+import pytest
 
 from eval.sandbox.box import LEVELS, NOBODY, Box, find_box
 from eval.sandbox.check import Job, Verdict, check_program
+from tests.support.paths import ROOT
 
+USER = "65533"  # an ordinary user, whom these tests become if they run as root
 BOXES: dict[str, Box] = {}  # by level; those that work on this machine, the best first
 for _level in LEVELS:
     _box = find_box(_level)
@@ -63,3 +72,58 @@ def find_zombies() -> set[int]:
         if state == "Z" and is_ours:
             found.add(int(entry.name))
     return found
+
+
+def make_caller(who: str) -> list[str]:
+    """Return the start of a command that runs Python, with our `eval`, as "root" or as a "user".
+
+    The test is skipped where that cannot be.
+    """
+    if who == "root" and os.geteuid() != 0:
+        pytest.skip("not root")
+    if who == "root" or os.geteuid() != 0:
+        return ["env", f"PYTHONPATH={ROOT}", sys.executable]
+    python, folder = _find_users_python()
+    if python is None:
+        pytest.skip("no Python that an ordinary user may run")
+    drop = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    return [*drop, "env", "-C", "/", f"PYTHONPATH={folder}", python]
+
+
+@cache
+def _find_users_python() -> tuple[str | None, str]:
+    """Return a Python that an ordinary user may run, and a folder with the sandbox to import."""
+    folder = tempfile.mkdtemp(prefix="sandbox-tests-")
+    shutil.copytree(ROOT / "eval" / "sandbox", f"{folder}/eval/sandbox")
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "eval" / name, f"{folder}/eval/{name}")
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+    probe = "import sys; assert sys.version_info >= (3, 11); import eval.sandbox.check"
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        drop = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--"]
+        command = [*drop, "env", "-C", "/", f"PYTHONPATH={folder}", python, "-c", probe]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            return python, folder
+    return None, folder
+
+
+_CHECK = """
+import json, sys
+from eval.sandbox.box import find_box
+from eval.sandbox.check import Job, check_programs
+level, jobs = json.load(sys.stdin)
+box = find_box(level)
+verdicts = check_programs([Job(*job) for job in jobs], box=box) if box else None
+json.dump(verdicts, sys.stdout)
+"""
+
+
+def check_as(who: str, level: str, jobs: list[Job], before: list[str]) -> list[Verdict]:
+    """Check programs as "root" or as a "user", in a process of its own that `before` starts."""
+    command = [*before, *make_caller(who), "-c", _CHECK]
+    ran = subprocess.run(command, input=json.dumps([level, jobs]), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    verdicts = json.loads(ran.stdout)
+    if verdicts is None:
+        pytest.skip(f"{level} does not work on this machine for {who}")
+    return [Verdict(*verdict) for verdict in verdicts]

@@ -6,8 +6,6 @@ About a minute on two processors.
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import pytest
 
 from eval.sandbox.box import PYTHON_FLAGS, UNPROTECTED, Box, get_interpreter
 from eval.sandbox.check import Verdict
+from eval.sandbox.watch import WALL
 from tests.support.attacks import ATTACKS, ESCAPES, FORGED
-from tests.support.paths import ROOT
-from tests.support.sandbox import check, find_boxed_processes, find_programs_of
+from tests.support.sandbox import check
 
 pytestmark = pytest.mark.xdist_group("sandbox")  # they look for processes that stayed behind
 
@@ -54,7 +52,7 @@ def test_attack(
         took = time.monotonic() - began
     print(verdict.reason)
     assert not verdict.passed and verdict.reason and verdict.isolation == box.level
-    assert took < 1 + 2
+    assert took < WALL + 5  # a busy machine may take its time
     assert "\n" not in verdict.reason and len(verdict.reason) <= 200
     assert [path.name for path in tmp_path.iterdir()] == ["witness.txt"]
     assert witness.read_text() == "intact"
@@ -91,22 +89,3 @@ def test_forged_in_the_box(any_box: None, name: str, nothing_left: None) -> None
     verdict = check(FORGED[name], "assert f(2) == 4", "f", timeout=1, in_box=True)
     print(verdict.reason)
     assert not verdict.passed
-
-
-def test_nothing_outlives_a_killed_caller(box: Box) -> None:
-    """Once the program runs: while its box is set up, processes are not bound to the caller yet."""
-    program = (
-        "from eval.sandbox.box import Box\n"
-        "from eval.sandbox.check import Job, check_program\n"
-        "job = Job('import time\\ntime.sleep(60)', 'f(2)', 'f', timeout=60)\n"
-        f"check_program(job, Box(*{tuple(box)!r}))"
-    )
-    caller = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    until = time.monotonic() + 20
-    while not (inside := find_programs_of(caller.pid)) and time.monotonic() < until:
-        time.sleep(0.05)
-    caller.kill()
-    caller.wait()
-    while inside & find_boxed_processes() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert inside and inside & find_boxed_processes() == set()
