@@ -19,15 +19,15 @@ Words that mean the same throughout this package:
   x, and the one moment of x gives the C of each: without a bias, C = W (1/n sum_t x_t x_t^T) W^T.
 * window: consecutive decoder layers whose sums are held in memory together
   (windows.CalibrationPlan).
-* owner: the rank that receives the sums of a group over all ranks, and solves its modules.
+* owner: the rank that solves the modules of a group, from the sums over all ranks.
 * solve a module: compute its Solution, for Astra r eigenvectors of its C. How is the caller's
   choice: a `Solver` is a function from a `ModuleProblem` to a `Solution`. Astra's is
   `solve_subspace`; those of other methods use the functions of astra.inits.
 * part: the samples that are summed together: all of them, or one of two halves, whose solutions are
   then compared.
 
-Window by window, `calibrate_modules` sums over each rank's tokens, adds up the ranks' sums on the
-owners, lets the owners solve their modules, and broadcasts the solutions.
+Window by window, `calibrate_modules` sums over each rank's tokens, adds up the ranks' sums
+(astra.reduction), lets the owners solve their modules, and broadcasts the solutions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,10 +48,10 @@ from astra.moments import (
     Statistic,
     accumulate_moments,
     is_distributed,
-    reduce_sums,
     run_forward,
 )
 from astra.output_moment import find_basis, form_output_moment
+from astra.reduction import Reduction, check_sums_agree, reduce_sums
 from astra.weights import Weights
 from astra.windows import CalibrationPlan, Window, skip_layers_outside
 
@@ -89,6 +89,7 @@ def calibrate_modules(
     *,
     lora_ranks: Mapping[str, int],
     loss: Loss | None = None,
+    reduction: Reduction = "all",
     start: int = 0,
     progress: Progress = lambda items, _: items,
 ) -> Iterator[dict[str, Solution]]:
@@ -109,6 +110,7 @@ def calibrate_modules(
         solver: called on a module's owner alone.
         lora_ranks: module name -> r.
         loss: needed if the plan's statistic is "gradient"; then every batch has `labels`.
+        reduction: whether every rank gets the sums over all ranks, or the owners alone.
         start: index of the first window, for a caller that has the solutions of the earlier ones.
         progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
 
@@ -132,7 +134,9 @@ def calibrate_modules(
         owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition)
         for part_sums in sums:
             # sum over ranks of (sum over a rank's tokens) = sum over all tokens
-            reduce_sums(part_sums, owners)
+            reduce_sums(part_sums, owners, reduction)
+            if reduction == "all":
+                check_sums_agree(part_sums, window.groups)
         yield solve_window(
             window.groups, sums, owners, linears, weights, solver, lora_ranks, progress
         )
@@ -216,9 +220,8 @@ def solve_window(
     one eigenproblem at a time.
 
     Args:
-        sums: sums[part][group]. On the group's owner totals over all ranks; on other ranks partial
-            sums, which are dropped at once. Entries are set to None when no longer needed, to free
-            memory.
+        sums: sums[part][group]. On the group's owner totals over all ranks; those of other ranks
+            are dropped at once. Entries are set to None when no longer needed, to free memory.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.

@@ -12,14 +12,14 @@ C can be formed from either of two sums (see output_moment):
 * "output": `sum_t y_t y_t^T`, one for each module.
 
 `find_groups` finds the modules that share an input and takes, for each such group, the kind of sum
-that needs fewer numbers. `accumulate_moments` adds the tokens of each forward pass to the sums, and
-`reduce_sums` adds up the ranks' sums.
+that needs fewer numbers. `accumulate_moments` adds the tokens of each forward pass to the sums.
+reduction.reduce_sums adds up the ranks' sums.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -280,23 +280,3 @@ def accumulate_moments(
 def is_distributed() -> bool:
     """Tell whether there is a process group; without one this process runs all batches."""
     return dist.is_available() and dist.is_initialized()
-
-
-class Sums(Protocol):
-    """Sums over tokens: a Moment or a Gradient."""
-
-    def tensors(self) -> list[Tensor]: ...
-
-
-def reduce_sums(sums: Iterable[Sums], owners: Iterable[int]) -> None:
-    """Add up each of `sums` over the ranks, in place, on its owner rank only. Collective.
-
-    Every rank holds sums over its own tokens. Added over the ranks they are sums over all tokens:
-    what one process would have, up to the order of fp64 additions. Only the owner needs them, and a
-    reduce sends half of what an all-reduce sends.
-    """
-    if not is_distributed():
-        return
-    for group_sums, owner in zip(sums, owners, strict=True):
-        for tensor in group_sums.tensors():
-            dist.reduce(tensor, owner)

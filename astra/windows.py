@@ -29,7 +29,8 @@ class Window:
 
     layers: range  # indices into the list of decoder layers; empty if the model is not split
     groups: list[Group]
-    statistics_bytes: int  # on each rank, until the sums are reduced
+    # On each rank, until the ranks' sums are added up; then an owner keeps those of its groups.
+    statistics_bytes: int
 
 
 @dataclass(frozen=True)

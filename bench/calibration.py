@@ -46,8 +46,9 @@ from astra.calibrate import (
 )
 from astra.eigen import solve_eigenproblem
 from astra.flops import count_forming_flops, count_sum_flops
-from astra.moments import Batch, Group, Moment, find_groups, reduce_sums, run_forward
+from astra.moments import Batch, Group, Moment, find_groups, run_forward
 from astra.output_moment import Basis, form_output_moment
+from astra.reduction import reduce_sums
 from astra.weights import TorchWeights
 from astra.windows import FP64_BYTES, count_moment_bytes, make_plan
 from bench.memory import ENVIRONMENT, MIB, Peak, anonymous

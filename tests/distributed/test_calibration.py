@@ -85,6 +85,27 @@ def test_moments_agree_between_world_sizes_to_the_order_of_fp64_sums(calibrated:
                 torch.testing.assert_close(value, wanted, rtol=1e-10, atol=atol)
 
 
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
+def test_an_all_reduce_gives_every_rank_the_same_bits_and_the_owners_alone_the_same_sums(
+    ranks: int, calibrated: dict
+) -> None:
+    on_first = select_moments(calibrated[ranks][0])
+    seen = set()
+    for saved in calibrated[ranks]:
+        for key, value in select_moments(saved).items():
+            assert torch.equal(value, on_first[key]), key
+        for key, value in saved.items():
+            if not key.startswith("owned."):
+                continue
+            seen.add(key)
+            wanted = on_first[key.replace("owned.", "moment.")]
+            if ranks <= 2:  # a + b = b + a
+                assert torch.equal(value, wanted), key
+            atol = 1e-13 * wanted.abs().max()
+            torch.testing.assert_close(value, wanted, rtol=1e-13, atol=atol, msg=key)
+    assert len(seen) == len(on_first)
+
+
 def test_every_real_token_is_counted_once(calibrated: dict, outputs: dict) -> None:
     counts = {
         value.item()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from astra import adapter
 from astra.calibrate import assign_owners, solve_window, sum_second_moments
 from astra.eigen import Subspace
-from astra.moments import reduce_sums
+from astra.reduction import reduce_sums
 from launch.config.loading import read_recipe
 from launch.data import token_cache as prepared
 from launch.data.batches import collate_examples
@@ -63,8 +63,10 @@ def main(recipe_path: str, output: Path) -> None:
         plan = plan_calibration(model, linears, batches)
         (window,) = plan.windows
         moments = sum_second_moments(model, linears, batches, window, plan, [None] * len(batches))
-        moments = reduce_to_every_rank(moments)
         owners = assign_owners(window.groups, linears, lora_ranks)
+        by_owner = copy.deepcopy(moments)
+        reduce_sums(by_owner, owners, "owner")
+        reduce_sums(moments, owners)
         subspaces = {}
         for select in SELECTS:
             found = solve_window(
@@ -82,26 +84,22 @@ def main(recipe_path: str, output: Path) -> None:
         )
         after = {name: p.numel() for name, p in parameters.items()}
 
-    tensors = name_moments(window.groups, moments) | name_subspaces(subspaces)
+    tensors = name_moments("moment", window.groups, moments) | name_subspaces(subspaces)
+    owned = [i for i, owner in enumerate(owners) if owner == rank]
+    tensors |= name_moments(
+        "owned", [window.groups[i] for i in owned], [by_owner[i] for i in owned]
+    )
     for name, sizes in loaded.items():
         tensors[f"held.{name}"] = torch.tensor([*sizes, after[name]])
     save_file(tensors, output / f"rank{rank}.safetensors")
     stop_process_group()
 
 
-def reduce_to_every_rank(moments: list) -> list:
-    """Return the moments summed over all ranks, which a calibration sums on their owners alone."""
-    copies = [copy.deepcopy(moments) for _ in range(dist.get_world_size())]
-    for owner, of_owner in enumerate(copies):
-        reduce_sums(of_owner, [owner] * len(moments))
-    return copies[dist.get_rank()]
-
-
-def name_moments(groups: Sequence, moments: Sequence) -> dict[str, torch.Tensor]:
+def name_moments(kind: str, groups: Sequence, moments: Sequence) -> dict[str, torch.Tensor]:
     """Return the parts of every moment by statistic, modules and part."""
     tensors = {}
     for group, moment in zip(groups, moments, strict=True):
-        prefix = f"moment.{group.statistic}.{'+'.join(group.modules)}"
+        prefix = f"{kind}.{group.statistic}.{'+'.join(group.modules)}"
         tensors[f"{prefix}.outer"] = moment.outer_sum()
         tensors[f"{prefix}.total"] = moment.total
         tensors[f"{prefix}.count"] = moment.count
