@@ -36,26 +36,48 @@ def count_forming_flops(statistic: Statistic, linear: nn.Linear) -> int:
     return 2 * d_out * d_in**2 + 2 * d_out**2 * d_in  # W S W^T
 
 
-def count_eigen_flops(statistic: Statistic, linear: nn.Linear, lora_rank: int) -> int:
+def count_eigh_flops(size: int, num_vectors: int, device_type: str) -> int:
+    """Return the operations that find eigenvectors of one matrix of `size` rows (astra.eigen).
+
+    On CPUs the chosen vectors alone are computed, on GPUs cuSOLVER's syevd computes all: by divide
+    and conquer (4/3 size^3 at most; Tisseur and Dongarra, SIAM J. Sci. Comput. 20, 1999).
+    """
+    reduction = 4 * size**3 // 3  # sytrd
+    if device_type == "cpu":
+        return reduction + 2 * size**2 * num_vectors  # ormqr
+    return reduction + 4 * size**3 // 3 + 2 * size**3  # stedc, ormtr
+
+
+def count_eigen_flops(
+    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str = "cpu"
+) -> int:
     """Return the operations that find and check r eigenvectors of one module's `C` (eigen)."""
     d_out = linear.out_features
     size = min(linear.in_features, d_out) if statistic == "input" else d_out
-    reduction = 4 * size**3 // 3  # sytrd
-    vectors = 2 * size**2 * lora_rank  # ormqr
+    eigenpairs = count_eigh_flops(size, lora_rank, device_type)
     checks = 2 * size**2 * lora_rank + 4 * d_out * lora_rank**2
     # Q is applied once to the vectors, and by the checks once forth and once back.
     apply_basis = 2 * lora_rank * (2 * d_out * size - size**2) if d_out > size else 0
-    return reduction + vectors + checks + 3 * apply_basis
+    return eigenpairs + checks + 3 * apply_basis
 
 
-def count_svd_flops(statistic: Statistic, linear: nn.Linear) -> int:
-    """Return the operations of a singular value decomposition of W, or of W times an input moment.
+def count_svd_flops(
+    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str = "cpu"
+) -> int:
+    """Return the operations that find r singular triplets of W, or of W times an input moment.
 
-    Counted for the R-SVD of Golub and Van Loan.
+    On CPUs counted for the R-SVD of Golub and Van Loan, which finds all; on GPUs for the Gram
+    matrix of inits.decompose_gram.
     """
     d_in, d_out = linear.in_features, linear.out_features
     smaller, larger = sorted((d_in, d_out))
-    decomposition = 6 * larger * smaller**2 + 20 * smaller**3
+    if device_type == "cpu":
+        decomposition = 6 * larger * smaller**2 + 20 * smaller**3
+    else:
+        gram = 2 * larger * smaller**2
+        decomposition = gram + count_eigh_flops(smaller, lora_rank, device_type)
+        # W V; its QR factorisation; U; and W^T U for the check.
+        decomposition += 2 * lora_rank * larger * (2 * smaller + 2 * lora_rank)
     if statistic != "input":
         return decomposition
     # For a method that decomposes W S, S being its inputs' moment: W S, then solving with S.
@@ -67,11 +89,13 @@ def count_solve_flops(
     linears: Mapping[str, nn.Linear],
     lora_ranks: Mapping[str, int],
     decomposition: Decomposition = "output",
+    device_type: str = "cpu",
 ) -> int:
     """Return the operations that solve every module of a group, given its sums.
 
     Args:
         lora_ranks: module name -> r.
+        device_type: of the device that solves, "cpu" or "cuda"; their solvers differ.
     """
     total = 0
     for name in group.modules:
@@ -79,10 +103,10 @@ def count_solve_flops(
         match decomposition:
             case "output":
                 total += count_forming_flops(group.statistic, linear)
-                total += count_eigen_flops(group.statistic, linear, lora_rank)
+                total += count_eigen_flops(group.statistic, linear, lora_rank, device_type)
             case "input":
-                total += 4 * linear.in_features**3 // 3  # sytrd
-                total += 4 * linear.in_features**2 * lora_rank  # ormqr and the checks
+                total += count_eigh_flops(linear.in_features, lora_rank, device_type)
+                total += 2 * linear.in_features**2 * lora_rank  # the checks
             case "matrix":
-                total += count_svd_flops(group.statistic, linear)
+                total += count_svd_flops(group.statistic, linear, lora_rank, device_type)
     return total

@@ -53,6 +53,8 @@ def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
     """Make the calibration of `recipe` in `output`."""
     # These take seconds to import, so only when the recipe is known to be good.
     from launch.calibration.run import calibrate_alone, open_calibration_folder
+    from launch.data.inputs import prepare_inputs
+    from launch.planning.budget import decide_memory
     from launch.quickstart.base import resolve_quickstart
     from launch.runtime import watchdog
     from launch.runtime.distributed import start_process_group, stop_process_group
@@ -60,20 +62,33 @@ def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
     device = start_process_group(stall)
     lock = open_calibration_folder(recipe, output)
     watchdog.set_phase("reading the inputs")
-    calibrate_alone(resolve_quickstart(recipe, device), output, device)
+    recipe = resolve_quickstart(recipe, device)
+    inputs = prepare_inputs(recipe, device)
+    recipe, _ = decide_memory(recipe, inputs, device, output)
+    calibrate_alone(recipe, inputs, output, device)
     stop_process_group()
     del lock  # held until here
 
 
 def _measure_run(run: Path, engine: str | None, stall: float) -> None:
     """Measure what the training of a finished run did to the outputs."""
-    from launch.calibration.effective_rank import make_measuring_recipe, measure_effective_ranks
+    from launch.calibration.effective_rank import (
+        BEFORE,
+        make_measuring_recipe,
+        measure_effective_ranks,
+    )
+    from launch.data.inputs import prepare_inputs
+    from launch.planning.budget import decide_memory
     from launch.quickstart.base import resolve_quickstart
+    from launch.runtime import watchdog
     from launch.runtime.distributed import start_process_group, stop_process_group
 
     device = start_process_group(stall)
     recipe = resolve_quickstart(make_measuring_recipe(run, engine), device)
-    measure_effective_ranks(run, recipe, device)
+    watchdog.set_phase("reading the inputs")
+    inputs = prepare_inputs(recipe, device)
+    recipe, _ = decide_memory(recipe, inputs, device, run / BEFORE)
+    measure_effective_ranks(run, recipe, inputs, device)
     stop_process_group()
 
 

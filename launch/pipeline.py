@@ -6,6 +6,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from launch.data.order import plan_steps
 from launch.data.token_set import TokenSet
 from launch.engines import Engine, make_engine
 from launch.engines.base import TrainState
+from launch.planning.budget import decide_memory
 from launch.quickstart.base import resolve_quickstart
 from launch.run.folder import open_run, write_state
 from launch.run.metrics import Metrics
@@ -101,6 +103,8 @@ from launch.training.trainable import (
     find_trained_parameters,
 )
 
+CALIBRATION = "calibration"  # folder in the run folder
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -121,6 +125,7 @@ class PreparedRun:
     steps: list[list[int]]  # for each optimiser step, its examples, over all ranks
     checkpoints: CheckpointStore
     saved: Checkpoint | None  # the checkpoint to resume from
+    decided: dict[str, Any]  # recipe field that was `auto` -> its value in `recipe`
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:
         print_rank0(low_rates)
+    decided = {}
+    if saved is None:  # else the calibration is done
+        recipe, decided = decide_memory(recipe, inputs, device, folder / CALIBRATION)
     return PreparedRun(
         name=name,
         model_name=model_name,
@@ -268,6 +276,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         steps=steps,
         checkpoints=checkpoints,
         saved=saved,
+        decided=decided,
     )
 
 
@@ -366,7 +375,7 @@ def _allocate_lora_ranks(run: PreparedRun, device: torch.device) -> dict[str, in
     if recipe.adapter.rank_allocation == "uniform":
         return None
     path = recipe.calibration.path
-    source = Path(path).expanduser() if path else run.folder / "calibration"
+    source = Path(path).expanduser() if path else run.folder / CALIBRATION
     engine = make_engine(recipe.engine, device, run.inputs.dtype)
     calibrate_base(recipe, run.inputs, engine, source)
     return allocate_lora_ranks(recipe, source)
@@ -393,6 +402,7 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         ranks=ranks if run.recipe.adapter.rank_allocation != "uniform" else None,
         inputs=_get_input_hashes(run.inputs),
         calibration_seconds=seconds,
+        decided=run.decided,
         logit_drift=drift,
         residual_rounding=rounding,
         baseline=measured.baseline,
@@ -411,7 +421,7 @@ def _measure_base(run: PreparedRun, loaded: RunModel) -> BaseMeasurements:
             engine,
             model,
             get_base_layers(loaded.lora_layers),
-            run.folder / "calibration",
+            run.folder / CALIBRATION,
         )
         logits = _compute_probe_logits(run, loaded)
         before = measure_predictions(engine, model, run.measured)
@@ -651,6 +661,7 @@ def make_results(
         steps=len(run.steps),
         final_loss=history[-1]["loss"],
         **measured,
+        **({"decided": facts.decided} if facts.decided else {}),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),

@@ -22,7 +22,7 @@ from launch.calibration.run import make_calibration
 from launch.calibration.store import is_finished, read_summary
 from launch.config.loading import read_stored_recipe, validate_recipe
 from launch.config.schema import Recipe
-from launch.data.inputs import Inputs, prepare_inputs
+from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.run import plots
 from launch.run.results import RESULTS
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = "after"  # in the run folder; holds everything that is measured here
+BEFORE = f"{FOLDER}/before"  # in the run folder; the first calibration that is made
 EFFECTIVE_RANKS = f"{FOLDER}/effective_rank.json"  # in the run folder
 FIGURE = "effective_rank.png"
 # Exports of a run. The first that exists is measured. `adapter` is valid on the original base only
@@ -50,7 +51,9 @@ class RankChange(NamedTuple):
     after: float
 
 
-def measure_effective_ranks(run: Path, recipe: Recipe, device: torch.device) -> None:
+def measure_effective_ranks(
+    run: Path, recipe: Recipe, inputs: Inputs, device: torch.device
+) -> None:
     """Measure effective ranks before and after the training of `run`. Collective.
 
     Writes RUN/after/effective_rank.json (module -> size, before, after), a figure beside it, and
@@ -59,10 +62,9 @@ def measure_effective_ranks(run: Path, recipe: Recipe, device: torch.device) -> 
     Args:
         run: folder of a finished run.
         recipe: see `make_measuring_recipe`.
+        inputs: of `recipe`.
     """
     exported = _find_export(run)
-    watchdog.set_phase("reading the inputs")
-    inputs = prepare_inputs(recipe, device)
     for when in ("before", "after"):
         folder = run / FOLDER / when
         if not run_on_rank0(lambda folder=folder: is_finished(folder)):

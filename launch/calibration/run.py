@@ -32,7 +32,7 @@ from launch.calibration.store import (
     save_window,
 )
 from launch.config.schema import Recipe
-from launch.data.inputs import Inputs, prepare_inputs
+from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.methods.base import crop_solution
 from launch.run.folder import make_folder
@@ -76,7 +76,7 @@ def open_calibration_folder(recipe: Recipe, folder: Path) -> FolderLock:
     return lock
 
 
-def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
+def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.device) -> None:
     """Make the calibration of `recipe` in `folder`, for runs to take as calibration.path.
 
     Collective. A killed process is resumed after its last window; a finished folder is left alone.
@@ -84,7 +84,6 @@ def calibrate_alone(recipe: Recipe, folder: Path, device: torch.device) -> None:
     Args:
         folder: opened by `open_calibration_folder`.
     """
-    inputs = prepare_inputs(recipe, device)
     check_samples(recipe, inputs)
     engine = make_engine(recipe.engine, device, inputs.dtype)
     if calibrate_base(recipe, inputs, engine, folder):
@@ -162,8 +161,9 @@ def make_calibration(
 ) -> None:
     """Calibrate `model`, in its engine's inference mode, into `folder`. Collective.
 
-    Begins with the first window that has no file. The plan is printed before it runs; the checks
-    of the solutions, and warnings, afterwards.
+    calibration.memory_gib is no longer `auto` (launch.planning.budget). Begins with the first
+    window that has no file. The plan is printed before it runs; the checks of the solutions, and
+    warnings, afterwards.
     """
     watchdog.set_phase("calibration", timed=True)
     started = time.perf_counter()
@@ -172,7 +172,10 @@ def make_calibration(
     parts = make_calibration_batches(recipe, inputs, samples, engine.device)
     plan = _plan_calibration(recipe, model, linears, parts, lengths)
     print_rank0(plan.describe())
+    # Not compared with those of another start: they change the order of fp64 additions at most.
     conditions = describe_conditions(dist.get_world_size(), engine.device)
+    conditions["memory_gib"] = recipe.calibration.memory_gib
+    conditions["reduction"] = recipe.calibration.reduction
     described = describe_calibration(recipe, inputs, conditions)
     described["windows"] = [list(window.groups) for window in plan.windows]
     num_done = run_on_rank0(lambda: begin_calibration(folder, described))
@@ -187,6 +190,7 @@ def make_calibration(
         _make_solver(recipe),
         loss=label_loss,
         lora_ranks=_choose_kept_ranks(recipe, linears),
+        reduction=recipe.calibration.reduction,
         start=num_done,
         progress=_show_calibration_progress,
     )

@@ -124,6 +124,18 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def read_memory_record(folder: Path) -> list[float | None]:
+    """Read the limit, in GiB, that the calibration in `folder` was begun with. Rank 0 calls it.
+
+    Returns:
+        The limit, where None stands for no limit; an empty list if there is no calibration, or one
+        of a version that did not record it.
+    """
+    manifest = _read_json(folder / MANIFEST) or _read_json(folder / UNFINISHED) or {}
+    conditions = manifest.get("conditions", {})
+    return [conditions["memory_gib"]] if "memory_gib" in conditions else []
+
+
 def read_seconds(folder: Path) -> float:
     """Read how long the finished calibration in `folder` took."""
     return _read_json(folder / MANIFEST)["seconds"]

@@ -20,6 +20,10 @@ from launch.runtime.errors import UserError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Fields that were renamed, `section.field` within one section. The old name works for one release.
 RENAMED_FIELDS = {"data.keep": "data.filter"}
+# Fields, `section.field`, that came later and change no result: hashes are without them. And the
+# earlier default of fields whose default is another one now: hashes have it in the new one's place.
+UNHASHED_FIELDS = ("calibration.reduction",)
+EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
 
 
 def read_recipe(source: str, overrides: list[str]) -> Recipe:
@@ -70,13 +74,32 @@ def dump_recipe(recipe: Recipe, old_names: bool = False) -> str:
 
     Args:
         recipe: to be dumped.
-        old_names: whether renamed fields get their old names, for hashes that must not change.
+        old_names: whether renamed fields get their old names.
     """
     values = recipe.model_dump()
     if old_names:
-        for old, new in RENAMED_FIELDS.items():
-            _rename_in_section(values, new, old)
+        _restore_old_names(values)
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def dump_for_hash(recipe: Recipe) -> str:
+    """Return the recipe as YAML that stays the same from version to version, to be hashed."""
+    values = recipe.model_dump()
+    _restore_old_names(values)
+    for name in UNHASHED_FIELDS:
+        section, field = name.split(".")
+        del values[section][field]
+    for name, (now, earlier) in EARLIER_DEFAULTS.items():
+        section, field = name.split(".")
+        if values[section][field] == now:
+            values[section][field] = earlier
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _restore_old_names(values: dict) -> None:
+    """Give renamed fields in nested `values` their old names."""
+    for old, new in RENAMED_FIELDS.items():
+        _rename_in_section(values, new, old)
 
 
 def find_difference(old: Recipe, new: Recipe, ignore: tuple[str, ...] = ()) -> str | None:

@@ -207,11 +207,15 @@ class Calibration(Section):
         description="of the choice of examples, of null-space directions and of eigen_select: "
         "random",
     )
-    memory_gib: Number | None = Field(
-        None,
-        gt=0,
-        description="GiB that calibration may add on each rank, by windows of layers; no limit "
-        "when null",
+    memory_gib: Annotated[Number, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="GiB that calibration may add on each rank, by windows of layers; auto is what "
+        "is free before the model is loaded, less the model and a forward pass; no limit when null",
+    )
+    reduction: Literal["all", "owner"] = Field(
+        "all",
+        description="who gets the sums over all ranks: every rank, which all compare, or the rank "
+        "that solves them alone, for half the traffic",
     )
     split_half: bool = Field(
         False,

@@ -6,7 +6,7 @@ code makes them. Every example is taken to be data.max_length tokens long.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from astra.adapter import get_base_layers
+from astra.errors import AstraError
 from astra.flops import count_solve_flops, count_sum_flops
 from astra.gradients import sum_gradients
-from astra.moments import find_groups, run_forward
+from astra.moments import Group, find_groups, run_forward
 from astra.windows import FP64_BYTES, CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
 from launch.engines.base import read_deepspeed_config
@@ -28,6 +29,9 @@ from launch.training.loss import AnswerLoss, label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 FP32_BYTES = 4
+# Share of free memory that is kept back: for fragmentation, the libraries' workspaces, buffers of
+# the network, and what the estimate is wrong by (docs/engines-and-memory.md).
+RESERVE = 0.1
 MOMENTS = "both moments of AdamW, fp32"
 
 
@@ -69,6 +73,20 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class CalibrationNeeds:
+    """What a calibration takes on each rank, whatever its windows are, and how to plan them."""
+
+    held_bytes: int  # of the model, with what its engine gathers
+    pass_bytes: int  # at the peak of a forward pass, or a forward and a backward pass
+    pass_flops: float  # of one such pass, of one batch
+    hidden_states: int  # bytes on the CPU, carried from window to window where there are several
+    groups: list[Group]
+    # GiB for sums and for solving, None for no limit -> the windows. Raises AstraError if not even
+    # one layer fits.
+    plan_windows: Callable[[float | None], CalibrationPlan]
+
+
+@dataclass(frozen=True)
 class _Calibration:
     """What a calibration takes; by default none is made."""
 
@@ -80,6 +98,39 @@ class _Calibration:
     solve_flops: float = 0.0
 
 
+@dataclass(frozen=True)
+class _FakeModel:
+    """A model without values, with its adapters."""
+
+    base: PreTrainedModel
+    model: nn.Module  # the base with its adapters
+    linears: Mapping[str, nn.Linear]
+    num_parameters: int  # of the base
+    num_trained: int
+    held: dict[str, int]  # see `_count_held_bytes`
+
+
+def _make_fake_model(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, world_size: int
+) -> _FakeModel:
+    """Make the recipe's model on PyTorch's meta device. Raises AstraError for its targets."""
+    method = recipe.adapter.method_record
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base.requires_grad_(method.trains_all)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    model = attach_trainable(base, recipe.adapter)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _FakeModel(
+        base=base,
+        model=model,
+        linears=get_base_layers(find_lora_layers(model)),
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+        held=_count_held_bytes(recipe.engine, base, num_trained, world_size, method.trains_all),
+    )
+
+
 def estimate_run(
     config: PretrainedConfig,
     recipe: Recipe,
@@ -88,6 +139,7 @@ def estimate_run(
     dtype: torch.dtype,
     checkpointing: bool,
     steps: int,
+    gpu_memory: float | None = None,
 ) -> Estimate:
     """Estimate what `recipe` takes with a model of `config` on `world_size` ranks.
 
@@ -95,90 +147,131 @@ def estimate_run(
         dtype: of the base.
         checkpointing: whether activations are computed again for the backward pass.
         steps: of the optimiser.
+        gpu_memory: GiB of each GPU, from which `calibration.memory_gib: auto` follows.
 
     Raises:
         AstraError: targets, ranks or calibration.memory_gib do not fit the model.
     """
-    method = recipe.adapter.method_record
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    base.requires_grad_(method.trains_all)
-    num_parameters = sum(parameter.numel() for parameter in base.parameters())
-    model = attach_trainable(base, recipe.adapter)
-    linears = get_base_layers(find_lora_layers(model))
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = _count_held_bytes(recipe.engine, base, num_trained, world_size, method.trains_all)
-
+    fake = _make_fake_model(config, recipe, dtype, world_size)
     with compat.make_fake_mode():
         # Attention takes a costlier path with meta tensors than with the CPU tensors of this mode.
-        compat.replace_tensors(model)
+        compat.replace_tensors(fake.model)
         calibration = _Calibration()
-        if method.is_calibrated:
-            calibration = _estimate_calibration(base, model, linears, recipe, world_size)
-        activations, step_flops = _estimate_step(model, recipe, world_size, checkpointing)
+        if recipe.adapter.method_record.is_calibrated:
+            needs = _measure_needs(fake, recipe, world_size)
+            calibration = _estimate_calibration(fake, needs, recipe, gpu_memory)
+        activations, step_flops = _estimate_step(fake.model, recipe, world_size, checkpointing)
 
+    model_bytes = fake.num_parameters * dtype.itemsize
     return Estimate(
-        parameters=num_parameters,
-        trainable=num_trained,
-        calibration=_make_calibration_stage(held, calibration),
-        initialisation=_make_initialisation_stage(held, linears, dtype),
+        parameters=fake.num_parameters,
+        trainable=fake.num_trained,
+        calibration=_make_calibration_stage(fake.held, calibration),
+        initialisation=_make_initialisation_stage(fake.held, fake.linears, dtype),
         # Activations are at their most when the backward pass begins, with no gathering under way.
         training=Stage(
-            _leave_out(held, "prefetched") | {"activations": activations}, steps * step_flops
+            _leave_out(fake.held, "prefetched") | {"activations": activations}, steps * step_flops
         ),
         windows=calibration.windows,
         hidden_states=calibration.hidden_states,
         sum_flops=calibration.sum_flops,
         solve_flops=calibration.solve_flops,
-        files=_count_file_bytes(recipe, num_parameters * dtype.itemsize, num_trained, linears),
+        files=_count_file_bytes(recipe, model_bytes, fake.num_trained, fake.linears),
+    )
+
+
+def estimate_calibration_needs(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, world_size: int
+) -> CalibrationNeeds:
+    """Estimate what the recipe's calibration takes on each of `world_size` ranks.
+
+    See `estimate_run`. Takes a second for a model of 32 layers.
+    """
+    fake = _make_fake_model(config, recipe, dtype, world_size)
+    with compat.make_fake_mode():
+        compat.replace_tensors(fake.model)
+        return _measure_needs(fake, recipe, world_size)
+
+
+def _measure_needs(fake: _FakeModel, recipe: Recipe, world_size: int) -> CalibrationNeeds:
+    """Run one batch of the recipe's calibration on fake tensors."""
+    settings, length = recipe.calibration, recipe.data.max_length
+    statistic = recipe.statistic
+    ids = torch.zeros(settings.batch_size, length, dtype=torch.long)
+    with as_base(fake.model):
+        groups = find_groups(fake.model, fake.linears, {"input_ids": ids}, statistic)
+
+    def plan_windows(memory_gib: float | None) -> CalibrationPlan:
+        return make_plan(
+            fake.base,
+            fake.linears,
+            groups,
+            tokens=length * settings.batch_size,
+            num_parts=1 + settings.split_half,
+            memory=None if memory_gib is None else memory_gib * GIB,
+            decomposition=recipe.adapter.method_record.decomposition,
+        )
+
+    peak, flops, hidden_states = 0, 0.0, 0
+    if statistic == "gradient":
+        peak, flops = _run_gradients(fake.model, fake.linears, ids, plan_windows(None))
+    elif statistic != "weight":
+        peak, flops = _run_forward(fake.model, ids)
+        num_batches = math.ceil(settings.samples / (settings.batch_size * world_size))  # of a rank
+        hidden_size = fake.base.config.get_text_config().hidden_size
+        num_tokens = num_batches * settings.batch_size * length
+        hidden_states = num_tokens * hidden_size * fake.base.dtype.itemsize
+    return CalibrationNeeds(
+        held_bytes=sum(_leave_out(fake.held, "gradients and optimiser").values()),
+        pass_bytes=peak,
+        pass_flops=flops,
+        hidden_states=hidden_states,
+        groups=groups,
+        plan_windows=plan_windows,
     )
 
 
 def _estimate_calibration(
-    base: PreTrainedModel,
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    recipe: Recipe,
-    world_size: int,
+    fake: _FakeModel, needs: CalibrationNeeds, recipe: Recipe, gpu_memory: float | None
 ) -> _Calibration:
-    """Plan the recipe's calibration, and run one batch of it on fake tensors."""
-    settings, length = recipe.calibration, recipe.data.max_length
-    method, statistic = recipe.adapter.method_record, recipe.statistic
-    ids = torch.zeros(settings.batch_size, length, dtype=torch.long)
-    with as_base(model):
-        groups = find_groups(model, linears, {"input_ids": ids}, statistic)
-    plan = make_plan(
-        base,
-        linears,
-        groups,
-        tokens=length * settings.batch_size,
-        num_parts=1 + settings.split_half,
-        memory=None if settings.memory_gib is None else settings.memory_gib * GIB,
-        decomposition=method.decomposition,
-    )
+    """Plan the windows of the recipe's calibration, and count its operations."""
+    settings, statistic = recipe.calibration, recipe.statistic
+    plan = _plan_windows(needs, settings.memory_gib, gpu_memory)
+    num_passes = len(plan.windows) if statistic == "gradient" else 1
     num_samples = 0 if statistic == "weight" else settings.samples
-    if statistic == "gradient":
-        peak, flops = _run_gradients(model, linears, ids, plan)
-    else:
-        peak, flops = _run_forward(model, ids)
-
-    hidden_states = 0
-    if plan.layers is not None and statistic != "gradient":
-        num_batches = math.ceil(num_samples / (settings.batch_size * world_size))  # of a rank
-        hidden_size = base.config.get_text_config().hidden_size
-        num_tokens = num_batches * settings.batch_size * length
-        hidden_states = num_tokens * hidden_size * base.dtype.itemsize
-    lora_ranks = dict.fromkeys(linears, recipe.adapter.rank)
+    num_tokens = num_samples * recipe.data.max_length
+    lora_ranks = dict.fromkeys(fake.linears, recipe.adapter.rank)
+    decomposition = recipe.adapter.method_record.decomposition
     return _Calibration(
         windows=plan,
-        pass_bytes=peak if num_samples else 0,
-        hidden_states=hidden_states,
-        flops=flops / settings.batch_size * num_samples,
-        sum_flops=num_samples * length * sum(count_sum_flops(group, linears) for group in groups),
+        pass_bytes=needs.pass_bytes,
+        hidden_states=needs.hidden_states if plan.layers is not None else 0,
+        flops=num_passes * needs.pass_flops / settings.batch_size * num_samples,
+        sum_flops=num_tokens * sum(count_sum_flops(group, fake.linears) for group in needs.groups),
         solve_flops=sum(
-            count_solve_flops(group, linears, lora_ranks, method.decomposition) for group in groups
+            count_solve_flops(group, fake.linears, lora_ranks, decomposition, "cuda")
+            for group in needs.groups
         ),
     )
+
+
+def _plan_windows(
+    needs: CalibrationNeeds, memory_gib: float | str | None, gpu_memory: float | None
+) -> CalibrationPlan:
+    """Plan the windows within calibration.memory_gib.
+
+    With `auto` that follows from the GPUs' memory; windows are then at least one layer, whether it
+    fits or not, and without the GPUs' memory there is one window.
+    """
+    if memory_gib != "auto":
+        return needs.plan_windows(memory_gib)
+    if gpu_memory is None:
+        return needs.plan_windows(None)
+    left = (1 - RESERVE) * gpu_memory * GIB - needs.held_bytes - needs.pass_bytes
+    try:
+        return needs.plan_windows(max(0.0, left) / GIB)
+    except AstraError:
+        return needs.plan_windows(None)  # the verdict is that it does not fit
 
 
 def _run_forward(model: nn.Module, ids: Tensor) -> tuple[int, int]:
@@ -194,14 +287,14 @@ def _run_gradients(
     """Run the forward and backward passes that gradients are calibrated with.
 
     Returns:
-        Bytes at the peak beside the statistics, and floating-point operations over all windows.
+        Bytes at the peak beside the statistics, and floating-point operations.
     """
     window = plan.windows[0]
     with CountingMode() as counted, as_base(model):
         batch = {"input_ids": ids, "labels": ids}
         sum_gradients(model.eval(), linears, [batch], window, label_loss)
     # The statistics are counted as a part of the plan. Adding to them in place counts no product.
-    return counted.peak - window.statistics_bytes, counted.flops * len(plan.windows)
+    return counted.peak - window.statistics_bytes, counted.flops
 
 
 def _estimate_step(

@@ -51,6 +51,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         dtype=dtype,
         checkpointing=recipe.train.gradient_checkpointing is not False,
         steps=steps,
+        gpu_memory=options.gpu_memory,
     )
     print(f"{name}, {recipe.engine} on {options.world_size} ranks, {dtype_name(dtype)} base")
     print(

@@ -11,9 +11,12 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 from launch.runtime.locks import FolderLock
 
+# Fields that say how a calibration is computed and not what: a finished run may have others too.
+OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction")
 # Fields that may change when a run resumes: they change neither its losses nor its subspaces,
 # beyond rounding.
 FREE_TO_CHANGE = (
+    *OF_COMPUTATION,
     "engine",
     "eval",
     "data.prepared",  # the tokens themselves are compared
@@ -27,7 +30,6 @@ FREE_TO_CHANGE = (
     "train.liger",
     "train.checkpoint_every",
     "train.keep",
-    "calibration.memory_gib",
 )
 
 
@@ -64,7 +66,7 @@ def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
 
 def _refuse_another_run(folder: Path, stored: Recipe, recipe: Recipe, finished: bool) -> None:
     """Raise UserError if `folder` holds a run that `recipe` does not resume."""
-    field = find_difference(stored, recipe, ignore=() if finished else FREE_TO_CHANGE)
+    field = find_difference(stored, recipe, ignore=OF_COMPUTATION if finished else FREE_TO_CHANGE)
     if field:
         state = "a finished" if finished else "an unfinished"
         raise UserError(

@@ -107,6 +107,7 @@ class RunFacts(Record):
     ranks: dict[str, int] | None  # LoRA rank of every module; None where all are alike
     inputs: dict[str, str]  # recipe field -> hash of its content
     calibration_seconds: float
+    decided: dict[str, Any] = {}  # see RunResults
     logit_drift: float  # see RunResults
     residual_rounding: float  # see RunResults
     baseline: dict[str, Score]  # benchmark -> score of the base
@@ -142,6 +143,7 @@ class RunResults(Record):
     engine: str
     dtype: str
     seconds: Seconds
+    decided: dict[str, Any] = {}  # recipe field that was `auto` -> what was decided
     baseline: dict[str, Score]  # benchmark -> score of the base
     scores: dict[str, Score]  # benchmark -> score after training
     conditions: Conditions

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from eval.tasks import BENCHMARKS, GROUPS, expand_groups
 from launch.config.loading import (
     RECIPES,
-    dump_recipe,
+    dump_for_hash,
     find_yaml,
     load_yaml,
     read_recipe,
@@ -287,7 +287,7 @@ def _load_table(path: Path) -> dict:
 
 def hash_recipe(recipe: Recipe) -> str:
     """Return ten hexadecimal digits that stand for everything in a resolved recipe."""
-    return hashlib.sha256(dump_recipe(recipe, old_names=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(dump_for_hash(recipe).encode()).hexdigest()[:10]
 
 
 def has_diverged(folder: Path) -> bool:

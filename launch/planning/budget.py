@@ -1,0 +1,107 @@
+"""Decide `calibration.memory_gib: auto` before the model is loaded, once for a calibration."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from astra.errors import AstraError
+from launch.calibration.store import is_finished, read_memory_record
+from launch.config.schema import Recipe
+from launch.data.inputs import Inputs
+from launch.planning.estimate import RESERVE, estimate_calibration_needs
+from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
+from launch.runtime.memory import measure_free_memory
+from launch.runtime.units import GIB
+
+FIELD = "calibration.memory_gib"
+
+
+class _Needs(NamedTuple):
+    """What rank 0 estimates, in bytes on each rank."""
+
+    taken: int  # by the model and a forward pass
+    recorded_peak: int | None  # by the windows of the recorded limit, beside `taken`
+    problem: str | None  # why there is no estimate
+
+
+def decide_memory(
+    recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path
+) -> tuple[Recipe, dict[str, float | None]]:
+    """Give calibration.memory_gib a value where it is `auto`, before the model is loaded.
+
+    Collective. The value is the memory that is free, on the rank that has least, without a reserve,
+    the model and a forward pass. A calibration that was begun in `folder` keeps the value that it
+    was begun with, and so its windows, unless they no longer fit.
+
+    Args:
+        folder: of the calibration.
+
+    Returns:
+        The recipe with the value, and by the field's name the value to be recorded. The recipe as
+        it is, and nothing, where there is nothing to be decided.
+    """
+    settings = recipe.calibration
+    is_made = recipe.adapter.method_record.is_calibrated and settings.path is None
+    if settings.memory_gib != "auto" or not is_made:
+        return recipe, {}
+    record = run_on_rank0(lambda: read_memory_record(folder))
+    if run_on_rank0(lambda: is_finished(folder)):
+        return recipe, {FIELD: record[0]} if record else {}
+    memory_gib, line = _choose_memory(recipe, inputs, device, record)
+    print_rank0(line)
+    calibration = settings.model_copy(update={"memory_gib": memory_gib})
+    return recipe.model_copy(update={"calibration": calibration}), {FIELD: memory_gib}
+
+
+def _choose_memory(
+    recipe: Recipe, inputs: Inputs, device: torch.device, record: list[float | None]
+) -> tuple[float | None, str]:
+    """Return the limit in GiB, None for none, and the line that says it. Collective.
+
+    Args:
+        record: the limit that the calibration was begun with; empty if it was not begun.
+    """
+    # The least of all ranks: all have the same windows.
+    free = -all_reduce_max(-float(measure_free_memory(device)), device)
+    needs = run_on_rank0(lambda: _estimate_needs(recipe, inputs, device, record))
+    if needs.problem is not None:
+        return None, f"{FIELD}: auto is no limit, as there is no estimate: {needs.problem}"
+    if record and needs.recorded_peak is not None and needs.recorded_peak + needs.taken <= free:
+        return record[0], f"{FIELD}: auto stays {_format_limit(record[0])}, as it was begun with"
+    memory_gib = max(0.0, (1 - RESERVE) * free - needs.taken) / GIB
+    change = f", as {_format_limit(record[0])} no longer fits" if record else ""
+    return memory_gib, (
+        f"{FIELD}: auto is {_format_limit(memory_gib)} on each rank{change}: {free / GIB:.3g} GiB "
+        f"free, less {RESERVE:.0%}, {needs.taken / GIB:.3g} GiB for the model and a forward pass"
+    )
+
+
+def _estimate_needs(
+    recipe: Recipe, inputs: Inputs, device: torch.device, record: list[float | None]
+) -> _Needs:
+    """Estimate what the model, a forward pass and the recorded windows take. Rank 0 calls it."""
+    try:
+        config = AutoConfig.from_pretrained(inputs.model_path, local_files_only=True)
+        needs = estimate_calibration_needs(config, recipe, inputs.dtype, dist.get_world_size())
+    except AstraError:
+        raise  # targets or ranks that do not fit the model
+    except Exception as error:  # noqa: BLE001
+        # Any model may fail to run on fake tensors, and none needs to: this is an estimate.
+        return _Needs(0, None, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    taken = needs.held_bytes + needs.pass_bytes
+    if device.type == "cpu":
+        taken += needs.hidden_states  # on GPUs they are in other memory than the sums
+    peak = None
+    if record:
+        try:
+            peak = needs.plan_windows(record[0]).peak_bytes
+        except AstraError:  # not even one layer fits into it
+            peak = None
+    return _Needs(taken, peak, None)
+
+
+def _format_limit(memory_gib: float | None) -> str:
+    return "no limit" if memory_gib is None else f"{memory_gib:.3g} GiB"
