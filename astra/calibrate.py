@@ -30,6 +30,8 @@ Window by window, `calibrate_modules` sums over each rank's tokens, adds up the 
 (astra.reduction), lets the owners solve their modules, and broadcasts the solutions.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from astra.eigen import EigenSelect, Subspace, solve_eigenproblem
-from astra.errors import AstraError
+from astra.errors import AstraError, FallbackWarning
 from astra.flops import Decomposition, count_solve_flops
 from astra.gradients import Gradient, Loss, sum_gradients
 from astra.moments import (
@@ -75,6 +77,14 @@ class ModuleProblem(NamedTuple):
     statistic: Statistic  # the kind of `sums`
     sums: list[Moment | Gradient]  # one a part, over all ranks' tokens; empty for "weight"
 
+    def to(self, device: torch.device) -> "ModuleProblem":
+        """Return the problem on `device`."""
+        return self._replace(
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            sums=[part_sums.to(device) for part_sums in self.sums],
+        )
+
 
 Solver = Callable[[ModuleProblem], Solution]
 
@@ -90,8 +100,10 @@ def calibrate_modules(
     lora_ranks: Mapping[str, int],
     loss: Loss | None = None,
     reduction: Reduction = "all",
+    solve_device: torch.device | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Solution]]:
     """Yield the solutions of one window after another: module name -> Solution.
 
@@ -111,8 +123,10 @@ def calibrate_modules(
         lora_ranks: module name -> r.
         loss: needed if the plan's statistic is "gradient"; then every batch has `labels`.
         reduction: whether every rank gets the sums over all ranks, or the owners alone.
+        solve_device: where modules are solved; where the weights are read to by default.
         start: index of the first window, for a caller that has the solutions of the earlier ones.
         progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
+        say: called on every rank with a line about a solver that failed, once for each line.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.
@@ -120,6 +134,8 @@ def calibrate_modules(
     # hidden_states[part][batch]: the hidden state that enters the next window, on the CPU. None
     # means that the window's pass starts at layer 0.
     hidden_states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
+    device_type = _find_solving_type(linears, solve_device)
+    say_once = functools.cache(say)
     for window in plan.windows[start:]:
         if window.groups[0].statistic == "gradient":
             sums = [
@@ -131,15 +147,31 @@ def calibrate_modules(
                 sums.append(
                     sum_second_moments(model, linears, batches, window, plan, states, progress)
                 )
-        owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition)
+        owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition, device_type)
         for part_sums in sums:
             # sum over ranks of (sum over a rank's tokens) = sum over all tokens
             reduce_sums(part_sums, owners, reduction)
             if reduction == "all":
                 check_sums_agree(part_sums, window.groups)
         yield solve_window(
-            window.groups, sums, owners, linears, weights, solver, lora_ranks, progress
+            window.groups,
+            sums,
+            owners,
+            linears,
+            weights,
+            solver,
+            lora_ranks,
+            progress,
+            solve_device=solve_device,
+            say=say_once,
         )
+
+
+def _find_solving_type(linears: Mapping[str, nn.Linear], solve_device: torch.device | None) -> str:
+    """Return the type of the device that modules are solved on."""
+    if solve_device is not None:
+        return solve_device.type
+    return next(iter(linears.values())).weight.device.type
 
 
 @torch.no_grad()
@@ -178,13 +210,17 @@ def assign_owners(
     linears: Mapping[str, nn.Linear],
     lora_ranks: Mapping[str, int],
     decomposition: Decomposition = "output",
+    device_type: str = "cpu",
 ) -> list[int]:
     """Return the owner of each group, such that all ranks have about the same work.
 
     Computed alike on every rank, without communication. Groups are assigned in descending order of
     cost, in FLOPs, each to the rank with the least work so far.
     """
-    costs = [count_solve_flops(group, linears, lora_ranks, decomposition) for group in groups]
+    costs = [
+        count_solve_flops(group, linears, lora_ranks, decomposition, device_type)
+        for group in groups
+    ]
     world_size = dist.get_world_size() if is_distributed() else 1
     rank_costs = [0] * world_size
     owners = [0] * len(groups)
@@ -211,6 +247,9 @@ def solve_window(
     solver: Solver,
     lora_ranks: Mapping[str, int],
     progress: Progress = lambda items, _: items,
+    *,
+    solve_device: torch.device | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Solution]:
     """Solve every module of `groups` on its owner, and return all solutions everywhere. Collective.
 
@@ -222,6 +261,7 @@ def solve_window(
     Args:
         sums: sums[part][group]. On the group's owner totals over all ranks; those of other ranks
             are dropped at once. Entries are set to None when no longer needed, to free memory.
+        solve_device, say: see calibrate_modules.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.
@@ -243,18 +283,23 @@ def solve_window(
             if number < len(queues[owner]):
                 turns.append(queues[owner][number])
         problem, device = _read_problem(turns, rank, groups, sums, linears, weights, lora_ranks)
-        solution, error = {}, None
+        solution, outcome = {}, _Outcome({}, None, [])
         if problem is not None:
-            solution, error = _try_to_solve(solver, problem)
+            if solve_device is not None:
+                problem = problem.to(solve_device)
+            solution, outcome = _try_to_solve(solver, problem)
             i = queues[rank][number].group
             if problem.name == groups[i].modules[-1]:
                 _free_sums(sums, i)
             del problem
         # The other ranks need the shapes, to allocate the tensors that they receive.
-        shapes = _gather_shapes(solution, error)
+        outcomes = _gather_outcomes(outcome)
+        for line in (line for other in outcomes for line in other.fallbacks):
+            say(line)
         for turn in turns:
             mine = solution if turn.owner == rank else None
-            solutions[turn.name] = _broadcast_solution(mine, turn.owner, shapes[turn.owner], device)
+            shapes = outcomes[turn.owner].shapes
+            solutions[turn.name] = _broadcast_solution(mine, turn.owner, shapes, device)
     return solutions
 
 
@@ -296,34 +341,54 @@ def _free_sums(sums: list[list[Moment | Gradient | None]], group: int) -> None:
         part_sums[group] = None
 
 
-def _try_to_solve(solver: Solver, problem: ModuleProblem) -> tuple[Solution, AstraError | None]:
-    """Return the solution and None, or an empty one and an error that names the module."""
-    try:
-        solution = solver(problem)
-    except (AstraError, torch.linalg.LinAlgError) as error:
-        text = str(error) if problem.name in str(error) else f"{problem.name}: {error}"
-        # A LinAlgError has no `subject`, the setting at fault that errors.AstraError names.
-        return {}, AstraError(text, getattr(error, "subject", None))
+class _Outcome(NamedTuple):
+    """What the other ranks need to know of a rank's round."""
+
+    shapes: dict[str, torch.Size]  # of its solution; empty if it has none
+    error: AstraError | None
+    fallbacks: list[str]  # what is to be said of solvers that failed
+
+
+def _try_to_solve(solver: Solver, problem: ModuleProblem) -> tuple[Solution, _Outcome]:
+    """Return the solution and its outcome; an empty one, and an error that names the module."""
+    solution, failure = {}, None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        try:
+            solution = solver(problem)
+        except (AstraError, torch.linalg.LinAlgError) as error:
+            text = str(error) if problem.name in str(error) else f"{problem.name}: {error}"
+            # A LinAlgError has no `subject`, the setting at fault that errors.AstraError names.
+            failure = AstraError(text, getattr(error, "subject", None))
+    fallbacks = []
+    for warning in caught:
+        if issubclass(warning.category, FallbackWarning):
+            fallbacks.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
     # Collectives send contiguous tensors only.
-    return {key: value.contiguous() for key, value in solution.items()}, None
+    solution = {key: value.contiguous() for key, value in solution.items()}
+    shapes = {key: value.shape for key, value in solution.items()}
+    return solution, _Outcome(shapes, failure, fallbacks)
 
 
-def _gather_shapes(solution: Solution, error: AstraError | None) -> list[dict[str, torch.Size]]:
-    """Return the shapes of every rank's solution, by rank. Collective.
+def _gather_outcomes(outcome: _Outcome) -> list[_Outcome]:
+    """Return the outcome of every rank, by rank. Collective.
 
     Raises:
-        AstraError: `error` of the first rank that has one, on all ranks: else they would wait for
+        AstraError: the error of the first rank that has one, on all ranks: else they would wait for
             that rank's broadcast forever.
     """
-    own_shapes = {key: value.shape for key, value in solution.items()}
-    outcomes = [(own_shapes, error)]
+    outcomes = [outcome]
     if is_distributed():
-        outcomes = [(own_shapes, error)] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (own_shapes, error))
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return [shapes for shapes, _ in outcomes]
+        outcomes = [outcome] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+    for other in outcomes:
+        if other.error is not None:
+            raise other.error
+    return outcomes
 
 
 def _broadcast_solution(
@@ -338,6 +403,8 @@ def _broadcast_solution(
         solution: on the owner; None on the other ranks.
         shapes: of the owner's solution.
     """
+    if solution is not None:
+        solution = {key: value.to(device) for key, value in solution.items()}
     if not is_distributed():
         return solution
     if solution is None:

@@ -20,6 +20,7 @@ name.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -28,7 +29,7 @@ import torch
 from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 from torch import Tensor
 
-from astra.errors import AstraError
+from astra.errors import AstraError, FallbackWarning
 from astra.output_moment import Basis
 
 EigenSelect = Literal["smallest", "largest", "middle", "random"]
@@ -155,13 +156,58 @@ def decompose_tridiagonal(matrix: Tensor) -> Eigenpairs:
 
 
 def decompose_dense(matrix: Tensor) -> Eigenpairs:
-    """Return the eigenpairs from torch.linalg.eigh: all vectors, on the matrix's own device."""
-    values, vectors = torch.linalg.eigh(matrix)
+    """Return the eigenpairs from torch.linalg.eigh: all vectors, on the matrix's own device.
+
+    Raises:
+        torch.linalg.LinAlgError: LAPACK or cuSOLVER fails.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError as error:
+        # cuSOLVER reports most failures as plain RuntimeErrors, and a lack of memory is one too.
+        raise torch.linalg.LinAlgError(str(error)) from error
     return values, lambda start, end: vectors[:, start:end]
 
 
+def _move_to_cpu(decompose: Callable[[Tensor], Eigenpairs]) -> Callable[[Tensor], Eigenpairs]:
+    """Return `decompose` run on the CPU, its results moved to the matrix's device."""
+
+    def decompose_on_cpu(matrix: Tensor) -> Eigenpairs:
+        values, compute_vectors = decompose(matrix.cpu())
+        return (
+            values.to(matrix.device),
+            lambda start, end: compute_vectors(start, end).to(matrix.device),
+        )
+
+    return decompose_on_cpu
+
+
+def choose_decompositions(device_type: str, size: int) -> list[Callable[[Tensor], Eigenpairs]]:
+    """Return the solvers to try, each where the one before fails or its vectors fail the checks.
+
+    On GPUs the first is cuSOLVER's syevd. It fails on some matrices, and on all above about 23,000
+    rows (JuliaGPU/CUDA.jl#2908). Then the CPU's solvers follow.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        size: rows of the matrix.
+    """
+    if device_type == "cuda":
+        on_cpu = [_move_to_cpu(decompose) for decompose in choose_decompositions("cpu", size)]
+        return [decompose_dense, *on_cpu]
+    if size < DENSE_BELOW:
+        return [decompose_dense]
+    return [decompose_tridiagonal, decompose_dense]
+
+
 def solve_eigenproblem(
-    basis: Basis | None, core: Tensor, lora_rank: int, select: EigenSelect, seed: int, name: str
+    basis: Basis | None,
+    core: Tensor,
+    lora_rank: int,
+    select: EigenSelect,
+    seed: int,
+    name: str,
+    device_type: str | None = None,
 ) -> Subspace:
     """Return r eigenpairs of one module's `C = Q core Q^T`, checked.
 
@@ -177,6 +223,7 @@ def solve_eigenproblem(
         select: which eigenvectors; see select_indices.
         seed: for the choice of null vectors and of random eigenvectors, together with `name`.
         name: of the module; also used in messages.
+        device_type: chooses the solvers; that of `core` by default.
 
     Raises:
         AstraError: r is above d_out, `core` is not finite, or the solution fails its checks.
@@ -189,22 +236,27 @@ def solve_eigenproblem(
             f"{name}: its calibration moment is not finite; check the model's dtype and the data"
         )
     indices = select_indices(select, size, lora_rank, make_generator(seed, name))
-    # The second is tried if the first fails, or if its vectors fail the checks.
-    decompositions = [decompose_tridiagonal, decompose_dense]
-    if core.is_cuda or len(core) < DENSE_BELOW:
-        decompositions = [decompose_dense]
-    failure = ""
-    for decompose in decompositions:
+    failure = errors = ""
+    device_type = device_type or core.device.type
+    for i, decompose in enumerate(choose_decompositions(device_type, len(core))):
+        if device_type == "cuda" and i == 1:
+            warnings.warn(
+                f"eigenvectors: cuSOLVER failed ({failure}); taking LAPACK on the CPU, which is "
+                "slower",
+                FallbackWarning,
+                stacklevel=2,
+            )
         try:
             subspace = _form_subspace(basis, core, indices, decompose(core), seed, name)
         except (LinAlgError, torch.linalg.LinAlgError) as error:
-            failure = str(error)
+            failure = str(error).strip().partition("\n")[0][:150]
             continue
         checks = Checks(*subspace.checks.tolist())
         if max(checks) <= 1:
             return subspace
-        failure = f"inexact; errors divided by their tolerances: {checks}"
-    raise AstraError(f"{name}: its eigenproblem could not be solved: {failure}")
+        failure = "inexact"
+        errors = f"; errors divided by their tolerances: {checks}"
+    raise AstraError(f"{name}: its eigenproblem could not be solved: {failure}{errors}")
 
 
 def _form_subspace(

@@ -1,4 +1,4 @@
-"""The error that astra raises for a request it cannot serve."""
+"""The error that astra raises for a request it cannot serve, and its warning."""
 
 from typing import Literal
 
@@ -16,3 +16,7 @@ class AstraError(ValueError):
     def __init__(self, message: str, subject: Subject | None = None) -> None:
         super().__init__(message)
         self.subject = subject
+
+
+class FallbackWarning(UserWarning):
+    """A solver failed, and a slower one takes its place. The message names no module."""

@@ -39,6 +39,10 @@ class Gradient:
         """Return the gradient of the mean loss: (d_out, d_in), fp64."""
         return self.total / self.count
 
+    def to(self, device: torch.device) -> "Gradient":
+        """Return the sums on `device`: these themselves if they are there."""
+        return Gradient(self.total.to(device), self.count.to(device))
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors that hold sums, in a fixed order."""
         return [self.total, self.count]

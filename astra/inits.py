@@ -17,6 +17,7 @@ from torch import Tensor
 
 from astra.eigen import Subspace, canonicalise_signs, make_generator, solve_eigenproblem
 from astra.errors import AstraError
+from astra.svd import compute_svd
 
 CordaMode = Literal["ipm", "kpm"]
 CORDA_DAMPING = 0.01  # added to the diagonal of the moment, whose mean is scaled to 1
@@ -60,7 +61,7 @@ def init_pissa(weight: Tensor, lora_rank: int, scaling: float) -> tuple[Tensor, 
 
     PiSSA, arXiv 2404.02948, as in PEFT.
     """
-    u, values, v = _compute_svd(weight)
+    u, values, v = compute_svd(weight, lora_rank)
     return _split_evenly(u, values, v, lora_rank, scaling)
 
 
@@ -69,7 +70,7 @@ def init_milora(weight: Tensor, lora_rank: int, scaling: float) -> tuple[Tensor,
 
     MiLoRA, arXiv 2406.09044. The smallest comes first.
     """
-    u, values, v = _compute_svd(weight, smallest_first=True)
+    u, values, v = compute_svd(weight, lora_rank, smallest_first=True)
     return _split_evenly(u, values, v, lora_rank, scaling)
 
 
@@ -110,7 +111,7 @@ def init_corda(
     # C = second_moment / mean + damping I
     damped = second_moment / mean
     damped.diagonal().add_(CORDA_DAMPING)
-    u, values, v = _compute_svd(weight.double() @ damped, smallest_first=mode == "kpm")
+    u, values, v = compute_svd(weight.double() @ damped, lora_rank, smallest_first=mode == "kpm")
     a_times_c, b0 = _split_evenly(u, values, v, lora_rank, scaling)
     # C is symmetric: (A0 C) C^-1 = (C^-1 (A0 C)^T)^T
     return torch.linalg.solve(damped, a_times_c.T).T, b0
@@ -155,32 +156,17 @@ def init_lora_ga(gradient: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
         )
     if not (torch.isfinite(gradient).all() and gradient.any()):
         raise AstraError("its gradient is zero or not finite; check the model's dtype and the data")
-    u, _, v = _compute_svd(gradient)
+    u, _, v = compute_svd(gradient, 2 * lora_rank)
     factor = len(gradient) ** 0.25 / math.sqrt(LORA_GA_GAMMA)
     a0 = factor * v[:, :lora_rank].T
     b0 = factor * u[:, lora_rank : 2 * lora_rank]
     return a0, b0
 
 
-def _compute_svd(matrix: Tensor, smallest_first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, singular values, V) in fp64, in descending or ascending order of the values.
-
-    The signs of U's columns are canonical, and V's columns have the signs that go with them.
-    """
-    raw_u, values, raw_vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    u = canonicalise_signs(raw_u)
-    # +1 or -1: a flipped column of U flips the column of V.
-    signs = (u * raw_u).sum(0).sign()
-    v = raw_vh.T * signs
-    if smallest_first:
-        return u.flip(-1), values.flip(-1), v.flip(-1)
-    return u, values, v
-
-
 def _split_evenly(
     u: Tensor, values: Tensor, v: Tensor, lora_rank: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (A0, B0) with `s B0 A0 = U_r S_r V_r^T`, made of the first r singular triplets.
+    """Return (A0, B0) with `s B0 A0 = U_r S_r V_r^T`, made of r singular triplets.
 
     Either factor gets the square root of each singular value over s.
     """

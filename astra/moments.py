@@ -82,6 +82,11 @@ class Moment:
         """Return all tensors that hold sums, in a fixed order."""
         return [*self.blocks, self.total, self.count]
 
+    def to(self, device: torch.device) -> "Moment":
+        """Return the sums on `device`: these themselves if they are there."""
+        blocks = [block.to(device) for block in self.blocks]
+        return Moment(blocks, self.total.to(device), self.count.to(device))
+
     def add(self, vectors: Tensor) -> None:
         """Add the rows of `vectors`, (tokens, d), fp64."""
         for i, block in zip(range(0, len(self.total), BLOCK_WIDTH), self.blocks, strict=True):

@@ -21,6 +21,7 @@ from launch.calibration.batches import (
     make_calibration_batches,
 )
 from launch.calibration.report import write_report
+from launch.calibration.solvers import choose_solve_device, count_own_cores, use_cores
 from launch.calibration.store import (
     begin_calibration,
     check_calibration,
@@ -178,6 +179,13 @@ def make_calibration(
     conditions["reduction"] = recipe.calibration.reduction
     described = describe_calibration(recipe, inputs, conditions)
     described["windows"] = [list(window.groups) for window in plan.windows]
+    lora_ranks = _choose_kept_ranks(recipe, linears)
+    groups = [group for window in plan.windows for group in window.groups]
+    solve_device, line = choose_solve_device(
+        engine.device, groups, linears, lora_ranks, plan.decomposition
+    )
+    if line is not None:
+        print_rank0(line)
     num_done = run_on_rank0(lambda: begin_calibration(folder, described))
     if num_done:
         print_rank0(f"resuming after window {num_done} of {len(plan.windows)}, from {folder}")
@@ -187,12 +195,14 @@ def make_calibration(
         parts,
         engine,
         plan,
-        _make_solver(recipe),
+        _make_solver(recipe, engine.device),
         loss=label_loss,
-        lora_ranks=_choose_kept_ranks(recipe, linears),
+        lora_ranks=lora_ranks,
         reduction=recipe.calibration.reduction,
+        solve_device=solve_device,
         start=num_done,
         progress=_show_calibration_progress,
+        say=print_rank0,
     )
     for number, solutions in enumerate(windows, start=num_done):
         with watchdog.without_stall_limit():
@@ -237,10 +247,22 @@ def _plan_calibration(
     )
 
 
-def _make_solver(recipe: Recipe) -> Callable[[ModuleProblem], Solution]:
-    """Return the function that solves one module of the recipe's method."""
+def _make_solver(recipe: Recipe, device: torch.device) -> Callable[[ModuleProblem], Solution]:
+    """Return the function that solves one module of the recipe's method. Collective.
+
+    Args:
+        device: of the model. Beside GPUs, CPUs have all of a rank's cores to solve with.
+    """
     solve, settings = recipe.adapter.method_record.solve, recipe.method_settings()
-    return lambda problem: solve(problem, settings)
+    if device.type != "cuda":
+        return lambda problem: solve(problem, settings)
+    num_cores = count_own_cores()
+
+    def solve_with_cores(problem: ModuleProblem) -> Solution:
+        with use_cores(num_cores):
+            return solve(problem, settings)
+
+    return solve_with_cores
 
 
 def _show_calibration_progress(items: list, description: str) -> object:

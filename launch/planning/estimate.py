@@ -19,6 +19,7 @@ from astra.flops import count_solve_flops, count_sum_flops
 from astra.gradients import sum_gradients
 from astra.moments import Group, find_groups, run_forward
 from astra.windows import FP64_BYTES, CalibrationPlan, find_layers, make_plan
+from launch.calibration.solvers import count_core_seconds
 from launch.config.schema import Recipe
 from launch.engines.base import read_deepspeed_config
 from launch.methods.base import Method
@@ -60,7 +61,8 @@ class Estimate:
     windows: CalibrationPlan | None  # None: the method needs no calibration
     hidden_states: int  # bytes on the CPU, on each rank, carried from window to window
     sum_flops: float  # fp64, of the calibration's sums, over all ranks
-    solve_flops: float  # fp64, of its eigenproblems, over all ranks
+    solve_flops: float  # fp64, of its eigenproblems on GPUs, over all ranks
+    solve_core_seconds: float  # of the same on one CPU core
     files: dict[str, int]  # bytes by what they hold
 
     def get_stages(self) -> dict[str, Stage]:
@@ -96,6 +98,7 @@ class _Calibration:
     flops: float = 0.0
     sum_flops: float = 0.0
     solve_flops: float = 0.0
+    solve_core_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ def estimate_run(
         hidden_states=calibration.hidden_states,
         sum_flops=calibration.sum_flops,
         solve_flops=calibration.solve_flops,
+        solve_core_seconds=calibration.solve_core_seconds,
         files=_count_file_bytes(recipe, model_bytes, fake.num_trained, fake.linears),
     )
 
@@ -251,6 +255,9 @@ def _estimate_calibration(
         solve_flops=sum(
             count_solve_flops(group, fake.linears, lora_ranks, decomposition, "cuda")
             for group in needs.groups
+        ),
+        solve_core_seconds=count_core_seconds(
+            needs.groups, fake.linears, lora_ranks, decomposition
         ),
     )
 

@@ -1,5 +1,6 @@
 """Print what a run would take, and whether it fits."""
 
+import math
 import sys
 import warnings
 
@@ -16,6 +17,7 @@ from launch.quickstart.data import NUM_TRAIN_PROBLEMS
 from launch.run.provenance import dtype_name
 from launch.runtime.base_model import check_config, check_max_length
 from launch.runtime.errors import UserError
+from launch.runtime.gpus import SLOW_FP64_TFLOPS
 from launch.runtime.model_files import fetch_config
 from launch.runtime.units import GIB
 
@@ -120,6 +122,14 @@ def _print_arithmetic(estimate: Estimate, steps: int, options: PlanOptions) -> N
     }
     for label, (flops, flops_per_second) in lines.items():
         print(f"  {label:<29} {flops:10.3e}  {_format_time(flops / flops_per_second)}")
+    if options.fp64_tflops < SLOW_FP64_TFLOPS and estimate.solve_flops:
+        # Both sides are shared by the ranks.
+        cores = estimate.solve_core_seconds / (estimate.solve_flops / fp64_rate)
+        cores = math.ceil(cores / options.world_size)
+        print(
+            f"GPUs this slow in fp64 leave the solving to CPUs with {cores} cores or more a rank, "
+            "which are sooner"
+        )
 
 
 def _format_time(seconds: float) -> str:

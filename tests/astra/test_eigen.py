@@ -18,7 +18,7 @@ from astra.eigen import (
     select_indices,
     solve_eigenproblem,
 )
-from astra.errors import AstraError
+from astra.errors import AstraError, FallbackWarning
 from astra.output_moment import find_basis
 
 SELECTS = ("smallest", "largest", "middle", "random")
@@ -265,3 +265,59 @@ def test_zeros_and_the_smallest_beside_them_come_orthogonal_from_lapack(
     found = solve_eigenproblem(None, outputs.T @ outputs / len(outputs), 64, "smallest", 0, "m")
     assert 0 < (found.values == 0).sum() < 64
     assert found.checks[0] < 0.01  # orthonormality
+
+
+@pytest.mark.parametrize("size", [20, 90])  # below and above eigen.DENSE_BELOW
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.linalg.LinAlgError("did not converge"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE\nmore"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=["converge", "status", "memory"],
+)
+def test_what_cusolver_cannot_solve_lapack_does(
+    size: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: torch.linalg.eigh of a CPU tensor stands for cuSOLVER's, and fails once."""
+    core, eigh, calls = with_spectrum(torch.logspace(-6, 0, size)), torch.linalg.eigh, []
+
+    def fail_once(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(matrix))
+        if len(calls) == 1:
+            raise error
+        return eigh(matrix)
+
+    wanted = solve_eigenproblem(None, core, 5, "smallest", 0, "m")
+    monkeypatch.setattr(torch.linalg, "eigh", fail_once)
+    with pytest.warns(FallbackWarning, match=r"cuSOLVER failed \(.*\); taking LAPACK") as said:
+        found = solve_eigenproblem(None, core, 5, "smallest", 0, "m", "cuda")
+    assert len(said) == 1
+    assert "\n" not in str(said[0].message)
+    assert torch.equal(found.vectors, wanted.vectors)
+
+
+def test_a_gpus_solver_gives_the_vectors_of_lapacks() -> None:
+    """Simulated: torch.linalg.eigh of a CPU tensor stands for cuSOLVER's."""
+    core = with_spectrum(torch.logspace(-6, 0, 90))
+    for select in SELECTS:
+        on_cpu, on_gpu = (
+            solve_eigenproblem(None, core, 5, select, 0, "m", kind) for kind in ("cpu", "cuda")
+        )
+        torch.testing.assert_close(on_gpu.values, on_cpu.values, rtol=1e-8, atol=1e-15)
+        torch.testing.assert_close(on_gpu.vectors, on_cpu.vectors, rtol=0, atol=1e-6)
+
+
+def test_what_no_solver_can_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("cusolver error: 7")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(eigen, "decompose_tridiagonal", eigen.decompose_dense)
+    core = with_spectrum(torch.linspace(1, 2, 80))
+    with (
+        pytest.warns(FallbackWarning),
+        pytest.raises(AstraError, match="m: its eigenproblem could not be solved: cusolver error"),
+    ):
+        solve_eigenproblem(None, core, 5, "smallest", 0, "m", "cuda")
