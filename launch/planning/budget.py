@@ -1,7 +1,6 @@
 """Decide `calibration.memory_gib: auto` before the model is loaded, once for a calibration."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,14 +16,6 @@ from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
 
 FIELD = "calibration.memory_gib"
-
-
-class _Needs(NamedTuple):
-    """What rank 0 estimates, in bytes on each rank."""
-
-    taken: int  # by the model and a forward pass
-    recorded_peak: int | None  # by the windows of the recorded limit, beside `taken`
-    problem: str | None  # why there is no estimate
 
 
 def decide_memory(
@@ -66,23 +57,26 @@ def _choose_memory(
     """
     # The least of all ranks: all have the same windows.
     free = -all_reduce_max(-float(measure_free_memory(device)), device)
-    needs = run_on_rank0(lambda: _estimate_needs(recipe, inputs, device, record))
-    if needs.problem is not None:
-        return None, f"{FIELD}: auto is no limit, as there is no estimate: {needs.problem}"
-    if record and needs.recorded_peak is not None and needs.recorded_peak + needs.taken <= free:
+    taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device))
+    if problem is not None:
+        return None, f"{FIELD}: auto is no limit, as there is no estimate: {problem}"
+    # What was decided once fits while the reserve is not used up.
+    if record and (record[0] is None or record[0] * GIB <= free - taken):
         return record[0], f"{FIELD}: auto stays {_format_limit(record[0])}, as it was begun with"
-    memory_gib = max(0.0, (1 - RESERVE) * free - needs.taken) / GIB
+    memory_gib = max(0.0, (1 - RESERVE) * free - taken) / GIB
     change = f", as {_format_limit(record[0])} no longer fits" if record else ""
     return memory_gib, (
         f"{FIELD}: auto is {_format_limit(memory_gib)} on each rank{change}: {free / GIB:.3g} GiB "
-        f"free, less {RESERVE:.0%}, {needs.taken / GIB:.3g} GiB for the model and a forward pass"
+        f"free, less {RESERVE:.0%}, less {taken / GIB:.3g} GiB for the model and a forward pass"
     )
 
 
-def _estimate_needs(
-    recipe: Recipe, inputs: Inputs, device: torch.device, record: list[float | None]
-) -> _Needs:
-    """Estimate what the model, a forward pass and the recorded windows take. Rank 0 calls it."""
+def _estimate_taken(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[int, str | None]:
+    """Estimate the bytes that the model and a forward pass take on each rank. Rank 0 calls it.
+
+    Returns:
+        The bytes, and None; or 0, and why there is no estimate.
+    """
     try:
         config = AutoConfig.from_pretrained(inputs.model_path, local_files_only=True)
         needs = estimate_calibration_needs(config, recipe, inputs.dtype, dist.get_world_size())
@@ -90,17 +84,11 @@ def _estimate_needs(
         raise  # targets or ranks that do not fit the model
     except Exception as error:  # noqa: BLE001
         # Any model may fail to run on fake tensors, and none needs to: this is an estimate.
-        return _Needs(0, None, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return 0, " ".join(f"{type(error).__name__}: {error}".split())[:200]
     taken = needs.held_bytes + needs.pass_bytes
     if device.type == "cpu":
         taken += needs.hidden_states  # on GPUs they are in other memory than the sums
-    peak = None
-    if record:
-        try:
-            peak = needs.plan_windows(record[0]).peak_bytes
-        except AstraError:  # not even one layer fits into it
-            peak = None
-    return _Needs(taken, peak, None)
+    return taken, None
 
 
 def _format_limit(memory_gib: float | None) -> str:

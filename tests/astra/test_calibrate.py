@@ -5,15 +5,22 @@ Several ranks: tests/distributed/test_calibration.py.
 """
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from astra.calibrate import sum_second_moments
+from astra.calibrate import (
+    ModuleProblem,
+    Solution,
+    calibrate_modules,
+    solve_subspace,
+    sum_second_moments,
+)
 from astra.eigen import EPS, Subspace, make_generator, select_indices
-from astra.errors import AstraError
+from astra.errors import AstraError, FallbackWarning
 from astra.moments import Batch
 from astra.weights import TorchWeights
 from tests.support.calibration import find_projections, find_subspaces, plan_calibration
@@ -180,3 +187,37 @@ def test_calibration_without_a_single_token_is_refused(
     batch["token_mask"] = torch.zeros_like(batch["token_mask"])
     with pytest.raises(AstraError):
         run(model, [batch], "smallest")
+
+
+def test_what_is_said_of_solvers_is_said_once_and_other_warnings_pass(
+    make_llama: Callable[..., nn.Module],
+) -> None:
+    model, batches, said = make_llama(), batches_of([5, 9], 2), []
+    linears = find_projections(model)
+
+    def solve(problem: ModuleProblem) -> Solution:
+        warnings.warn("a solver failed", FallbackWarning, stacklevel=1)
+        warnings.warn("something else", DeprecationWarning, stacklevel=1)
+        return solve_subspace(problem, "largest", SEED)
+
+    def calibrate(device: torch.device | None) -> dict[str, Solution]:
+        plan = plan_calibration(model, linears, batches)
+        (solutions,) = calibrate_modules(
+            model,
+            linears,
+            [batches],
+            TorchWeights(),
+            plan,
+            solve,
+            lora_ranks=dict.fromkeys(linears, RANK),
+            solve_device=device,
+            say=said.append,
+        )
+        return solutions
+
+    with pytest.warns(DeprecationWarning, match="something else"):
+        found = calibrate(None)
+    assert said == ["a solver failed"]
+    with pytest.warns(DeprecationWarning):
+        on_device = calibrate(torch.device("cpu"))
+    assert all(torch.equal(found[name]["vectors"], on_device[name]["vectors"]) for name in found)

@@ -26,7 +26,7 @@ from tests.support.cases import NO_SCORES
 from tests.support.paths import WORKERS
 from tests.support.plain import load_base
 from tests.support.processes import make_set_options
-from tests.support.runs import read_calibration, read_losses
+from tests.support.runs import read_calibration, read_facts, read_losses, read_results
 
 pytestmark = pytest.mark.xdist_group("calibration")
 
@@ -91,6 +91,44 @@ def test_killed_in_the_middle_it_resumes_after_the_last_window(
     )
 
 
+def test_a_limit_that_is_decided_is_the_least_of_the_ranks_and_stays_after_a_kill(
+    launch: Callable, recipe: Path, tmp_path: Path
+) -> None:
+    """Simulated: the memory that is free (workers/scarce.py)."""
+    folder = tmp_path / "calibration"
+    options = make_set_options(["calibration.split_half=true", "calibration.reduction=owner"])
+    line = ["--recipe", recipe, *options, "--engine", "fsdp", "--output", folder]
+    # Rank 1 has memory for one layer, rank 0 for both.
+    killed = launch(WORKERS / "scarce.py", "64,2.475", "killed", *line, ranks=2, check=False)
+    assert killed.returncode != 0
+    assert "calibration.memory_gib: auto is 0.00037 GiB on each rank: " in killed.stdout
+    assert "2 windows of up to 1 layers" in killed.stdout
+    first_window = (folder / "window-0000.safetensors").read_bytes()
+
+    again = launch(WORKERS / "scarce.py", "64,64", "whole", *line, ranks=2)
+    assert "auto stays 0.00037 GiB, as it was begun with" in again.stdout
+    assert "resuming after window 1 of 2" in again.stdout
+    assert (folder / "window-0000.safetensors").read_bytes() == first_window
+    conditions = json.loads((folder / "manifest.json").read_text())["conditions"]
+    assert 0.00036 < conditions["memory_gib"] < 0.00038
+    assert conditions["reduction"] == "owner"
+
+    # The same windows from a limit that is set, and all-reduced by two ranks: the same bits.
+    other = tmp_path / "other"
+    line = ["--recipe", recipe, *WINDOWS, "--engine", "fsdp", "--output", other]
+    launch("launch/calibrate.py", *line, ranks=2)
+    found, wanted = read_calibration(folder), read_calibration(other)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+    line[-1] = tmp_path / "refused"
+    line[2:6] = []
+    refused = launch(WORKERS / "scarce.py", "64,1", "whole", *line, ranks=2, check=False)
+    assert refused.returncode != 0
+    message = "error: calibration.memory_gib: 0 GiB is below the"
+    assert message in refused.stderr + refused.stdout
+
+
 def test_a_run_takes_it_and_names_what_differs(
     launch: Callable, trained: Callable[..., Path], whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +136,11 @@ def test_a_run_takes_it_and_names_what_differs(
     options = make_set_options([f"calibration.path={whole}", "train.max_steps=2", NO_SCORES])
     done = launch("launch/train.py", "--recipe", recipe, *options, "--output", run, ranks=2)
     assert f"calibration: taken from {whole}" in done.stdout
+    assert "decided" not in read_results(run)  # there was nothing to decide
+    conditions = json.loads((own / "calibration" / "manifest.json").read_text())["conditions"]
+    decided = {"calibration.memory_gib": conditions["memory_gib"]}
+    assert read_results(own)["decided"] == read_facts(own)["decided"] == decided
+    assert conditions["memory_gib"] > 0.01
     taken_files, own_files = (
         sorted((folder / "astra_init").rglob("*.safetensors")) for folder in (run, own)
     )

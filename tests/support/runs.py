@@ -30,6 +30,12 @@ def read_results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
 
 
+def read_facts(run: Path) -> dict:
+    """Return the facts that the newest checkpoint keeps."""
+    newest = max((run / "checkpoints").glob("step-*/manifest.json"))
+    return json.loads(newest.read_text())["facts"]
+
+
 def read_state(run: Path) -> str:
     """Return the state that state.json names, such as `finished` or `preempted`."""
     return json.loads((run / "state.json").read_text())["state"]

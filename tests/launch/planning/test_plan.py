@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from astra.adapter import attach_adapters
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
-from launch.planning.estimate import Estimate, estimate_run
+from launch.planning.estimate import RESERVE, Estimate, estimate_run
+from launch.planning.options import PlanOptions
+from launch.planning.printout import print_plan
 from launch.runtime.units import GIB
 from launch.training.loss import AnswerLoss
 from tests.support.paths import ROOT
@@ -130,6 +132,36 @@ def test_windows_follow_the_budget() -> None:
     assert halved.hidden_states == SAMPLES * LENGTH * 64 * 4
     assert halved.calibration.peak < whole.calibration.peak
     assert plan(make_recipe(adapter={"method": "lora"})).calibration.memory["statistics"] == 0
+
+
+def test_windows_follow_the_gpus_memory_where_the_limit_is_auto() -> None:
+    whole = plan(make_recipe())
+    assert len(whole.windows.windows) == 1  # without the memory of the GPUs
+    statistics = whole.windows.windows[0].statistics_bytes
+    room = whole.calibration.peak - statistics / 2 + whole.windows.working_bytes
+    estimate = estimate_run(
+        CONFIG,
+        make_recipe(),
+        world_size=1,
+        dtype=torch.float32,
+        checkpointing=False,
+        steps=3,
+        gpu_memory=room / (1 - RESERVE) / GIB,
+    )
+    assert len(estimate.windows.windows) >= 2
+    assert estimate.calibration.peak <= room
+    assert estimate.sum_flops == whole.sum_flops
+
+
+def test_gpus_that_are_slow_in_fp64_leave_the_solving_to_cpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    recipe = make_recipe(model={"name": str(tmp_path)}, data={"limit": 20})
+    for tflops, is_said in ((67.0, False), (0.25, True)):
+        options = PlanOptions(2, None, 100.0, tflops, 0.4, None)
+        assert print_plan(recipe, options)
+        assert ("slow in fp64 leave the solving to CPUs" in capsys.readouterr().out) == is_said
 
 
 @pytest.mark.parametrize(("method", "num_exported"), [("rslora", 2), ("dora", 1)])

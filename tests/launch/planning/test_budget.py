@@ -1,0 +1,185 @@
+"""launch.planning.budget: `calibration.memory_gib: auto` becomes a limit that fits, once.
+
+Simulated: the free memory, and a world of one rank without a process group. A few seconds.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from astra.errors import AstraError
+from launch.calibration.store import MANIFEST, UNFINISHED
+from launch.config.loading import validate_recipe
+from launch.config.schema import Recipe
+from launch.planning import budget
+from launch.planning.budget import FIELD, decide_memory
+from launch.planning.estimate import RESERVE, estimate_calibration_needs
+from launch.runtime.units import GIB
+
+CONFIG = LlamaConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+CPU = torch.device("cpu")
+
+
+class World:
+    """A single rank with some free memory, and what it printed."""
+
+    def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
+        self.free, self.printed = 0, []
+        self.inputs = SimpleNamespace(model_path=model, dtype=torch.float32)
+        patch.setattr(budget, "measure_free_memory", lambda _: self.free)
+        patch.setattr(budget, "all_reduce_max", lambda value, _: value)
+        patch.setattr(budget, "run_on_rank0", lambda function: function())
+        patch.setattr(budget, "print_rank0", self.printed.append)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 1)
+
+    def decide(self, recipe: Recipe, folder: Path) -> tuple[float | str | None, dict]:
+        """Return the recipe's limit after the decision, and what is to be recorded."""
+        decided, record = decide_memory(recipe, self.inputs, CPU, folder)
+        return decided.calibration.memory_gib, record
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    CONFIG.save_pretrained(tmp_path / "model")
+    return World(tmp_path / "model", monkeypatch)
+
+
+def make_recipe(**sections: dict) -> Recipe:
+    values = {
+        "model": {"name": "m"},
+        "data": {"path": "d", "max_length": 128},
+        "adapter": {"rank": 4},
+        "calibration": {"samples": 10},
+        "engine": "single",
+    }
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields
+    return validate_recipe(values)
+
+
+def write_record(folder: Path, name: str, **conditions: object) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps({"conditions": conditions}))
+
+
+@pytest.mark.parametrize("method", ["astra", "lora_ga", "eva"])
+def test_windows_fit_beside_the_model_and_a_pass(method: str, world: World, tmp_path: Path) -> None:
+    recipe = make_recipe(adapter={"method": method})
+    needs = estimate_calibration_needs(CONFIG, recipe, torch.float32, 1)
+    whole = needs.plan_windows(None)
+    taken = needs.held_bytes + needs.pass_bytes + needs.hidden_states
+    # Room for the model, a pass and half of the sums.
+    world.free = int(
+        (taken + whole.peak_bytes - whole.windows[0].statistics_bytes / 2) / (1 - RESERVE)
+    )
+    value, record = world.decide(recipe, tmp_path / "calibration")
+    assert record == {FIELD: value}
+    plan = needs.plan_windows(value)
+    assert len(plan.windows) >= 2
+    assert plan.peak_bytes + taken <= (1 - RESERVE) * world.free + 1
+    assert value * GIB == pytest.approx((1 - RESERVE) * world.free - taken, abs=1)
+    (line,) = world.printed
+    assert line.startswith(f"{FIELD}: auto is {value:.3g} GiB on each rank: ")
+    world.free = 10 * GIB
+    value, _ = world.decide(recipe, tmp_path / "calibration")
+    assert len(needs.plan_windows(value).windows) == 1
+
+
+def test_what_was_begun_keeps_its_limit_while_it_fits(world: World, tmp_path: Path) -> None:
+    recipe, folder = make_recipe(), tmp_path / "calibration"
+    world.free = 2 * GIB
+    first, _ = world.decide(recipe, folder)
+    write_record(folder, UNFINISHED, memory_gib=first)
+    for free in (20 * GIB, 1.95 * GIB):  # in the second the reserve makes up for it
+        world.free = free
+        assert world.decide(recipe, folder) == (first, {FIELD: first})
+        assert world.printed[-1] == f"{FIELD}: auto stays {first:.3g} GiB, as it was begun with"
+    world.free = GIB
+    value, record = world.decide(recipe, folder)
+    assert value < first
+    assert record == {FIELD: value}
+    assert f"as {first:.3g} GiB no longer fits" in world.printed[-1]
+    write_record(folder, UNFINISHED, memory_gib=None)
+    assert world.decide(recipe, folder) == (None, {FIELD: None})
+
+
+def test_a_calibration_of_a_version_without_the_record_is_decided_anew(
+    world: World, tmp_path: Path
+) -> None:
+    folder = tmp_path / "calibration"
+    write_record(folder, UNFINISHED, world_size=1)
+    world.free = 2 * GIB
+    value, _ = world.decide(make_recipe(), folder)
+    assert 1 < value < 2
+
+
+def test_a_finished_calibration_is_not_decided_again(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    write_record(folder, MANIFEST, memory_gib=0.25)
+    assert world.decide(make_recipe(), folder) == ("auto", {FIELD: 0.25})
+    write_record(folder, MANIFEST, world_size=1)
+    assert world.decide(make_recipe(), folder) == ("auto", {})
+    assert world.printed == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "value"),
+    [
+        ({"calibration": {"memory_gib": 3}}, 3.0),
+        ({"calibration": {"memory_gib": None}}, None),
+        ({"adapter": {"method": "lora"}}, "auto"),
+        ({"calibration": {"path": "elsewhere"}}, "auto"),
+    ],
+    ids=["number", "null", "no calibration", "made elsewhere"],
+)
+def test_what_is_set_or_not_needed_is_left(
+    sections: dict, value: object, world: World, tmp_path: Path
+) -> None:
+    assert world.decide(make_recipe(**sections), tmp_path / "calibration") == (value, {})
+    assert world.printed == []
+
+
+def test_a_model_that_is_not_estimated_has_no_limit_and_that_is_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NotImplementedError("no fake kernel\nfor this")
+
+    monkeypatch.setattr(budget, "estimate_calibration_needs", fail)
+    world.free = GIB
+    assert world.decide(make_recipe(), tmp_path / "calibration") == (None, {FIELD: None})
+    assert world.printed == [
+        f"{FIELD}: auto is no limit, as there is no estimate: NotImplementedError: no fake kernel "
+        "for this"
+    ]
+
+
+def test_too_little_memory_is_refused_when_windows_are_planned(
+    world: World, tmp_path: Path
+) -> None:
+    world.free = 2**20
+    value, _ = world.decide(make_recipe(), tmp_path / "calibration")
+    assert value == 0
+    needs = estimate_calibration_needs(CONFIG, make_recipe(), torch.float32, 1)
+    with pytest.raises(AstraError, match=r"0 GiB is below the .* GiB that one layer") as error:
+        needs.plan_windows(value)
+    assert error.value.subject == "memory"
+
+
+def test_targets_that_the_model_lacks_are_named_at_once(world: World, tmp_path: Path) -> None:
+    world.free = GIB
+    recipe = make_recipe(adapter={"targets": ["no_proj"]})
+    with pytest.raises(AstraError, match="no_proj") as error:
+        world.decide(recipe, tmp_path / "calibration")
+    assert error.value.subject == "targets"
