@@ -5,10 +5,11 @@
 
 Parts (all together 15 minutes on two CPU cores):
 
-    counted  numbers, bytes and operations of one layer of two large models, from their shapes alone
-    layer    one random layer of LLaMA2-7B's shape, on a GPU if there is one
-    ranks    two processes of one core each against one process on one core
-    windows  peak memory of a calibration in one window, and in several within budgets
+    counted    numbers, bytes and operations of one layer of two large models, from their shapes
+    layer      one random layer of LLaMA2-7B's shape, on a GPU if there is one
+    ranks      two processes of one core each against one process on one core
+    reduction  the sums of one layer of LLaMA2-7B on two processes: all-reduced, and to owners
+    windows    peak memory of a calibration in one window, and in several within budgets
 
 Every part runs the functions of the main path (astra.calibrate and what it imports); the baseline
 is in this file. Ratios are of one run on one machine.
@@ -24,11 +25,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -48,12 +50,12 @@ from astra.eigen import solve_eigenproblem
 from astra.flops import count_forming_flops, count_sum_flops
 from astra.moments import Batch, Group, Moment, find_groups, run_forward
 from astra.output_moment import Basis, form_output_moment
-from astra.reduction import reduce_sums
+from astra.reduction import Reduction, reduce_sums
 from astra.weights import TorchWeights
 from astra.windows import FP64_BYTES, count_moment_bytes, make_plan
 from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
 from launch.data.order import shard_batches
-from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.runtime.distributed import all_reduce_sum, start_process_group, stop_process_group
 
 SHAPES = {  # hidden, intermediate, heads, key-value heads
     "LLaMA2-7B": (4096, 11008, 32, 32),
@@ -360,8 +362,66 @@ def compare_ranks() -> dict[str, Any]:
     }
 
 
-def _launch_ranks(number: int, output: Path) -> None:
-    """Run `number` ranks of run_rank, on as many cores.
+def run_reductions(output: Path) -> None:
+    """Be one rank of `reduction`: write the seconds, bytes and memory of each way to reduce."""
+    device = start_process_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    hidden = SHAPES["LLaMA2-7B"][0]
+    sums = [Moment.zeros(hidden, device) for _ in range(4)]
+    owners = [i % world_size for i in range(len(sums))]
+    found: dict[str, dict[str, float]] = {}
+    peak = Peak()
+    for attempt in range(PAIRS + 1):
+        for reduction in get_args(Reduction):
+            seconds = _time_reduction(sums, owners, reduction, peak)
+            known = found.setdefault(reduction, seconds)
+            if attempt:  # the first warms up
+                found[reduction] = {key: min(known[key], seconds[key]) for key in seconds}
+            else:
+                del found[reduction]
+    if rank == 0:
+        output.write_text(json.dumps(found))
+    stop_process_group()
+
+
+def _time_reduction(
+    sums: Sequence[Moment], owners: Sequence[int], reduction: Reduction, peak: Peak
+) -> dict[str, float]:
+    """Return what one reduction takes: seconds, of the CPU on both ranks too, MiB sent and added.
+
+    Other processes of the machine may send over its loopback too; the least of several counts.
+    """
+    for moment in sums:
+        for tensor in moment.tensors():
+            tensor.fill_(1.0 + dist.get_rank())
+    dist.barrier()
+    sent, before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, anonymous()
+    peak.take()
+    start, cpu = time.perf_counter(), time.process_time()
+    reduce_sums(sums, owners, reduction)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    added = (peak.take() - before) / MIB
+    dist.barrier()
+    sent = (psutil.net_io_counters(pernic=True)["lo"].bytes_sent - sent) / MIB
+    whole = sum(tensor.nbytes for moment in sums for tensor in moment.tensors()) / MIB
+    (cpu,) = all_reduce_sum([cpu], sums[0].total.device)
+    return {"seconds": seconds, "cpu": cpu, "sent_mib": sent, "added_mib": added, "sums_mib": whole}
+
+
+def compare_reductions() -> dict[str, Any]:
+    """Return what an all-reduce takes on two ranks, what a reduce to owners does, and the ratios."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "found.json"
+        _launch_ranks(2, output, "--reductions")
+        found = json.loads(output.read_text())
+    ratios = {
+        key: found["all"][key] / found["owner"][key] for key in ("seconds", "cpu", "sent_mib")
+    }
+    return found | {"all over owner": ratios}
+
+
+def _launch_ranks(number: int, output: Path, *options: str) -> None:
+    """Run `number` ranks of this file as workers, on as many cores.
 
     Raises:
         RuntimeError: a rank failed; with the end of what it printed.
@@ -370,7 +430,7 @@ def _launch_ranks(number: int, output: Path) -> None:
     cores = ["taskset", "-c", ",".join(map(str, range(number)))]
     line = [torchrun, "--standalone", "--nproc_per_node", str(number), __file__]
     done = subprocess.run(
-        [*cores, *line, "--worker", str(output)],
+        [*cores, *line, "--worker", str(output), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -436,7 +496,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = ["counted", "layer", "ranks", "windows"]
+    everything = ["counted", "layer", "ranks", "reduction", "windows"]
     parser.add_argument(
         "--parts", nargs="+", choices=everything, default=everything, help="default all"
     )
@@ -451,6 +511,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--reductions", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -458,7 +519,9 @@ def main() -> None:
     """Run the parts and write their results, each as soon as it is there."""
     arguments = parse_arguments()
     if arguments.worker:
-        if arguments.budget is None:
+        if arguments.reductions:
+            run_reductions(arguments.worker)
+        elif arguments.budget is None:
             run_rank(arguments.worker)
         else:
             run_within_budget(arguments.budget, arguments.worker)
@@ -467,6 +530,7 @@ def main() -> None:
         "counted": lambda: {shape: count_costs(shape) for shape in SHAPES},
         "layer": lambda: measure_layer("LLaMA2-7B", arguments.rows),
         "ranks": compare_ranks,
+        "reduction": compare_reductions,
         "windows": compare_windows,
     }
     output = arguments.output

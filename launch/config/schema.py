@@ -214,8 +214,8 @@ class Calibration(Section):
     )
     reduction: Literal["all", "owner"] = Field(
         "all",
-        description="who gets the sums over all ranks: every rank, which all compare, or the rank "
-        "that solves them alone, for half the traffic",
+        description="who gets the sums over all ranks: every rank, and all compare them; or only "
+        "the rank that solves them, with half the traffic under NCCL",
     )
     split_half: bool = Field(
         False,
