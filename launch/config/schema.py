@@ -3,6 +3,7 @@
 How a YAML file and the command line fill it is in launch.config.loading.
 """
 
+import math
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -10,9 +11,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StringConstraints,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from eval.tasks import BENCHMARKS, GROUPS
 from launch.methods.base import Method, MethodSettings
@@ -30,6 +33,21 @@ def _read_number(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_read_number)]
+
+
+def _read_limit(value: object) -> object:
+    """Read a limit: a finite number above 0, `auto`, or None for none."""
+    number = _read_number(value)
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        if 0 < number < math.inf:
+            return float(number)
+    elif value in (None, "auto"):
+        return value
+    # One message; a union of types would give one for each.
+    raise PydanticCustomError("limit", "Input should be a number above 0, auto or null")
+
+
+Limit = Annotated[float | Literal["auto"] | None, PlainValidator(_read_limit)]
 
 
 class Section(BaseModel):
@@ -207,7 +225,7 @@ class Calibration(Section):
         description="of the choice of examples, of null-space directions and of eigen_select: "
         "random",
     )
-    memory_gib: Annotated[Number, Field(gt=0)] | Literal["auto"] | None = Field(
+    memory_gib: Limit = Field(
         "auto",
         description="GiB that calibration may add on each rank, by windows of layers; auto is what "
         "is free before the model is loaded, less the model and a forward pass; no limit when null",

@@ -54,6 +54,23 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
         ("train.lr=-1", "train.lr: -1 is not valid"),
         ("train.lr=true", "train.lr: True is not valid"),
         ("train.max_steps='7'", "train.max_steps: '7' is not valid"),
+        *[
+            (
+                f"calibration.memory_gib={value}",
+                f"calibration.memory_gib: {shown} is not valid: Input should be a number above 0, "
+                "auto or null",
+            )
+            for value, shown in {
+                "0": "0",
+                "-1": "-1",
+                "true": "True",
+                "much": "'much'",
+                "[1]": "[1]",
+                ".inf": "inf",
+                ".nan": "nan",
+            }.items()
+        ],
+        ("calibration.reduction=ranks", "calibration.reduction: 'ranks' is not valid"),
         (
             "adapter.eigen_select=tail",
             "adapter.eigen_select: 'tail' is not valid: Input should be 'smallest'",
