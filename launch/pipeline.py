@@ -27,7 +27,7 @@ from launch.calibration.store import read_seconds
 from launch.config.schema import Recipe
 from launch.data.batches import collate_examples
 from launch.data.inputs import Inputs, prepare_inputs, resolve_dtype
-from launch.data.order import plan_steps
+from launch.data.order import describe_idle_ranks, plan_steps
 from launch.data.token_set import TokenSet
 from launch.engines import Engine, make_engine
 from launch.engines.base import TrainState
@@ -295,12 +295,9 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
             f"{tokens.num_special} rows hold text that became special tokens, since this tokenizer "
             "cannot take it for text; launch/prepare.py names the first"
         )
-    num_rows = max(map(len, steps))
-    if world_size > num_rows:
-        print_rank0(
-            f"{world_size - num_rows} of {world_size} ranks have nothing to train on: no step has "
-            f"more than {num_rows} rows; start fewer ranks"
-        )
+    idle = describe_idle_ranks(steps, world_size)
+    if idle is not None:
+        print_rank0(idle)
 
 
 def _read_measured_sets(

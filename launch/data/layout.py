@@ -184,11 +184,17 @@ def list_data_files(path: Path) -> dict[str, Path]:
     """Return the files that may hold rows, by their names below `path`.
 
     Of a folder those are all but hidden ones; links to folders are followed.
+
+    Raises:
+        UnreadableError: a folder cannot be listed, or a file of rows is a link to nothing.
     """
     if path.is_file():
         return {path.name: path}
     found: dict[Path, Path] = {}
-    _add_files(path, Path(), (), found)
+    try:
+        _add_files(path, Path(), (), found)
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be listed: {error}") from None
     return {str(name): found[name] for name in sorted(found)}
 
 
@@ -208,6 +214,13 @@ def _add_files(folder: Path, name: Path, above: tuple[Path, ...], found: dict[Pa
             _add_files(entry, name / entry.name, (*above, real), found)
         elif entry.is_file():
             found[name / entry.name] = entry
+        elif _may_hold_rows(entry):  # a part of a copy, or of the hub's cache
+            raise UnreadableError(f"{entry} is a link to a file that is missing; fetch it again")
+
+
+def _may_hold_rows(file: Path) -> bool:
+    """Return whether a file's name is that of rows, in a format that is read here or is not."""
+    return find_reader(file) is not None or file.suffix.lower() in UNREAD
 
 
 def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
@@ -216,8 +229,8 @@ def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
 
     with tempfile.TemporaryDirectory(prefix="astra-rows-") as temporary:
         mirror = Path(temporary).resolve() / "rows"
-        links = _mirror_rows(path, mirror)
         try:
+            links = _mirror_rows(path, mirror)
             folder = _read_folder(path, mirror, config)
             _require_splits(split, folder.patterns, str(path))
             found = {name: _resolve_files(links, folder, name) for name in _name_splits(split)}
@@ -251,7 +264,7 @@ def _mirror_rows(path: Path, mirror: Path) -> dict[Path, Path]:
     mirror.mkdir()
     links = {}
     for name, file in list_data_files(path).items():
-        if find_reader(file) is not None or file.suffix.lower() in UNREAD:
+        if _may_hold_rows(file):
             # fsspec, by which `datasets` finds files, takes :: for a chain of addresses.
             link = mirror / name.replace("::", "--")
             link.parent.mkdir(parents=True, exist_ok=True)

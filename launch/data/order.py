@@ -42,6 +42,21 @@ def plan_steps(
         remaining -= size
 
 
+def describe_idle_ranks(steps: Sequence[Sequence[int]], world_size: int) -> str | None:
+    """Say how many ranks have no example of their own in any step; None if there are none.
+
+    Args:
+        steps: the examples of each step, over all ranks.
+    """
+    num_rows = max(map(len, steps))
+    if world_size <= num_rows:
+        return None
+    return (
+        f"{world_size - num_rows} of {world_size} ranks have nothing to train on: no step has more "
+        f"than {num_rows} rows; start fewer ranks"
+    )
+
+
 def sample_examples(num_examples: int, num_samples: int, seed: int) -> list[int]:
     """Draw `num_samples` distinct examples, in ascending order.
 

@@ -66,8 +66,10 @@ def fetch_source(data: Data) -> Path:
         UserError: there is no such file, folder or data set, or the hub is not reachable.
     """
     path = Path(data.path).expanduser()
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return path
+    if path.exists():
+        raise UserError(f"data.path: {path} is neither a file nor a folder; copy it into a file")
     if not is_hub_id(data.path):
         raise UserError(f"data.path: no file or folder {data.path}")
     try:
@@ -88,12 +90,19 @@ def identify_source(path: Path) -> dict:
 
     Returns:
         The hub's commit, else every file's size and time of change.
+
+    Raises:
+        UserError: a folder cannot be listed, or a file is a link to nothing.
     """
     commit = find_commit(path)
     if commit:
         return {"commit": commit}
+    try:
+        found = list_data_files(path)
+    except UnreadableError as error:
+        raise UserError(f"data.path: {error}") from None
     files = {}
-    for name, file in list_data_files(path).items():
+    for name, file in found.items():
         stat = file.stat()
         files[name] = [stat.st_size, stat.st_mtime_ns]
     return {"files": files}

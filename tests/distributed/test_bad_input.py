@@ -109,6 +109,7 @@ WRONG_ON_TWO_RANKS = [
         "adapter.rank=999",
         "adapter.rank: 999 is above the smaller side, 32, of model.layers.0.self_attn.q_proj",
     ),
+    ("calibration.samples=999", "calibration.samples: 999 is above the "),
     ("adapter.targets=[qproj]", "adapter.targets: 'qproj' matches no module"),
     (
         "adapter.eigenselect=largest",

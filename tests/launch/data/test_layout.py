@@ -182,6 +182,16 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     assert list(list_data_files(tmp_path / "rows")) == ["data/train-1.jsonl"]
 
 
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", make_rows(2))
+    (tmp_path / "LICENSE").symlink_to(tmp_path / "gone")  # holds no rows
+    assert read(tmp_path) == ["0", "1"]
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    refuse(tmp_path, r"b\.jsonl is a link to a file that is missing")
+    with pytest.raises(UserError, match="is a link to a file that is missing"):
+        sources.identify_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("header", "answers"),
     [

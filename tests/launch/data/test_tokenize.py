@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data.batches import collate_examples
-from launch.data.order import count_steps, plan_steps, sample_examples, shard_batches
+from launch.data.order import (
+    count_steps,
+    describe_idle_ranks,
+    plan_steps,
+    sample_examples,
+    shard_batches,
+)
 from launch.data.token_set import TokenSet
 from launch.quickstart.data import PROBLEMS, generate_documents, generate_problems
 from launch.runtime.errors import UserError
@@ -41,6 +47,15 @@ def test_an_epoch_is_a_permutation_and_steps_are_full_but_the_last(
     for start in range(0, len(order) - rows + 1, rows):
         assert sorted(order[start : start + rows]) == list(range(rows))
     assert steps == list(plan_steps(rows, batch, epochs, None, seed))
+
+
+def test_ranks_without_any_row_are_said() -> None:
+    assert describe_idle_ranks([[0, 1], [2]], 2) is None
+    assert describe_idle_ranks([[0, 1], [2]], 5) == (
+        "3 of 5 ranks have nothing to train on: no step has more than 2 rows; start fewer ranks"
+    )
+    steps = list(plan_steps(3, 128, 1, None, 0))
+    assert describe_idle_ranks(steps, 8).startswith("5 of 8 ranks")
 
 
 def test_max_steps_overrides_epochs() -> None:
