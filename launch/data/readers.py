@@ -256,7 +256,8 @@ def read_parquet(path: Path, fields: Collection[str] | None = None) -> Iterator[
 
     _require_content(path)
     try:
-        with _explain_faults(path), ParquetFile(path) as file:
+        # As an OSFile: pyarrow could take a path for an address.
+        with _explain_faults(path), ParquetFile(pa.OSFile(str(path))) as file:
             names = file.schema_arrow.names
             _require_distinct(path, names)
             present = names if fields is None else [name for name in names if name in fields]

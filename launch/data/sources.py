@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from launch.config.schema import Data
-from launch.data.layout import Split, find_split, list_data_files
+from launch.data.hub_layout import list_data_files
+from launch.data.layout import Split, find_split
 from launch.data.readers import GZIPPED, READERS, UnreadableError
 from launch.runtime.errors import UserError
 from launch.runtime.model_files import find_commit, is_hub_id

@@ -25,7 +25,7 @@ from eval.tasks.base import ALPACA_PROMPT
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
 from launch.data.earlier_tokens import find_doubt
-from launch.data.layout import list_data_files
+from launch.data.hub_layout import list_data_files
 from launch.data.prompts import ALPACA_INPUT_PROMPT
 from launch.data.sources import (
     BadRow,

@@ -13,7 +13,7 @@ import pytest
 
 from launch.config.schema import Data
 from launch.data import sources
-from launch.data.layout import list_data_files
+from launch.data.hub_layout import list_data_files
 from launch.data.sources import load_split, select_rows
 from launch.runtime.errors import UserError
 from tests.support.rows import write_lines
