@@ -83,6 +83,7 @@ from launch.training.kernels import (
     uncompile_layers,
 )
 from launch.training.loop import describe_low_rates, make_train_state, train
+from launch.training.loss import in_bf16
 from launch.training.metrics_log import log_steps
 from launch.training.model_card import render_model_card
 from launch.training.model_export import describe_weights
@@ -534,7 +535,6 @@ def train_model(
     if recipe.data.packing:
         require_packing(engine, model)
     if _wants_gradient_checkpointing(recipe, engine.device):
-        model.enable_input_require_grads()  # the reentrant form needs an input with a gradient
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     compiled = compile_layers(loaded.base) if settings.compile else []
     state = make_train_state(engine, model, settings)
@@ -555,7 +555,7 @@ def train_model(
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
     last_saved = num_done
-    with open_trackers(recipe, run.folder, num_done) as log:
+    with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
         rank, earlier = dist.get_rank(), tuple(history)
         for metrics in log_steps(training, earlier, total, run.folder, rank, log):
             history.append(metrics)

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests mean CPUs, whatever the machine has
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

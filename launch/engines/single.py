@@ -56,7 +56,8 @@ class TorchTrainState:
     ) -> None:
         for parameter, trained, *moments in states:
             WEIGHTS.write(parameter, trained)
-            state = {"step": torch.tensor(float(step))}
+            # A fused AdamW counts its steps on the device.
+            state = {"step": torch.tensor(float(step), device=parameter.device)}
             for moment, value in zip(MOMENTS, moments, strict=True):
                 state[moment] = torch.zeros_like(parameter, requires_grad=False)
                 WEIGHTS.write(state[moment], value)

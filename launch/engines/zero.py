@@ -17,6 +17,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -123,14 +124,17 @@ class ZeroEngine(ZeroWeights):
         compat.forbid_compiled_collective()
         compat.switch_off_nvtx()
         # Wraps the process group; before this zero.Init would see one rank.
-        deepspeed.init_distributed(verbose=False)
+        with compat.deepspeed_device(device):
+            deepspeed.init_distributed(verbose=False)
         compat.set_group_timeout(compat.get_deepspeed_group(), FOREVER)
 
     def _use_bf16(self, enabled: bool) -> None:
-        """Set the dtype of the weights, and fp32 for sums of gradients over micro batches."""
+        """Set the dtype of the weights, and fp32 for sums of gradients."""
         self.config["bf16"] = {"enabled": enabled}
-        # By default micro batches' gradients would be added up in bf16 too.
+        # By default gradients would be added up in bf16 too: over micro batches, and over ranks
+        # even those of fp32 adapters.
         self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.config["communication_data_type"] = "fp32"
 
     def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         if full:
@@ -139,10 +143,27 @@ class ZeroEngine(ZeroWeights):
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(checked.folder), dtype=self.dtype, local_files_only=True, use_safetensors=True
-        )
+        with compat.deepspeed_device(self.device):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(checked.folder), dtype=self.dtype, local_files_only=True, use_safetensors=True
+            )
+        self.base = model
+        if self.sharded:
+            self._gather_by_layer(model)
         return (model if self.sharded else model.to(self.device)).requires_grad_(full)
+
+    def _gather_by_layer(self, model: PreTrainedModel) -> None:
+        """Let stage 3 gather a decoder layer at a time, its adapters included.
+
+        By default it gathers every linear layer by itself, with hooks in Python around each of its
+        passes: of 32 layers with adapters they take three times the host's time, which a fast GPU
+        waits for. They also change the order in which gradients of hidden states are added up; by
+        layers the losses are those of one process to the bit (tests/distributed/test_leaves.py).
+        """
+        layer_classes = compat.list_layer_classes(model)
+        for module in model.get_decoder().modules():
+            if type(module).__name__ in layer_classes:
+                set_z3_leaf_module(module, True)
 
     def materialize(self, model: nn.Module) -> None:
         """Have stage 3 take over adapters that were attached since; the base is read already."""
@@ -158,7 +179,8 @@ class ZeroEngine(ZeroWeights):
             yield
             return
         # A zero.Init model gathers its weights in `forward` only inside a DeepSpeed engine.
-        engine, *_ = deepspeed.initialize(model=model, config=self.config)
+        with compat.deepspeed_device(self.device):
+            engine, *_ = deepspeed.initialize(model=model, config=self.config)
         engine.eval()
         try:
             yield
@@ -170,7 +192,14 @@ class ZeroEngine(ZeroWeights):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> ZeroTrainState:
         config = self.config | {"gradient_clipping": max_grad_norm}
-        engine, optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config
-        )
+        with compat.deepspeed_device(self.device):
+            engine, optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config
+            )
+        if self.sharded:
+            # DeepSpeed takes a layer's backward pass to be over when the gradient of its input is
+            # there. The first layer's input would have none, and the pass be over before it began.
+            # Reentrant checkpointing wants that gradient too. Asked for after DeepSpeed's hooks are
+            # in place, or they would gather the embedding in every backward pass.
+            self.base.enable_input_require_grads()
         return ZeroTrainState(engine, optimizer)

@@ -26,7 +26,7 @@ from launch.methods.base import Method
 from launch.planning.counting import CountingMode, discard_gradients
 from launch.runtime import compat
 from launch.runtime.units import GIB
-from launch.training.loss import AnswerLoss, label_loss
+from launch.training.loss import AnswerLoss, in_bf16, label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 FP32_BYTES = 4
@@ -320,7 +320,7 @@ def _estimate_step(
     ids = torch.zeros(micro_batch, recipe.data.max_length, dtype=torch.long)
     discard_gradients(model)  # they are counted as held, and sharded
     every_token = torch.arange(ids.numel() - 1)  # as if all were part of an answer
-    with CountingMode() as counted:
+    with CountingMode() as counted, in_bf16(model):
         AnswerLoss(model.train())(ids, every_token, ids.flatten()[1:]).backward()
     return counted.peak, counted.flops / micro_batch * settings.global_batch
 

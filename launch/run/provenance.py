@@ -22,6 +22,9 @@ def describe_conditions(world_size: int, device: torch.device) -> dict:
         "world_size": world_size,
         "device": name,
         "threads_per_rank": torch.get_num_threads(),
+        "fp32_products": {"highest": "fp32", "high": "TF32 on GPUs"}[
+            torch.get_float32_matmul_precision()
+        ],
     }
 
 

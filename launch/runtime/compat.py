@@ -509,6 +509,23 @@ def switch_off_nvtx() -> None:
     nvtx.enable_nvtx = False
 
 
+@contextmanager
+def deepspeed_device(device: torch.device) -> Iterator[None]:
+    """Within the context, let DeepSpeed put weights and engines on `device`, a GPU or the CPU.
+
+    DeepSpeed takes LOCAL_RANK for the GPU's number, also where a launcher shows each rank one GPU,
+    number 0, only: deepspeedai/DeepSpeed#3165.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
 def get_deepspeed_group() -> dist.ProcessGroup:
     """Return the process group that DeepSpeed makes for its own collectives.
 
@@ -577,7 +594,8 @@ def make_adam_state(zero: "ZeROOptimizer", step: int, moments: Collection[str]) 
     shards = zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
     for shard in shards:
         state = {moment: torch.zeros_like(shard, requires_grad=False) for moment in moments}
-        state["step"] = torch.tensor(float(step))
+        # A fused AdamW counts its steps on the device.
+        state["step"] = torch.tensor(float(step), device=shard.device)
         zero.optimizer.state[shard] = state
     if not sharded:
         zero._lazy_init_hp_params_optimizer_state()

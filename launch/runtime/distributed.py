@@ -9,15 +9,15 @@ import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import threadpoolctl
 import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 
 from launch.runtime import compat, watchdog
+from launch.runtime.devices import choose_device, identify_gpu, require_own_gpu
 from launch.runtime.errors import (
     USER_ERRORS,
     RankError,
@@ -50,13 +50,15 @@ def start_process_group(stall: float = STALL) -> torch.device:
         This rank's device.
 
     Raises:
+        NodeError: this machine's GPUs cannot be used.
         RankError: the ranks did not find one another, or a network in GLOO_SOCKET_IFNAME.
+        UserError: two ranks have the same GPU.
     """
     _silence_libraries()
     if "RANK" not in os.environ:
         os.environ |= _slurm_ranks() if "SLURM_STEP_ID" in os.environ else _only_rank()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _choose_device()
+    device = choose_device()
     compat.run_gloo_in_one_thread(FOREVER)
     _join_ranks(rank, world_size, device, stall)
     compat.warn_on_other_versions()
@@ -72,26 +74,12 @@ def _silence_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _choose_device() -> torch.device:
-    """Choose this rank's device; on CPUs, also its share of the machine's threads."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    # LAPACK, which solves the eigenproblems, counts its threads itself.
-    threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")
-    return torch.device("cpu")
-
-
 def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) -> None:
     """Find the other ranks, start the watchdog, and make the default process group.
 
     Raises:
         RankError: a rank did not come within `stall` seconds.
+        UserError: two ranks have the same GPU.
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     own_watchdog = watchdog.start_watchdog(rank, world_size)
@@ -103,9 +91,13 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
             f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}"
         ) from None
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        require_own_gpu(store, rank, world_size, identify_gpu(device))
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=FOREVER
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=FOREVER,
+            **_choose_backend(device),
         )
         # Rank 0 holds the store: were it to end at once, the others would not know why.
         dist.barrier()
@@ -114,6 +106,20 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
             f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank "
             f"within {stall:.0f} s: {_first_line(error)}"
         ) from None
+
+
+def _choose_backend(device: torch.device) -> dict[str, Any]:
+    """Return the backend of a rank's collectives, as arguments of `init_process_group`."""
+    if device.type != "cuda":
+        return {"backend": "gloo"}
+    # By default torch's own watchdog of NCCL ends this process as soon as another rank is gone,
+    # before ours has said which (docs.pytorch.org, ProcessGroupNCCL Environment Variables). The
+    # other thread ends it when a CUDA call hangs, which ours does after --stall seconds.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # Without device_id the first collective guesses the GPU from the global rank, which is another
+    # one where a node's ranks are not consecutive (Slurm's cyclic placement).
+    return {"backend": "nccl", "device_id": device}
 
 
 def _only_rank() -> dict[str, str]:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from launch.runtime import watchdog
-from launch.runtime.errors import USER_ERRORS, RankError, RankZeroError, describe_error
+from launch.runtime.errors import USER_ERRORS, NodeError, RankError, RankZeroError, describe_error
 from launch.runtime.shortages import describe_shortage
 
 
@@ -39,8 +39,9 @@ def run_command(main: Callable[[], None]) -> None:
 
     Every rank raises the same user error, because what one rank finds is broadcast first. A
     launcher stops the other ranks as soon as one ends, so they wait for rank 0, which prints the
-    line. After an error caused by a lost rank, the watchdog prints a line about that rank. An error
-    of one rank alone, such as full memory, ends all ranks through the watchdog.
+    line. The error of a node, which the other nodes do not know, is printed by its first rank.
+    After an error caused by a lost rank, the watchdog prints a line about that rank. An error of
+    one rank alone, such as full memory, ends all ranks through the watchdog.
     """
     # Else torch prints the C++ stack when the store of a process group closes. torch reads the
     # variable when it is first imported, which `main` does.
@@ -51,7 +52,8 @@ def run_command(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         watchdog.disarm()
         alone = isinstance(error, RankError)
-        if alone or int(os.environ.get("RANK", "0")) == 0:
+        number = "LOCAL_RANK" if isinstance(error, NodeError) else "RANK"
+        if alone or int(os.environ.get(number, "0")) == 0:
             line = " ".join(describe_error(error).split())
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:

@@ -20,6 +20,10 @@ class RankZeroError(RuntimeError):
     """Raised on the other ranks when rank 0 met an error that it reports itself."""
 
 
+class NodeError(UserError):
+    """An error of a node, found before its ranks can reach those of other nodes."""
+
+
 USER_ERRORS = (UserError, AstraError, EvalError)
 
 # Subject of an error of astra or eval -> the recipe field or the option that sets it.

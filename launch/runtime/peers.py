@@ -34,6 +34,7 @@ class Report:
     timed: bool  # whether the phase has a stall limit
     in_steps: bool  # whether the main thread looks at requests to stop itself
     heartbeats: int  # counts progress
+    phase_heartbeats: int  # the same, since the phase began
     stop_reason: str | None  # why the rank was asked to stop
     failed: bool  # a collective of the rank has failed
     error: str | None = None  # why the rank cannot go on, as a line
@@ -140,15 +141,26 @@ class PeerReports:
             limit = max(10 * limit, self.limits.untimed)
         if waited < limit:
             return None
-        # The rank that the others wait for does not report, or is not inside a collective.
+        # The rank that the others wait for does not report, or is not inside a collective. On GPUs
+        # healthy ranks also wait outside of collectives, for their device: in `.item()` for
+        # example. The one that they wait for is then among those that have come least far.
         frozen = [rank for rank, heard in self.heard.items() if now - heard > 4 * self.limits.beat]
         busy = [
             rank
             for rank, report in self.reports.items()
             if not report.location.endswith(f"{WAITS})")
         ]
-        ranks = frozen or busy or list(self.reports)
+        ranks = frozen or self._find_hindmost(busy or list(self.reports))
         return Verdict(1, f"{self.describe(ranks)}: stalled; no progress for {waited:.0f} s")
+
+    def _find_hindmost(self, ranks: list[int]) -> list[int]:
+        """Return those of `ranks` with the fewest heartbeats since their phase began.
+
+        In a phase ranks count alike. Before it they need not: rank 0 alone writes files, for
+        example.
+        """
+        fewest = min(self.reports[rank].phase_heartbeats for rank in ranks)
+        return [rank for rank in ranks if self.reports[rank].phase_heartbeats == fewest]
 
     def find_request_to_stop(self) -> Verdict | None:
         """End a run that was asked to stop, in a phase without steps."""

@@ -57,6 +57,7 @@ class Watchdog:
     timed: bool = False  # whether the phase has a stall limit
     in_steps: bool = False  # whether the main thread looks at `stop_requested` at step boundaries
     heartbeats: int = 0  # counts progress
+    heartbeats_before: int = 0  # of them, those before the phase began
     failed: bool = False  # a collective of this rank has failed
     disarmed: bool = False  # the process ends in good order: watch no more
     error: str | None = None  # why this rank cannot go on
@@ -140,6 +141,7 @@ def set_phase(phase: str, timed: bool = False, in_steps: bool = False) -> None:
             process within seconds.
     """
     _watchdog.phase, _watchdog.timed, _watchdog.in_steps = phase, timed, in_steps
+    _watchdog.heartbeats_before = _watchdog.heartbeats
     heartbeat()
 
 
@@ -278,6 +280,7 @@ def _make_report(watchdog: Watchdog, tick: int) -> Report:
         timed=watchdog.timed,
         in_steps=watchdog.in_steps,
         heartbeats=watchdog.heartbeats,
+        phase_heartbeats=watchdog.heartbeats - watchdog.heartbeats_before,
         stop_reason=watchdog.stop_reason,
         failed=watchdog.failed,
         error=watchdog.error,

@@ -144,7 +144,12 @@ def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> Train
         The engine's state, whose `model` computes the loss of `model`, see AnswerLoss.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        fused=engine.device.type == "cuda",  # one kernel for all parameters
+    )
     return engine.make_trainable(AnswerLoss(model), optimizer, settings.max_grad_norm)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -22,6 +23,9 @@ CHUNK_CPU, CHUNK_GPU = 2**22, 2**25
 
 class AnswerLoss(nn.Module):
     """A model that returns its training loss. Training calls it, and engines wrap it.
+
+    fp32 adapters of a bf16 base are multiplied in bf16, by autocast (see `in_bf16`). The context is
+    entered here because DeepSpeed's engine leaves one that was entered around it.
 
     The model itself runs, with another function in the place of its head's `forward`. So the hooks
     by which engines gather weights see one call of every module, the head included, on every rank.
@@ -33,6 +37,7 @@ class AnswerLoss(nn.Module):
         # A head with an adapter cannot run in chunks. Nor can a model that does something to the
         # logits after the head, such as soft capping; the first forward pass finds that out.
         self.in_chunks = type(model.get_output_embeddings()) is nn.Linear
+        self.autocast = has_bf16_products(model)
 
     def forward(
         self,
@@ -55,6 +60,15 @@ class AnswerLoss(nn.Module):
         Returns:
             A scalar, fp32; 0 for n = 0.
         """
+        # Every weight is used once in a pass, so a cache of cast ones would only hold memory.
+        with torch.autocast(
+            input_ids.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
+        ):
+            return self._compute(input_ids, loss_indices, targets, position_ids)
+
+    def _compute(
+        self, input_ids: Tensor, loss_indices: Tensor, targets: Tensor, position_ids: Tensor | None
+    ) -> Tensor:
         inputs = {"input_ids": input_ids, "use_cache": False}
         if position_ids is not None:  # some models take none
             inputs["position_ids"] = position_ids
@@ -117,6 +131,27 @@ class AnswerLoss(nn.Module):
             finally:
                 hook.remove()
         return output.logits if untouched else None
+
+
+def has_bf16_products(model: nn.Module) -> bool:
+    """Return whether training multiplies in bf16 by fp32 adapters: on a bf16 base, but not DoRA's.
+
+    DoRA divides by the norm of W + s B A, which bf16 would round.
+    """
+    if not isinstance(model, PeftModel) or model.get_base_model().dtype != torch.bfloat16:
+        return False
+    return not any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+
+
+@contextmanager
+def in_bf16(model: nn.Module) -> Iterator[None]:
+    """Within the context, PEFT leaves the inputs of adapters in bf16 where AnswerLoss autocasts.
+
+    PEFT would make an fp32 copy of every input, for autocast to make a bf16 copy of that. It is one
+    context around all passes, since checkpointing repeats a forward pass in the backward pass.
+    """
+    with disable_input_dtype_casting(model, active=has_bf16_products(model)):
+        yield
 
 
 @torch.no_grad()

@@ -175,6 +175,36 @@ def test_the_slurm_script_queues_again_what_can_resume(
     )
 
 
+@pytest.mark.parametrize(
+    ("script", "command"), [("slurm.sbatch", "srun"), ("sweep.sbatch", "python")]
+)
+@pytest.mark.parametrize("asked", ["12", None])
+def test_srun_is_told_the_cores_of_a_task(
+    script: str, command: str, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm 22.05 and later do not pass --cpus-per-task on. Without it each task has one."""
+    set_environment(monkeypatch, {"SLURM_CPUS_PER_TASK": asked, "SRUN_CPUS_PER_TASK": None})
+    write_stub(tmp_path, command, 'echo "$SRUN_CPUS_PER_TASK" > cores.txt')
+    run_script(script, tmp_path)
+    assert (tmp_path / "cores.txt").read_text() == f"{asked or 1}\n"
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (8, 2)])
+def test_the_quickstart_starts_no_more_ranks_than_there_are_gpus(
+    gpus: int, ranks: int, tmp_path: Path
+) -> None:
+    """Simulated: torch, by a module that only counts GPUs, and deepspeed."""
+    (tmp_path / "torch.py").write_text(f"class cuda: device_count = lambda: {gpus}")
+    write_stub(tmp_path, "deepspeed", 'echo "$@" >> deepspeed.txt')
+    script = ROOT / "recipes" / "quickstart.sh"
+    environment = make_environment(tmp_path) | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("LAUNCH", None)
+    subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, capture_output=True)
+    started = (tmp_path / "deepspeed.txt").read_text().splitlines()
+    assert len(started) == 2
+    assert all(line.startswith(f"--quiet --num_gpus {ranks} ") for line in started)
+
+
 def test_the_slurm_script_gives_a_fault_three_more_tries_however_often_the_job_was_preempted(
     tmp_path: Path,
 ) -> None:

@@ -20,7 +20,7 @@ def run_main(body: str, **environment: str) -> subprocess.CompletedProcess:
     code = f"""
 from astra.errors import AstraError
 from launch.runtime.entry import run_command
-from launch.runtime.errors import RankError, UserError
+from launch.runtime.errors import NodeError, RankError, UserError
 def main():
     {body}
 run_command(main)"""
@@ -54,6 +54,15 @@ run_command(main)"""
 def test_the_exit_code_and_the_line(body: str, code: int, line: str) -> None:
     done = run_main(body)
     assert (done.returncode, done.stderr) == (code, line)
+
+
+@pytest.mark.parametrize(("local_rank", "line"), [("0", "error: no driver\n"), ("1", "")])
+def test_the_error_of_a_node_is_printed_by_its_first_rank(local_rank: str, line: str) -> None:
+    body = (
+        "from launch.runtime import entry; entry.time.sleep = print; raise NodeError('no driver')"
+    )
+    done = run_main(body, RANK="9", LOCAL_RANK=local_rank)
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_what_is_no_user_error_has_a_traceback() -> None:

@@ -22,6 +22,7 @@ REPORT = Report(
     timed=True,
     in_steps=True,
     heartbeats=1,
+    phase_heartbeats=1,
     stop_reason=None,
     failed=False,
 )
@@ -78,6 +79,21 @@ def test_the_rank_that_does_not_wait_is_the_stalled_one(clock: Clock) -> None:
     line = seen.find_stalled(10).line
     assert line.startswith("rank 1 (")
     assert "rank 0" not in line and "rank 2" not in line
+
+
+def test_where_all_ranks_seem_busy_the_one_with_the_fewest_heartbeats_is_named(
+    clock: Clock,
+) -> None:
+    """On GPUs a healthy rank waits in `.item()`, which does not look like waiting."""
+    seen = PeerReports(LIMITS)
+    for tick in range(12):
+        ahead, behind = report(tick, phase_heartbeats=8), report(tick, phase_heartbeats=7)
+        # Rank 0 has heartbeats of earlier phases that the others have not: they do not count.
+        seen.update({0: replace(ahead, heartbeats=50), 1: ahead, 2: behind, 3: ahead})
+        clock.now += 1
+    line = seen.find_stalled(10).line
+    assert line.startswith("rank 2 (") and "and" not in line
+    assert not any(f"rank {other}" in line for other in (0, 1, 3))
 
 
 def test_ranks_that_never_came_are_given_up(clock: Clock) -> None:

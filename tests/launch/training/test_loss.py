@@ -17,7 +17,7 @@ from astra import adapter
 from launch.data.batches import collate_sequences
 from launch.data.order import Packing, pack_examples, plan_micro_batches
 from launch.data.token_set import TokenSet
-from launch.training.loss import AnswerLoss, chunked_cross_entropy
+from launch.training.loss import AnswerLoss, chunked_cross_entropy, in_bf16
 
 PACKED, FLAT = Packing(capacity=40, flat=False), Packing(capacity=40, flat=True)
 
@@ -206,6 +206,66 @@ def test_no_full_logits_are_held(
     with Watch():
         AnswerLoss(model)(ids, torch.arange(40), ids.flatten()[1:41]).backward()
     assert 0 < largest <= 100
+
+
+def compute_adapter_gradients(
+    model: LlamaForCausalLM, dora: bool, reentrant: bool | None
+) -> tuple[set[torch.dtype], list[Tensor]]:
+    """Return the dtypes of the adapters' products in training, and the adapters' gradients.
+
+    Args:
+        reentrant: the form of gradient checkpointing; None for none.
+    """
+    adapted = adapter.attach_adapters(model, ["q_proj", "up_proj"], 2, 2, 0.0, dora=dora)
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = torch.randn(parameter.shape)
+    products: set[torch.dtype] = set()
+    for name, module in adapted.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *call: products.add(call[2].dtype))
+    if reentrant is not None:
+        adapted.enable_input_require_grads()
+        adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(4))
+    with in_bf16(adapted):
+        AnswerLoss(adapted.train())(ids, torch.arange(40), ids.flatten()[1:41]).backward()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return products, [parameter.grad for parameter in trained]
+
+
+def test_adapters_of_a_bf16_base_are_multiplied_in_bf16_and_their_gradients_are_fp32(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with either form of checkpointing, which repeats the forward pass."""
+    products, whole = compute_adapter_gradients(make_llama(torch.bfloat16), False, None)
+    assert products == {torch.bfloat16}
+    assert {gradient.dtype for gradient in whole} == {torch.float32}
+    for reentrant in (True, False):
+        again = compute_adapter_gradients(make_llama(torch.bfloat16), False, reentrant)
+        assert again[0] == {torch.bfloat16}
+        torch.testing.assert_close(again[1], whole, rtol=0, atol=0)
+    # The base's own rounding to bf16 moves the gradients about as much.
+    _, exact = compute_adapter_gradients(make_llama(torch.bfloat16).float(), False, None)
+    monkeypatch.setattr("launch.training.loss.has_bf16_products", lambda _: False)
+    products, fp32_products = compute_adapter_gradients(make_llama(torch.bfloat16), False, None)
+    assert products == {torch.float32}
+    ours, fp32, theirs = (
+        torch.cat([gradient.flatten() for gradient in gradients])
+        for gradients in (whole, fp32_products, exact)
+    )
+    assert (ours - theirs).norm() < 2 * (fp32 - theirs).norm() < 0.2 * theirs.norm()
+
+
+def test_dora_and_fp32_bases_are_multiplied_in_fp32(
+    make_llama: Callable[..., LlamaForCausalLM],
+) -> None:
+    for model, dora in ((make_llama(torch.bfloat16), True), (make_llama(torch.float32), False)):
+        products, found = compute_adapter_gradients(model, dora, None)
+        # DoRA calls no module for its products.
+        assert products <= {torch.float32}
+        assert {gradient.dtype for gradient in found} == {torch.float32}
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60))

@@ -1,0 +1,97 @@
+"""The device of this rank: a GPU of its own, or a share of the machine's CPU threads."""
+
+import os
+import socket
+from pathlib import Path
+
+import threadpoolctl
+import torch
+import torch.distributed as dist
+
+from launch.runtime.errors import NodeError, UserError
+
+DEVICE_FILES = Path("/dev")  # the NVIDIA driver makes /dev/nvidia0 and so on
+
+
+def choose_device() -> torch.device:
+    """Choose this rank's device; on CPUs, also its share of the machine's threads.
+
+    A launcher may show each rank a single GPU (Slurm's --gpus-per-task=1), which is then number 0
+    whatever the local rank.
+
+    Raises:
+        NodeError: there are GPUs, and torch cannot use them.
+    """
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    _require_no_gpu()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    # LAPACK, which solves the eigenproblems, counts its threads itself.
+    threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")
+    return torch.device("cpu")
+
+
+def _require_no_gpu() -> None:
+    """Raise NodeError if this machine has GPUs that torch cannot use and nobody has hidden.
+
+    Training would go on in silence, on CPUs and in fp32, a thousand times slower.
+    """
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if is_hidden or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    if not any(DEVICE_FILES.glob("nvidia[0-9]*")):
+        return
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; install a build with it"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "torch finds none of them"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0][:300]
+    raise NodeError(
+        f"{socket.gethostname()} has NVIDIA GPUs that cannot be used: {reason}; to train on the "
+        "CPU, set CUDA_VISIBLE_DEVICES to nothing"
+    )
+
+
+def identify_gpu(device: torch.device) -> str:
+    """Return what tells a GPU from every other one of any machine; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+
+
+def require_own_gpu(store: dist.Store, rank: int, world_size: int, gpu: str) -> None:
+    """Raise UserError, on every rank, if two ranks have one GPU.
+
+    NCCL would refuse them at the first collective, each with a traceback. Every rank calls this,
+    before there is a process group.
+
+    Args:
+        store: of the process group to be.
+        gpu: what `identify_gpu` returned.
+    """
+    if not gpu:
+        return
+    store.set(f"gpu/{rank}", gpu)
+    names = [f"gpu/{other}" for other in range(world_size)]
+    gpus = [value.decode() for value in store.multi_get(names)]
+    # Rank 0 may be the store's host: let the others read before it ends.
+    store.set(f"gpu/read/{rank}", "1")
+    for later, name in enumerate(gpus):
+        earlier = gpus.index(name)
+        if earlier != later:
+            store.wait([f"gpu/read/{other}" for other in range(world_size)])
+            host = name.split()[0]
+            raise UserError(
+                f"ranks {earlier} and {later} have the same GPU of {host}; start at most one rank "
+                "for each GPU (deepspeed --num_gpus, torchrun --nproc_per_node, srun "
+                "--ntasks-per-node)"
+            )
