@@ -10,7 +10,8 @@ change is `s (B A - B0 A0)`: a plain LoRA of rank 2r.
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from astra.errors import AstraError
 from astra.moments import is_distributed
+from astra.targets import find_targets, make_peft_targets
 from astra.weights import Weights
 
 ADAPTER = "default"  # PEFT's name for a model's only adapter
@@ -37,52 +39,6 @@ class Factors(NamedTuple):
     b: Tensor  # (d_out, r)
 
 
-def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """Return the modules that `targets` name, in the model's order: name -> module.
-
-    A target names every module whose full name it is, or whose name ends with a dot and the target.
-
-    Raises:
-        AstraError: a target matches nothing, or a module that is not an nn.Linear, or one whose
-            weight is tied to another module: replacing it by `W_res` would change the other.
-    """
-    num_users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            num_users[id(parameter)] = num_users.get(id(parameter), 0) + 1
-    found: dict[str, nn.Linear] = {}
-    matched: set[str] = set()
-    for name, module in model.named_modules():
-        hits = [target for target in targets if f".{name}".endswith(f".{target}")]
-        if not hits:
-            continue
-        if not isinstance(module, nn.Linear):
-            kind = type(module).__name__
-            raise AstraError(f"{name} is a {kind}, not a linear layer; leave it out", "targets")
-        if num_users[id(module.weight)] > 1:
-            raise AstraError(
-                f"the weight of {name} is tied to another module; leave it out", "targets"
-            )
-        matched.update(hits)
-        found[name] = module
-    for target in targets:
-        if target not in matched:
-            known = ", ".join(_list_linear_suffixes(model))
-            raise AstraError(
-                f"{target!r} matches no module; linear modules here: {known}", "targets"
-            )
-    return found
-
-
-def _list_linear_suffixes(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of all linear layers, sorted."""
-    suffixes = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            suffixes.add(name.rsplit(".", 1)[-1])
-    return sorted(suffixes)
-
-
 def attach_adapters(
     model: nn.Module,
     targets: list[str],
@@ -92,6 +48,7 @@ def attach_adapters(
     lora_ranks: Mapping[str, int] | None = None,
     rslora: bool = False,
     dora: bool = False,
+    exclude: Sequence[str] = (),
 ) -> PeftModel:
     """Return `model` with PEFT's LoRA layers at `targets`; initialise_layers sets their values.
 
@@ -101,18 +58,20 @@ def attach_adapters(
         rslora: s = alpha / sqrt(lora_rank) instead (arXiv 2312.03732).
         dora: train a magnitude for each row, and take only the row's direction from W + dW (arXiv
             2402.09353).
+        exclude: what targets name but gets no adapter (astra.targets).
 
     Raises:
-        AstraError: find_targets refuses a target, or a rank is above the smaller side of its
-            module.
+        AstraError: find_targets or PEFT refuses a target, or a rank is above the smaller side of
+            its module.
     """
-    linears = find_targets(model, targets)
+    linears = find_targets(model, targets, exclude)
     lora_ranks = lora_ranks or dict.fromkeys(linears, lora_rank)
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
         if lora_ranks[name] > smaller:
             raise AstraError(
-                f"{lora_ranks[name]} is above the smaller side, {smaller}, of {name}; lower it",
+                f"{lora_ranks[name]} is above the smaller side, {smaller}, of {name}; lower it, or exclude "
+                "the module",
                 "rank",
             )
     # PEFT takes the ranks that differ from r as a pattern, and their alphas, which keep s alike.
@@ -126,14 +85,21 @@ def attach_adapters(
         r=lora_rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=make_peft_targets(model, targets, linears),
         task_type="CAUSAL_LM",
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         use_rslora=rslora,
         use_dora=dora,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # of a module that PEFT knows to be wrong for an adapter
+        refused = re.search(r"Module '([\w.]+)'", str(error))
+        hint = f"leave {refused[1]} out, or exclude it" if refused else "choose other targets"
+        raise AstraError(
+            f"PEFT refuses it: {str(error).splitlines()[0]}; {hint}", "targets"
+        ) from None
 
 
 def get_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Subject = Literal["targets", "rank", "eigen_select", "memory", "adapter", "sharded"]
+Subject = Literal["targets", "exclude", "rank", "eigen_select", "memory", "adapter", "sharded"]
 """The setting that is at fault. The caller knows what its users call this setting."""
 
 

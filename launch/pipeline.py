@@ -47,6 +47,7 @@ from launch.run.results import (
     write_results,
 )
 from launch.runtime import watchdog
+from launch.runtime.base_model import read_config
 from launch.runtime.distributed import (
     all_reduce_max,
     print_rank0,
@@ -98,6 +99,7 @@ from launch.training.trackers import open_trackers, require_trackers
 from launch.training.trainable import (
     as_base,
     attach_trainable,
+    describe_trainable,
     draw_new_weights,
     export_trained,
     find_lora_layers,
@@ -257,6 +259,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
     )
     steps = list(steps)
+    print_rank0(
+        run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
+    )
     _print_rows(recipe, inputs, steps)
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:

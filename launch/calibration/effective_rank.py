@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from astra.adapter import find_targets, load_adapter
+from astra.adapter import load_adapter
+from astra.targets import find_targets, names_module
 from launch.calibration.report import group_by_kind
 from launch.calibration.run import make_calibration
 from launch.calibration.store import is_finished, read_summary
@@ -115,6 +116,7 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
         "eigen_select": "largest",
         "rank": 1,
         "targets": recipe.adapter.targets,
+        "exclude": recipe.adapter.exclude,
     }
     if engine:
         values["engine"] = engine
@@ -132,7 +134,7 @@ def _calibrate_model(
         checked = run_on_rank0(lambda: check_model(trained, "--after"))
     base = engine.load_model(checked)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    linears = find_targets(base, recipe.adapter.targets)
+    linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
     engine.materialize(base)
     if trained is not None and not is_model:
         _merge_adapter(base, trained, engine)
@@ -176,7 +178,8 @@ def _write_comparison(folder: Path, targets: list[str]) -> None:
 def _place_module(name: str, targets: list[str]) -> tuple[list[int], int, str]:
     """Return a sort key: the numbers in a module's name, then its kind's place in `targets`."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    kind = next(i for i, target in enumerate(targets) if f".{name}".endswith(f".{target}"))
+    kinds = (i for i, target in enumerate(targets) if names_module(target, name))
+    kind = next(kinds, len(targets))  # all-linear names none
     return numbers, kind, name
 
 

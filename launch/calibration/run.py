@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from astra.adapter import find_targets
 from astra.calibrate import ModuleProblem, Solution, calibrate_modules
 from astra.moments import find_groups
 from astra.spectrum import allocate_ranks
+from astra.targets import find_targets
 from astra.windows import CalibrationPlan, make_plan
 from launch.calibration.batches import (
     check_samples,
@@ -40,11 +40,13 @@ from launch.run.folder import make_folder
 from launch.run.progress import show_progress
 from launch.run.provenance import describe_conditions, dtype_name
 from launch.runtime import watchdog
+from launch.runtime.base_model import read_config
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.locks import FolderLock
 from launch.runtime.units import GIB
 from launch.training.loss import label_loss
+from launch.training.trainable import describe_trainable
 
 TIE_BREAK = (
     "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
@@ -86,6 +88,9 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
         folder: opened by `open_calibration_folder`.
     """
     check_samples(recipe, inputs)
+    print_rank0(
+        run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
+    )
     engine = make_engine(recipe.engine, device, inputs.dtype)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
@@ -111,7 +116,7 @@ def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path)
     watchdog.set_phase("loading the base")
     base = engine.load_model(inputs.model)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    linears = find_targets(base, recipe.adapter.targets)
+    linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
     engine.materialize(base)
     with engine.inference_mode(base):
         make_calibration(recipe, inputs, engine, base, linears, folder)
@@ -374,6 +379,8 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "corda_mode": adapter.corda_mode if method.variant == "corda_mode" else None,
         "scaling": recipe.method_settings().scaling if method.depends_on_scaling else None,
         "targets": adapter.targets,
+        # Left out where there is none, as in calibrations that are older than the field.
+        **({"exclude": adapter.exclude} if adapter.exclude else {}),
         **of_data,
         **of_subspace,
         "conditions": conditions,

@@ -53,6 +53,7 @@ COMPARED_FIELDS = {
     "corda_mode": "adapter.corda_mode",
     "scaling": "adapter.alpha",
     "targets": "adapter.targets",
+    "exclude": "adapter.exclude",
 }
 
 

@@ -32,6 +32,11 @@ def _read_number(value: object) -> object:
         return value
 
 
+def _read_words(value: object) -> object:
+    """Read a text, such as all-linear, as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 Number = Annotated[float, BeforeValidator(_read_number)]
 
 
@@ -174,10 +179,14 @@ class Adapter(Section):
         description="astra: `rank` for every module, or the same sum shared by log(1 + effective "
         "rank)",
     )
-    targets: list[Name] = Field(
+    targets: Annotated[list[Name], BeforeValidator(_read_words)] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
-        description="names, or last parts of names, of the linear modules that get an adapter",
+        description="the linear modules that get an adapter: full names, ends of names, shell "
+        "patterns of full names (model.layers.1?.*), or all-linear",
+    )
+    exclude: Annotated[list[Name], BeforeValidator(_read_words)] = Field(
+        [], description="modules that get none although `targets` name them, in the same words"
     )
 
     @property

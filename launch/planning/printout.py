@@ -20,6 +20,7 @@ from launch.runtime.errors import UserError
 from launch.runtime.gpus import SLOW_FP64_TFLOPS
 from launch.runtime.model_files import fetch_config
 from launch.runtime.units import GIB
+from launch.training.trainable import describe_trainable
 
 
 def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
@@ -60,6 +61,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         f"parameters: {estimate.parameters / 1e9:.3f} B of the base, "
         f"{estimate.trainable / 1e6:.2f} M trainable"
     )
+    print(describe_trainable(config, recipe.adapter))
     _print_memory(estimate)
     _print_arithmetic(estimate, steps, options)
     print("\nfiles, GiB:")

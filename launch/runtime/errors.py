@@ -29,6 +29,7 @@ USER_ERRORS = (UserError, AstraError, EvalError)
 # Subject of an error of astra or eval -> the recipe field or the option that sets it.
 FIELDS = {
     "targets": "adapter.targets",
+    "exclude": "adapter.exclude",
     "rank": "adapter.rank",
     "eigen_select": "adapter.eigen_select",
     "memory": "calibration.memory_gib",

@@ -1,5 +1,6 @@
 """What is trained: adapters in the base, or all of its parameters. All that differs is here."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from astra.adapter import (
     ADAPTER,
@@ -18,14 +19,17 @@ from astra.adapter import (
     read_factors,
     read_magnitudes,
 )
+from astra.targets import abbreviate_name, match_targets
 from launch.config.schema import Adapter
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.runtime import compat
-from launch.runtime.base_model import CheckedModel, draw_weight
+from launch.runtime.base_model import CheckedModel, draw_weight, make_meta_model
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
 from launch.training.model_export import save_model
+
+NUM_SKIPPED = 8  # kinds of modules without an adapter that a run names
 
 
 def attach_trainable(
@@ -48,7 +52,46 @@ def attach_trainable(
         lora_ranks,
         rslora=method.use_rslora,
         dora=method.use_dora,
+        exclude=settings.exclude,
     )
+
+
+def describe_trainable(config: PretrainedConfig, settings: Adapter) -> str:
+    """Check what would be trained of a model of `config`, and describe it in a line or two.
+
+    Nothing is loaded: the adapters are attached to a model without storage.
+
+    Raises:
+        AstraError: what `attach_trainable` refuses.
+    """
+    base = make_meta_model(config)
+    num_base = sum(parameter.numel() for parameter in base.parameters())
+    if settings.method_record.trains_all:
+        return f"trained: all {num_base:,} parameters"
+    match = match_targets(base, settings.targets, settings.exclude)
+    lora_ranks = None
+    if settings.rank_allocation != "uniform":  # the ranks follow later, and fit
+        lora_ranks = {}
+        for name, linear in match.linears.items():
+            lora_ranks[name] = min(settings.rank, *linear.weight.shape)
+    model = attach_trainable(base, settings, lora_ranks)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in match.linears)
+    lines = [
+        f"adapted: {len(match.linears)} modules ({', '.join(kinds)}) with {num_trained:,} "
+        f"parameters, {num_trained / num_base:.2%} of the base's {num_base:,}"
+    ]
+    if match.skipped:
+        lines.append(f"not adapted, though a target names it: {_describe_skipped(match.skipped)}")
+    return "\n".join(lines)
+
+
+def _describe_skipped(skipped: Mapping[str, str]) -> str:
+    """Describe what bears a target's name but gets no adapter: kinds of names, and why."""
+    counts = Counter((abbreviate_name(name), reason) for name, reason in skipped.items())
+    parts = [f"{name} ({count}, {reason})" for (name, reason), count in counts.items()]
+    more = [f"{len(parts) - NUM_SKIPPED} more kinds"] if len(parts) > NUM_SKIPPED else []
+    return "; ".join([*parts[:NUM_SKIPPED], *more])
 
 
 def draw_new_weights(

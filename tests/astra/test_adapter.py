@@ -17,6 +17,7 @@ from astra import adapter, inits, saved_adapter
 from astra.eigen import Subspace
 from astra.errors import AstraError
 from astra.moments import Batch
+from astra.targets import find_targets
 from astra.weights import TorchWeights
 from tests.support.calibration import find_subspaces
 
@@ -160,16 +161,16 @@ def test_targets_that_cannot_be_adapted_are_named() -> None:
     with pytest.raises(
         AstraError, match=r"'qproj' matches no module; linear modules here: .*q_proj"
     ):
-        adapter.find_targets(make_base(), ["q_proj", "qproj"])
+        find_targets(make_base(), ["q_proj", "qproj"])
     with pytest.raises(AstraError, match="lm_head is tied") as error:
-        adapter.find_targets(make_base(), ["lm_head"])
+        find_targets(make_base(), ["lm_head"])
     assert error.value.subject == "targets"
     with pytest.raises(AstraError, match="is a LlamaMLP, not a linear layer"):
-        adapter.find_targets(make_base(), ["mlp"])
+        find_targets(make_base(), ["mlp"])
     with pytest.raises(AstraError, match=r"13 is above the smaller side, 12, of .*k_proj") as error:
         adapter.attach_adapters(make_base(), ["q_proj", "k_proj"], 13, 13, 0.0)
     assert error.value.subject == "rank"
-    assert list(adapter.find_targets(make_base(tied=False), ["lm_head"])) == ["lm_head"]
+    assert list(find_targets(make_base(tied=False), ["lm_head"])) == ["lm_head"]
 
 
 def test_plain_lora_draws_from_seed_and_name() -> None:
@@ -324,7 +325,7 @@ def test_a_plain_lora_before_any_training_is_no_change_at_all() -> None:
 def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
     base = make_base()
     found = list(
-        adapter.find_targets(
+        find_targets(
             base, ["up_proj", "self_attn.q_proj", "q_proj", "model.layers.1.mlp.down_proj"]
         )
     )
@@ -336,7 +337,7 @@ def test_targets_match_whole_last_parts_of_names_in_the_models_order() -> None:
         "model.layers.1.mlp.down_proj",
     ]
     with pytest.raises(AstraError, match="proj"):
-        adapter.find_targets(base, ["proj"])  # a part of a part is no match
+        find_targets(base, ["proj"])  # a part of a part is no match
     assert (
         list(
             adapter.get_lora_layers(

@@ -181,12 +181,12 @@ def test_both_names_at_once_are_refused(fields: str, overrides: list[str], tmp_p
 @pytest.mark.parametrize(
     ("name", "overrides", "whole", "tokens"),
     [
-        ("metamath", [], "cf5b260fbc", "6cadf1cd7d"),
-        ("codefeedback", [], "b82e182003", "10b1003d58"),
-        ("commonsense", [], "2746983c23", "ec489ed2da"),
-        ("quickstart", ["train.max_steps=100"], "6a69010caf", "da067be811"),
-        ("metamath", [f"data.filter={json.dumps(PATTERNS)}"], "af0500c754", "e69d90e12a"),
-        ("codefeedback", ["data.filter={type: python}"], "b3fae50070", "a6c9d410b2"),
+        ("metamath", [], "427fe985a0", "6cadf1cd7d"),
+        ("codefeedback", [], "378ed8575b", "10b1003d58"),
+        ("commonsense", [], "740b30923c", "ec489ed2da"),
+        ("quickstart", ["train.max_steps=100"], "ff1f81dd62", "da067be811"),
+        ("metamath", [f"data.filter={json.dumps(PATTERNS)}"], "be32dfc80c", "e69d90e12a"),
+        ("codefeedback", ["data.filter={type: python}"], "7481f49208", "a6c9d410b2"),
     ],
 )
 def test_what_is_stored_under_a_hash_is_found_again(
