@@ -148,10 +148,15 @@ def read_generations(path: Path) -> list[dict]:
     """Read a file of responses, without a last line that has no end: a kill cut it short.
 
     Raises:
-        UserError: another line is not a JSON object; the message has its number.
+        UserError: another line is not a JSON object; the message has its number. Or the file is no
+            text in UTF-8.
     """
     rows = []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error}); give a file of responses") from None
+    *lines, _ = text.split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

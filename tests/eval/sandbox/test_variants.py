@@ -4,6 +4,7 @@ Needs Linux with bubblewrap or user namespaces, and the shared HumanEval and MBP
 two minutes with the `full` one.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def find_differences(variants: Sequence[Variant]) -> list[str]:
 
 
 def test_some_variants(shared: Path, any_box: None) -> None:
-    assert find_differences(make_variants(shared / "data")[::33]) == []
+    variants = random.Random(0).sample(make_variants(shared / "data"), 28)
+    assert find_differences(variants) == []
 
 
 @pytest.mark.full

@@ -63,3 +63,10 @@ def test_prompts_that_were_too_long_are_still_named(tmp_path: Path) -> None:
     rows = make_rows({"a": ["1"], "b": [""]})
     rows[1] |= {"output": "", "overlong": True}
     assert regrade(rows, tmp_path).overlong == ["b"]
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        regrade_responses(path, tmp_path, None, 10, False)
