@@ -7,7 +7,8 @@ DATA holds humaneval.jsonl and mbpp.jsonl. The variants are those of tests/suppo
 reference programs, rewritten and in other forms of a response; the verdict of each is compared with
 that of plain `exec`. The speed is that of HumanEval's references in each kind of box, as many at a
 time as there are processors. With --against, both checkouts take turns, the first of each pair too,
-and the ratio is that of each pair: run it on a machine that does nothing else.
+and the ratio is that of each pair: run it on a machine that does nothing else. Where it does, the
+CPU time of a program is the better measure.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from eval.sandbox.box import LEVELS
 from eval.tasks import BENCHMARKS
 from tests.support.program_variants import make_variants, run_plainly
 
-# Runs in a checkout, which may be of another commit; prints the seconds and the number that passed.
+# Runs in a checkout, which may be of another commit; prints the seconds, the CPU seconds of the
+# programs and their boxes, and the number that passed.
 _MEASURE = """
-import sys, time
+import resource, sys, time
 sys.path[0] = "."
 from pathlib import Path
 from eval.sandbox.box import find_box
@@ -41,9 +43,12 @@ for problem in BENCHMARKS["humaneval"].read_problems(Path(sys.argv[2]), None):
     tests = problem.tests
     jobs.append(Job(problem.reference, tests["tests"], tests["entry_point"], setup=tests["setup"]))
 check_programs(jobs[:4], box=box)
-start = time.perf_counter()
+def read_cpu_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+start, cpu = time.perf_counter(), read_cpu_seconds()
 passed = sum(verdict.passed for verdict in check_programs(jobs, box=box))
-print(time.perf_counter() - start, passed, len(jobs))
+print(time.perf_counter() - start, read_cpu_seconds() - cpu, passed, len(jobs))
 """
 
 
@@ -61,32 +66,41 @@ def count_equal_verdicts(data_dir: Path) -> dict:
     return {"variants": len(variants), "right_in_plain_python": sum(plain), "different": different}
 
 
-def measure_rate(checkout: Path, level: str, data_dir: Path) -> float:
-    """Return the programs per minute of a checkout in one kind of box.
+def measure_speed(checkout: Path, level: str, data_dir: Path) -> dict[str, float]:
+    """Return the programs per minute of a checkout in one kind of box, and a program's CPU time.
 
     Raises:
         RuntimeError: a reference does not pass.
     """
     command = [sys.executable, "-c", _MEASURE, level, str(data_dir)]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
-    seconds, passed, total = done.stdout.split()
+    seconds, cpu_seconds, passed, total = done.stdout.split()
     if passed != total:
         raise RuntimeError(f"{checkout}: {passed} of {total} references pass in {level}")
-    return 60 * int(total) / float(seconds)
+    return {
+        "programs_per_minute": 60 * int(total) / float(seconds),
+        "cpu_ms_per_program": 1000 * float(cpu_seconds) / int(total),
+    }
 
 
-def compare_rates(level: str, data_dir: Path, against: Path | None, pairs: int) -> dict:
-    """Measure the programs per minute here and in `against`, in pairs whose order alternates."""
+def compare_speeds(level: str, data_dir: Path, against: Path | None, pairs: int) -> dict:
+    """Measure the speed here and in `against`, in pairs whose order alternates.
+
+    Returns:
+        {here, against: the measurements, ratios: of each pair, medians: of the ratios}.
+    """
     checkouts = {"here": ROOT} | ({} if against is None else {"against": against.resolve()})
-    rates: dict[str, list[float]] = {name: [] for name in checkouts}
+    found: dict = {name: [] for name in checkouts}
     for pair in range(pairs):
         names = list(checkouts) if pair % 2 == 0 else list(reversed(checkouts))
         for name in names:
-            rates[name].append(measure_rate(checkouts[name], level, data_dir))
-    found: dict = {f"programs_per_minute_{name}": rates[name] for name in rates}
+            found[name].append(measure_speed(checkouts[name], level, data_dir))
     if against is not None:
-        ratios = [a / b for a, b in zip(rates["here"], rates["against"], strict=True)]
-        found |= {"ratios": ratios, "median_ratio": statistics.median(ratios)}
+        found["ratios"], found["medians"] = {}, {}
+        for key in found["here"][0]:
+            both = zip(found["here"], found["against"], strict=True)
+            found["ratios"][key] = [a[key] / b[key] for a, b in both]
+            found["medians"][key] = statistics.median(found["ratios"][key])
     return found
 
 
@@ -112,11 +126,12 @@ def main() -> None:
         "speed": {},
     }
     for level in LEVELS:
-        rates = compare_rates(level, data_dir, arguments.against, arguments.pairs)
-        found["speed"][level] = rates
-        here = statistics.median(rates["programs_per_minute_here"])
-        ratio = f", {rates['median_ratio']:.3f} times --against" if "ratios" in rates else ""
-        print(f"{level}: {here:.0f} programs per minute{ratio}", flush=True)
+        speeds = compare_speeds(level, data_dir, arguments.against, arguments.pairs)
+        found["speed"][level] = speeds
+        for key in ("programs_per_minute", "cpu_ms_per_program"):
+            here = statistics.median(speed[key] for speed in speeds["here"])
+            ratio = f", {speeds['medians'][key]:.3f} times --against" if "medians" in speeds else ""
+            print(f"{level}: {key} {here:.0f}{ratio}", flush=True)
     if not arguments.no_variants:
         found |= count_equal_verdicts(data_dir)
         equal = found["variants"] - len(found["different"])

@@ -76,6 +76,24 @@ FORGED = {
     "an always equal object": "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "an always equal integer": "class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A(3)",
     "an always equal list": "class A(list):\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "an always equal fraction": """
+from fractions import Fraction
+class A(Fraction):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    __hash__ = Fraction.__hash__
+def f(x): return A(3)
+""",
+    "an always equal kind": """
+class Kind(type):
+    def __eq__(self, other): return True
+    __hash__ = lambda self: hash(int)
+class A(metaclass=Kind):
+    __module__, __name__, numerator, denominator = "fractions", "Fraction", 4, 1
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+def f(x): return [A()] and A()
+""",
     "an object that says it is an int": """
 class A:
     __class__ = int
