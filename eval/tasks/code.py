@@ -69,7 +69,7 @@ def extract_program_literature(output: str, prompt: str = "") -> str:
 
 def _strip_around(output: str) -> str:
     """Return `output` with plain line ends, and without a byte-order mark or thoughts before it."""
-    output = output.replace("\r\n", "\n").removeprefix("\ufeff")
+    output = output.replace("\r\n", "\n").lstrip("\ufeff\u200b")
     return output.rpartition("</think>")[2] if "</think>" in output else output
 
 
