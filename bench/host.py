@@ -74,7 +74,6 @@ def measure_engine(folder: Path, engine_name: str, steps: int) -> None:
     adapter.initialise_layers(
         layers, lambda name, weight: inits.init_lora(weight, RANK, 0, name), engine
     )
-    model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     settings = Train(global_batch=RANKS * MICRO_BATCHES, micro_batch=1, checkpoint_every=1)
     state = loop.make_train_state(engine, model, settings)

@@ -346,7 +346,7 @@ def ablation(bench: Bench) -> dict:
         return turn
 
     def unsorted(rows: list[int], lengths: Tensor, *rest: object) -> list:
-        return make_share(rows, torch.zeros_like(lengths), *rest)
+        return plan_micro_batches(rows, torch.zeros_like(lengths), *rest)
 
     def whole_logits(
         loss: objective.AnswerLoss, ids: Tensor, positions: Tensor, targets: Tensor, places: Tensor
@@ -374,12 +374,14 @@ def ablation(bench: Bench) -> dict:
         bench.step(state, rows)
         kernels.uncompile_layers(layers)
 
-    make_share = loop.make_share
+    plan_micro_batches = loop.plan_micro_batches
     turns: dict[str, Turn] = {
         "default": lambda rows: bench.step(state, rows),
         "whole logits": with_patch("launch.training.loss.AnswerLoss.forward", whole_logits),
-        "rows not by length": with_patch("launch.training.loop.make_share", unsorted),
-        "batches not ahead": with_patch("launch.training.loop.ahead", lambda items, _device: items),
+        "rows not by length": with_patch("launch.training.loop.plan_micro_batches", unsorted),
+        "batches not ahead": with_patch(
+            "launch.training.loop.prefetch", lambda items, _device: items
+        ),
         "packed": lambda rows: bench.step(state, rows, Packing(LENGTH, flat=False)),
         "eager attention": eager,
         "gradient checkpointing": checkpointed,
