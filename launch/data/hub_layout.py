@@ -1,7 +1,7 @@
 """The hub's layout: which files of a folder belong to which split, by `datasets`' own rules.
 
-Those are the names of files and folders, or `configs` in the header of README.md. What README.md asks
-for and this program does not do is refused.
+Those are the names of files and folders, or `configs` in the header of README.md. What README.md
+asks for and this program does not do is refused.
 """
 
 import tempfile
@@ -134,7 +134,7 @@ def _read_folder(path: Path, mirror: Path, config: str | None) -> _Folder:
         mirror: of the files that may hold rows.
 
     Raises:
-        UnreadableError: there is no such configuration, or README.md asks for what is not done here.
+        UnreadableError: there is no such configuration, or README.md asks for what is not done.
         OSError, ValueError, TypeError: README.md cannot be read, or there are no files.
     """
     import datasets

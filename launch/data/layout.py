@@ -1,4 +1,4 @@
-"""Which files hold the rows of a split: a single file, a folder of `save_to_disk`, or the hub's layout.
+"""Which files hold the rows of a split: one file, a folder of `save_to_disk`, or the hub's layout.
 
 Whatever would leave rows out in silence is refused: a split or configuration that is not there,
 shards that are missing, files of another format among those of the split.

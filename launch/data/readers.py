@@ -328,7 +328,7 @@ def _convert_batch(
 
 
 def _is_text(kind: "pa.DataType") -> bool:
-    """Return whether a column of this type holds text. An extension type, such as JSON, does not."""
+    """Return whether a column of this type holds text; an extension type (JSON) does not."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):

@@ -109,11 +109,13 @@ def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
         raise UserError(f"data.prepared: {folder} {state}")
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
     wanted = describe_origin(data, model_path, source=None)
-    _check_finished(tokens, wanted, model_path, "data.prepared")
+    _check_finished(tokens, wanted, data, model_path, "data.prepared")
     return tokens
 
 
-def _check_finished(tokens: TokenFolder, wanted: dict, model_path: Path, option: str) -> None:
+def _check_finished(
+    tokens: TokenFolder, wanted: dict, data: Data, model_path: Path, option: str
+) -> None:
     """Raise UserError if a finished folder was not made from `wanted`, or a file is cut short."""
     is_earlier = "reading" not in tokens.manifest["made_from"]
     if is_earlier:
@@ -123,11 +125,22 @@ def _check_finished(tokens: TokenFolder, wanted: dict, model_path: Path, option:
     if is_earlier:
         special = find_special_tokens(load_tokenizer(model_path))
         doubt = find_doubt(tokens.manifest, tokens.open_tokens(), special)
-        if doubt is not None:
+        if doubt is not None and not _are_made_again(tokens, data, model_path):
             raise UserError(
                 f"{option}: {tokens.folder} was made by an earlier version, {doubt}; prepare the "
                 "rows again into another folder"
             )
+
+
+def _are_made_again(tokens: TokenFolder, data: Data, model_path: Path) -> bool:
+    """Return whether the rows, if they are on this machine, give the same tokens today."""
+    if not Path(data.path).expanduser().exists():
+        return False
+    try:
+        again = obtain_tokens(data.model_copy(update={"prepared": None}), model_path)
+    except UserError:
+        return False
+    return again.manifest["tokens_sha256"] == tokens.manifest["tokens_sha256"]
 
 
 def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
@@ -178,7 +191,7 @@ def make_tokens(
                 tokenizer = load_tokenizer(model_path)
                 _write_tokens(folder, wanted, data, tokenizer, source, option)
     tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
-    _check_finished(tokens, wanted, model_path, option)
+    _check_finished(tokens, wanted, data, model_path, option)
     if verify:
         _check_hashes(tokens)
     return tokens

@@ -93,11 +93,25 @@ def test_what_an_earlier_version_may_have_changed_is_refused(
     data = Data(path=str(source))
     folder = tmp_path / "made"
     manifest = make_earlier(folder, data, model, source)
+    source.unlink()
     change(manifest, folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     fields = {**manifest["made_from"]["data"], "prepared": str(folder)}
     wanted = Data(**{("filter" if name == "keep" else name): fields[name] for name in fields})
     with pytest.raises(UserError, match=rf"data\.prepared: .* earlier version, .*{message}"):
+        obtain_tokens(wanted, model)
+
+
+def test_with_the_rows_at_hand_the_tokens_decide(model: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows" / "train-a.jsonl", ROWS)
+    source = write_lines(tmp_path / "rows" / "train-b.jsonl", ROWS).parent
+    data = Data(path=str(source))
+    folder = tmp_path / "made"
+    manifest = make_earlier(folder, data, model, source)
+    wanted = data.model_copy(update={"prepared": str(folder)})
+    assert obtain_tokens(wanted, model).manifest == manifest  # two files of JSON, but no change
+    write_lines(source / "train-b.jsonl", [{"query": "q", "response": "2024-05-01"}])
+    with pytest.raises(UserError, match="guessed the types"):
         obtain_tokens(wanted, model)
 
 
