@@ -1,7 +1,7 @@
 """Tokens that earlier versions prepared, whose reading of rows could change them.
 
 Those versions let pyarrow guess types, took paths for patterns, did not look at the split of a
-single file or for missing shards, and turned text that spells a special token into that token. Their
+single file or for missing shards, and turned text that spells a special token into it. Their
 folders are taken where nothing of that can have happened, or where the rows give the same tokens
 today.
 """

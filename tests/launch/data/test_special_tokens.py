@@ -1,6 +1,6 @@
 """Prove that text which spells a special token stays text, in training and at evaluation.
 
-Tokenizers of four kinds: byte-level BPE (GPT-2, Llama 3, SmolLM2), BPE with byte fallback (Llama 2),
+Tokenizers of four kinds: byte-level BPE (GPT-2, Llama 3), BPE with byte fallback (Llama 2),
 WordPiece (BERT) and unigram, which cannot do it and is counted. Needs nothing; 3 s.
 """
 
