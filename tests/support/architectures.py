@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 TEXT = {
-    "vocab_size": 320,
+    "vocab_size": 328,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -42,16 +42,16 @@ def _configure_gemma3() -> PretrainedConfig:
         text_config=GEMMA,
         vision_config=vision,
         mm_tokens_per_image=4,
-        image_token_index=317,
-        boi_token_index=318,
-        eoi_token_index=319,
+        image_token_index=325,
+        boi_token_index=326,
+        eoi_token_index=327,
         initializer_range=0.2,
     )
 
 
 def _configure_gpt2() -> PretrainedConfig:
     return transformers.GPT2Config(
-        vocab_size=320,
+        vocab_size=328,
         n_embd=32,
         n_layer=2,
         n_head=4,
@@ -123,3 +123,24 @@ def make_model(name: str) -> PreTrainedModel:
         if key.endswith("e_score_correction_bias"):
             nn.init.normal_(buffer, std=0.3)
     return model.eval()
+
+
+# Linear modules of the language model that get adapters, where the recipe's default is not right.
+TARGETS = {
+    "gemma3": ["o_proj", "gate_proj", "up_proj", "down_proj"],  # not the tower's q_proj
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen2_moe": ["q_proj", "v_proj", "o_proj", "shared_expert.down_proj"],
+    "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj", "shared_experts.up_proj"],
+}
+# Of the matrix of architectures and engines: the methods of each cell, and the settings of all.
+METHODS = ("astra", "full")
+CELL_SETTINGS = [
+    "eval.suites=[]",
+    "eval.other_text=null",
+    "calibration.samples=4",
+    "train.max_steps=3",
+    "train.global_batch=4",
+    "train.lr=0.003",
+    "train.checkpoint_every=2",
+]
