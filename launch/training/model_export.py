@@ -92,6 +92,9 @@ def write_weights(
     Raises:
         UserError: on every rank, if a file cannot be written.
     """
+    # The conversions that transformers keeps with a loaded model differ from engine to engine: under
+    # ZeRO-3 those that it did not use are among them, and FSDP changes the classes they go by.
+    model = compat.make_meta_model(model.config)
 
     def read_layers() -> Iterator[Mapping[str, Tensor]]:
         layers = run_on_rank0(lambda: plan_layers(model, weights))
@@ -118,16 +121,33 @@ def plan_layers(model: PreTrainedModel, weights: Description) -> list[list[str]]
 
     Returns:
         The names of each layer; or all names together, if a conversion joins several layers.
+
+    Raises:
+        ValueError: transformers would not read the converted weights again.
     """
     layers = _group_by_layer(weights)
     converted: Description = {}
     for names in layers:
         converted |= revert_weight_conversion(model, {name: weights[name] for name in names})
     together = revert_weight_conversion(model, dict(weights))
+    _check_reading(model, together)
     shapes, own_shapes = (
         {name: value.shape for name, value in found.items()} for found in (together, converted)
     )
     return layers if own_shapes == shapes else [list(weights)]
+
+
+def _check_reading(model: PreTrainedModel, converted: Description) -> None:
+    """Raise ValueError if transformers would not read weights of these names and shapes again."""
+    empty = compat.make_meta_model(model.config)  # loading leaves its conversions with a model
+    forms = {name: (value.dtype, tuple(value.shape)) for name, value in converted.items()}
+    report = compat.report_loading(empty, forms)
+    lost = [*report.failed, *report.missing, *report.unexpected, *report.mismatched]
+    if lost:
+        raise ValueError(
+            f"transformers would not read {lost[0]} of a {type(empty).__name__} again, nor "
+            f"{len(lost) - 1} more weights"
+        )
 
 
 def _group_by_layer(names: Iterable[str]) -> list[list[str]]:

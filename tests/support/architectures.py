@@ -131,7 +131,8 @@ TARGETS = {
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "qwen2_moe": ["q_proj", "v_proj", "o_proj", "shared_expert.down_proj"],
-    "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj", "shared_experts.up_proj"],
+    # PEFT takes gate_proj and the like for the fused experts.
+    "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj"],
 }
 # Of the matrix of architectures and engines: the methods of each cell, and the settings of all.
 METHODS = ("astra", "full")
