@@ -156,6 +156,8 @@ def write_srun_stub(folder: Path, state: str, code: int) -> None:
         ("preempted", 0, 0, True),
         ("preempted", 1, 0, True),  # a launcher's own code counts for nothing
         ("error", 2, 2, False),
+        ('error", "exit_code": 2, "x": "', 1, 2, False),
+        ('error", "exit_code": 1, "x": "', 1, 0, True),  # a fault, which may not come again
         ("running", 1, 0, True),
         ("", 1, 0, True),
     ],
