@@ -10,6 +10,8 @@ import struct
 import sys
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+# The names of the caller's keys, which belong to its user and not to its namespaces, see keyrings(7).
+MASKED = ("/proc/keys", "/proc/key-users")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 # mount(2)
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC = 1, 2, 4, 8, 32, 4096, 16384
@@ -108,6 +110,9 @@ def make_root(source: str, prefix: str, scratch: int) -> None:
     # What is written there before it becomes read-only: new user namespaces would have capabilities.
     with open(f"{root}/proc/sys/user/max_user_namespaces", "w") as file:
         file.write("0")
+    for path in MASKED:
+        if os.path.exists(path):
+            cover_file(root + path)
     mount("none", f"{root}/proc", None, REMOUNT | BIND | RDONLY | NOSUID | NODEV | NOEXEC)
     mount("none", root, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
     os.chdir(root)
@@ -136,8 +141,13 @@ def protect_mounts(root: str, hide: list[str]) -> None:
         if os.path.isdir(root + path):
             mount("tmpfs", root + path, "tmpfs", RDONLY | NOSUID | NODEV, "mode=555,size=4k")
         else:
-            mount("/dev/null", root + path, None, BIND)
-            mount("none", root + path, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
+            cover_file(root + path)
+
+
+def cover_file(path: str) -> None:
+    """Let nobody open a file: a device, on a mount where devices do not work, lies over it."""
+    mount("/dev/null", path, None, BIND)
+    mount("none", path, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
 
 
 def drop_capabilities() -> None:

@@ -108,9 +108,11 @@ def _find_users_python() -> tuple[str | None, str]:
 
 
 _CHECK = """
-import json, sys
+import ctypes, json, platform, sys
 from eval.sandbox.box import find_box
 from eval.sandbox.check import Job, check_programs
+if platform.machine() == "x86_64":  # add_key(2), to the session's keyring
+    ctypes.CDLL(None).syscall(248, b"user", b"sandbox-test-key", b"x", 1, -3)
 level, jobs = json.load(sys.stdin)
 box = find_box(level)
 verdicts = check_programs([Job(*job) for job in jobs], box=box) if box else None

@@ -3,12 +3,15 @@
 Needs Linux; bubblewrap or user namespaces for the test of the choice. A few seconds.
 """
 
+from pathlib import Path
+
 import pytest
 
 from eval.errors import EvalError
 from eval.sandbox import box as box_module
 from eval.sandbox.box import Box, choose_box
 from eval.sandbox.check import Verdict
+from eval.sandbox.enter import list_mounts
 from tests.support.sandbox import BOXES, check
 
 pytestmark = pytest.mark.xdist_group("sandbox")  # they look for processes that stayed behind
@@ -47,3 +50,14 @@ def test_a_box_that_breaks_is_no_wrong_answer() -> None:
     broken = Box("bubblewrap", ["sh", "-c", "echo no space >&2; exit 1"])
     with pytest.raises(EvalError, match="did not start: no space"):
         check("def f(x): return 4", "assert f(2) == 4", "f", broken)
+
+
+def test_a_table_of_mounts(tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "94 93 254:0 /usr /usr rw,nosuid,relatime - ext4 /dev/vda rw\n"
+        "95 94 0:42 / /usr/a\\040b\\134c\\011\u00e9 ro,noexec shared:3 - tmpfs tmpfs rw\n"
+    )
+    mounts = list_mounts(str(table))
+    assert mounts[0] == ("/usr", {"rw", "nosuid", "relatime"})
+    assert mounts[1] == ("/usr/a b\\c\t\u00e9", {"ro", "noexec"})

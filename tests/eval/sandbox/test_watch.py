@@ -63,6 +63,7 @@ def f(x):
 """
 
 
+@pytest.mark.slow
 def test_a_busy_machine_changes_no_verdict(any_box: None) -> None:
     """The program needs half of its limit; beside the others it takes longer than its limit."""
     with contextlib.ExitStack() as stack:
@@ -76,6 +77,8 @@ def test_a_busy_machine_changes_no_verdict(any_box: None) -> None:
     assert took > 1.2
 
 
+# The same as above but for what makes the machine busy.
+@pytest.mark.full
 def test_spinning_children_end_and_change_no_verdict(box: Box) -> None:
     jobs = [Job(text, "assert f(2) == 4", "f", timeout=1.2) for text in (SPINNING, HONEST)]
     spinning, honest = check_programs(jobs, box=box)
