@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from launch.runtime.base_model import draw_weight
 from tests.support.architectures import make_model
 from tests.support.paths import WORKERS
 
+HEADLESS, HEAD, SEED = "headless", "lm_head.weight", 7  # as in workers/loading.py
 ARCHITECTURES = ["llama", "gpt2", "mixtral", "deepseek_v3", "gemma3"]
 # FSDP2's rank 1 has other matrix shapes only where 2 does not divide, so sums differ in rounding.
 LOGIT_TOLERANCE = 1e-4
@@ -32,6 +34,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = make_model(name)
         model.save_pretrained(made[name], max_shard_size="20KB" if name == "llama" else "1GB")
     add_stray_files(made["llama"])
+    made[HEADLESS] = parent / HEADLESS
+    model = make_model("llama")
+    weights = {key: value for key, value in model.state_dict().items() if key != HEAD}
+    model.save_pretrained(made[HEADLESS], state_dict=weights)
     return made
 
 
@@ -53,6 +59,8 @@ def test_the_files_weights_are_loaded(
     ids = torch.arange(20, 44)[None]
     for name, folder in folders.items():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if name == HEADLESS:
+            plain.lm_head.weight.data = draw_weight(folder, HEAD, SEED)
         found = load_file(tmp_path / f"{name}.safetensors")
         with torch.no_grad():
             logits = plain(input_ids=ids, use_cache=False).logits

@@ -1,7 +1,8 @@
 """One rank that loads models: `loading.py ENGINE OUTPUT FOLDER ...`.
 
 Rank 0 writes to OUTPUT/NAME.safetensors, for every folder, all whole parameters and persistent
-buffers of the model that the engine loaded, and its logits on IDS.
+buffers of the model that the engine loaded, and its logits on IDS. Of a folder called HEADLESS the
+head is new, and all parameters are loaded to be trained.
 """
 
 import sys
@@ -17,8 +18,10 @@ from launch.engines import make_engine
 from launch.runtime.base_model import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
+from launch.training.trainable import draw_new_weights
 from tests.support.worker import read_arguments
 
+HEADLESS, HEAD, SEED = "headless", "lm_head.weight", 7
 IDS = torch.arange(20, 44)[None]
 
 
@@ -28,8 +31,11 @@ def main(engine_name: str, output: Path, folders: list[Path]) -> None:
     device = start_process_group()
     for folder in folders:
         engine = make_engine(engine_name, device, torch.float32)
-        model = engine.load_model(check_model(folder))
+        is_new = folder.name == HEADLESS
+        checked = check_model(folder, new_weights=[HEAD] if is_new else [])
+        model = engine.load_model(checked, full=is_new)
         engine.materialize(model)
+        draw_new_weights(model, checked, SEED, engine)
         tensors = {}
         for name, parameter in model.named_parameters():
             tensors[name] = engine.read(parameter).contiguous()
