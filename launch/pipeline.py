@@ -47,7 +47,7 @@ from launch.run.results import (
     write_results,
 )
 from launch.runtime import watchdog
-from launch.runtime.base_model import read_config
+from launch.runtime.base_model import check_token_ids, read_config
 from launch.runtime.distributed import (
     all_reduce_max,
     print_rank0,
@@ -320,6 +320,8 @@ def _read_measured_sets(
         return measured, None
     path = Path(recipe.eval.other_text).expanduser()
     text, source = run_on_rank0(lambda: read_other_text(path, tokenizer, recipe.data.max_length))
+    largest = int(text.tokens.max())
+    check_token_ids(largest, inputs.model.num_embeddings, tokenizer, "eval.other_text")
     measured["other_text"] = text
     return measured, source
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.runtime import compat
@@ -158,6 +158,11 @@ def check_token_ids(
         f"{num_embeddings} rows; remove that token from the tokenizer, or enlarge the base with "
         "resize_token_embeddings and save it"
     )
+
+
+def get_num_rows(model: nn.Module) -> int:
+    """Return the number of rows of a loaded model's input embedding, also where it is sharded."""
+    return model.get_input_embeddings().num_embeddings
 
 
 def draw_weight(folder: Path, name: str, seed: int) -> Tensor:

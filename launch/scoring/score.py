@@ -23,6 +23,7 @@ from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
 from launch.run.progress import show_progress, show_progress_of_parts
 from launch.run.results import Score
+from launch.runtime.base_model import check_token_ids, get_num_rows
 from launch.runtime.distributed import run_on_rank0
 from launch.scoring.requests import Request, get_new_tokens, get_stops, make_requests
 from launch.scoring.responses import (
@@ -90,10 +91,13 @@ def score_benchmarks(
     def make_responses(
         benchmark: Benchmark, requests: list[Request]
     ) -> Iterable[dict[int, str | None]]:
+        prompts = encode_texts(tokenizer, [request.prompt for request in requests])
+        largest = max((max(ids) for ids in prompts if ids), default=0)
+        check_token_ids(largest, get_num_rows(model), tokenizer, "model")
         return generate_responses(
             model,
             tokenizer,
-            encode_texts(tokenizer, [request.prompt for request in requests]),
+            prompts,
             max_new_tokens=get_new_tokens(benchmark, settings),
             batch_size=settings.batch_size,
             device=engine.device,
