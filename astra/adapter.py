@@ -4,7 +4,7 @@ The adapter of a module with weight W is `dW = s B A`, with A (r, d_in), B (d_ou
 scaling s = alpha / r. Training starts at factors A0 and B0 whose product need not be zero.
 Therefore W is replaced by `W_res = W - s B0 A0`, so that the model's output stays as it was.
 Training changes A and B, and `W_res + s B A` is the merged weight. On the original W the same
-change is `s (B A - B0 A0)`: a plain LoRA of rank 2r.
+change is `s (B A - B0 A0)`: a plain LoRA of rank 2r (astra.plain_lora).
 """
 
 import copy
@@ -198,21 +198,6 @@ def read_magnitudes(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[s
     return magnitudes
 
 
-def to_plain_lora(
-    trained: Mapping[str, Factors], initial: Mapping[str, Factors]
-) -> dict[str, Factors]:
-    """Return `s (B A - B0 A0)` as the factors of a LoRA of rank 2r for the ORIGINAL base.
-
-    They are A' = [A; A0], (2r, d_in), and B' = [B, -B0], (d_out, 2r), without any rounding. The
-    scaling must stay s, so save_adapter doubles alpha with the rank.
-    """
-    plain = {}
-    for name, (a, b) in trained.items():
-        a0, b0 = initial[name]
-        plain[name] = Factors(torch.cat([a, a0]), torch.cat([b, -b0], 1))
-    return plain
-
-
 def save_adapter(
     folder: Path,
     config: LoraConfig,
@@ -222,22 +207,10 @@ def save_adapter(
 ) -> None:
     """Write `factors` to `folder` in PEFT's format, for the base model `base`.
 
-    adapter_config.json has the ranks of `factors`: those of `config`, or twice those for a plain
-    LoRA. Alpha grows with the ranks so that s stays. `init_lora_weights` is PEFT's default, because
-    PEFT changes the base when it loads a config that names a data-driven initialisation.
+    `config` is written as it is, but for `init_lora_weights`: that is PEFT's default, because PEFT
+    changes the base when it loads a config that names a data-driven initialisation.
     """
     config = copy.deepcopy(config)
-    first_name, (first_a, _) = next(iter(factors.items()))
-    # 1, or 2 for a plain LoRA of rank 2r
-    rank_factor = len(first_a) // config.rank_pattern.get(first_name, config.r)
-    # s = alpha / r, or alpha / sqrt(r) for rsLoRA
-    alpha_factor = math.sqrt(rank_factor) if config.use_rslora else rank_factor
-    config.r = rank_factor * config.r
-    config.lora_alpha = alpha_factor * config.lora_alpha
-    for name, rank in config.rank_pattern.items():
-        config.rank_pattern[name] = rank_factor * rank
-    for name, alpha in config.alpha_pattern.items():
-        config.alpha_pattern[name] = alpha_factor * alpha
     config.base_model_name_or_path = base
     config.init_lora_weights = True
     config.inference_mode = True

@@ -132,7 +132,7 @@ def read_saved_adapter(folder: Path, empty: nn.Module, sharded: bool) -> SavedAd
         values, unexpected = _assign_names(model, load_peft_weights(str(folder), device="cpu"))
     _check_names(folder, model, values, unexpected)
     if sharded:
-        _check_layers(folder, model)
+        _check_sharded(folder, model, values)
     return SavedAdapter(folder, config, values)
 
 
@@ -246,8 +246,16 @@ def _check_names(
             )
 
 
-def _check_layers(folder: Path, model: PeftModel) -> None:
-    """Check that a sharded model can run the adapter's layers and take its values."""
+def _check_sharded(folder: Path, model: PeftModel, values: dict[str, Tensor]) -> None:
+    """Check that a sharded model can run the adapter's layers and take its values.
+
+    Raises AstraError.
+    """
+    buffers = values.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if buffers:
+        raise AstraError(
+            f"{folder} sets {min(buffers)}, a buffer, not supported on sharded weights", "sharded"
+        )
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and not isinstance(
             module.get_base_layer(), nn.Linear | Conv1D

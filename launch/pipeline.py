@@ -43,6 +43,7 @@ from launch.run.results import (
     RunFacts,
     RunResults,
     Score,
+    SmallExport,
     runs_table,
     write_results,
 )
@@ -85,6 +86,7 @@ from launch.training.kernels import (
 )
 from launch.training.loop import describe_low_rates, make_train_state, train
 from launch.training.loss import in_bf16
+from launch.training.merged_export import describe_merged, save_merged
 from launch.training.metrics_log import log_steps
 from launch.training.model_card import render_model_card
 from launch.training.model_export import describe_weights
@@ -95,10 +97,12 @@ from launch.training.rehearsal import (
     refuse_unsaveable,
     require_space,
 )
+from launch.training.small_export import save_small_lora, without_products
 from launch.training.trackers import open_trackers, require_trackers
 from launch.training.trainable import (
     as_base,
     attach_trainable,
+    choose_smallest,
     describe_trainable,
     draw_new_weights,
     export_trained,
@@ -230,7 +234,8 @@ def run_stages(
     exported = export_run(run, loaded, initial, history)
     scores = score_run(run, loaded, "scoring", f"after step {len(run.steps)}", folder)
     after = measure_predictions(loaded.engine, loaded.model, run.measured)
-    results = make_results(run, loaded, facts, history, scores, after, peak_flops)
+    small = export_small(run, loaded, initial)
+    results = make_results(run, loaded, facts, history, scores, after, small, peak_flops)
     run_on_rank0(lambda: write_run_results(run, results))
     if dist.get_rank() == 0:
         print_rank0(runs_table([folder]))
@@ -510,7 +515,15 @@ def rehearse_saves(
         export_trained(
             checkpoint.folder, loaded.model, loaded.engine, run.inputs, initial, rehearsal=True
         )
+        if run.recipe.export.merged:
+            save_merged(checkpoint.folder, loaded.model, loaded.engine, run.inputs, rehearsal=True)
+        if run.recipe.export.rank is not None:
+            smallest = choose_smallest(loaded.lora_layers)
+            _save_small(run, loaded, smallest, initial, checkpoint.folder, keep_dropped=False)
     num_bytes = checkpoint.num_bytes
+    if run.recipe.export.merged:
+        weights = describe_merged(loaded.model, run.inputs.dtype)
+        num_bytes += sum(weight.nbytes for weight in weights.values())
     if not loaded.lora_layers:
         weights = describe_weights(loaded.model, run.inputs.dtype)
         num_bytes += sum(weight.nbytes for weight in weights.values())
@@ -587,18 +600,59 @@ def _wants_gradient_checkpointing(recipe: Recipe, device: torch.device) -> bool:
 def export_run(
     run: PreparedRun, loaded: RunModel, initial: dict[str, Factors], history: list[Metrics]
 ) -> Path:
-    """Write what was trained, and plots of its training. Collective.
+    """Write what was trained, merged too if asked for, and plots of its training. Collective.
 
     Returns:
         The folder that users load.
     """
     watchdog.set_phase("exporting")
     exported = export_trained(run.folder, loaded.model, loaded.engine, run.inputs, initial)
+    if run.recipe.export.merged:
+        save_merged(run.folder, loaded.model, loaded.engine, run.inputs)
     # Nothing depends on the plots: the run is not to fail for them after its training.
     run_on_rank0(
         lambda: try_or_say("the plots", lambda: plot_runs({run.folder.name: history}, run.folder))
     )
     return exported
+
+
+def export_small(
+    run: PreparedRun, loaded: RunModel, initial: dict[str, Factors]
+) -> SmallExport | None:
+    """Write lora_small/ if the recipe asks for it, and measure its held-out loss. Collective."""
+    if run.recipe.export.rank is None:
+        return None
+    watchdog.set_phase("exporting lora_small")
+    held_out = {name: tokens for name, tokens in run.measured.items() if name == "held_out"}
+    small, dropped = _save_small(
+        run, loaded, loaded.lora_layers, initial, run.folder, keep_dropped=bool(held_out)
+    )
+    if held_out:
+        with without_products(loaded.lora_layers, dropped, loaded.engine.device):
+            measured = measure_predictions(loaded.engine, loaded.model, held_out)
+        small = small.model_copy(update=measured)
+    return small
+
+
+def _save_small(
+    run: PreparedRun,
+    loaded: RunModel,
+    layers: dict[str, LoraLayer],
+    initial: dict[str, Factors],
+    folder: Path,
+    keep_dropped: bool,
+) -> tuple[SmallExport, dict[str, Factors]]:
+    """Write lora_small/ of `layers` into `folder`; see `save_small_lora`. Collective."""
+    return save_small_lora(
+        folder,
+        layers,
+        loaded.engine,
+        loaded.model.peft_config[ADAPTER],
+        run.inputs.base,
+        initial,
+        run.recipe.export.rank,
+        keep_dropped,
+    )
 
 
 def score_run(
@@ -635,12 +689,14 @@ def make_results(
     history: list[Metrics],
     scores: dict[str, Score],
     after: dict[str, Prediction],
+    small: SmallExport | None,
     peak_flops: float | None,
 ) -> RunResults:
     """Return the run's record, with the conditions that its numbers hold for. Collective.
 
     Args:
         after: measured set -> the trained model's prediction.
+        small: of lora_small/; None where it was not asked for.
     """
     recipe, adapter, device = run.recipe, run.recipe.adapter, loaded.engine.device
     has_adapters = bool(loaded.lora_layers)
@@ -649,6 +705,8 @@ def make_results(
     conditions["peak_tflops"] = peak_flops and peak_flops / 1e12
     # held_out and other_text are left out where they were not measured.
     measured = {name: {"before": facts.before[name], "after": after[name]} for name in after}
+    if small is not None:
+        measured["small"] = small
     return RunResults(
         recipe=run.name,
         model=run.model_name,

@@ -24,6 +24,8 @@ RENAMED_FIELDS = {"data.keep": "data.filter"}
 # earlier default of fields whose default is another one now: hashes have it in the new one's place.
 UNHASHED_FIELDS = ("calibration.reduction",)
 EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
+# Fields and sections that came later: hashes are without them where they are at their defaults.
+ADDED_FIELDS = ("export", "model.new_weights", "adapter.exclude")
 
 
 def read_recipe(source: str, overrides: list[str]) -> Recipe:
@@ -86,6 +88,7 @@ def dump_for_hash(recipe: Recipe) -> str:
     """Return the recipe as YAML that stays the same from version to version, to be hashed."""
     values = recipe.model_dump()
     _restore_old_names(values)
+    _drop_added_fields(recipe, values)
     for name in UNHASHED_FIELDS:
         section, field = name.split(".")
         del values[section][field]
@@ -94,6 +97,15 @@ def dump_for_hash(recipe: Recipe) -> str:
         if values[section][field] == now:
             values[section][field] = earlier
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _drop_added_fields(recipe: Recipe, values: dict) -> None:
+    """Remove ADDED_FIELDS that are at their defaults from the recipe's nested `values`."""
+    for name in ADDED_FIELDS:
+        section, _, field = name.partition(".")
+        holder, key = (getattr(recipe, section), field) if field else (recipe, section)
+        if getattr(holder, key) == type(holder).model_fields[key].default:
+            del (values[section] if field else values)[key]
 
 
 def _restore_old_names(values: dict) -> None:

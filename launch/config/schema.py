@@ -355,6 +355,20 @@ class Eval(Section):
         return self
 
 
+class Export(Section):
+    """What a finished run writes besides its adapters."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="also write lora_small/, a plain LoRA of this rank, cut from lora/ by SVD; its "
+        "held-out loss and error are measured",
+    )
+    merged: bool = Field(
+        False, description="also write merged/, the whole model with the adapter merged into it"
+    )
+
+
 class Recipe(Section):
     """Everything that decides a run."""
 
@@ -364,6 +378,7 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     train: Train = Train()
     eval: Eval = Eval()
+    export: Export = Export()
     engine: Literal["zero3", "zero3_offload", "fsdp", "zero2", "single"] = Field(
         "zero3",
         description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the "
@@ -406,6 +421,27 @@ class Recipe(Section):
             raise ValueError(
                 "calibration.batch_size: the reference statistics take one example at a time; set "
                 "it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_export(self) -> "Recipe":
+        method, wanted = self.adapter.method_record, self.export
+        if method.trains_all and (wanted.rank or wanted.merged):
+            field = "merged" if wanted.merged else "rank"
+            raise ValueError(
+                f"export.{field}: method {self.adapter.method} writes the whole model, model/, "
+                "already; leave it out"
+            )
+        if wanted.rank and method.use_dora:
+            raise ValueError(
+                "export.rank: no plain LoRA equals dora's adapter; set export.merged=true instead"
+            )
+        rank = self.adapter.rank * (2 if method.starts_on_residual else 1)
+        if wanted.rank and wanted.rank > rank:
+            raise ValueError(
+                f"export.rank: {wanted.rank} is above {rank}, the rank of lora/, which is exact; "
+                "lower it"
             )
         return self
 

@@ -368,11 +368,17 @@ def _count_file_bytes(
             if method.solution == "factors":
                 size += linear.in_features
             calibration_bytes += FP64_BYTES * recipe.adapter.rank * size
-    return {
+    files = {
         checkpoint: num_copies * trained_bytes,
         exported: export_bytes,
         "calibration: eigenvectors, or factors, fp64": calibration_bytes,
     }
+    if recipe.export.rank:
+        sides = sum(linear.in_features + linear.out_features for linear in linears.values())
+        files["export: lora_small"] = FP32_BYTES * recipe.export.rank * sides
+    if recipe.export.merged:
+        files["export: merged"] = model_bytes
+    return files
 
 
 def _describe_export(method: Method) -> tuple[str, int]:

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "data.prepared",  # the tokens themselves are compared
     "data.on_bad_row",
     "tracking",
+    "export",
     "model.attention",
     "data.packing",
     "train.micro_batch",

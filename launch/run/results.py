@@ -114,6 +114,16 @@ class RunFacts(Record):
     before: dict[str, Prediction]  # measured set -> prediction of the base
 
 
+class SmallExport(Record):
+    """lora_small/, a LoRA of a smaller rank than lora/."""
+
+    rank: int
+    error: float  # Frobenius norm of what it lacks, over that of the whole change, all modules
+    worst_module: str
+    worst_error: float  # of that module alone
+    held_out: Prediction | None = None  # with it; None where data.held_out is 0
+
+
 class RunResults(Record):
     """results.json of a finished run."""
 
@@ -128,6 +138,7 @@ class RunResults(Record):
     eigen_select: str | None = None  # of astra
     rank: int | None  # None where no adapters were trained
     lora_rank: int | None = None  # of the exported plain LoRA; None where there is none
+    small: SmallExport | None = None  # only with export.rank
     alpha: float | None
     lr: float
     seed: int

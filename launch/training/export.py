@@ -1,6 +1,7 @@
-"""The adapters that a run exports: adapter/, astra_init/ and lora/.
+"""The adapters that a run exports: adapter/, astra_init/, lora/ and, if asked for, lora_small/.
 
-astra_init/ holds A0 and B0 of any method that starts on a residual base, PiSSA for example.
+astra_init/ holds A0 and B0 of any method that starts on a residual base, PiSSA for example. The
+LoRAs for the original base have one rank and scale 1 (astra.plain_lora).
 """
 
 import json
@@ -10,7 +11,8 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import Tensor
 
-from astra.adapter import Factors, save_adapter, to_plain_lora
+from astra.adapter import Factors, save_adapter
+from astra.plain_lora import get_scaling, save_plain_lora, to_plain_lora
 from launch.runtime.files import write_json
 
 RESIDUAL_WARNING = (
@@ -29,9 +31,8 @@ def save_adapters(
 ) -> None:
     """Write the trained adapter in PEFT's format. Rank 0 calls it.
 
-    adapter/ holds the trained factors. On a residual base, astra_init/ holds A0 and B0, and lora/
-    the difference, valid on the original base. Otherwise lora/ is the trained adapter itself; DoRA
-    has none, because no plain LoRA equals it.
+    adapter/ holds the trained factors. On a residual base, astra_init/ holds A0 and B0. lora/ is
+    the change of the original base; DoRA has none, because no plain LoRA equals it.
 
     Args:
         base: name and weights_sha256 of the base model. They are kept beside each adapter, and
@@ -39,21 +40,30 @@ def save_adapters(
         initial, trained: factors by module name.
         magnitudes: DoRA's by module name; empty for the others.
     """
-    # By value: a method that starts on a residual may have found nothing but zeros.
-    on_residual = any(factors.b.any() and factors.a.any() for factors in initial.values())
-    exports: dict[str, Mapping[str, Factors]] = {"adapter": trained}
+    on_residual = starts_on_residual(initial)
+    save_adapter(folder / "adapter", config, base["name"], trained, magnitudes)
+    note_base(folder / "adapter", base, "residual" if on_residual else "original")
     if on_residual:
-        exports["astra_init"] = initial
-        exports["lora"] = to_plain_lora(trained, initial)
-    elif not magnitudes:
-        exports["lora"] = trained
-    for name, factors in exports.items():
-        save_adapter(folder / name, config, base["name"], factors, magnitudes)
-        needs_residual = on_residual and name == "adapter"
-        valid_on = {"on": "residual" if needs_residual else "original"}
-        write_json(folder / name / "base.json", base | valid_on)
-    if on_residual:
+        save_adapter(folder / "astra_init", config, base["name"], initial)
+        note_base(folder / "astra_init", base, "original")
         (folder / "adapter" / "README.md").write_text(RESIDUAL_WARNING + "\n", encoding="utf-8")
+    if not magnitudes:
+        plain = to_plain_lora(trained, initial if on_residual else {}, get_scaling(config))
+        save_plain_lora(folder / "lora", config, base["name"], plain)
+        note_base(folder / "lora", base, "original")
+
+
+def starts_on_residual(initial: Mapping[str, Factors]) -> bool:
+    """Return whether B0 A0 is not zero.
+
+    By value: a method that starts on a residual may have found nothing but zeros.
+    """
+    return any(factors.b.any() and factors.a.any() for factors in initial.values())
+
+
+def note_base(folder: Path, base: dict, on: str) -> None:
+    """Write beside an adapter what base it is for: the `original` one, or its `residual`."""
+    write_json(folder / "base.json", base | {"on": on})
 
 
 def read_adapter_base(folder: Path) -> dict | None:
@@ -63,7 +73,10 @@ def read_adapter_base(folder: Path) -> dict | None:
 
 
 def read_plain_rank(run: Path) -> int | None:
-    """Read the rank of the run's lora/, the largest of its modules'; None where it has none."""
+    """Read the rank of the run's lora/; None where it has none.
+
+    Those that earlier versions wrote may have modules of other ranks; it is then the largest.
+    """
     path = run / "lora" / "adapter_config.json"
     if not path.is_file():
         return None

@@ -1,5 +1,6 @@
 """README.md of a run: what it is, under which conditions, and how to load what it exported."""
 
+import shlex
 from pathlib import Path
 
 from launch.config.schema import Recipe
@@ -8,11 +9,16 @@ from launch.run.results import RunResults, Score
 # Of the folders that a run may export. The first that is there is the one to load.
 CONTENTS = {
     "model": "the whole fine-tuned model, in transformers' format: it needs no base",
-    "lora": "a plain LoRA of rank {rank} for the ORIGINAL base: load it with PEFT or a server",
+    "lora": "a plain LoRA of rank {rank} and scale 1 for the ORIGINAL base: load it with PEFT or a "
+    "server",
+    "lora_small": "`lora/` cut to rank {small.rank} by SVD; {small_figures}",
     "adapter": "the trained adapter, on the original base",
     "astra_init": "the untrained factors A0, B0, from which W_res is rebuilt",
+    "merged": "the whole model with the adapter merged into it: it needs no base",
 }
 ON_RESIDUAL = "the trained factors, valid ONLY on the residual base `W_res = W - s B0 A0`"
+# What --max-lora-rank may be. Source: vllm-project/vllm, vllm/config/lora.py, MaxLoRARanks.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
@@ -28,8 +34,9 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 
 {_render_scores(results)}
-{_render_contents(exports, recipe.model.name, results.lora_rank)}
+{_render_contents(exports, recipe.model.name, results)}
 {_render_rounding(exports, results)}
+{render_commands(exports, recipe.model.name, results)}
 `recipe.yaml` makes this run again; `results.json` has the numbers with their conditions, `metrics.jsonl` every step.
 Base weights: SHA-256 {results.base.weights_sha256}.
 """
@@ -62,12 +69,17 @@ def _render_rounding(exports: list[str], results: RunResults) -> str:
     )
 
 
-def _render_contents(exports: list[str], base: str, lora_rank: int | None) -> str:
+def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
     """List what a run exported, and show how to load the first of it."""
     texts = dict(CONTENTS)
     if "astra_init" in exports:
         texts["adapter"] = ON_RESIDUAL
-    table = "\n".join(f"| `{name}/` | {texts[name].format(rank=lora_rank)} |" for name in exports)
+    values = {
+        "rank": results.lora_rank,
+        "small": results.small,
+        "small_figures": _render_small(results),
+    }
+    table = "\n".join(f"| `{name}/` | {texts[name].format(**values)} |" for name in exports)
     loaded = "model" if "model" in exports else base
     code = [
         "from transformers import AutoModelForCausalLM",
@@ -83,4 +95,54 @@ def _render_contents(exports: list[str], base: str, lora_rank: int | None) -> st
 
 ```python
 {lines}
+```"""
+
+
+def _render_small(results: RunResults) -> str:
+    """Say how far lora_small/ is from lora/; empty for runs without it."""
+    small = results.small
+    if small is None:
+        return ""
+    error = (
+        f"relative error of the change {small.error:.1e} (Frobenius norm; worst module "
+        f"{small.worst_error:.1e}, {small.worst_module})"
+    )
+    if small.held_out is None or results.held_out is None:
+        return f"{error}; its held-out loss was not measured, as data.held_out is 0"
+    exact = results.held_out.after.loss
+    return f"{error}; held-out loss {small.held_out.loss:.4f}, `lora/` has {exact:.4f}"
+
+
+def find_vllm_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank of vLLM that takes a LoRA of `rank`; None if none does."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)
+
+
+def render_commands(exports: list[str], base: str, results: RunResults) -> str:
+    """Show how to serve what was exported, convert it and upload it; paths are in the run folder."""
+    loras = {"lora": results.lora_rank}
+    if results.small is not None:
+        loras["lora_small"] = results.small.rank
+    lines = []
+    for name, rank in loras.items():
+        limit = find_vllm_rank(rank) if name in exports else None
+        if limit is not None:
+            lines.append(
+                f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {limit} "
+                f"--lora-modules tuned={name}"
+            )
+    for name in ("model", "merged"):
+        if name in exports:
+            lines.append(f"vllm serve ./{name}")
+    if "lora" in exports:
+        lines.append(
+            f"python convert_lora_to_gguf.py --base {shlex.quote(base)} --outfile lora.gguf lora"
+            "  # llama.cpp's, with the base in a local folder"
+        )
+    lines.append(f"hf upload USER/NAME {exports[0]} .")
+    text = "\n".join(lines)
+    return f"""Serve, convert or upload it, from this folder:
+
+```bash
+{text}
 ```"""

@@ -128,7 +128,7 @@ def as_base(model: nn.Module) -> AbstractContextManager[None]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def _choose_smallest(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+def choose_smallest(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
     """Return the layer with the smallest factors, by its name."""
 
     def count_elements(name: str) -> int:
@@ -163,7 +163,7 @@ def export_trained(
         return folder / "model"
     layers = get_lora_layers(model)
     if rehearsal:
-        layers = _choose_smallest(layers)
+        layers = choose_smallest(layers)
         initial = {name: factors for name, factors in initial.items() if name in layers}
     trained = read_factors(layers, engine)
     magnitudes = read_magnitudes(layers, engine)

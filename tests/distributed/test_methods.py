@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from astra import inits
+from astra import adapter, inits
 from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
 from launch.data.order import sample_examples
 from tests.support.cases import METHODS, RESUMED_METHOD
 from tests.support.paths import WORKERS
-from tests.support.plain import load_base
+from tests.support.plain import assert_weights_close, compute_answer_loss, load_base
 from tests.support.runs import read_calibration, read_losses, read_results
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -137,6 +137,62 @@ def test_the_exports_are_what_the_last_checkpoint_trained(
     for part, model in bases.items():
         exported = compute(PeftModel.from_pretrained(model, run / part))
         assert (exported - after).abs().max() < 1e-2 * moved
+
+
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+def test_the_merged_model_is_plain_pefts(engine: str, runs: dict[str, Path], base: Path) -> None:
+    run = runs[engine] / "olora"
+    plain = PeftModel.from_pretrained(load_base(base), run / "lora").merge_and_unload()
+    assert_weights_close(load_base(run / "merged"), plain)
+    # The head is tied, as it was in the base, and the tokenizer is there.
+    assert "lm_head.weight" not in load_file(run / "merged" / "model.safetensors")
+    assert AutoTokenizer.from_pretrained(run / "merged").eos_token == "</s>"
+
+
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+@pytest.mark.parametrize(("name", "rank"), [("pissa", 3), ("olora", 5)])
+def test_the_small_lora_is_the_best_of_its_rank(
+    name: str, rank: int, engine: str, runs: dict[str, Path], recipe: Path, base: Path
+) -> None:
+    run = runs[engine] / name
+    exact, small = (adapter.load_adapter(run / part) for part in ("lora", "lora_small"))
+    assert exact[1] == small[1] == 1.0
+    squares = torch.zeros(2, dtype=torch.float64)
+    for module, (a, b) in exact[0].items():
+        product = b.double() @ a.double()
+        values = torch.linalg.svdvals(product)
+        kept_a, kept_b = small[0][module]
+        assert len(kept_a) == kept_b.shape[1] == rank
+        left_out = (product - kept_b.double() @ kept_a.double()).norm()
+        assert left_out == pytest.approx(values[rank:].norm().item(), abs=1e-5 * values.norm())
+        squares += torch.stack([values[rank:].square().sum(), values.square().sum()])
+    found = read_results(run)["small"]
+    assert found["rank"] == rank
+    error = (squares[0] / squares[1]).sqrt().item()
+    assert found["error"] == pytest.approx(error, rel=1e-4)
+    assert found["error"] <= found["worst_error"] < 1
+
+
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+def test_the_loss_of_the_small_lora_is_measured_as_plain_peft_has_it(
+    engine: str, runs: dict[str, Path], base: Path, rows: list[dict]
+) -> None:
+    run = runs[engine] / "olora"
+    results, losses = read_results(run), {}
+    for part in ("lora", "lora_small"):
+        model = PeftModel.from_pretrained(load_base(base), run / part)
+        losses[part] = compute_answer_loss(model, base, rows[-9:])
+    measured = results["small"]["held_out"]["loss"]
+    assert measured == pytest.approx(losses["lora_small"], rel=1e-5)
+    assert results["held_out"]["after"]["loss"] == pytest.approx(losses["lora"], rel=1e-5)
+    assert abs(losses["lora_small"] / losses["lora"] - 1) > 1e-4  # something was left out
+    card = (run / "README.md").read_text()
+    assert f"held-out loss {measured:.4f}, `lora/` has {losses['lora']:.4f}" in card
+    assert "--max-lora-rank 8 --lora-modules tuned=lora_small" in card
+    assert "hf upload USER/NAME lora ." in card
+    unmeasured = runs[engine] / "pissa"
+    assert "held_out" not in read_results(unmeasured)["small"]
+    assert "was not measured, as data.held_out is 0" in (unmeasured / "README.md").read_text()
 
 
 def collect_reference_outputs(

@@ -20,7 +20,12 @@ from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
 from tests.support.cases import TRAINABLE_METHODS, TRAINABLE_STEPS
 from tests.support.paths import WORKERS
-from tests.support.plain import compute_logits, load_base, train_plainly
+from tests.support.plain import (
+    assert_weights_close,
+    compute_logits,
+    load_base,
+    train_plainly,
+)
 from tests.support.runs import read_losses, read_results
 
 pytestmark = pytest.mark.xdist_group("trainable")
@@ -101,6 +106,16 @@ def test_losses_and_exports_equal_plain_training(
         torch.testing.assert_close(exported, sharded, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+def test_dora_is_merged_as_plain_peft_merges_it(
+    engine: str, runs: dict[str, Path], base: Path
+) -> None:
+    folder = runs[engine] / ("dora-resumed-0" if engine == "single" else "dora")
+    plain = PeftModel.from_pretrained(load_base(base), folder / "adapter").merge_and_unload()
+    merged = load_base(folder / "merged")
+    assert_weights_close(merged, plain)
+
+
 @pytest.mark.parametrize("name", TRAINABLE_METHODS)
 def test_a_checkpoint_resumes_bit_for_bit_and_elsewhere(name: str, runs: dict[str, Path]) -> None:
     for number, engine in enumerate(SHARDED):
@@ -134,7 +149,8 @@ def test_results_and_model_card_say_what_was_trained(method: str, runs: dict[str
     ranks = (results["rank"], results["lora_rank"])
     match method:
         case "rslora":
-            assert json.loads((run / "lora" / "adapter_config.json").read_text())["use_rslora"]
+            config = json.loads((run / "lora" / "adapter_config.json").read_text())
+            assert (config["use_rslora"], config["r"], config["lora_alpha"]) == (False, 4, 4)
             assert ranks == (4, 4)
         case "dora":
             assert ranks == (4, None)

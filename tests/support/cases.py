@@ -98,9 +98,9 @@ def train_case(trained: Callable[..., Path], case: LaunchCase) -> Path:
 
 # Settings of the methods that workers/methods.py runs, and the one whose run it also resumes.
 METHODS = {
-    "pissa": ["adapter.method=pissa"],
+    "pissa": ["adapter.method=pissa", "export.rank=3"],
     "milora": ["adapter.method=milora"],
-    "olora": ["adapter.method=olora"],
+    "olora": ["adapter.method=olora", "export.rank=5", "export.merged=true", "data.held_out=9"],
     "corda-ipm": ["adapter.method=corda"],
     "corda-kpm": ["adapter.method=corda", "adapter.corda_mode=kpm"],
     "eva": ["adapter.method=eva"],
@@ -124,7 +124,7 @@ FULL_FINE_TUNING = [
 ]
 TRAINABLE_METHODS = {
     "rslora": ["adapter.method=rslora", "train.weight_decay=0.1"],
-    "dora": ["adapter.method=dora", CHECKPOINTING],
+    "dora": ["adapter.method=dora", CHECKPOINTING, "export.merged=true"],
     "full": FULL_FINE_TUNING,
     "full_bf16": [*FULL_FINE_TUNING, "model.dtype=bfloat16", "train.lr=0.0003"],
 }

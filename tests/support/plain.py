@@ -17,6 +17,15 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
+def assert_weights_close(found: nn.Module, wanted: nn.Module) -> None:
+    """Check that two models have the same weights, but for rounding in fp32."""
+    weights = found.state_dict()
+    assert weights.keys() == wanted.state_dict().keys()
+    for name, weight in wanted.state_dict().items():
+        atol = 1e-5 * weight.abs().max().item()
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=atol, msg=name)
+
+
 def compute_logits(model: nn.Module, base: Path, rows: list[dict]) -> Tensor:
     """Return the fp64 logits, (1, tokens, vocabulary), at every token of the first row."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -60,6 +69,14 @@ def train_plainly(
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms
+
+
+@torch.no_grad()
+def compute_answer_loss(model: nn.Module, base: Path, rows: list[dict]) -> float:
+    """Return the mean cross-entropy of the rows' answer tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    sums = [_sum_answer_loss(model.eval(), tokenizer, row) for row in rows]
+    return sum(total.item() for total, _ in sums) / sum(count for _, count in sums)
 
 
 def _sum_answer_loss(

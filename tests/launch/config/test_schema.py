@@ -65,6 +65,31 @@ def test_what_only_astras_calibration_has_is_refused_elsewhere(setting: str) -> 
         read_recipe("metamath", ["adapter.method=eva", f"calibration.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["adapter.rank=4", "export.rank=9"], r"export\.rank: 9 is above 8, the rank of lora/"),
+        (
+            ["adapter.rank=4", "adapter.method=lora", "export.rank=5"],
+            r"export\.rank: 5 is above 4, the rank of lora/",
+        ),
+        (["adapter.method=dora", "export.rank=4"], r"export\.rank: no plain LoRA equals dora"),
+        (["adapter.method=full", "export.rank=4"], r"export\.rank: method full writes the whole"),
+        (
+            ["adapter.method=full", "export.merged=true"],
+            r"export\.merged: method full writes the whole",
+        ),
+        (["export.rank=0"], r"export\.rank: "),
+    ],
+)
+def test_exports_that_cannot_be_made_are_refused_before_the_run(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe("metamath", settings)
+    read_recipe("metamath", ["adapter.rank=4", "export.rank=8", "export.merged=true"])
+
+
 def test_every_field_is_described_in_the_help() -> None:
     text = render_field_help()
     for name, field in Recipe.model_fields.items():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from astra.adapter import attach_adapters
+from astra.adapter import attach_adapters, find_targets
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.planning.estimate import RESERVE, Estimate, estimate_run
@@ -174,6 +174,16 @@ def test_other_adapters_are_counted_as_they_are(method: str, num_exported: int) 
     assert estimate.trainable == trained
     assert list(estimate.files.values())[:2] == [16 * trained, num_exported * 4 * trained]
     assert estimate.windows is None
+
+
+def test_further_exports_are_counted() -> None:
+    estimate = plan(make_recipe(export={"rank": 3, "merged": True}))
+    base = LlamaForCausalLM(CONFIG)
+    linears = find_targets(base, make_recipe().adapter.targets).values()
+    sides = sum(linear.in_features + linear.out_features for linear in linears)
+    assert estimate.files["export: lora_small"] == 4 * 3 * sides
+    count = sum(parameter.numel() for parameter in base.parameters())
+    assert estimate.files["export: merged"] == 4 * count
 
 
 @pytest.mark.parametrize(

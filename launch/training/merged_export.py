@@ -1,0 +1,98 @@
+"""merged/: the whole model with the trained adapter merged into its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from astra.adapter import ADAPTER, get_lora_layers
+from astra.weights import Weights
+from launch.data.inputs import Inputs
+from launch.engines import Engine
+from launch.runtime.distributed import run_on_rank0
+from launch.training.model_export import (
+    Description,
+    describe_weights,
+    read_weight,
+    write_config,
+    write_weights,
+)
+from launch.training.trainable import choose_smallest
+
+FOLDER = "merged"
+INSIDE = ".base_layer."  # PEFT's name of the frozen module inside a LoRA layer
+
+
+def save_merged(
+    folder: Path, model: PeftModel, engine: Engine, inputs: Inputs, rehearsal: bool = False
+) -> None:
+    """Write `W_res + s B A` and all other weights of the base in transformers' format. Collective.
+
+    Merged weights are computed in fp64 and rounded once.
+
+    Args:
+        rehearsal: only try it: one weight is merged, and see `write_weights`.
+    """
+    base, layers = model.get_base_model(), get_lora_layers(model)
+    sources = _find_sources(base, layers)
+
+    def read(name: str) -> Tensor:
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight" and owner in layers:
+            return compute_merged(layers[owner], engine)
+        return read_weight(base, engine, sources[name])
+
+    if rehearsal:
+        for layer in choose_smallest(layers).values():
+            compute_merged(layer, engine)
+    weights = describe_merged(model, inputs.dtype)
+    write_weights(folder / FOLDER, base, weights, read, rehearsal)
+    run_on_rank0(lambda: write_config(inputs.model_path, folder / FOLDER, inputs.dtype))
+
+
+def describe_merged(model: PeftModel, dtype: torch.dtype) -> Description:
+    """Describe what merged/ holds: the base's weights, each in the dtype that it has there.
+
+    Args:
+        dtype: of the base. transformers keeps some weights in fp32.
+    """
+    base = model.get_base_model()
+    parameters, whole = dict(base.named_parameters()), describe_weights(base, dtype)
+    weights = {}
+    for name, source in _find_sources(base, get_lora_layers(model)).items():
+        own = parameters[source].dtype if source in parameters else whole[source].dtype
+        weights[name] = whole[source].to(own)
+    return weights
+
+
+def _find_sources(base: PreTrainedModel, layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+    """Return the names of the base's own weights: without PEFT's layers -> with them."""
+    sources = {}
+    for name in describe_weights(base, torch.float32):
+        plain = name.replace(INSIDE, ".")
+        owner = plain.rpartition(".")[0]
+        # What is in a LoRA layer, but not in its base, is the adapter's.
+        if INSIDE in name or not any(f"{owner}.".startswith(f"{layer}.") for layer in layers):
+            sources[plain] = name
+    return sources
+
+
+@torch.no_grad()
+def compute_merged(layer: LoraLayer, weights: Weights) -> Tensor:
+    """Return a layer's merged weight in fp64, (d_out, d_in). Collective.
+
+    It is W + s B A, with the rows scaled to the trained magnitudes m for DoRA: those of
+    m (W + s B A) / |W + s B A|, as PEFT merges it.
+    """
+    weight = weights.read(layer.base_layer.weight).double()
+    a = weights.read(layer.lora_A[ADAPTER].weight).double()
+    b = weights.read(layer.lora_B[ADAPTER].weight).double()
+    weight += layer.scaling[ADAPTER] * (b @ a)
+    for vector in layer.lora_magnitude_vector.values():
+        magnitude = weights.read(vector.weight).double()
+        weight *= (magnitude / weight.norm(dim=1))[:, None]
+    return weight
