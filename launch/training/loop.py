@@ -122,16 +122,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
 
 def describe_low_rates(steps: int, settings: Train) -> str | None:
     """Return a line if no step of a run reaches the peak learning rate; None if one does."""
-    rates = [learning_rate(i, steps, settings.lr, settings.warmup_ratio) for i in range(steps)]
-    if max(rates) == settings.lr:
+    warmup = math.ceil(steps * settings.warmup_ratio)
+    if warmup < steps:
         return None
-    if max(rates) == 0:  # a single step, which warms up
+    highest = settings.lr * (steps - 1) / warmup
+    if highest == 0:  # a single step, which warms up
         return (
             "warning: the only step has learning rate 0, for warmup begins at 0: nothing is "
             "trained; raise train.max_steps (or the rows), or set train.warmup_ratio=0"
         )
     return (
-        f"warning: all {steps} steps are warmup, so the learning rate reaches {max(rates):.2e} and "
+        f"warning: all {steps} steps are warmup, so the learning rate reaches {highest:.2e} and "
         f"not train.lr, {settings.lr:.2e}; raise train.max_steps (or the rows), or lower "
         "train.warmup_ratio"
     )

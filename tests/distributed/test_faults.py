@@ -142,6 +142,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step(
     [
         ("calibration", "fsdp", None, "error: rank 1 ("),
         ("write", "fsdp", 3, "error: rank 0 ("),
+        pytest.param("rehearsal", "fsdp", 0, "error: rank 0 (", marks=pytest.mark.full),
         ("export", "single", 12, None),  # no other rank is there to name the one that is gone
         ("stall", "fsdp", 3, "error: rank 1 ("),
     ],

@@ -58,13 +58,23 @@ def wait_for_signal() -> None:
         time.sleep(0.01)
 
 
-def plant_fault(module: object, name: str, rank: int, call: int, fault: Callable[[], None]) -> None:
-    """Make call number `call`, from 1, of `module.name` on `rank` run `fault` first."""
+def plant_fault(
+    module: object,
+    name: str,
+    rank: int,
+    call: int,
+    fault: Callable[[], None],
+    phase: str | None = None,
+) -> None:
+    """Make call number `call`, from 1, of `module.name` on `rank` run `fault` first.
+
+    With `phase` only calls in that phase count: saving is tried in the first step already.
+    """
     original, num_calls = getattr(module, name), 0
 
     def run_with_fault(*arguments: object, **keywords: object) -> object:
         nonlocal num_calls
-        num_calls += 1
+        num_calls += phase is None or watchdog.current_phase() == phase
         if num_calls == call and int(os.environ["RANK"]) == rank:
             fault()
         return original(*arguments, **keywords)
@@ -76,10 +86,12 @@ POINTS = {
     # No fault: it comes from outside, and only the time limits are short.
     "none": lambda: None,
     "calibration": lambda: plant_fault(astra.calibrate, "run_forward", 1, 2, die),
-    # The third checkpoint has its tensors but no manifest.
-    "write": lambda: plant_fault(checkpoint, "write_json", 0, 3, die),
+    # The third checkpoint, that of step 6, has its tensors but no manifest.
+    "write": lambda: plant_fault(checkpoint, "write_json", 0, 1, die, "training step 6"),
+    # A checkpoint and one of the exports are tried after the first step.
+    "rehearsal": lambda: plant_fault(export, "write_json", 0, 2, die, "training step 1"),
     # The first of the adapters is exported.
-    "export": lambda: plant_fault(export, "write_json", 0, 2, die),
+    "export": lambda: plant_fault(export, "write_json", 0, 2, die, "exporting"),
     # calibrate.py has saved one window.
     "window": lambda: plant_fault(calibration, "save_window", 0, 2, die),
     # Step 5 lasts until a signal comes.
@@ -88,8 +100,8 @@ POINTS = {
     "mistake": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, break_down),
     "rank0": lambda: plant_fault(loop, "collate_sequences", 0, 9, break_down),
     # In the export, which rank 0 writes while the others wait.
-    "disk": lambda: plant_fault(export, "write_json", 0, 2, fill_disk),
-    "writer": lambda: plant_fault(export, "write_json", 0, 2, break_down),
+    "disk": lambda: plant_fault(export, "write_json", 0, 2, fill_disk, "exporting"),
+    "writer": lambda: plant_fault(export, "write_json", 0, 2, break_down, "exporting"),
     "plot": lambda: plant_fault(pipeline, "plot_runs", 0, 1, break_down),
     "card": lambda: plant_fault(pipeline, "render_model_card", 0, 1, break_down),
     "stall": lambda: plant_fault(loop, "collate_sequences", 1, 9, hang),
