@@ -1,5 +1,6 @@
 """Helpers for tests that run programs in the sandbox."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -94,6 +95,7 @@ def make_caller(who: str) -> list[str]:
 def _find_users_python() -> tuple[str | None, str]:
     """Return a Python that an ordinary user may run, and a folder with the sandbox to import."""
     folder = tempfile.mkdtemp(prefix="sandbox-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(ROOT / "eval" / "sandbox", f"{folder}/eval/sandbox")
     for name in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "eval" / name, f"{folder}/eval/{name}")

@@ -197,9 +197,7 @@ def nothing_stays() -> Iterator[None]:
     ids=["filter", "no filter"],
 )
 @pytest.mark.parametrize(("level", "who"), HOLDERS)
-def test_nothing_outlives_a_killed_caller(
-    level: str, who: str, no_filter: str, nothing_stays: None
-) -> None:
+def test_nothing_outlives_a_killed_caller(level: str, who: str, no_filter: str) -> None:
     if level not in BOXES:
         pytest.skip(f"{level} does not work on this machine")
     command = [*make_caller(who), "-c", CALLER, level, no_filter, STAYING]
@@ -212,6 +210,10 @@ def test_nothing_outlives_a_killed_caller(
         time.sleep(0.1)  # they clear their death signals
         caller.kill()
     assert len(inside) >= 4
+    until = time.monotonic() + 20
+    while inside & find_boxed_processes() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert inside & find_boxed_processes() == set()
     assert lacks == ("no filter of system calls" if no_filter or not make_filter() else "")
 
 
