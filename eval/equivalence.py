@@ -9,6 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+from eval.answers.compare import UndecidedError, are_equal
+from eval.answers.parse import Node
+
 TIMEOUT = 8.0  # seconds for one comparison
 START_TIMEOUT = 60.0  # seconds for a worker to load its libraries
 
@@ -18,8 +21,10 @@ _workers: list[subprocess.Popen] = []  # of all threads, to be killed when the p
 _lock = threading.Lock()
 
 
-def are_equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> bool:
-    """Return whether math-verify accepts LaTeX `answer` for `reference`, within `timeout` seconds.
+def are_equivalent(
+    answer: str, reference: str, timeout: float = TIMEOUT, *, word_problem: bool = False
+) -> bool:
+    """Return whether `answer` states the same as `reference`, proved within `timeout` seconds.
 
     May be called in any thread or process. Each thread has a worker process, which stays for the
     next question. A worker that is late is killed, and the answer is then False.
@@ -27,10 +32,14 @@ def are_equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> boo
     Raises:
         RuntimeError: the worker does not start.
     """
+    try:
+        return are_equal(answer, reference, _leave_undecided, word_problem=word_problem)
+    except UndecidedError:
+        pass
     worker = getattr(_of_thread, "worker", None)
     if worker is None or worker.poll() is not None:
         worker = _of_thread.worker = _start_worker()
-    worker.stdin.write(json.dumps([answer, reference]) + "\n")
+    worker.stdin.write(json.dumps([answer, reference, word_problem]) + "\n")
     worker.stdin.flush()
     line = _read_line(worker, timeout)
     if line is None:
@@ -38,6 +47,10 @@ def are_equivalent(answer: str, reference: str, timeout: float = TIMEOUT) -> boo
         worker.wait()
         return False
     return json.loads(line)
+
+
+def _leave_undecided(given: Node, wanted: Node) -> bool:
+    raise UndecidedError
 
 
 def _start_worker() -> subprocess.Popen:
@@ -55,7 +68,7 @@ def _start_worker() -> subprocess.Popen:
         running = [other for other in _workers if other.poll() is None]
         _workers[:] = [*running, worker]
     # A first question, because only its answer shows that the libraries are loaded.
-    worker.stdin.write(json.dumps(["1", "1"]) + "\n")
+    worker.stdin.write(json.dumps(["1", "1", False]) + "\n")
     worker.stdin.flush()
     if _read_line(worker, START_TIMEOUT) is None:
         worker.kill()

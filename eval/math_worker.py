@@ -1,9 +1,9 @@
-"""Compare answers with math-verify, in a process that eval.equivalence can kill.
+"""Compare answers by computer algebra, in a process that eval.equivalence can kill.
 
 Only the end of a process ends a computation that sympy has begun. `python -m eval.math_worker`
-reads lines of JSON ["answer", "reference"], and writes a line true or false for each. It gets only
-text that eval.tasks.math has cut out of a response, and math-verify parses that by its own grammar:
-nothing is evaluated as Python.
+reads lines of JSON ["answer", "reference", word_problem], and writes a line true or false for each.
+It gets only text that eval.answers.read has cut out of a response; see eval.answers.symbolic for
+how that is parsed.
 """
 
 import json
@@ -20,22 +20,19 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     # What the libraries print must not mix with the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
-    from math_verify import LatexExtractionConfig, parse, verify
+    from eval.answers.compare import are_equal
+    from eval.answers.parse import Node
+    from eval.answers.symbolic import equal_values
 
-    latex = [LatexExtractionConfig()]
-
-    def compare_answers(answer: str, reference: str) -> bool:
-        # No time limits here: math-verify's need the alarm of the main thread, whose exception the
-        # bare excepts of sympy swallow.
-        gold = parse(f"${reference}$", latex, parsing_timeout=None)
-        given = parse(f"${answer}$", latex, parsing_timeout=None)
-        return bool(gold) and bool(given) and bool(verify(gold, given, timeout_seconds=None))
+    def are_equal_values(given: Node, wanted: Node) -> bool:
+        try:
+            return equal_values(given, wanted)
+        except Exception:  # noqa: BLE001 (sympy may raise anything for a value it cannot read)
+            return False
 
     for line in sys.stdin:
-        try:
-            equal = compare_answers(*json.loads(line))
-        except Exception:  # noqa: BLE001 (sympy may raise anything for an answer it cannot read)
-            equal = False
+        answer, reference, word_problem = json.loads(line)
+        equal = are_equal(answer, reference, are_equal_values, word_problem=word_problem)
         answers.write(json.dumps(equal) + "\n")
         answers.flush()
 

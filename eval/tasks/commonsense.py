@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from eval.answers.labels import read_label
 from eval.errors import EvalError
 from eval.tasks.base import Benchmark, Grader, Problem
 from eval.tasks.loading import Source, read_rows, read_text_field
@@ -188,9 +189,8 @@ def read_problems(name: str, data_dir: Path | None, limit: int | None = None) ->
 def grade_label(output: str, reference: str, name: str, grader: Grader = "strict") -> bool:
     """Return whether `output` gives the label `reference` of one of `CHOICES`. Never raises.
 
-    strict: in the text up to the next "###", the label that follows the last "answer is", else the
-    only label that is named at all. Case and a space before the number do not matter, and a label
-    is a whole word.
+    strict: the one label that eval.answers.labels reads; the rule is in docs/evaluation.md. Several
+    labels, a denied one and an echo of the answer format are no answer.
 
     literature: LLM-Adapters' rule takes the first label anywhere, in lower case, also inside a
     word. So "untrue" is true, and answer11 is answer1.
@@ -199,26 +199,7 @@ def grade_label(output: str, reference: str, name: str, grader: Grader = "strict
     if grader == "literature":
         match = re.search("|".join(labels), output)
         return match is not None and match.group() == reference
-    response = output.partition("###")[0]  # a model may go on with a prompt of its own
-    pattern = _compile_labels(labels)
-    for stated in reversed(list(re.finditer(r"\banswer is\b", response, re.IGNORECASE))):
-        named = pattern.search(response, stated.end())
-        if named:
-            return _normalise_label(named.group()) == reference
-        # Text that names no label is an answer, and wrong. No text: the response was cut off here.
-        if response[stated.end() :].strip():
-            return False
-    return {_normalise_label(found) for found in pattern.findall(response)} == {reference}
-
-
-def _compile_labels(labels: tuple[str, ...]) -> re.Pattern:
-    """Return a pattern of whole-word labels, with or without a space before the number."""
-    words = [re.sub(r"(?=\d)", r"\\s?", label, count=1) for label in labels]
-    return re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
-
-
-def _normalise_label(found: str) -> str:
-    return re.sub(r"\s", "", found).lower()
+    return read_label(output, labels) == reference
 
 
 # LLM-Adapters' evaluation prompt: a space after "request.", and the indentation of its source file.

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from eval.answers.read import read_answer
 from eval.equivalence import are_equivalent
 from eval.errors import EvalError
 from eval.tasks.base import Benchmark, Grader, Problem
@@ -30,34 +31,6 @@ MATH500_FILES = ("math500_test.jsonl", "math500/test.jsonl")
 SOURCES = {
     "math": Source("math", MATH_FILES, "EleutherAI/hendrycks_math", SUBJECTS, "test"),
     "math500": Source("math500", MATH500_FILES, "HuggingFaceH4/MATH-500", None, "test"),
-}
-MAX_LENGTH = 2000  # characters; a longer answer is no answer
-MAX_DEPTH = 50  # nested brackets that math-verify is given
-
-# What comes before a stated final answer. The last one in a response counts.
-_MARKER = re.compile(r"(?:final\s+)?answer\s*(?:is\b\s*:?|:)", re.IGNORECASE)
-_UNITS = (
-    r"(?:cm|mm|km|m|in|ft|inch(?:es)?|feet|miles?|degrees?|units?|dollars?|cents?"
-    r"|hours?|minutes?|seconds?)"
-)
-# A unit after a digit or a brace: "5 cm^2", "5\text{ apples}", "\frac{1}{2} hour".
-_TRAILING_UNIT = re.compile(
-    rf"(?<=[\d}}])\s*\\?(?:\\(?:text|mbox|mathrm)\s*{{\s*[^{{}}]*}}|{_UNITS}\b)"
-    r"(?:\s*\^\s*{?\d}?)?\.?$"
-)
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-# Replaced in this order: \% before the bare sign.
-_MARKUP = {
-    "\u2212": "-",
-    "{,}": ",",
-    r"\!": "",
-    r"\$": "",
-    r"^\circ": "",
-    r"^{\circ}": "",
-    r"\left": "",
-    r"\right": "",
-    r"\%": "",
-    "%": "",
 }
 
 
@@ -110,9 +83,8 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
 
     Never raises, and ends within 10 s.
 
-    strict: the answer is the text after the last "answer is" or "answer:", or a box in that text,
-    else the last \boxed{}. It is right if it is the same text as the reference after markup is
-    dropped, or if math-verify finds the two equivalent.
+    strict: the final answer that eval.answers.read finds, compared exactly by eval.equivalence; the
+    rule is in docs/evaluation.md.
 
     literature: MetaMath's rule (and PiSSA's). The text after the last "The answer is: ", up to
     ".\n", and the reference are the same after Hendrycks' normalisation. So 0.75 is not
@@ -120,108 +92,8 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
     """
     if grader == "literature":
         return _grade_literature(output, reference)
-    answer = extract_answer(output)
-    if answer is None or len(answer) > MAX_LENGTH:
-        return False
-    answer, wanted = clean_answer(answer), clean_answer(reference)
-    if not answer or not wanted:
-        return False
-    if _drop_spacing(answer) == _drop_spacing(wanted):
-        return True
-    # math-verify's parser is recursive, so it does not get deep nesting.
-    if _count_nesting(answer) > MAX_DEPTH or not _can_compare(answer, wanted):
-        return False
-    return are_equivalent(answer, wanted)
-
-
-def extract_answer(output: str) -> str | None:
-    """Return the final answer that `output` states, or None."""
-    for marker in reversed(list(_MARKER.finditer(output))):
-        after = output[marker.end() :].strip()
-        if after:
-            # A box further down belongs to something else.
-            boxed = find_last_box(after.partition("\n\n")[0]) if "boxed" in after else None
-            return boxed or _read_statement(after)
-    return find_last_box(output)
-
-
-def _read_statement(text: str) -> str:
-    """Return `text` up to the end of its first line or sentence outside of braces."""
-    depth = 0
-    for i, character in enumerate(text[: MAX_LENGTH + 1]):
-        depth += (character == "{") - (character == "}")
-        if depth <= 0 and (character == "\n" or re.match(r"\.\s", text[i : i + 2])):
-            return text[:i]
-    return text
-
-
-def clean_answer(answer: str) -> str:
-    """Return `answer` without markup, thousands separators, units and the name before a value."""
-    answer = answer.strip().rstrip(".").strip()
-    for left, right in _DELIMITERS:
-        is_longer = len(answer) > len(left) + len(right) - 1
-        if is_longer and answer.startswith(left) and answer.endswith(right):
-            answer = answer[len(left) : len(answer) - len(right)].strip().rstrip(".").strip()
-    for markup, replacement in _MARKUP.items():
-        answer = answer.replace(markup, replacement)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    # Commas only between groups of three digits: "1,2" is two solutions.
-    answer = re.sub(r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", _drop_commas, answer)
-    answer = _TRAILING_UNIT.sub("", answer)
-    answer = re.sub(r"(\d)\s*\\frac\s*{(\d+)}\s*{(\d+)}", _join_mixed_number, answer)
-    if _is_value(answer):
-        # "x = 5", "f(x) = 5" and "x \in [1, 2]" are stated by their value.
-        name = r"^\s*(?:[a-zA-Z](?:\([a-z]\))?\s*=|[a-zA-Z]\s*\\in(?![a-z]))\s*"
-        answer = re.sub(name, "", answer)
-    return answer.strip()
-
-
-def _drop_commas(match: re.Match) -> str:
-    return match[1].replace(",", "")
-
-
-def _join_mixed_number(match: re.Match) -> str:
-    whole, top, bottom = (int(group) for group in match.groups())
-    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}"
-
-
-def _is_value(answer: str) -> bool:
-    """Return whether `answer` is a value, named (x = 5) or not.
-
-    An equation that is itself the answer (y = 2x + 3) is not a value.
-    """
-    name, equals, value = answer.partition("=")
-    if not equals:
-        return True
-    has_variable = re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", value)
-    return "=" not in value and (not has_variable or "(" in name)
-
-
-def _drop_spacing(answer: str) -> str:
-    """Return `answer` without spaces, text commands and the braces of one-letter indices."""
-    answer = re.sub(r"\\(?:text|mbox|mathrm|mathbf|textbf)\s*{([^{}]*)}", r"\1", answer)
-    answer = re.sub(r"\\[,;: ]|~|\s|\\displaystyle", "", answer)
-    answer = re.sub(r"_{(\w)}", r"_\1", answer)
-    return re.sub(r"\^{(\w)}", r"^\1", answer)
-
-
-def _count_nesting(answer: str) -> int:
-    """Return the depth of the deepest bracket in `answer`."""
-    deepest = depth = 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _can_compare(answer: str, wanted: str) -> bool:
-    """Return False where math-verify accepts too much: text, and numbers in another base."""
-    for side in (answer, wanted):
-        is_text = re.fullmatch(r"\s*\\(?:text|mbox|mathrm)\s*{.*}\s*", side)
-        has_base = re.search(r"\d_{?\d", side)
-        if is_text or has_base:
-            return False
-    return True
+    answer = read_answer(output)
+    return answer is not None and are_equivalent(answer, reference)
 
 
 def _grade_literature(output: str, reference: str) -> bool:

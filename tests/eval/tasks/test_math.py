@@ -38,7 +38,7 @@ ANSWERS = [
     (r"So $\boxed{5}$ at first, and in the end $\boxed{7}$.", "5", False),
     (r"The final answer is \boxed{\dfrac{1}{2}}", r"\frac12", True),
     ("The answer is 4", "4", True),
-    ("4", "4", False),  # no answer is stated
+    ("4", "4", True),  # nothing but a value
     ("The answer is: 2x+1", "1+2x", True),
     ("The answer is: 0.333", r"\frac{1}{3}", False),
     ("The answer is: 1,000", "1000", True),

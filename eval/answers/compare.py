@@ -1,0 +1,197 @@
+r"""Compare an answer with the reference, exactly.
+
+Plain numbers are compared here, as fractions. For the rest eval.equivalence asks its worker, which
+calls `compare_nodes` with the comparison of eval.answers.symbolic.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from eval.answers.parse import (
+    Node,
+    find_variables,
+    is_words,
+    parse_answer,
+    parse_words,
+    strip_name,
+)
+from eval.answers.units import name_different_units
+from eval.answers.words import Language
+
+MAX_LENGTH = 2000  # characters of an answer; a longer one is wrong
+MAX_DEPTH = 50  # nested brackets; the parsers are recursive
+MAX_DIGITS = 1000  # of one number; a longer one is compared as text
+
+_DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+\s]*)(?:(?P<number>{_DECIMAL})(?:\\overline\{{(?P<period>\d+)\}}|[eE](?P<e>[-+]?\d{{1,3}})"
+    r"|(?:\\times|\\cdot|\*)10\^(?:\{(?P<power>[-+]?\d{1,3})\}|(?P<digit>\d)))?"
+    rf"|\\frac\{{(?P<top>[-+]?(?:{_DECIMAL}))\}}\{{(?P<bottom>[-+]?(?:{_DECIMAL}))\}})"
+)
+_BASE = re.compile(r"(-?)([0-9A-Za-z]+)_\{?\(?(\d+)\)?\}?")
+
+
+class UndecidedError(Exception):
+    """Two values are not plain numbers, and need a computer algebra system."""
+
+
+EqualValues = Callable[[Node, Node], bool]
+"""Decides two nodes that are values, sets of reals or relations, not both plain numbers."""
+
+
+def are_equal(
+    answer: str, reference: str, equal_values: EqualValues, *, word_problem: bool = False
+) -> bool:
+    """Return whether the text `answer` states the same as `reference`.
+
+    Raises:
+        UndecidedError: raised by `equal_values`.
+    """
+    if max(len(answer), len(reference)) > MAX_LENGTH or count_nesting(answer) > MAX_DEPTH:
+        return False
+    if is_words(reference):
+        return _are_equal_words(answer, reference)
+    if name_different_units(answer, reference):
+        return False
+    if re.fullmatch(r"[A-Z]", reference.strip()):
+        # A choice; as a variable it would be the same.
+        letter = re.sub(r"\\[a-z]+|[\s{}().$*]", "", answer)
+        if letter == reference.strip():
+            return True
+    language = Language(find_variables(reference), word_problem)
+    wanted = parse_answer(reference, language)
+    given = parse_answer(answer, language)
+    if given is None or wanted is None:
+        return False
+    wanted = strip_name(wanted, keep_equations=True)
+    is_equation = wanted.kind == "relation"
+    given = strip_name(given, keep_equations=is_equation)
+    return compare_nodes(given, wanted, equal_values)
+
+
+def _are_equal_words(answer: str, reference: str) -> bool:
+    ours, theirs = parse_words(answer), parse_words(reference)
+    if ours == theirs:
+        return True
+    # "(B) 12 apples" chooses B.
+    choice = re.match(r"\W*(?:\\text\w*\s*\{)?\W*([A-Z])\W?[).:]\}?\s+\w", answer.strip())
+    return bool(choice) and len(theirs) == 1 and choice[1].lower() == theirs
+
+
+def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
+    """Return whether two structures are equal. Kinds are kept apart: (1,2) is not {1,2}."""
+    if given._replace(percent=False) == wanted._replace(percent=False):
+        return True
+    collections = ("list", "set")
+    if given.kind in collections or wanted.kind in collections:
+        return _compare_collections(given, wanted, equal_values)
+    if given.kind == wanted.kind == "sequence" and given.text == wanted.text:
+        if _compare_in_order(given.parts, wanted.parts, equal_values):
+            return True
+        return False
+    if given.kind == wanted.kind == "matrix":
+        is_shaped = [len(r.parts) for r in given.parts] == [len(r.parts) for r in wanted.parts]
+        rows = zip(given.parts, wanted.parts, strict=False)
+        return is_shaped and all(_compare_in_order(a.parts, b.parts, equal_values) for a, b in rows)
+    if given.kind == wanted.kind == "value":
+        return _compare_values(given, wanted, equal_values)
+    if "matrix" in (given.kind, wanted.kind):
+        return False
+    return equal_values(given, wanted)
+
+
+def _compare_in_order(
+    given: Sequence[Node], wanted: Sequence[Node], equal_values: EqualValues
+) -> bool:
+    if len(given) != len(wanted):
+        return False
+    return all(compare_nodes(a, b, equal_values) for a, b in zip(given, wanted, strict=True))
+
+
+def _compare_collections(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
+    """Compare as sets: without order, and a repeated element counts once."""
+    sides = [node.parts if node.kind in ("list", "set") else (node,) for node in (given, wanted)]
+    if max(len(sides[0]), len(sides[1])) > 100:
+        return False
+
+    def is_in(part: Node, parts: Sequence[Node]) -> bool:
+        return any(compare_nodes(part, other, equal_values) for other in parts)
+
+    return all(is_in(part, sides[1]) for part in sides[0]) and all(
+        any(compare_nodes(other, part, equal_values) for other in sides[0]) for part in sides[1]
+    )
+
+
+def _compare_values(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
+    if given.percent != wanted.percent:
+        # A percent sign is a unit that may be left out, and it means a hundredth.
+        as_unit = _compare_texts(given.text, wanted.text, equal_values)
+        left = _divide_by_hundred(given.text) if given.percent else given.text
+        right = _divide_by_hundred(wanted.text) if wanted.percent else wanted.text
+        return as_unit or _compare_texts(left, right, equal_values)
+    return _compare_texts(given.text, wanted.text, equal_values)
+
+
+def _divide_by_hundred(text: str) -> str:
+    value = read_number(text)
+    if value is None:
+        return rf"\frac{{1}}{{100}}({text})"
+    return rf"\frac{{{value.numerator}}}{{{100 * value.denominator}}}"
+
+
+def _compare_texts(given: str, wanted: str, equal_values: EqualValues) -> bool:
+    if given == wanted:
+        return True
+    if max(len(given), len(wanted)) > MAX_DIGITS:
+        return False
+    bases = _BASE.fullmatch(given), _BASE.fullmatch(wanted)
+    if any(bases):
+        return _compare_bases(given, wanted, *bases)
+    numbers = read_number(given), read_number(wanted)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return equal_values(Node("value", given), Node("value", wanted))
+
+
+def _compare_bases(given: str, wanted: str, ours: re.Match | None, theirs: re.Match | None) -> bool:
+    """Compare numbers such as 2516_8 by their digits; an answer may leave the base out."""
+    if ours and theirs:
+        return [g.upper() for g in ours.groups()] == [g.upper() for g in theirs.groups()]
+    return bool(theirs) and given.upper() == (theirs[1] + theirs[2]).upper()
+
+
+def is_number(text: str) -> bool:
+    """Return whether `text` is one plain number as people write it, such as 1,450,000 or $5."""
+    node = parse_answer(text[:MAX_LENGTH], Language(word_problem=True))
+    return node is not None and node.kind == "value" and read_number(node.text) is not None
+
+
+def read_number(text: str) -> Fraction | None:
+    """Return the exact value of a plain number: 18, -1.50, .5, 1.2e3, 0.\\overline{3}, a fraction."""
+    match = _NUMBER.fullmatch(text.replace(" ", ""))
+    if match is None or re.search(r"\d \d", text):
+        return None
+    sign = -1 if match["sign"].count("-") % 2 else 1
+    if match["top"]:
+        bottom = Fraction(match["bottom"])
+        return sign * Fraction(match["top"]) / bottom if bottom else None
+    number = match["number"]
+    value = Fraction(number.rstrip("."))
+    if match["period"]:
+        if "." not in number:
+            return None
+        places = len(number.partition(".")[2])
+        period = match["period"]
+        value += Fraction(int(period), 10**places * (10 ** len(period) - 1))
+    exponent = int(match["e"] or match["power"] or match["digit"] or 0)
+    return sign * value * Fraction(10) ** exponent
+
+
+def count_nesting(text: str) -> int:
+    """Return the depth of the deepest bracket in `text`."""
+    deepest = depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest

@@ -1,0 +1,265 @@
+r"""Read a response: which of its statements is the final answer.
+
+The rule, with examples, is in docs/evaluation.md. It is the same for gsm8k and maths and does not
+know the reference. A statement is what follows a marker ("the answer is", "Answer:", "####"), the
+content of a \boxed{}, or what stands before "is the answer". The last one that states something is
+the final answer. This file only cuts text; eval.answers.compare says what the text means.
+"""
+
+import re
+from typing import NamedTuple
+
+MAX_LENGTH = 2000  # characters; a longer statement is no answer
+MAX_STATEMENTS = 60  # from the end; a response that repeats itself has thousands
+
+_END_TOKEN = re.compile(
+    r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[DONE\]"
+)
+# A turn that the model invents. It counts only after a statement: before, it is an echo.
+_TURN = re.compile(
+    r"^[ \t]*(?:\#{1,6}[ \t]*)?\**(?:instruction|response|question|problem|human|user|assistant|input|q)"
+    r"[ \t]*\d*\**[ \t]*[:：]|^[ \t]*\#{2,6}[ \t]*(?:instruction|response|question|problem|human|user)\b"
+    r"|^Below is an instruction",
+    re.IGNORECASE | re.MULTILINE,
+)
+_IS = (
+    r"(?:(?:is|are|was|were|(?:would|should|must|will|can|could|may|might)(?:\s+not|n't)?\s+be|cannot\s+be"
+    r"|comes?\s+(?:out\s+)?to(?:\s+be)?|turns\s+out\s+to\s+be|becomes|equals?)(?P<denied>n't|n’t)?\b)"
+)
+_MARKER = re.compile(
+    # "the answer is", "the answer to the question is", "the answer in dollars would be"
+    rf"\b(?<!\\)answers?\b[*_]*(?:\s*\([^()\n]{{0,40}}\))?[^.,;:=?!\n\d$\\]{{0,60}}?\b{_IS}"
+    # "Answer: 18", "**Final answer** = 18", "The answer (in dollars): 18"
+    r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:：=]"
+    # "### Final Answer", a heading, with the answer below
+    r"|^[ \t]*(?:\#{1,6}[ \t]*|\*\*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*(?:\*\*)?[ \t]*$"
+    # "#### 18", but no heading such as "#### Step 1"
+    r"|\#{4}(?=[ \t]*[^\sA-Za-z#])",
+    re.IGNORECASE | re.MULTILINE,
+)
+# "Wait, it should be 18", after an earlier statement.
+_CORRECTION = re.compile(
+    r"\b(?:wait|actually|correction|sorry|oops|no)\b[,.:!—–-][^.\n\d\\$]{0,60}?"
+    r"\b(?:should\s+be|must\s+be|it\s+is|it's|it’s|that\s+is|that's)\b"
+    r"|\bcorrection\s*:|\b(?:wait|actually|sorry|oops)\b[,.:!]?(?:\s+no\b[,.:!]?)?\s+(?=[-$\\\d])",
+    re.IGNORECASE,
+)
+_REVERSED = re.compile(r"\bis\s{1,3}(?:the|our|my)\s{1,3}(?:final |correct |right )?answer\b", re.IGNORECASE)
+# Where the value before "is the answer" begins.
+_BEFORE_VALUE = re.compile(r"(?:[\n!?:]|\.\s|\b(?:so|thus|therefore|hence|that|and)\b,?\s)\s*", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
+_BARE_BOX = re.compile(r"-?\d[\d.,]*(?<![.,])|[A-Za-z](?![A-Za-z])")  # \boxed 5
+# Between two boxes that state one list: "\boxed{1} and $x = \boxed{2}$".
+_LIST_OF_BOXES = re.compile(r"[\s$,]*(?:and|or|,)?[\s$,]*(?:[A-Za-z]\s*=)?[\s$]*")
+_DISPLAY = re.compile(
+    r"(?:\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$[ \t]*\n(.+?)\$|```[a-z]*\n(.+?)```"
+    r"|\\begin\{(?:equation|align|gather|displaymath)\*?\}(.+?)\\end\{(?:equation|align|gather|displaymath)\*?\})",
+    re.DOTALL,
+)
+# Words that lead to a value and add nothing to it.
+_LEAD = re.compile(
+    r"(?:[\s:：*_>`=]|(?:as\s+follows|given\s+by|equal\s+to|equals|exactly|precisely|simply|just|therefore|thus"
+    r"|then|also|indeed|still|now|hence|clearly|either|approximately|about|roughly)\b[,:]?(?=\s))*",
+    re.IGNORECASE,
+)
+# "I hope this answer is helpful", "the answer is obtained by ...": nothing is stated.
+_COMMENT = re.compile(
+    r"(?:(?:very|really|quite|so|too|most|already|all|in\s+fact|indeed)\s+)*(?:"
+    r"in|on|at|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here|below|above"
+    r"|obtained|found|given|based|rounded|correct|right|wrong|incorrect|helpful|useful|clear|valid|invalid"
+    r"|reasonable|consistent|expected|simplified|expressed|computed|calculated|derived|determined|verified"
+    r"|checked|confirmed|supposed|shown|written|asked|needed|required|reached|explained|as|same|the\s+same"
+    r"|also|accurate|complete|ready|good|fine|what|available|stated|presented|provided|reported|measured"
+    r"|easy|easily|unit|units|true\s+for|false\s+for|satisfying|plausible|sensible)\b",
+    re.IGNORECASE,
+)
+_DENIAL = re.compile(r"\W*(?:definitely |certainly |clearly )?not\b", re.IGNORECASE)
+_AFTER_DENIAL = re.compile(
+    r"\b(?:but(?:\s+rather)?|it\s+is|it's|it’s|it\s+should\s+be|rather|instead)\b[,:]?\s*(?!not\b)",
+    re.IGNORECASE,
+)
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:a\.?m|p\.?m|sq|cu|ft|in|approx|rs|no|vs|e\.g|i\.e|u\.s|st|dr|mr|mrs|oz|lb|lbs|hr|hrs|min|sec|cal)"
+    r"|\b[a-z]\.[a-z])$",
+    re.IGNORECASE,
+)
+# What follows explains the answer and may hold other numbers.
+_EXPLANATION = re.compile(
+    r",\s+(?!and\b|or\b|pi\b|sqrt\b|sin\b|cos\b|tan\b|log\b|ln\b)(?=[a-z]{2,})"
+    r"|,?\s+(?:because|since|where|when|if|which|so|hence|giving|as|rather\s+than|instead\s+of|but)\b"
+    r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[—–]\s+(?=[A-Za-z]{2,})",
+)
+
+
+class _Statement(NamedTuple):
+    start: int
+    text: str  # "" states nothing
+    denied: str = ""  # what it says the answer is not
+
+
+def read_answer(response: str) -> str | None:
+    """Return the text of the final answer that `response` states, or None if it states none."""
+    response = cut_invented_turns(response)
+    denied: list[str] = []
+    statements = _find_statements(response)
+    for statement in statements:
+        if statement.text and _squeeze(statement.text) not in denied:
+            return statement.text
+        if statement.denied:
+            denied.append(_squeeze(statement.denied))
+    return None if statements else _read_bare(response)
+
+
+def cut_invented_turns(response: str) -> str:
+    """Return `response` up to an end token, or up to a turn that follows a statement."""
+    text = response.lstrip()
+    token = next((m for m in _END_TOKEN.finditer(text) if text[: m.start()].strip()), None)
+    if token:
+        text = text[: token.start()]
+    first = min(
+        (m.start() for m in (_MARKER.search(text), _BOX.search(text)) if m), default=len(text)
+    )
+    turn = _TURN.search(text, first)
+    return text[: turn.start()] if turn else text
+
+
+def _find_statements(response: str) -> list[_Statement]:
+    """Return the statements of `response`, the last one first."""
+    boxes = _find_boxes(response)
+    statements = [
+        _Statement(start, text.strip()) for start, _, text in _join_boxes(response, boxes)
+    ]
+    markers = list(_MARKER.finditer(response))[-MAX_STATEMENTS:]
+    for marker in markers:
+        if not any(start < marker.start() < end for start, end, _ in boxes):
+            statements.append(_read_after(response, marker))
+    for match in list(_REVERSED.finditer(response))[-MAX_STATEMENTS:]:
+        before = response[max(0, match.start() - 80) : match.start()]
+        starts = [found.end() for found in _BEFORE_VALUE.finditer(before)]
+        statements.append(_Statement(match.start(), before[starts[-1] if starts else 0 :].strip()))
+    if statements:
+        first = min(statement.start for statement in statements)
+        corrections = list(_CORRECTION.finditer(response, first))[-MAX_STATEMENTS:]
+        statements += [_read_after(response, correction) for correction in corrections]
+    return sorted(statements, key=lambda statement: statement.start, reverse=True)
+
+
+def _find_boxes(response: str) -> list[tuple[int, int, str]]:
+    """Return start, end and content of the last boxes that are closed, without those inside one."""
+    boxes: list[tuple[int, int, str]] = []
+    for match in list(_BOX.finditer(response))[-MAX_STATEMENTS:]:
+        if boxes and match.start() < boxes[-1][1]:
+            continue
+        if response[match.end() : match.end() + 1] == "{":
+            content = read_braces(response[match.end() : match.end() + MAX_LENGTH + 2])
+            end = match.end() + len(content or "") + 2
+        else:
+            bare = _BARE_BOX.match(response, match.end())
+            content, end = (bare.group(), bare.end()) if bare else (None, 0)
+        if content is not None:
+            inner = _find_boxes(content)
+            boxes.append((match.start(), end, inner[-1][2] if inner else content))
+    return boxes
+
+
+def _join_boxes(response: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    r"""Join boxes that state one list, such as "\boxed{1} and \boxed{2}"."""
+    joined: list[tuple[int, int, str]] = []
+    for start, end, content in boxes:
+        if joined and _LIST_OF_BOXES.fullmatch(response[joined[-1][1] : start]):
+            before_start, _, before = joined[-1]
+            both = before if before == content else f"{before}, {content}"
+            joined[-1] = (before_start, end, both)
+        else:
+            joined.append((start, end, content))
+    return joined
+
+
+def read_braces(text: str) -> str | None:
+    """Return what the brace at the start of `text` encloses, or None if it is never closed."""
+    depth = 0
+    for i, character in enumerate(text):
+        escaped = i > 0 and text[i - 1] == "\\"
+        if not escaped:
+            depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[1:i]
+    return None
+
+
+def _read_after(response: str, marker: re.Match) -> _Statement:
+    """Return the statement that follows `marker`."""
+    text = response[marker.end() : marker.end() + MAX_LENGTH + 1]
+    is_denied = re.search(r"n['’]t\b|\bnot\b", marker.group()) or "cannot" in marker.group().lower()
+    denial = _DENIAL.match(text)
+    if denial or is_denied:
+        sentence = cut_sentence(text[denial.end() :] if denial else text)
+        turn = _AFTER_DENIAL.search(sentence)
+        stated = _cut_explanation(sentence[turn.end() :]) if turn else ""
+        return _Statement(
+            marker.start(), stated.strip(), sentence[: turn.start() if turn else None]
+        )
+    text = text[_LEAD.match(text).end() :]
+    display = _DISPLAY.match(text)
+    if display:
+        content = next(group for group in display.groups() if group is not None)
+        rest = _cut_explanation(cut_sentence(text[display.end() :].partition("\n")[0]))
+        return _Statement(marker.start(), " ".join(f"{content} {rest}".split()))
+    sentence = cut_sentence(text)
+    if is_comment(sentence):
+        return _Statement(marker.start(), "")
+    return _Statement(marker.start(), _cut_explanation(sentence).strip(" \t\n*_`"))
+
+
+def is_comment(sentence: str) -> bool:
+    """Return whether what follows "answer is" states nothing: "obtained by ...", a question."""
+    return bool(_COMMENT.match(sentence)) or sentence.rstrip().endswith("?")
+
+
+def cut_sentence(text: str) -> str:
+    """Return `text` up to the end of its first line or sentence, outside of braces and matrices."""
+    depth = environments = 0
+    for i, character in enumerate(text):
+        if character == "\\":
+            environments += text.startswith(r"\begin{", i) - text.startswith(r"\end{", i)
+        elif character in "{}" and text[i - 1 : i] != "\\":
+            depth += 1 if character == "{" else -1
+        elif depth > 0 or environments > 0:
+            continue
+        elif character == "\n" or (character == ";" and not _is_bracketed(text[:i])):
+            return text[:i]
+        elif character == "." and re.match(r"\.[*_\"'”$)]*(?:\s|$)", text[i:]):
+            if not _ABBREVIATION.search(text[:i]) or re.match(r"\.\s+[A-Z]|\.\s*\n", text[i:]):
+                return text[:i]
+        elif character in "!?" and re.match(r"[!?]+\s+[A-Z]", text[i:]):
+            return text[: i + 1]
+    return text
+
+
+def _is_bracketed(text: str) -> bool:
+    return text.count("(") + text.count("[") > text.count(")") + text.count("]")
+
+
+def _cut_explanation(sentence: str) -> str:
+    """Return `sentence` up to what explains its answer, outside of braces, brackets and dollars."""
+    for match in _EXPLANATION.finditer(sentence):
+        before = sentence[: match.start()]
+        is_open = before.count("{") != before.count("}") or _is_bracketed(before)
+        in_maths = before.count("$") % 2 == 1 and "$" in sentence[match.end() :]
+        if before.strip() and not is_open and not in_maths:
+            return before
+    return sentence
+
+
+def _read_bare(response: str) -> str | None:
+    """Return a response that is nothing but a value or one word."""
+    text = response.strip()
+    if not text or "\n" in text or len(text) > MAX_LENGTH:
+        return None
+    words = re.findall(r"(?<![\\A-Za-z{])[A-Za-z]{2,}", text)
+    is_word = len(words) == 1 and re.fullmatch(r"[A-Za-z.]+", text)
+    return text if not words or is_word else None
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"[\s$.*]", "", text).lower()

@@ -1,0 +1,54 @@
+r"""Units: which letters are one, and whether two answers name different ones."""
+
+import re
+
+_DIMENSIONS = {
+    "length": "mm cm dm km m in ft yd mi inch foot feet yard mile meter metre centimeter centimetre "
+    "millimeter millimetre kilometer kilometre",
+    "mass": "mg g kg lb oz gram kilogram pound ounce ton",
+    "time": "ms s sec min h hr second minute hour day week month year yr",
+    "volume": "ml mL cl L liter litre gallon gal cup quart pint",
+    "speed": "mph kph kmh fps",
+    "money": "dollar cent euro pence penny buck",
+    "clock": "am pm",
+    "angle": "degree rad radian",
+}
+_NAMES = {
+    "in": "inch", "ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile", "m": "meter",
+    "metre": "meter", "cm": "centimeter", "centimetre": "centimeter", "mm": "millimeter",
+    "millimetre": "millimeter", "km": "kilometer", "kilometre": "kilometer", "g": "gram",
+    "kg": "kilogram", "lb": "pound", "oz": "ounce", "s": "second", "sec": "second", "min": "minute",
+    "h": "hour", "hr": "hour", "yr": "year", "l": "liter", "L": "liter", "litre": "liter",
+    "gal": "gallon", "buck": "dollar", "pence": "penny", "rad": "radian", "kmh": "kph",
+}  # fmt: skip
+_WORDS = {word for words in _DIMENSIONS.values() for word in words.split()}
+ATTACHED_UNITS = frozenset(
+    {word for word in _WORDS if len(word) > 1} | {f"{word}s" for word in _WORDS if len(word) > 1}
+    | {"inches", "sq", "pennies", "USD", "EUR", "GBP", "bn"}
+)  # fmt: skip
+ONE_LETTER_UNITS = frozenset("mgshlLNJWVACFK")
+_LETTERS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])")
+
+
+def name_different_units(answer: str, reference: str) -> bool:
+    r"""Return whether both name a known unit, and none in common: 5 inches for 5\text{ feet}.
+
+    A unit that only one side names does not count.
+    """
+    ours, theirs = _find_units(answer), _find_units(reference)
+    return bool(ours and theirs and not ours & theirs)
+
+
+def _find_units(text: str) -> set[str]:
+    """Return the known units in \text{} or after a number."""
+    text = re.sub(r"\b([ap])\.\s?m\.?", r"\1m", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\(?:text|mbox|mathrm|textrm)\s*\{([^{}]*)\}", r" \1 ", text)
+    found = set()
+    for match in _LETTERS.finditer(text):
+        word = match.group() if len(match.group()) == 1 else match.group().lower()
+        if len(word) == 1 and word not in ONE_LETTER_UNITS:
+            continue
+        singular = word if word in _WORDS else re.sub(r"(?<=ch)es$|s$", "", word)
+        if singular in _WORDS and re.search(r"[\d}]\D{0,20}$", text[: match.start()]):
+            found.add(_NAMES.get(singular, singular))
+    return found
