@@ -75,8 +75,12 @@ def _are_equal_words(answer: str, reference: str) -> bool:
     if ours == theirs:
         return True
     # "(B) 12 apples" chooses B.
-    choice = re.match(r"\W*(?:\\text\w*\s*\{)?\W*([A-Z])\W?[).:]\}?\s+\w", answer.strip())
-    return bool(choice) and len(theirs) == 1 and choice[1].lower() == theirs
+    choice = re.match(
+        r"\W*(?:\\text\w*\s*\{)?\W*([A-Z])\W?[).:]\s*\}?\s*(?=[\w\\$])", answer.strip()
+    )
+    if choice is None or len(theirs) != 1 or re.search(r"\b(?:or|and)\b", answer):
+        return False
+    return choice[1].lower() == theirs
 
 
 def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:

@@ -69,8 +69,10 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _TEXT_FONT = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)?|mbox|hbox|emph|mathrm|mathbf|mathit|mathsf|mathtt|mathcal|textnormal|boldsymbol|bm"
-    r"|operatorname)\s*\*?(?=\{)"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|sc)|mbox|hbox|emph|operatorname)\s*\*?(?=\{)"
+)
+_MATHS_FONT = re.compile(
+    r"\\(?P<font>math(?:rm|bf|it|sf|tt|cal|normal)|boldsymbol|bm)\s*\{(?P<content>[^{}]*)\}"
 )
 _OLD_FONT = re.compile(
     r"\\(?:rm|bf|it|displaystyle|textstyle|limits|tiny|small|large|Large)(?![A-Za-z])"
@@ -142,6 +144,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\*\*(?=\S)([^*]+?)(?<=\S)\*\*(?!\^)", r"\1", text)
     text = text.replace("`", "").replace("\n", " ").replace("\r", " ").replace("\t", " ")
     text = re.sub(r"\\tag\*?\{[^{}]*\}|\\phantom\{[^{}]*\}|\\label\{[^{}]*\}", "", text)
+    text = re.sub(r"(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt", text)
     text = _COMMAND.sub(lambda match: _WORD_COMMANDS.get(match.group(), match.group()), text)
     text = _OLD_FONT.sub(" ", text)
     text = _SIZE.sub("", text)
@@ -185,22 +188,25 @@ def _translate_signs(text: str) -> str:
 
 
 def _unwrap_fonts(text: str) -> str:
-    r"""Write every font command as \text{}, and leave it out around one letter, digits or maths."""
-    text = _TEXT_FONT.sub(r"\\text", text)
+    r"""Write every font command as \text{}, and leave it out around a variable, digits or maths."""
 
-    def unwrap(match: re.Match) -> str:
-        content = match[1]
-        is_maths = not re.search(r"[A-Za-z]{2}", content) and not re.fullmatch(
-            r"\s*\(?[A-Za-z]\)?\.?\s*", content
-        )
-        is_letter = re.fullmatch(r"[a-z]", content)
-        return content if is_maths or is_letter else match.group()
+    def unwrap_maths(match: re.Match) -> str:
+        content, is_roman = match["content"], match["font"] == "mathrm"
+        if re.fullmatch(r"[A-Za-z]", content) and not (is_roman and content in "mgshl"):
+            return f" {content}"
+        return rf"\text{{{content}}}"
 
-    return re.sub(r"\\text\{([^{}]*)\}", unwrap, text)
+    def unwrap_text(match: re.Match) -> str:
+        return match.group() if re.search(r"[A-Za-z]", match[1]) else match[1]
+
+    text = _MATHS_FONT.sub(unwrap_maths, _TEXT_FONT.sub(r"\\text", text))
+    return re.sub(r"\\text\s*\{([^{}]*)\}", unwrap_text, text)
 
 
 def _brace_arguments(text: str) -> str:
     r"""Give \frac, \binom, \sqrt and exponents their braces: \frac12, \sqrt3, 2^10, \sqrt(3)."""
+    text = re.sub(r"(?<=[\d.])\\(?:bar|dot|overline)\s*\{?(\d+)\}?", r"\\overline{\1}", text)
+    text = re.sub(r"\\log\s*_\s*(\w)", r"\\log_{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     # LaTeX takes one digit; \sqrt10 and 2^10 are written by models and mean the whole number.
     text = re.sub(r"\\sqrt\s*(\d{2,})", r"\\sqrt{\1}", text)
@@ -253,4 +259,4 @@ def squeeze(text: str) -> str:
     text = re.sub(r"\s+", " ", text.strip())
     text = re.sub(r"(?<=[^\w}]) | (?=[^\w\\{])", "", text)
     text = re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)
-    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    return re.sub(r"([_^])\{(\w)\}(?! ?\d)", r"\1\2", text)

@@ -42,7 +42,7 @@ _MATRIX = re.compile(
     re.DOTALL,
 )
 _SIGNED = re.compile(r"\\(pm|mp)(?![A-Za-z])")
-_DIGIT_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_DIGIT_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
 # What a value may be called: x, AB, P(A), f(x), \angle ABC, \overline{AB}, (x,y), ?.
 _NAME = re.compile(
@@ -105,7 +105,9 @@ def _parse_list(text: str, language: Language) -> Node | None:
 
 def _strip_end(text: str) -> str:
     """Return `text` without the punctuation around it."""
-    text = text.strip().strip('"').strip()
+    text = re.sub(r"\\\\\s*$", "", text.strip())
+    quoted = re.fullmatch(r"(?P<quote>[\"'])(.*)(?P=quote)", text)
+    text = quoted[2] if quoted else text.strip('"').strip()
     text = re.sub(r"^[:,*]+\s*|(?<!\\)[\s.,;:*]+$", "", text)
     return re.sub(r"^\.(?=\d)", "0.", text)
 
@@ -239,7 +241,9 @@ def strip_name(node: Node, *, keep_equations: bool) -> Node:
         return node
     name, value = node.parts[0], node.parts[-1]
     label = write(name)
-    is_name = bool(_NAME.fullmatch(label))
+    is_name = bool(
+        _NAME.fullmatch(label) or re.fullmatch(r"[A-Za-z]+(?:\s*[-+*/]\s*[A-Za-z]+)*", label)
+    )
     has_letters = has_variables(write(value))
     if not is_name and any(has_variables(write(part)) for part in node.parts):
         return node

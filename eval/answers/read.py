@@ -23,12 +23,12 @@ _TURN = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _IS = (
-    r"(?:(?:is|are|was|were|(?:would|should|must|will|can|could|may|might)(?:\s+not|n't)?\s+be|cannot\s+be"
+    r"(?:(?:is|are|was|were|(?:would|should|must|will)(?:\s+not|n't)?\s+be|cannot\s+be"
     r"|comes?\s+(?:out\s+)?to(?:\s+be)?|turns\s+out\s+to\s+be|becomes|equals?)(?P<denied>n't|n’t)?\b)"
 )
 _MARKER = re.compile(
     # "the answer is", "the answer to the question is", "the answer in dollars would be"
-    rf"\b(?<!\\)answers?\b[*_]*(?:\s*\([^()\n]{{0,40}}\))?[^.,;:=?!\n\d$\\]{{0,60}}?\b{_IS}"
+    rf"\b(?<!\\)answers?\b(?!\s+choice\s+\(?[A-Z]\b)[*_]*(?:\s*\([^()\n]{{0,40}}\)|,[^.,\n\d]{{1,40}},)?[^.,;:=?!\n\d$\\]{{0,60}}?\b{_IS}"
     # "Answer: 18", "**Final answer** = 18", "The answer (in dollars): 18"
     r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:：=]"
     # "### Final Answer", a heading, with the answer below
@@ -44,9 +44,20 @@ _CORRECTION = re.compile(
     r"|\bcorrection\s*:|\b(?:wait|actually|sorry|oops)\b[,.:!]?(?:\s+no\b[,.:!]?)?\s+(?=[-$\\\d])",
     re.IGNORECASE,
 )
-_REVERSED = re.compile(r"\bis\s{1,3}(?:the|our|my)\s{1,3}(?:final |correct |right )?answer\b", re.IGNORECASE)
+_REVERSED = re.compile(
+    r"\bis\s{1,3}(?:the|our|my)\s{1,3}(?:final |correct |right )?answer\b", re.IGNORECASE
+)
 # Where the value before "is the answer" begins.
-_BEFORE_VALUE = re.compile(r"(?:[\n!?:]|\.\s|\b(?:so|thus|therefore|hence|that|and)\b,?\s)\s*", re.IGNORECASE)
+_BEFORE_VALUE = re.compile(
+    r"(?:[\n!?:]|\.\s|\b(?:so|thus|therefore|hence|that|and)\b,?\s)\s*", re.IGNORECASE
+)
+# Before a marker that states nothing: "check whether the answer is 20", "check our answer: ...".
+_NO_MARKER = re.compile(
+    r"\b(?:whether|if|suppose|assume|assuming|unless)\b[^.\n]{0,30}\Z"
+    r"|\b(?:check|verify|confirm|test|round|simplify|write|express|give|report|state|find|mark)(?:ing|s|ed)?"
+    r"\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
+    re.IGNORECASE,
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
 _BARE_BOX = re.compile(r"-?\d[\d.,]*(?<![.,])|[A-Za-z](?![A-Za-z])")  # \boxed 5
 # Between two boxes that state one list: "\boxed{1} and $x = \boxed{2}$".
@@ -64,11 +75,12 @@ _LEAD = re.compile(
 )
 # "I hope this answer is helpful", "the answer is obtained by ...": nothing is stated.
 _COMMENT = re.compile(
-    r"(?:(?:very|really|quite|so|too|most|already|all|in\s+fact|indeed)\s+)*(?:"
+    r"(?:(?:very|really|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
     r"in|on|at|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here|below|above"
     r"|obtained|found|given|based|rounded|correct|right|wrong|incorrect|helpful|useful|clear|valid|invalid"
     r"|reasonable|consistent|expected|simplified|expressed|computed|calculated|derived|determined|verified"
-    r"|checked|confirmed|supposed|shown|written|asked|needed|required|reached|explained|as|same|the\s+same"
+    r"|checked|confirmed|supposed|shown|written|asked|needed|required|reached|explained|as|(?:the\s+)?(?:same|closest|nearest|best)"
+    r"|(?:positive|negative)(?!\s*[\d$\\])"
     r"|also|accurate|complete|ready|good|fine|what|available|stated|presented|provided|reported|measured"
     r"|easy|easily|unit|units|true\s+for|false\s+for|satisfying|plausible|sensible)\b",
     re.IGNORECASE,
@@ -131,12 +143,17 @@ def _find_statements(response: str) -> list[_Statement]:
     ]
     markers = list(_MARKER.finditer(response))[-MAX_STATEMENTS:]
     for marker in markers:
-        if not any(start < marker.start() < end for start, end, _ in boxes):
+        is_in_box = any(start < marker.start() < end for start, end, _ in boxes)
+        before = response[max(0, marker.start() - 60) : marker.start()]
+        if not (is_in_box or _NO_MARKER.search(before)):
             statements.append(_read_after(response, marker))
     for match in list(_REVERSED.finditer(response))[-MAX_STATEMENTS:]:
         before = response[max(0, match.start() - 80) : match.start()]
         starts = [found.end() for found in _BEFORE_VALUE.finditer(before)]
-        statements.append(_Statement(match.start(), before[starts[-1] if starts else 0 :].strip()))
+        value = before[starts[-1] if starts else 0 :].strip()
+        # "That number is the answer" states nothing here, and a box is a statement already.
+        if re.search(r"\d|\\|^[A-Z]\w*\W*$", value) and not _BOX.search(before):
+            statements.append(_Statement(match.start(), value))
     if statements:
         first = min(statement.start for statement in statements)
         corrections = list(_CORRECTION.finditer(response, first))[-MAX_STATEMENTS:]
@@ -226,6 +243,8 @@ def cut_sentence(text: str) -> str:
             depth += 1 if character == "{" else -1
         elif depth > 0 or environments > 0:
             continue
+        elif text[i - 1 : i] == "\\":
+            continue  # the space command \;
         elif character == "\n" or (character == ";" and not _is_bracketed(text[:i])):
             return text[:i]
         elif character == "." and re.match(r"\.[*_\"'”$)]*(?:\s|$)", text[i:]):

@@ -213,6 +213,9 @@ def make_set(node: Node) -> sympy.Set:
         return sympy.FiniteSet(*(sympy.simplify(parse_latex(part.text)) for part in node.parts))
     if node.kind == "sequence" and len(node.parts) == 2:
         ends = [sympy.simplify(parse_latex(part.text)) for part in node.parts]
+        closed = [node.text[0] == "[", node.text[-1] == "]"]
+        if any(is_closed and end.is_infinite for is_closed, end in zip(closed, ends, strict=True)):
+            raise ValueError("infinity is in no interval")
         return sympy.Interval(*ends, left_open=node.text[0] == "(", right_open=node.text[-1] == ")")
     if node.kind == "operation":
         left, right = (make_set(part) for part in node.parts)

@@ -2,6 +2,8 @@ r"""Units: which letters are one, and whether two answers name different ones.""
 
 import re
 
+from eval.answers.notation import normalise
+
 _DIMENSIONS = {
     "length": "mm cm dm km m in ft yd mi inch foot feet yard mile meter metre centimeter centimetre "
     "millimeter millimetre kilometer kilometre",
@@ -40,15 +42,21 @@ def name_different_units(answer: str, reference: str) -> bool:
 
 
 def _find_units(text: str) -> set[str]:
-    """Return the known units in \text{} or after a number."""
-    text = re.sub(r"\b([ap])\.\s?m\.?", r"\1m", text, flags=re.IGNORECASE)
-    text = re.sub(r"\\(?:text|mbox|mathrm|textrm)\s*\{([^{}]*)\}", r" \1 ", text)
+    r"""Return the known units in \text{} or after a number, with their power: centimeter 2."""
+    text = re.sub(r"\b([ap])\.\s?m\.?", r"\1m", normalise(text), flags=re.IGNORECASE)
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\^\s*\{?(\d)\}?", r"^\1", text).replace(r"^\circ", " degrees ")
     found = set()
     for match in _LETTERS.finditer(text):
         word = match.group() if len(match.group()) == 1 else match.group().lower()
         if len(word) == 1 and word not in ONE_LETTER_UNITS:
             continue
         singular = word if word in _WORDS else re.sub(r"(?<=ch)es$|s$", "", word)
-        if singular in _WORDS and re.search(r"[\d}]\D{0,20}$", text[: match.start()]):
-            found.add(_NAMES.get(singular, singular))
+        before = text[: match.start()]
+        if singular not in _WORDS or not re.search(r"[\d}]\D{0,20}$", before):
+            continue
+        power = re.match(r"\s*\^(\d)", text[match.end() :])
+        square = re.search(r"\b(square|sq|cubic|cu)\.?\s*$", before)
+        exponent = power[1] if power else {"s": "2", "c": "3"}[square[1][0]] if square else ""
+        found.add(f"{_NAMES.get(singular, singular)} {exponent}".strip())
     return found

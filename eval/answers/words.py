@@ -48,6 +48,7 @@ _PREPOSITIONS = frozenset(
     "remaining until during per".split()
 )
 _OPERATORS = ("+", "-", "=", "<", ">", r"\times", r"\cdot", r"\le", r"\ge", r"\in", r"\approx")
+_JOINERS = ("/", "*", r"\cdot", "-")  # of units: km/h
 _IS = frozenset(("is", "are", "equals", "equal", "was", "be"))
 _CLOCK = re.compile(r"(?<=\d)\s*[ap]\s?\.?\s?m(?![A-Za-z])\.?|(?<=\d)\s*o['’]clock", re.IGNORECASE)
 _TOKEN = re.compile(
@@ -81,7 +82,8 @@ def translate_words(text: str, language: Language) -> str:
     """Write words that mean a sign, a scale or a separator as that."""
     text = re.sub(r"\b(?:negative|minus)\s+(?=[\d\\.(])", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:positive|plus)\s+(?=[\d\\.(])", "+", text, flags=re.IGNORECASE)
-    text = _SCALE.sub(lambda m: _scale_number(m[1], _SCALES[m[2].lower()]), text)
+    for _ in range(2):  # two hundred thousand
+        text = _SCALE.sub(lambda m: _scale_number(m[1], _SCALES[m[2].lower()]), text)
     if language.word_problem:
         text = _LETTER_SCALE.sub(lambda m: _scale_number(m[1], _LETTER_SCALES[m[2]]), text)
         text = re.sub(r"(\d[^()]*)(?<=[\d%A-Za-z])\s+\([^()]*\)", r"\1 ", text)  # 18 (12 + 6)
@@ -107,15 +109,24 @@ def drop_words(part: str, language: Language) -> Maths:
     part = _CLOCK.sub(r" \\text{clock} ", part)
     part = re.sub(r"(?<=[\d}])-(?=[A-Za-z]{2,})", " ", part)  # 18-year-old
     tokens = _drop_remarks(list(_find_tokens(part, language)))
-    percent = any(token.is_word and token.text == r"\%" for token in tokens)
-    text, has_value, after_word = "", False, False
-    for token in tokens:
+    last_side = max((i for i, token in enumerate(tokens) if token.text == "="), default=0)
+    percent = any(token.is_word and token.text == r"\%" for token in tokens[last_side:])
+    text, has_value, after_word, is_skipping = "", False, False, False
+    for i, token in enumerate(tokens):
         word = token.text.strip().lower()
-        if token.is_word and word in _IS:
+        is_followed = any(
+            re.search(r"\w", later.text) for later in tokens[i + 1 :] if not later.is_word
+        )
+        if is_skipping and token.text != "=":
+            continue
+        is_skipping = False
+        if token.is_word and word in _IS and is_followed:
             text, after_word = (text if text.strip() else "?") + "=", False
         elif token.is_word:
             if has_value and word in _PREPOSITIONS:
-                break
+                if i > last_side:
+                    break
+                text, is_skipping = "?", True  # 50% of 36 = 18
             after_word = True
         elif after_word and (not word or word[0] in "^_" or (word in tuple("/:,*'\"") or not word)):
             continue  # the power of a unit, or what joins words
@@ -131,7 +142,7 @@ def drop_words(part: str, language: Language) -> Maths:
 def _find_tokens(part: str, language: Language) -> Iterator[_Token]:
     r"""Yield the words and the pieces of maths of `part`. A bracketed group is one piece."""
     has_function = re.search(r"\\(?:sin|cos|tan|sec|csc|cot)", part)
-    position, before = 0, _Token("")
+    position, before, in_unit = 0, _Token(""), False
     while position < len(part):
         match = _TOKEN.match(part, position)
         end, is_word, text = match.end(), False, match.group()
@@ -146,13 +157,18 @@ def _find_tokens(part: str, language: Language) -> Iterator[_Token]:
             end = find_group_end(part, position)
             text = part[position:end]
         elif match["letters"]:
-            is_word = _is_word(text, part, position, before, language)
+            is_word = (
+                in_unit
+                and before.text in _JOINERS
+                or _is_word(text, part, position, before, language)
+            )
             if not is_word and len(text) > 1 and text.lower() in FUNCTIONS:
                 text = f"\\{text.lower()} "
         elif text == r"\%":
             is_word = True
         token = _Token(text, is_word)
         yield token
+        in_unit = is_word or (in_unit and (not text.strip() or text in _JOINERS or text[0] in "^_"))
         position, before = end, token if text.strip() else before
 
 
@@ -163,8 +179,6 @@ def _is_word(letters: str, part: str, position: int, before: _Token, language: L
     is_apart = part[:position].endswith((" ", "\t"))
     if not language.word_problem and set(letters) <= language.variables:
         return False
-    if before.is_word and re.search(r"[/*-]\s*$|\\cdot\s*$|^$", part[:position]):
-        return True  # the h of km/h
     if len(letters) == 1:
         if letters in "aA" and re.match(r"\s+[A-Za-z]{2,}", rest):
             return True
