@@ -91,9 +91,7 @@ def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
     if given.kind in collections or wanted.kind in collections:
         return _compare_collections(given, wanted, equal_values)
     if given.kind == wanted.kind == "sequence" and given.text == wanted.text:
-        if _compare_in_order(given.parts, wanted.parts, equal_values):
-            return True
-        return False
+        return _compare_in_order(given.parts, wanted.parts, equal_values)
     if given.kind == wanted.kind == "matrix":
         is_shaped = [len(r.parts) for r in given.parts] == [len(r.parts) for r in wanted.parts]
         rows = zip(given.parts, wanted.parts, strict=False)

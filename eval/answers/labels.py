@@ -21,7 +21,7 @@ _DENIED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _EXPLANATION = re.compile(
-    r",?\s+(?:because|since|as|where|when|if|which|so|hence|although|though)\b"
+    r"!|,?\s+(?:because|since|as|where|when|if|which|so|hence|although|though)\b"
 )
 _OPPOSITE = {"true": "false", "false": "true"}
 

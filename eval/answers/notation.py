@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (signs that look alike are what this file is about)
 r"""Bring the notation of an answer to plain LaTeX: signs, markup, currency, fractions, mixed numbers.
 
 Every function maps text to text and keeps the meaning. What a text means is in eval.answers.parse.
@@ -144,7 +145,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"\*\*(?=\S)([^*]+?)(?<=\S)\*\*(?!\^)", r"\1", text)
     text = text.replace("`", "").replace("\n", " ").replace("\r", " ").replace("\t", " ")
     text = re.sub(r"\\tag\*?\{[^{}]*\}|\\phantom\{[^{}]*\}|\\label\{[^{}]*\}", "", text)
-    text = re.sub(r"(?<![\\A-Za-z])sqrt(?![A-Za-z])", r"\\sqrt", text)
+    text = re.sub(r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(r"\\pmod\s*(?:\{[^{}]*\}|\w)|\(\s*(?:\\text\{)?\\?mod\}?\s*\w+\s*\)", "", text)
     text = _COMMAND.sub(lambda match: _WORD_COMMANDS.get(match.group(), match.group()), text)
     text = _OLD_FONT.sub(" ", text)
     text = _SIZE.sub("", text)

@@ -13,24 +13,26 @@ MAX_LENGTH = 2000  # characters; a longer statement is no answer
 MAX_STATEMENTS = 60  # from the end; a response that repeats itself has thousands
 
 _END_TOKEN = re.compile(
-    r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[DONE\]"
+    r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[DONE\]"
 )
+_TURN_NAMES = r"(?:instruction|response|question|problem|human|user|assistant|input|q)"
 # A turn that the model invents. It counts only after a statement: before, it is an echo.
 _TURN = re.compile(
-    r"^[ \t]*(?:\#{1,6}[ \t]*)?\**(?:instruction|response|question|problem|human|user|assistant|input|q)"
-    r"[ \t]*\d*\**[ \t]*[:：]|^[ \t]*\#{2,6}[ \t]*(?:instruction|response|question|problem|human|user)\b"
-    r"|^Below is an instruction",
+    rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?\**{_TURN_NAMES}[ \t]*\d*\**[ \t]*[:\uff1a]"
+    rf"|^[ \t]*\#{{2,6}}[ \t]*{_TURN_NAMES}\b|^Below is an instruction",
     re.IGNORECASE | re.MULTILINE,
 )
 _IS = (
-    r"(?:(?:is|are|was|were|(?:would|should|must|will)(?:\s+not|n't)?\s+be|cannot\s+be"
-    r"|comes?\s+(?:out\s+)?to(?:\s+be)?|turns\s+out\s+to\s+be|becomes|equals?)(?P<denied>n't|n’t)?\b)"
+    r"(?:is|are|was|were|(?:would|should|must|will)(?:\s+not|n't)?\s+be|cannot\s+be|becomes|equals?"
+    r"|comes?\s+(?:out\s+)?to(?:\s+be)?|turns\s+out\s+to\s+be)(?:n't|n\u2019t)?\b"
 )
 _MARKER = re.compile(
-    # "the answer is", "the answer to the question is", "the answer in dollars would be"
-    rf"\b(?<!\\)answers?\b(?!\s+choice\s+\(?[A-Z]\b)[*_]*(?:\s*\([^()\n]{{0,40}}\)|,[^.,\n\d]{{1,40}},)?[^.,;:=?!\n\d$\\]{{0,60}}?\b{_IS}"
+    # "the answer is", "the answer to the question is", "the answer, in dollars, would be"
+    r"\b(?<!\\)answers?\b(?!\s+choice\s+\(?[A-Z]\b)[*_]*"
+    r"(?:\s*\([^()\n]{0,40}\)|,[^.,\n\d]{1,40},)?[^.,;:=?!\n\d$\\]{0,60}?"
+    rf"\b{_IS}"
     # "Answer: 18", "**Final answer** = 18", "The answer (in dollars): 18"
-    r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:：=]"
+    r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:\uff1a=]"
     # "### Final Answer", a heading, with the answer below
     r"|^[ \t]*(?:\#{1,6}[ \t]*|\*\*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*(?:\*\*)?[ \t]*$"
     # "#### 18", but no heading such as "#### Step 1"
@@ -39,8 +41,8 @@ _MARKER = re.compile(
 )
 # "Wait, it should be 18", after an earlier statement.
 _CORRECTION = re.compile(
-    r"\b(?:wait|actually|correction|sorry|oops|no)\b[,.:!—–-][^.\n\d\\$]{0,60}?"
-    r"\b(?:should\s+be|must\s+be|it\s+is|it's|it’s|that\s+is|that's)\b"
+    r"\b(?:wait|actually|correction|sorry|oops|no)\b[,.:!\u2014\u2013-][^.\n\d\\$]{0,60}?"
+    r"\b(?:should\s+be|must\s+be|it\s+is|it's|it\u2019s|that\s+is|that's)\b"
     r"|\bcorrection\s*:|\b(?:wait|actually|sorry|oops)\b[,.:!]?(?:\s+no\b[,.:!]?)?\s+(?=[-$\\\d])",
     re.IGNORECASE,
 )
@@ -54,52 +56,58 @@ _BEFORE_VALUE = re.compile(
 # Before a marker that states nothing: "check whether the answer is 20", "check our answer: ...".
 _NO_MARKER = re.compile(
     r"\b(?:whether|if|suppose|assume|assuming|unless)\b[^.\n]{0,30}\Z"
-    r"|\b(?:check|verify|confirm|test|round|simplify|write|express|give|report|state|find|mark)(?:ing|s|ed)?"
-    r"\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
+    r"|\b(?:check|verify|confirm|test|round|simplify|write|express|give|report|state|find|mark)"
+    r"(?:ing|s|ed)?\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
 _BARE_BOX = re.compile(r"-?\d[\d.,]*(?<![.,])|[A-Za-z](?![A-Za-z])")  # \boxed 5
 # Between two boxes that state one list: "\boxed{1} and $x = \boxed{2}$".
 _LIST_OF_BOXES = re.compile(r"[\s$,]*(?:and|or|,)?[\s$,]*(?:[A-Za-z]\s*=)?[\s$]*")
+_ENVIRONMENT = r"\{(?:equation|align|gather|displaymath)\*?\}"
 _DISPLAY = re.compile(
     r"(?:\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$[ \t]*\n(.+?)\$|```[a-z]*\n(.+?)```"
-    r"|\\begin\{(?:equation|align|gather|displaymath)\*?\}(.+?)\\end\{(?:equation|align|gather|displaymath)\*?\})",
+    rf"|\\begin{_ENVIRONMENT}(.+?)\\end{_ENVIRONMENT})",
     re.DOTALL,
 )
 # Words that lead to a value and add nothing to it.
 _LEAD = re.compile(
-    r"(?:[\s:：*_>`=]|(?:as\s+follows|given\s+by|equal\s+to|equals|exactly|precisely|simply|just|therefore|thus"
-    r"|then|also|indeed|still|now|hence|clearly|either|approximately|about|roughly)\b[,:]?(?=\s))*",
+    r"(?:[\s:\uff1a*_>`=]|(?:as\s+follows|given\s+by|equal\s+to|equals|exactly|precisely|simply|just"
+    r"|therefore|thus|then|also|indeed|still|now|hence|clearly|either|approximately|about|roughly)\b"
+    r"[,:]?(?=\s))*",
     re.IGNORECASE,
 )
 # "I hope this answer is helpful", "the answer is obtained by ...": nothing is stated.
 _COMMENT = re.compile(
-    r"(?:(?:very|really|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
-    r"in|on|at|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here|below|above"
-    r"|obtained|found|given|based|rounded|correct|right|wrong|incorrect|helpful|useful|clear|valid|invalid"
-    r"|reasonable|consistent|expected|simplified|expressed|computed|calculated|derived|determined|verified"
-    r"|checked|confirmed|supposed|shown|written|asked|needed|required|reached|explained|as|(?:the\s+)?(?:same|closest|nearest|best)"
-    r"|(?:positive|negative)(?!\s*[\d$\\])"
-    r"|also|accurate|complete|ready|good|fine|what|available|stated|presented|provided|reported|measured"
-    r"|easy|easily|unit|units|true\s+for|false\s+for|satisfying|plausible|sensible)\b",
+    r"(?:(?:very|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
+    # a place, a reason or a way
+    r"in|on|at|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here"
+    r"|below|above|as|also"
+    # what was done to it
+    r"|obtained|found|given|based|rounded|simplified|expressed|computed|calculated|derived|reached"
+    r"|determined|verified|checked|confirmed|supposed|shown|written|asked|needed|required|explained"
+    r"|stated|presented|provided|reported|measured|satisfying"
+    # what is thought of it
+    r"|correct|right|wrong|incorrect|helpful|useful|clear|valid|invalid|reasonable|consistent|expected"
+    r"|accurate|complete|ready|good|fine|available|easy|plausible|sensible|units?"
+    r"|(?:the\s+)?(?:same|closest|nearest|best)|(?:positive|negative)(?!\s*[\d$\\]))\b",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(r"\W*(?:definitely |certainly |clearly )?not\b", re.IGNORECASE)
 _AFTER_DENIAL = re.compile(
-    r"\b(?:but(?:\s+rather)?|it\s+is|it's|it’s|it\s+should\s+be|rather|instead)\b[,:]?\s*(?!not\b)",
+    r"\b(?:but(?:\s+rather)?|it\s+is|it's|it\u2019s|it\s+should\s+be|rather|instead)\b[,:]?\s*(?!not\b)",
     re.IGNORECASE,
 )
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:a\.?m|p\.?m|sq|cu|ft|in|approx|rs|no|vs|e\.g|i\.e|u\.s|st|dr|mr|mrs|oz|lb|lbs|hr|hrs|min|sec|cal)"
+    r"(?:\b(?:a\.?m|p\.?m|sq|cu|ft|in|approx|rs|no|vs|st|dr|mr|mrs|oz|lbs?|hrs?|min|sec|cal)"
     r"|\b[a-z]\.[a-z])$",
     re.IGNORECASE,
 )
 # What follows explains the answer and may hold other numbers.
 _EXPLANATION = re.compile(
-    r",\s+(?!and\b|or\b|pi\b|sqrt\b|sin\b|cos\b|tan\b|log\b|ln\b)(?=[a-z]{2,})"
+    r",\s+(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln)\b)(?=[a-z]{2,})"
     r"|,?\s+(?:because|since|where|when|if|which|so|hence|giving|as|rather\s+than|instead\s+of|but)\b"
-    r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[—–]\s+(?=[A-Za-z]{2,})",
+    r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[\u2014\u2013]\s+(?=[A-Za-z]{2,})",
 )
 
 
@@ -207,7 +215,9 @@ def read_braces(text: str) -> str | None:
 def _read_after(response: str, marker: re.Match) -> _Statement:
     """Return the statement that follows `marker`."""
     text = response[marker.end() : marker.end() + MAX_LENGTH + 1]
-    is_denied = re.search(r"n['’]t\b|\bnot\b", marker.group()) or "cannot" in marker.group().lower()
+    is_denied = (
+        re.search(r"n['\u2019]t\b|\bnot\b", marker.group()) or "cannot" in marker.group().lower()
+    )
     denial = _DENIAL.match(text)
     if denial or is_denied:
         sentence = cut_sentence(text[denial.end() :] if denial else text)
@@ -247,7 +257,7 @@ def cut_sentence(text: str) -> str:
             continue  # the space command \;
         elif character == "\n" or (character == ";" and not _is_bracketed(text[:i])):
             return text[:i]
-        elif character == "." and re.match(r"\.[*_\"'”$)]*(?:\s|$)", text[i:]):
+        elif character == "." and re.match(r"\.[*_\"'\u201d$)]*(?:\s|$)", text[i:]):
             if not _ABBREVIATION.search(text[:i]) or re.match(r"\.\s+[A-Z]|\.\s*\n", text[i:]):
                 return text[:i]
         elif character in "!?" and re.match(r"[!?]+\s+[A-Z]", text[i:]):

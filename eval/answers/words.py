@@ -50,13 +50,15 @@ _PREPOSITIONS = frozenset(
 _OPERATORS = ("+", "-", "=", "<", ">", r"\times", r"\cdot", r"\le", r"\ge", r"\in", r"\approx")
 _JOINERS = ("/", "*", r"\cdot", "-")  # of units: km/h
 _IS = frozenset(("is", "are", "equals", "equal", "was", "be"))
-_CLOCK = re.compile(r"(?<=\d)\s*[ap]\s?\.?\s?m(?![A-Za-z])\.?|(?<=\d)\s*o['’]clock", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(?<=\d)\s*[ap]\s?\.?\s?m(?![A-Za-z])\.?|(?<=\d)\s*o['\u2019]clock", re.IGNORECASE
+)
 _TOKEN = re.compile(
     r"\\text\s*\{(?P<words>[^{}]*)\}"
     r"|(?P<script>[_^]\s*(?:\\circ\b|\\[A-Za-z]+|\w)?)"
     r"|(?P<open>\\[{]|\\(?:langle|lfloor|lceil|begin)(?![A-Za-z])|[({\[])"
     r"|(?P<maths>\\[A-Za-z]+|\\.|\d+(?:[.,]\d+)*(?:[eE][-+]?\d{1,3}(?![\w.]))?)"
-    r"|(?P<letters>[A-Za-z]+(?:['’-][A-Za-z]{2,})*(?:'s)?)"
+    r"|(?P<letters>[A-Za-z]+(?:['\u2019-][A-Za-z]{2,})*(?:'s)?)"
     r"|(?P<other>[<>!]=|\s+|.)",
     re.DOTALL,
 )
@@ -110,21 +112,22 @@ def drop_words(part: str, language: Language) -> Maths:
     part = re.sub(r"(?<=[\d}])-(?=[A-Za-z]{2,})", " ", part)  # 18-year-old
     tokens = _drop_remarks(list(_find_tokens(part, language)))
     last_side = max((i for i, token in enumerate(tokens) if token.text == "="), default=0)
+    values = [
+        i for i, token in enumerate(tokens) if not token.is_word and re.search(r"\w", token.text)
+    ]
+    last_value = values[-1] if values else -1
     percent = any(token.is_word and token.text == r"\%" for token in tokens[last_side:])
     text, has_value, after_word, is_skipping = "", False, False, False
     for i, token in enumerate(tokens):
         word = token.text.strip().lower()
-        is_followed = any(
-            re.search(r"\w", later.text) for later in tokens[i + 1 :] if not later.is_word
-        )
         if is_skipping and token.text != "=":
             continue
         is_skipping = False
-        if token.is_word and word in _IS and is_followed:
+        if token.is_word and word in _IS and i < last_value:
             text, after_word = (text if text.strip() else "?") + "=", False
         elif token.is_word:
             if has_value and word in _PREPOSITIONS:
-                if i > last_side:
+                if word != "of" or i > last_side:
                     break
                 text, is_skipping = "?", True  # 50% of 36 = 18
             after_word = True
@@ -157,10 +160,8 @@ def _find_tokens(part: str, language: Language) -> Iterator[_Token]:
             end = find_group_end(part, position)
             text = part[position:end]
         elif match["letters"]:
-            is_word = (
-                in_unit
-                and before.text in _JOINERS
-                or _is_word(text, part, position, before, language)
+            is_word = (in_unit and before.text in _JOINERS) or _is_word(
+                text, part, position, before, language
             )
             if not is_word and len(text) > 1 and text.lower() in FUNCTIONS:
                 text = f"\\{text.lower()} "
@@ -194,7 +195,9 @@ def _is_word(letters: str, part: str, position: int, before: _Token, language: L
         return False
     if after_number and not is_apart:
         return language.word_problem
-    is_beside_sign = before.text.strip()[-1:] in tuple("+*/^_") or re.match(r"\s*[+*/^_]|\(", rest)
+    is_beside_sign = before.text.strip()[-1:] in tuple("+*/^_") or re.match(
+        r"\s*[+*/_]|\(|\s*\^(?!\{?[23]\b)", rest
+    )
     return not is_beside_sign
 
 

@@ -1,17 +1,21 @@
-"""Read the labelled responses in tests/eval/grader_cases.jsonl."""
+"""Read the labelled responses in tests/eval/grader_cases.jsonl and grader_cases_2.jsonl."""
 
 import json
 
 from tests.support.paths import ROOT
 
+FILES = ("grader_cases.jsonl", "grader_cases_2.jsonl")
 
-def read_grader_cases(*benchmarks: str) -> list[dict]:
+
+def read_grader_cases(*benchmarks: str, files: tuple[str, ...] = FILES) -> list[dict]:
     """Return the cases of some benchmarks.
 
     Returns:
-        Rows {bench, id, output, reference, expected, literature, why}, and `contested` where people
-        disagree about the label.
+        Rows {bench, id, output, reference, expected, why}, and `contested` where people disagree
+        about the label. The first file has also `literature`, that grader's verdict.
     """
-    text = (ROOT / "tests" / "eval" / "grader_cases.jsonl").read_text(encoding="utf-8")
-    cases = [json.loads(line) for line in text.splitlines()]
+    cases = []
+    for file in files:
+        text = (ROOT / "tests" / "eval" / file).read_text(encoding="utf-8")
+        cases += [json.loads(line) for line in text.splitlines()]
     return [case for case in cases if case["bench"] in benchmarks]

@@ -17,7 +17,7 @@ from eval.crosscheck import harness
 from eval.tasks import gsm8k, math
 from eval.tasks.base import ALPACA_PROMPT
 from tests.support.generation import generate_all
-from tests.support.grader_cases import read_grader_cases
+from tests.support.grader_cases import FILES, read_grader_cases
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -90,7 +90,7 @@ def test_lm_evals_graders_on_the_labelled_cases(tmp_path: Path) -> None:
     tasks, expected = [], {}
     for benchmark, grade in graders.items():
         rows = []
-        for case in read_grader_cases(benchmark):
+        for case in read_grader_cases(benchmark, files=FILES[:1]):
             if case.get("contested"):
                 continue
             row = {"id": str(case["id"]), "reference": case["reference"], "output": case["output"]}

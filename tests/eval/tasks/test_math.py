@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.equivalence import are_equivalent
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS
 from eval.tasks.math import grade_answer
@@ -23,9 +24,9 @@ def test_labelled_cases(case: dict) -> None:
         print(f"contested: {case['output']!r} for {case['reference']}: {found} ({case['why']})")
     else:
         assert found is case["expected"], case["why"]
-    if case["literature"] in (True, False):
+    if case.get("literature") in (True, False):
         by_literature = grade_answer(case["output"], case["reference"], "literature")
-        assert by_literature is case["literature"]
+        assert by_literature is case.get("literature")
 
 
 ANSWERS = [
@@ -71,6 +72,7 @@ HOSTILE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_end_in_time_without_effect(text: str, tmp_path: Path) -> None:
+    are_equivalent("x", "y")  # the worker's start, after a kill, is not measured
     marker, start = tmp_path / "marker", time.monotonic()
     assert grade_answer("The answer is: " + text.replace("{marker}", str(marker)), "7") is False
     assert time.monotonic() - start < 10
