@@ -5,8 +5,8 @@
 The graders are ours, strict and literature; lm-eval's, if it is installed
 (requirements-crosscheck.txt); and math-verify alone, on the whole response. They judge the labelled
 responses in tests/eval, without the contested ones, and every gold answer in DATA written in 20
-forms that give it and 10 that do not (tests/support/answer_forms.py, with a fixed seed). math-verify
-and lm-eval get every N-th problem with --others-every N, because they are slow; each count stands
+forms that give it and 10 that do not (tests/support/answer_forms.py, with a fixed seed).
+math-verify and lm-eval get every N-th problem with --others-every N, because they are slow; each count stands
 with its n. Without --data-dir only the labelled responses are judged.
 """
 

@@ -1,1 +1,1 @@
-"""Read the final answer of a response (read), and compare it exactly with the reference (compare)."""
+"""Read the final answer of a response (read), and compare it with the reference (compare)."""

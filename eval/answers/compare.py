@@ -25,7 +25,8 @@ MAX_DIGITS = 1000  # of one number; a longer one is compared as text
 
 _DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+\s]*)(?:(?P<number>{_DECIMAL})(?:\\overline\{{(?P<period>\d+)\}}|[eE](?P<e>[-+]?\d{{1,3}})"
+    rf"(?P<sign>[-+\s]*)(?:(?P<number>{_DECIMAL})"
+    r"(?:\\overline\{(?P<period>\d+)\}|[eE](?P<e>[-+]?\d{1,3})"
     r"|(?:\\times|\\cdot|\*)10\^(?:\{(?P<power>[-+]?\d{1,3})\}|(?P<digit>\d)))?"
     rf"|\\frac\{{(?P<top>[-+]?(?:{_DECIMAL}))\}}\{{(?P<bottom>[-+]?(?:{_DECIMAL}))\}})"
 )
@@ -170,7 +171,7 @@ def is_number(text: str) -> bool:
 
 
 def read_number(text: str) -> Fraction | None:
-    """Return the exact value of a plain number: 18, -1.50, .5, 1.2e3, 0.\\overline{3}, a fraction."""
+    r"""Return the exact value of a plain number: 18, .5, 1.2e3, 0.\overline{3}, \frac{1}{2}."""
     match = _NUMBER.fullmatch(text.replace(" ", ""))
     if match is None or re.search(r"\d \d", text):
         return None

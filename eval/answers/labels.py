@@ -16,8 +16,9 @@ _DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"\W{0,3}\s+(?:(?:is|are|was|were|would|does|do|did|can|could|will|should)(?:\s+not\b|n't)|cannot\b"
-    r"|(?:is|are|was|were|seems?)\s+(?:clearly\s+|also\s+|both\s+)*(?:wrong|incorrect|impossible|unlikely|out)\b)",
+    r"\W{0,3}\s+(?:(?:is|are|was|were|would|does|do|did|can|could|will|should)(?:\s+not\b|n't)"
+    r"|cannot\b|(?:is|are|was|were|seems?)\s+(?:clearly\s+|also\s+|both\s+)*"
+    r"(?:wrong|incorrect|impossible|unlikely|out)\b)",
     re.IGNORECASE,
 )
 _EXPLANATION = re.compile(

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (signs that look alike are what this file is about)
-r"""Bring the notation of an answer to plain LaTeX: signs, markup, currency, fractions, mixed numbers.
+r"""Bring the notation of an answer to plain LaTeX: signs, markup, currency, fractions.
 
 Every function maps text to text and keeps the meaning. What a text means is in eval.answers.parse.
 """
@@ -54,6 +54,7 @@ _SIGNS = {
     "⌉": r"\rceil ",
     "∠": r"\angle ",
     "…": r"\ldots ",
+    **dict.fromkeys("→⇒➜➔⟹", " "),
 }
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
@@ -117,11 +118,15 @@ _WORD_COMMANDS = {
     r"\thinspace": " ",
     r"\nobreakspace": " ",
     r"\space": " ",
+    **dict.fromkeys((r"\checkmark", r"\blacksquare", r"\square", r"\qed", r"\therefore"), " "),
+    **dict.fromkeys((r"\Rightarrow", r"\implies", r"\rightarrow"), " "),
+    **dict.fromkeys((r"\underline", r"\framebox", r"\fbox", r"\boxed"), ""),
 }
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _CURRENCY = re.compile(
     r"(?:\b(?:USD|EUR|GBP|CAD|AUD|INR|JPY|CNY|RMB|CHF|MXN|Rs)\b\.?\s*(?=[-+$\d])"
-    r"|\b(?:US|AU|CA|NZ|HK|SG|NT|[ACSR])\\?\$\s*(?=[-+]?\d)|[£€¥₹₽₩₦₱₫₺₴¢฿₪]\s*)",
+    r"|\b(?:US|AU|CA|NZ|HK|SG|NT|[ACSR])\\?\$\s*(?=[-+]?\d)"
+    r"|[£€¥₹₽₩₦₱₫₺₴¢฿₪]\s*)",
 )
 _GROUPED = {
     # 1{,}200 and 1,\!200
@@ -184,7 +189,7 @@ def _translate_signs(text: str) -> str:
         elif unicodedata.decomposition(character).startswith("<fraction>"):
             top, bottom = unicodedata.normalize("NFKC", character).split("\u2044")
             characters.append(rf" \frac{{{top}}}{{{bottom}}}" if bottom else character)
-        else:
+        elif unicodedata.category(character) not in ("So", "Cf", "Mn"):  # no emoji and the like
             characters.append(character)
     return "".join(characters)
 

@@ -1,6 +1,6 @@
-r"""Turn the text of an answer into its structure: values, lists, sets, intervals, matrices, equations.
+r"""Turn the text of an answer into its structure: values, lists, intervals, matrices, equations.
 
-Values stay LaTeX text: eval.answers.compare decides plain numbers, eval.answers.symbolic the others.
+Values stay LaTeX text: eval.answers.compare decides plain numbers, eval.answers.symbolic others.
 """
 
 import re
@@ -108,7 +108,7 @@ def _strip_end(text: str) -> str:
     text = re.sub(r"\\\\\s*$", "", text.strip())
     quoted = re.fullmatch(r"(?P<quote>[\"'])(.*)(?P=quote)", text)
     text = quoted[2] if quoted else text.strip('"').strip()
-    text = re.sub(r"^[:,*]+\s*|(?<!\\)[\s.,;:*]+$", "", text)
+    text = re.sub(r"^(?:[:,*#]+|<<)\s*|(?<!\\)[\s.,;:*]+$|>>$", "", text)
     return re.sub(r"^\.(?=\d)", "0.", text)
 
 
@@ -240,6 +240,12 @@ def strip_name(node: Node, *, keep_equations: bool) -> Node:
     if node.kind != "relation" or set(node.text.split()) - {"=", r"\in", r"\approx", r"\equiv"}:
         return node
     name, value = node.parts[0], node.parts[-1]
+    if (
+        len(node.parts) == 2
+        and re.fullmatch(r"[A-Za-z]", value.text)
+        and not has_variables(write(name))
+    ):
+        name, value = value, name  # 18 = x
     label = write(name)
     is_name = bool(
         _NAME.fullmatch(label) or re.fullmatch(r"[A-Za-z]+(?:\s*[-+*/]\s*[A-Za-z]+)*", label)

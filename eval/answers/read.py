@@ -72,7 +72,7 @@ _DISPLAY = re.compile(
 )
 # Words that lead to a value and add nothing to it.
 _LEAD = re.compile(
-    r"(?:[\s:\uff1a*_>`=]|(?:as\s+follows|given\s+by|equal\s+to|equals|exactly|precisely|simply|just"
+    r"(?:[\s:\uff1a*_>`=}]|(?:as\s+follows|given\s+by|equal\s+to|equals|exactly|precisely|simply|just"
     r"|therefore|thus|then|also|indeed|still|now|hence|clearly|either|approximately|about|roughly)\b"
     r"[,:]?(?=\s))*",
     re.IGNORECASE,
@@ -81,7 +81,7 @@ _LEAD = re.compile(
 _COMMENT = re.compile(
     r"(?:(?:very|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
     # a place, a reason or a way
-    r"in|on|at|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here"
+    r"in|on|at(?!\s+(?:least|most))|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here"
     r"|below|above|as|also"
     # what was done to it
     r"|obtained|found|given|based|rounded|simplified|expressed|computed|calculated|derived|reached"

@@ -36,11 +36,12 @@ FUNCTIONS = frozenset(
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(
-    r"(?<![\d.])(\d+(?:\.\d+)?)[\s-]*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion)s?\b"
+    r"(?<![\d.])(\d[\d,]*(?:\.\d+)?)[\s-]*(?:\\text\s*\{\s*)?"
+    r"(hundred|thousand|million|billion|trillion)s?\b"
     r"(?:\s*\})?",
     re.IGNORECASE,
 )
-_LETTER_SCALE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s?(k|K|M|B|mn|bn|mil)(?![A-Za-z])")
+_LETTER_SCALE = re.compile(r"(?<![\d.])(\d[\d,]*(?:\.\d+)?)\s?(k|K|M|B|mn|bn|mil)(?![A-Za-z])")
 _LETTER_SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "mn": 6, "bn": 9, "mil": 6}
 # After a value, what follows these words belongs to it and states nothing: 18 of the 20 eggs.
 _PREPOSITIONS = frozenset(
@@ -84,6 +85,7 @@ def translate_words(text: str, language: Language) -> str:
     """Write words that mean a sign, a scale or a separator as that."""
     text = re.sub(r"\b(?:negative|minus)\s+(?=[\d\\.(])", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:positive|plus)\s+(?=[\d\\.(])", "+", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=\d)\s+and\s+a\s+half\b", ".5", text, flags=re.IGNORECASE)
     for _ in range(2):  # two hundred thousand
         text = _SCALE.sub(lambda m: _scale_number(m[1], _SCALES[m[2].lower()]), text)
     if language.word_problem:
@@ -98,7 +100,7 @@ def translate_words(text: str, language: Language) -> str:
 
 
 def _scale_number(number: str, exponent: int) -> str:
-    whole, _, decimals = number.partition(".")
+    whole, _, decimals = number.replace(",", "").partition(".")
     digits = decimals.ljust(exponent, "0")
     return f"{whole}{digits[:exponent]}.{digits[exponent:]}".rstrip(".") + " "
 

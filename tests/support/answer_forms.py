@@ -1,7 +1,8 @@
 r"""Write one gold answer as 20 responses that give it, and as 10 that do not.
 
-The forms are those in which models answer: markers, boxes, display maths, later remarks, retractions,
-invented turns, and other notations of one value. Drawn with a fixed seed, so every run has the same.
+The forms are those in which models answer: markers, boxes, display maths, later remarks,
+retractions, invented turns, and other notations of one value. Drawn with a fixed seed, so every run
+has the same.
 bench/graders.py scores graders on them, and the tests a sample of them.
 """
 
