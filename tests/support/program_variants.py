@@ -334,9 +334,10 @@ def _make_body_variant(problem: Problem, form: str) -> Variant:
 
 # Runs each job in a process of its own, forked here, and prints whether it passes.
 _ORACLE = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 def run(job):
-    signal.alarm(10)
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))  # by the clock, a loaded machine is slower
+    signal.alarm(60)
     module = type(sys)("solution")
     sys.modules["solution"] = module
     names = module.__dict__
