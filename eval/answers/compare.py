@@ -52,7 +52,10 @@ def are_equal(
     if max(len(answer), len(reference)) > MAX_LENGTH or count_nesting(answer) > MAX_DEPTH:
         return False
     if is_words(reference):
-        return _are_equal_words(answer, reference)
+        is_product = re.fullmatch(r"[a-zA-Z]{2,3}", reference.strip())  # ab may be a times b
+        is_equal = _are_equal_words(answer, reference)
+        if is_equal or not is_product:
+            return is_equal
     if name_different_units(answer, reference):
         return False
     if re.fullmatch(r"[A-Z]", reference.strip()):
@@ -77,7 +80,7 @@ def _are_equal_words(answer: str, reference: str) -> bool:
         return True
     # "(B) 12 apples" chooses B.
     choice = re.match(
-        r"\W*(?:\\text\w*\s*\{)?\W*([A-Z])\W?[).:]\s*\}?\s*(?=[\w\\$])", answer.strip()
+        r"\W*(?:\\[a-z]+\s*\{)?\W*([A-Z])\W?[).:]\s*\}?[\s~\\]*(?=[\w\\$])", answer.strip()
     )
     if choice is None or len(theirs) != 1 or re.search(r"\b(?:or|and)\b", answer):
         return False
@@ -88,6 +91,8 @@ def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
     """Return whether two structures are equal. Kinds are kept apart: (1,2) is not {1,2}."""
     if given._replace(percent=False) == wanted._replace(percent=False):
         return True
+    if _is_condition(given) or _is_condition(wanted):
+        return equal_values(given, wanted)
     collections = ("list", "set")
     if given.kind in collections or wanted.kind in collections:
         return _compare_collections(given, wanted, equal_values)
@@ -102,6 +107,13 @@ def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
     if "matrix" in (given.kind, wanted.kind):
         return False
     return equal_values(given, wanted)
+
+
+def _is_condition(node: Node) -> bool:
+    """Return whether `node` is a list of inequalities: x < 1 or x > 2."""
+    return node.kind == "list" and all(
+        part.kind == "relation" and "=" not in part.text for part in node.parts
+    )
 
 
 def _compare_in_order(

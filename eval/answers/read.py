@@ -266,7 +266,8 @@ def cut_sentence(text: str) -> str:
 
 
 def _is_bracketed(text: str) -> bool:
-    return text.count("(") + text.count("[") > text.count(")") + text.count("]")
+    opened = sum(text.count(bracket) for bracket in ("(", "[", r"\{"))
+    return opened > sum(text.count(bracket) for bracket in (")", "]", r"\}"))
 
 
 def _cut_explanation(sentence: str) -> str:

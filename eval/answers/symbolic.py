@@ -209,6 +209,8 @@ def make_set(node: Node) -> sympy.Set:
         if node.text in _NAMED_SETS:
             return _NAMED_SETS[node.text]
         raise ValueError(f"no set: {node.text}")
+    if node.kind == "list" and all(part.kind == "relation" for part in node.parts):
+        return sympy.Union(*(_solve_inequality(part) for part in node.parts))
     if node.kind in ("set", "list"):
         return sympy.FiniteSet(*(sympy.simplify(parse_latex(part.text)) for part in node.parts))
     if node.kind == "sequence" and len(node.parts) == 2:

@@ -33,11 +33,17 @@ _LETTERS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])")
 
 
 def name_different_units(answer: str, reference: str) -> bool:
-    r"""Return whether both name a known unit, and none in common: 5 inches for 5\text{ feet}.
+    r"""Return whether both name known units that differ: 5 inches for 5\text{ feet}.
 
-    A unit that only one side names does not count.
+    They differ if they have none in common, or if one has another power: cm^3 for cm^2. A unit that
+    only one side names does not count.
     """
     ours, theirs = _find_units(answer), _find_units(reference)
+    powers = dict(unit.split() for unit in theirs if " " in unit)
+    for unit in ours:
+        name, _, power = unit.partition(" ")
+        if power and powers.get(name, power) != power:
+            return True
     return bool(ours and theirs and not ours & theirs)
 
 
