@@ -60,7 +60,7 @@ def measure_engine(folder: Path, engine_name: str, steps: int) -> None:
     from launch.config.schema import Adapter, Train
     from launch.data.token_set import TokenSet
     from launch.engines import make_engine
-    from launch.runtime.base_model import check_model
+    from launch.models.check import check_model
     from launch.runtime.distributed import start_process_group, stop_process_group
     from launch.training import loop
     from launch.training.loss import in_bf16

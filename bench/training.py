@@ -56,7 +56,7 @@ from launch.data.order import Packing
 from launch.data.token_set import TokenSet
 from launch.engines import make_engine
 from launch.engines.single import TorchTrainState
-from launch.runtime.base_model import check_model
+from launch.models.check import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.training import kernels, loop
 from launch.training import loss as objective

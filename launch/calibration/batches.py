@@ -21,9 +21,9 @@ from launch.data.inputs import Inputs
 from launch.data.order import sample_examples, shard_batches
 from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
+from launch.models.files import load_tokenizer
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import load_tokenizer
 
 REFERENCE_PROMPT = "{instruction}\n### Response:{answer}"
 EOS = "eos"  # the key of the end-of-sequence token among encoded samples

@@ -25,10 +25,10 @@ from launch.config.loading import read_stored_recipe, validate_recipe
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
+from launch.models.check import check_model
 from launch.run import plots
 from launch.run.results import RESULTS
 from launch.runtime import watchdog
-from launch.runtime.base_model import check_model
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json

@@ -36,11 +36,11 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.methods.base import crop_solution
+from launch.models.check import read_config
 from launch.run.folder import make_folder
 from launch.run.progress import show_progress
 from launch.run.provenance import describe_conditions, dtype_name
 from launch.runtime import watchdog
-from launch.runtime.base_model import read_config
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.locks import FolderLock

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from launch.config.schema import Recipe
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, split_held_out
-from launch.runtime.base_model import (
+from launch.models.check import (
     CheckedModel,
     check_max_length,
     check_model,
     check_token_ids,
     read_config,
 )
+from launch.models.files import fetch_model, find_commit, hash_weights, load_tokenizer
 from launch.runtime.distributed import run_on_each_node
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import fetch_model, find_commit, hash_weights, load_tokenizer
 
 
 @dataclass(frozen=True)

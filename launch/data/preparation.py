@@ -8,14 +8,14 @@ from launch.config.schema import Recipe
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.token_cache import SPECIAL, check_refused_rows, make_tokens
-from launch.runtime.base_model import (
+from launch.models.check import (
     check_max_length,
     check_token_ids,
     get_num_embeddings,
     read_config,
 )
+from launch.models.files import fetch_model, load_tokenizer
 from launch.runtime.files import write_json, write_text
-from launch.runtime.model_files import fetch_model, load_tokenizer
 
 OVERLAP, REPORT = "overlap.json", "report.md"
 NUM_FILES = 10  # that the report names

@@ -20,8 +20,8 @@ from launch.config.schema import Data
 from launch.data.hub_layout import list_data_files
 from launch.data.layout import Split, find_split
 from launch.data.readers import GZIPPED, READERS, UnreadableError
+from launch.models.files import find_commit, is_hub_id
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import find_commit, is_hub_id
 
 # The files of a data set that are downloaded from the hub.
 HUB_FILES = [

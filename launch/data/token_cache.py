@@ -38,11 +38,11 @@ from launch.data.sources import (
 )
 from launch.data.token_set import TokenSet
 from launch.data.tokenize import SpecialTokens, find_special_tokens, tokenize_rows
+from launch.models.files import hash_tokenizer, load_tokenizer
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, sync_file, write_json
 from launch.runtime.locks import hold_lock
-from launch.runtime.model_files import hash_tokenizer, load_tokenizer
 
 FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from astra.weights import Weights
-from launch.runtime.base_model import CheckedModel
+from launch.models.check import CheckedModel
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments of a parameter

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
+from launch.models.check import CheckedModel
 from launch.runtime import compat
-from launch.runtime.base_model import CheckedModel
 from launch.runtime.errors import UserError
 
 

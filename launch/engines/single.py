@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS
-from launch.runtime.base_model import CheckedModel
+from launch.models.check import CheckedModel
 
 WEIGHTS = TorchWeights()
 

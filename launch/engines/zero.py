@@ -25,8 +25,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS, read_deepspeed_config
+from launch.models.check import CheckedModel
 from launch.runtime import compat
-from launch.runtime.base_model import CheckedModel
 from launch.runtime.distributed import FOREVER
 
 

@@ -10,15 +10,15 @@ from transformers import PretrainedConfig
 from launch.config.schema import Recipe
 from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
+from launch.models.check import check_config, check_max_length
+from launch.models.files import fetch_config
 from launch.planning.estimate import Estimate, estimate_run
 from launch.planning.options import PlanOptions
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_TRAIN_PROBLEMS
 from launch.run.provenance import dtype_name
-from launch.runtime.base_model import check_config, check_max_length
 from launch.runtime.errors import UserError
 from launch.runtime.gpus import SLOW_FP64_TFLOPS
-from launch.runtime.model_files import fetch_config
 from launch.runtime.units import GIB
 from launch.training.trainable import describe_trainable
 

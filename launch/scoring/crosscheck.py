@@ -18,11 +18,11 @@ from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import GRADERS
 from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
+from launch.models.check import check_model, get_num_positions, read_config
+from launch.models.files import fetch_model, hash_weights, load_tokenizer
 from launch.run.results import RESULTS, EvaluationResults, read_evaluation_results
-from launch.runtime.base_model import check_model, get_num_positions, read_config
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_text
-from launch.runtime.model_files import fetch_model, hash_weights, load_tokenizer
 from launch.scoring.responses import GENERATIONS, check_responses, read_generations
 from launch.training.export import read_adapter_base
 

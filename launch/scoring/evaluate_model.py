@@ -20,13 +20,13 @@ from eval.tasks.base import Problem
 from launch.config.schema import Eval
 from launch.data.inputs import resolve_dtype
 from launch.engines import Engine, make_engine
+from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
+from launch.models.files import fetch_model, hash_adapter, hash_weights, load_tokenizer
 from launch.run.provenance import dtype_name
 from launch.run.results import Score
 from launch.runtime import watchdog
-from launch.runtime.base_model import CheckedModel, check_model, make_meta_model, read_config
 from launch.runtime.distributed import run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import fetch_model, hash_adapter, hash_weights, load_tokenizer
 from launch.scoring.score import score_benchmarks
 from launch.training.export import read_adapter_base
 

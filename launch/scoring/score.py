@@ -21,9 +21,9 @@ from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
 from launch.config.schema import Eval
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
+from launch.models.check import check_token_ids, get_num_rows
 from launch.run.progress import show_progress, show_progress_of_parts
 from launch.run.results import Score
-from launch.runtime.base_model import check_token_ids, get_num_rows
 from launch.runtime.distributed import run_on_rank0
 from launch.scoring.requests import Request, get_new_tokens, get_stops, make_requests
 from launch.scoring.responses import (

@@ -19,11 +19,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from launch.data.inputs import Inputs
 from launch.engines import Engine
+from launch.models.files import FILES
 from launch.run.provenance import dtype_name
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.files import write_json
-from launch.runtime.model_files import FILES
 from launch.training.shards import write_shards
 
 # Not copied: with it in a model's folder transformers looks for an adapter there.

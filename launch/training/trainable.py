@@ -23,8 +23,8 @@ from astra.targets import abbreviate_name, match_targets
 from launch.config.schema import Adapter
 from launch.data.inputs import Inputs
 from launch.engines import Engine
+from launch.models.check import CheckedModel, draw_weight, make_meta_model
 from launch.runtime import compat
-from launch.runtime.base_model import CheckedModel, draw_weight, make_meta_model
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
 from launch.training.model_export import save_model

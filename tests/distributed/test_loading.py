@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from launch.runtime.base_model import draw_weight
+from launch.models.check import draw_weight
 from tests.support.architectures import make_model
 from tests.support.paths import WORKERS
 

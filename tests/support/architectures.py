@@ -7,8 +7,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+VOCABULARY = 328
 TEXT = {
-    "vocab_size": 328,
+    "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -51,7 +52,7 @@ def _configure_gemma3() -> PretrainedConfig:
 
 def _configure_gpt2() -> PretrainedConfig:
     return transformers.GPT2Config(
-        vocab_size=328,
+        vocab_size=VOCABULARY,
         n_embd=32,
         n_layer=2,
         n_head=4,

@@ -26,6 +26,7 @@ from launch.runtime.distributed import run_on_rank0, start_process_group, stop_p
 from launch.runtime.entry import run_command
 from launch.runtime.errors import USER_ERRORS, describe_error
 from launch.runtime.files import write_json
+from launch.stages import score
 from tests.support.architectures import CELL_SETTINGS, METHODS, TARGETS
 from tests.support.worker import read_arguments, skip_plots
 
@@ -40,7 +41,7 @@ def run_cell(recipe: Recipe, folder: Path, device: torch.device, ids: list[list[
         return {}
 
     line, fault = None, None
-    with mock.patch.object(pipeline, "score_benchmarks", keep_logits):
+    with mock.patch.object(score, "score_benchmarks", keep_logits):
         try:
             pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
         except USER_ERRORS as error:  # the same on every rank

@@ -24,7 +24,7 @@ from launch.data import token_cache as prepared
 from launch.data.batches import collate_examples
 from launch.data.order import sample_examples, shard_batches
 from launch.engines import make_engine
-from launch.runtime.base_model import check_model
+from launch.models.check import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from tests.support.calibration import (

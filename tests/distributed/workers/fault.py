@@ -22,6 +22,8 @@ from launch.calibration import run as calibration
 from launch.runtime import locks, watchdog
 from launch.runtime.entry import run_command
 from launch.runtime.peers import Limits
+from launch.stages import export as stage_export
+from launch.stages import results as stage_results
 from launch.training import checkpoint, export, loop
 
 LAST_RANK = int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -102,8 +104,8 @@ POINTS = {
     # In the export, which rank 0 writes while the others wait.
     "disk": lambda: plant_fault(export, "write_json", 0, 2, fill_disk, "exporting"),
     "writer": lambda: plant_fault(export, "write_json", 0, 2, break_down, "exporting"),
-    "plot": lambda: plant_fault(pipeline, "plot_runs", 0, 1, break_down),
-    "card": lambda: plant_fault(pipeline, "render_model_card", 0, 1, break_down),
+    "plot": lambda: plant_fault(stage_export, "plot_runs", 0, 1, break_down),
+    "card": lambda: plant_fault(stage_results, "render_model_card", 0, 1, break_down),
     "stall": lambda: plant_fault(loop, "collate_sequences", 1, 9, hang),
 }
 

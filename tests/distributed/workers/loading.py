@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from launch.engines import make_engine
-from launch.runtime.base_model import check_model
+from launch.models.check import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from launch.training.trainable import draw_new_weights

@@ -27,6 +27,7 @@ from launch.runtime.distributed import (
     stop_process_group,
 )
 from launch.runtime.entry import run_command
+from launch.stages import score
 from tests.support.cases import NO_SCORES, TRAINABLE_METHODS, TRAINABLE_STEPS
 from tests.support.runs import copy_unfinished
 from tests.support.worker import read_arguments, skip_plots
@@ -43,7 +44,7 @@ def fine_tune(recipe: Recipe, folder: Path, device: torch.device, ids: list[list
         run_on_rank0(lambda: torch.save(logits, folder / "logits.pt"))
         return {}
 
-    with mock.patch.object(pipeline, "score_benchmarks", keep_logits):
+    with mock.patch.object(score, "score_benchmarks", keep_logits):
         pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
 
 

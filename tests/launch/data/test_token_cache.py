@@ -30,8 +30,8 @@ from launch.data.preparation import prepare_tokens, render_report
 from launch.data.prompts import ALPACA_INPUT_PROMPT, format_prompt
 from launch.data.token_set import TokenSet
 from launch.data.tokenize import tokenize_rows
+from launch.models.files import find_commit
 from launch.runtime.errors import UserError
-from launch.runtime.model_files import find_commit
 from tests.support.paths import ROOT
 from tests.support.rows import make_byte_tokenizer
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.runtime import files, model_files
+from launch.models import files as model_files
+from launch.models.files import hash_tokenizer, hash_unchanged_file, hash_weights
+from launch.runtime import files
 from launch.runtime.files import hash_file
-from launch.runtime.model_files import hash_tokenizer, hash_unchanged_file, hash_weights
 
 
 @pytest.fixture(autouse=True)

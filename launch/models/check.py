@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from launch.models.weight_files import StoredTensor, WeightFiles, find_weight_files
 from launch.runtime import compat
 from launch.runtime.errors import UserError
-from launch.runtime.weight_files import StoredTensor, WeightFiles, find_weight_files
 
 # Dtypes in the words of safetensors. A parameter in any but the first four is quantised.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")

@@ -44,7 +44,7 @@ def fetch_model(name: str, revision: str, weights: bool = True, field: str = "mo
     """Return the local folder of model `name`.
 
     It is the folder itself, or the hub's files, downloaded or from the hub's cache. What it holds
-    is checked by launch.runtime.base_model.
+    is checked by launch.models.check.
 
     Args:
         name: hub id or local folder.

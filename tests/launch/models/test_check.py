@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from launch.runtime import compat
-from launch.runtime.base_model import (
+from launch.models.check import (
     check_config,
     check_max_length,
     check_model,
@@ -27,8 +26,9 @@ from launch.runtime.base_model import (
     get_num_positions,
     read_config,
 )
+from launch.runtime import compat
 from launch.runtime.errors import UserError
-from tests.support.architectures import CONFIGS, make_model
+from tests.support.architectures import CONFIGS, VOCABULARY, make_model
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -97,7 +97,7 @@ def test_a_whole_model_passes(name: str, models: Callable[[str], Path]) -> None:
     folder = models(name)
     checked = check_model(folder)
     assert (checked.folder, checked.files) == (folder, (folder / WHOLE,))
-    assert (checked.new_weights, checked.num_embeddings) == ((), 320)
+    assert (checked.new_weights, checked.num_embeddings) == ((), VOCABULARY)
 
 
 def test_files_that_the_index_does_not_name_are_not_read(copy: Callable) -> None:
@@ -242,7 +242,7 @@ INDEX_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         f"holds {HEAD}, which the index does not name",
     ),
     "weight in two shards": (
-        lambda folder: add_to(folder, SECOND, HEAD, torch.zeros(320, 32)),
+        lambda folder: add_to(folder, SECOND, HEAD, torch.zeros(VOCABULARY, 32)),
         f"{HEAD} is in {FIRST} and in",
     ),
     "outside of the folder": (
@@ -386,7 +386,7 @@ def test_fewer_layers_in_the_config_are_refused(copy: Callable) -> None:
 def test_tied_matrices_may_be_stored_under_one_name_or_equal_under_both(
     name: str, copy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.runtime.base_model.ROWS", 100)  # 320 rows are four parts
+    monkeypatch.setattr("launch.models.check.ROWS", 100)  # the rows are four parts
     folder = copy("qwen2")
     change_weights(folder, lambda w: w.update({HEAD: w[EMBEDDING].clone()}))
     check_model(folder)
@@ -424,7 +424,7 @@ def test_new_weights_may_be_missing_and_are_drawn_alike(copy: Callable) -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert (first.shape, first.dtype) == ((320, 32), torch.float32)
+    assert (first.shape, first.dtype) == ((VOCABULARY, 32), torch.float32)
     assert first.std().item() == pytest.approx(0.2, rel=0.05)  # initializer_range
     assert torch.equal(draw_weight(folder, NORM, 1), torch.ones(32))
 

@@ -1,0 +1,1 @@
+"""A base model: its files, found and checked before anything is computed."""

@@ -1,0 +1,137 @@
+"""The first stage of a run: read, check and prepare all that it starts from.
+
+"Collective" in a docstring means that every rank must call the function, in the same order.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from launch.calibration.batches import check_samples
+from launch.config.schema import Recipe
+from launch.data.inputs import Inputs, prepare_inputs, resolve_dtype
+from launch.data.order import describe_idle_ranks, plan_steps
+from launch.data.token_set import TokenSet
+from launch.models.check import check_token_ids, read_config
+from launch.models.files import load_tokenizer
+from launch.planning.budget import decide_memory
+from launch.quickstart.base import resolve_quickstart
+from launch.runtime import watchdog
+from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.runtime.errors import UserError
+from launch.scoring.held_out import read_other_text
+from launch.scoring.score import read_problems
+from launch.stages.records import CALIBRATION, PreparedRun, get_input_hashes
+from launch.training.checkpoint import Checkpoint, CheckpointStore
+from launch.training.kernels import require_kernels
+from launch.training.loop import describe_low_rates
+from launch.training.trackers import require_trackers
+from launch.training.trainable import describe_trainable
+
+
+def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -> PreparedRun:
+    """Read, check and prepare all that a run starts from. Collective.
+
+    Errors in the inputs are raised here, before the model is loaded. Of the quickstart the base is
+    pretrained first, if it is not cached.
+    """
+    watchdog.set_phase("reading the inputs")
+    model_name, settings = recipe.model.name, recipe.train
+    require_trackers(recipe.tracking)
+    require_kernels(recipe, device, resolve_dtype(recipe.model.dtype, device))
+    recipe = resolve_quickstart(recipe, device)
+    inputs = prepare_inputs(recipe, device)
+    check_samples(recipe, inputs)
+    tokens, tokenizer = inputs.tokens, load_tokenizer(inputs.model_path)
+    problems = read_problems(recipe.eval)
+    measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
+    checkpoints = CheckpointStore(folder, settings.keep)
+    saved = run_on_rank0(lambda: _find_checkpoint(checkpoints, inputs))
+    steps = plan_steps(
+        len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
+    )
+    steps = list(steps)
+    print_rank0(
+        run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
+    )
+    _print_rows(recipe, inputs, steps)
+    low_rates = describe_low_rates(len(steps), settings)
+    if low_rates is not None:
+        print_rank0(low_rates)
+    decided = {}
+    if saved is None:  # else the calibration is done
+        recipe, decided = decide_memory(recipe, inputs, device, folder / CALIBRATION)
+    return PreparedRun(
+        name=name,
+        model_name=model_name,
+        recipe=recipe,
+        folder=folder,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        problems=problems,
+        measured=measured,
+        other_text_source=other_text_source,
+        steps=steps,
+        checkpoints=checkpoints,
+        saved=saved,
+        decided=decided,
+    )
+
+
+def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
+    """Print what is trained on, and what about it may surprise."""
+    tokens, world_size = inputs.tokens, dist.get_world_size()
+    dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
+    print_rank0(
+        f"{len(tokens)} rows ({tokens.num_truncated} cut at {recipe.data.max_length} tokens, "
+        f"{tokens.num_dropped} dropped{dropped}), {len(steps)} steps of "
+        f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
+        f"{recipe.train.micro_batch}"
+    )
+    if tokens.num_special:
+        print_rank0(
+            f"{tokens.num_special} rows hold text that became special tokens, since this tokenizer "
+            "cannot take it for text; launch/prepare.py names the first"
+        )
+    idle = describe_idle_ranks(steps, world_size)
+    if idle is not None:
+        print_rank0(idle)
+
+
+def _read_measured_sets(
+    recipe: Recipe, inputs: Inputs, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, TokenSet], dict | None]:
+    """Return the sets whose loss is measured, by name, and where the other text is from.
+
+    Collective.
+    """
+    measured = {}
+    if inputs.held_out is not None:
+        measured["held_out"] = inputs.held_out
+    if recipe.eval.other_text is None:
+        return measured, None
+    path = Path(recipe.eval.other_text).expanduser()
+    text, source = run_on_rank0(lambda: read_other_text(path, tokenizer, recipe.data.max_length))
+    largest = int(text.tokens.max())
+    check_token_ids(largest, inputs.model.num_embeddings, tokenizer, "eval.other_text")
+    measured["other_text"] = text
+    return measured, source
+
+
+def _find_checkpoint(checkpoints: CheckpointStore, inputs: Inputs) -> Checkpoint | None:
+    """Return the newest intact checkpoint.
+
+    Raises UserError if it is of another base or of other examples.
+    """
+    saved = checkpoints.find_newest()
+    if saved is None:
+        return None
+    for field, content in get_input_hashes(inputs).items():
+        if saved.facts["inputs"][field] != content:
+            raise UserError(
+                f"{field}: its content is not what this run began with ({saved.folder}); bring "
+                "that back, or choose another --output"
+            )
+    return saved

@@ -1,0 +1,69 @@
+"""The records that the stages of a run hand on to each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.tasks.base import Problem
+from launch.config.schema import Recipe
+from launch.data.inputs import Inputs
+from launch.data.token_set import TokenSet
+from launch.engines import Engine
+from launch.run.results import Prediction, Score
+from launch.training.checkpoint import Checkpoint, CheckpointStore
+
+CALIBRATION = "calibration"  # folder in the run folder
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What the first stage reads and decides.
+
+    It is the same on every rank, except for the folder in inputs.model, which is local to a node.
+    """
+
+    name: str  # the recipe's name
+    model_name: str  # the base as the recipe names it
+    recipe: Recipe  # with local paths in the place of `quickstart`
+    folder: Path  # the run folder
+    inputs: Inputs  # the base's folder and the training examples
+    tokenizer: PreTrainedTokenizerBase
+    problems: dict[str, list[Problem]]  # benchmark -> its questions
+    measured: dict[str, TokenSet]  # sets whose loss is measured before and after training
+    other_text_source: dict | None  # path and hash of the text on which forgetting is measured
+    steps: list[list[int]]  # for each optimiser step, its examples, over all ranks
+    checkpoints: CheckpointStore
+    saved: Checkpoint | None  # the checkpoint to resume from
+    decided: dict[str, Any]  # recipe field that was `auto` -> its value in `recipe`
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The model that is trained, in its engine."""
+
+    engine: Engine
+    base: PreTrainedModel
+    model: nn.Module  # the base with adapters, or the base itself
+    lora_layers: dict[str, LoraLayer]  # module name -> PEFT layer; empty if all is trained
+
+
+@dataclass(frozen=True)
+class BaseMeasurements:
+    """What is measured on the untouched base, before it is initialised."""
+
+    calibration: Path | None  # folder of the calibration; None where the method needs none
+    logits: Tensor  # of one training example of this rank
+    before: dict[str, Prediction]  # measured set -> the base's prediction
+    baseline: dict[str, Score]  # benchmark -> the base's score
+
+
+def get_input_hashes(inputs: Inputs) -> dict[str, str]:
+    """Return the hashes of the base and the examples, by the recipe fields that name them."""
+    return {
+        "model.name": inputs.base["weights_sha256"],
+        "data.path": inputs.data["tokens_sha256"],
+    }

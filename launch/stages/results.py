@@ -1,0 +1,88 @@
+"""Write the record of a finished run.
+
+"Collective" in a docstring means that every rank must call the function, in the same order.
+"""
+
+import torch.distributed as dist
+
+from launch.run.folder import write_state
+from launch.run.metrics import Metrics
+from launch.run.provenance import describe_conditions, dtype_name
+from launch.run.results import Prediction, RunFacts, RunResults, Score, SmallExport, write_results
+from launch.runtime.distributed import run_on_rank0, try_or_say
+from launch.scoring.held_out import count_trained_parameters, gather_peak_memory
+from launch.stages.records import PreparedRun, RunModel
+from launch.training.export import read_plain_rank
+from launch.training.model_card import render_model_card
+
+
+def make_results(
+    run: PreparedRun,
+    loaded: RunModel,
+    facts: RunFacts,
+    history: list[Metrics],
+    scores: dict[str, Score],
+    after: dict[str, Prediction],
+    small: SmallExport | None,
+    peak_flops: float | None,
+) -> RunResults:
+    """Return the run's record, with the conditions that its numbers hold for. Collective.
+
+    Args:
+        after: measured set -> the trained model's prediction.
+        small: of lora_small/; None where it was not asked for.
+    """
+    recipe, adapter, device = run.recipe, run.recipe.adapter, loaded.engine.device
+    has_adapters = bool(loaded.lora_layers)
+    has_eigen_select = adapter.method_record.variant == "eigen_select"
+    conditions = describe_conditions(dist.get_world_size(), device)
+    conditions["peak_tflops"] = peak_flops and peak_flops / 1e12
+    # held_out and other_text are left out where they were not measured.
+    measured = {name: {"before": facts.before[name], "after": after[name]} for name in after}
+    if small is not None:
+        measured["small"] = small
+    return RunResults(
+        recipe=run.name,
+        model=run.model_name,
+        base=run.inputs.base,
+        data=run.inputs.data,
+        method=adapter.method,
+        variant=recipe.variant,
+        eigen_select=adapter.eigen_select if has_eigen_select else None,
+        rank=adapter.rank if has_adapters else None,
+        lora_rank=run_on_rank0(lambda: read_plain_rank(run.folder)),
+        alpha=adapter.alpha if has_adapters else None,
+        lr=recipe.train.lr,
+        seed=recipe.train.seed,
+        steps=len(run.steps),
+        final_loss=history[-1]["loss"],
+        **measured,
+        **({"decided": facts.decided} if facts.decided else {}),
+        other_text_source=run.other_text_source,
+        trained_parameters=count_trained_parameters(loaded.model),
+        peak_memory=gather_peak_memory(device),
+        logit_drift=facts.logit_drift,
+        residual_rounding=facts.residual_rounding,
+        engine=recipe.engine,
+        dtype=dtype_name(run.inputs.dtype),
+        seconds={"calibration": facts.calibration_seconds, "training": history[-1]["seconds"]},
+        baseline=facts.baseline,
+        scores=scores,
+        conditions=conditions,
+    )
+
+
+def write_run_results(run: PreparedRun, results: RunResults) -> None:
+    """Write the model card and results.json. Rank 0 calls it.
+
+    A model card that fails is said and left out. results.json comes after everything else: that it
+    is there marks the run as finished. state.json only repeats that.
+    """
+
+    def write_card() -> None:
+        card = render_model_card(run.folder, run.recipe, results)
+        (run.folder / "README.md").write_text(card, encoding="utf-8")
+
+    try_or_say("the model card", write_card)
+    write_results(run.folder, results)
+    write_state(run.folder, "finished")

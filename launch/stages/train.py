@@ -1,0 +1,158 @@
+"""Train, with checkpoints on the way and a rehearsal of every save after the first step.
+
+"Collective" in a docstring means that every rank must call the function, in the same order.
+"""
+
+import torch
+import torch.distributed as dist
+
+from astra.adapter import Factors
+from launch.config.schema import Recipe
+from launch.engines.base import TrainState
+from launch.run.metrics import Metrics
+from launch.run.results import RunFacts
+from launch.runtime import watchdog
+from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.stages.export import save_small
+from launch.stages.records import PreparedRun, RunModel
+from launch.training.checkpoint import restore_training
+from launch.training.flops import count_training_flops
+from launch.training.kernels import (
+    choose_packing,
+    compile_layers,
+    require_packing,
+    uncompile_layers,
+)
+from launch.training.loop import make_train_state, train
+from launch.training.loss import in_bf16
+from launch.training.merged_export import describe_merged, save_merged
+from launch.training.metrics_log import log_steps
+from launch.training.model_export import describe_weights
+from launch.training.profiling import profile_steps
+from launch.training.rehearsal import (
+    describe_unreached,
+    find_unreached_adapters,
+    refuse_unsaveable,
+    require_space,
+)
+from launch.training.trackers import open_trackers
+from launch.training.trainable import choose_smallest, export_trained, find_trained_parameters
+
+
+def save_checkpoint(
+    run: PreparedRun,
+    loaded: RunModel,
+    state: TrainState | None,
+    initial: dict[str, Factors],
+    facts: RunFacts,
+    history: list[Metrics],
+) -> None:
+    """Save the run as it is after the last step of `history`. Collective.
+
+    Args:
+        state: the training state; None before training.
+    """
+    parameters = find_trained_parameters(loaded.model)
+    values = facts.model_dump(mode="json", exclude_unset=True)
+    run.checkpoints.save(len(history), parameters, initial, state, values, history)
+
+
+def rehearse_saves(
+    run: PreparedRun,
+    loaded: RunModel,
+    state: TrainState,
+    initial: dict[str, Factors],
+    facts: RunFacts,
+    history: list[Metrics],
+) -> None:
+    """Try every way in which this run will save, before hours are spent. Collective.
+
+    Raises UserError on every rank if one of them fails, or the disk has no room.
+    """
+    parameters = find_trained_parameters(loaded.model)
+    values = facts.model_dump(mode="json", exclude_unset=True)
+    with refuse_unsaveable(run.checkpoints):
+        checkpoint = run.checkpoints.rehearse(parameters, initial, state, values, history)
+        export_trained(
+            checkpoint.folder, loaded.model, loaded.engine, run.inputs, initial, rehearsal=True
+        )
+        if run.recipe.export.merged:
+            save_merged(checkpoint.folder, loaded.model, loaded.engine, run.inputs, rehearsal=True)
+        if run.recipe.export.rank is not None:
+            smallest = choose_smallest(loaded.lora_layers)
+            save_small(run, loaded, smallest, initial, checkpoint.folder, keep_dropped=False)
+    num_bytes = checkpoint.num_bytes
+    if run.recipe.export.merged:
+        weights = describe_merged(loaded.model, run.inputs.dtype)
+        num_bytes += sum(weight.nbytes for weight in weights.values())
+    if not loaded.lora_layers:
+        weights = describe_weights(loaded.model, run.inputs.dtype)
+        num_bytes += sum(weight.nbytes for weight in weights.values())
+    run_on_rank0(lambda: require_space(run.folder, num_bytes))
+    unreached = checkpoint.unreached
+    if loaded.lora_layers:
+        unreached = find_unreached_adapters(unreached, list(parameters))
+    if unreached:
+        decays = run.recipe.train.weight_decay > 0
+        print_rank0(describe_unreached(unreached, list(parameters), decays))
+
+
+def train_model(
+    run: PreparedRun,
+    loaded: RunModel,
+    initial: dict[str, Factors],
+    facts: RunFacts,
+    history: list[Metrics],
+    profile: bool,
+    peak_flops: float | None,
+) -> None:
+    """Train from the last step of `history` on, and add the new ones to it. Collective.
+
+    Ends early when a rank is asked to stop. A checkpoint is saved on the way and at the end.
+    """
+    recipe, settings = run.recipe, run.recipe.train
+    engine, model, total = loaded.engine, loaded.model, len(run.steps)
+    num_done = len(history)
+    if recipe.data.packing:
+        require_packing(engine, model)
+    if _wants_gradient_checkpointing(recipe, engine.device):
+        model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
+    compiled = compile_layers(loaded.base) if settings.compile else []
+    state = make_train_state(engine, model, settings)
+    if run.saved is not None:
+        restore_training(run.saved, find_trained_parameters(model), state, engine.device)
+    watchdog.set_phase("training", timed=True, in_steps=True)
+    training = train(
+        state,
+        run.inputs.tokens,
+        run.steps,
+        settings,
+        engine.device,
+        history=tuple(history),  # a copy: the loop below appends to it
+        packing=choose_packing(recipe, loaded.base),
+        flop_counts=count_training_flops(loaded.base),
+        peak_flops=peak_flops,
+    )
+    if profile:
+        training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
+    last_saved = num_done
+    with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
+        rank, earlier = dist.get_rank(), tuple(history)
+        for metrics in log_steps(training, earlier, total, run.folder, rank, log):
+            history.append(metrics)
+            step = metrics["step"]
+            if step == num_done + 1:
+                rehearse_saves(run, loaded, state, initial, facts, history)
+            if step % settings.checkpoint_every == 0 and step < total:
+                save_checkpoint(run, loaded, state, initial, facts, history)
+                last_saved = step
+    if len(history) != last_saved:
+        save_checkpoint(run, loaded, state, initial, facts, history)
+    model.gradient_checkpointing_disable()
+    uncompile_layers(compiled)
+
+
+def _wants_gradient_checkpointing(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether activations are recomputed in the backward pass; auto: on GPUs."""
+    wanted = recipe.train.gradient_checkpointing
+    return device.type == "cuda" if wanted == "auto" else wanted
