@@ -6,8 +6,8 @@ The graders are ours, strict and literature; lm-eval's, if it is installed
 (requirements-crosscheck.txt); and math-verify alone, on the whole response. They judge the labelled
 responses in tests/eval, without the contested ones, and every gold answer in DATA written in 20
 forms that give it and 10 that do not (tests/support/answer_forms.py, with a fixed seed).
-math-verify and lm-eval get every N-th problem with --others-every N, because they are slow; each count stands
-with its n. Without --data-dir only the labelled responses are judged.
+lm-eval is slow: with --lm-eval-every N it gets every N-th problem. Each count stands with its n.
+Without --data-dir only the labelled responses are judged.
 """
 
 import argparse
@@ -104,17 +104,19 @@ def grade_with_lm_eval(benchmark: str, cases: Sequence[FormCase]) -> dict[str, l
     return verdicts
 
 
-def judge(name: str, benchmark: str, cases: list[FormCase], others: list[FormCase]) -> list[dict]:
-    """Return the records of all graders: ours on `cases`, the others on `others`."""
+def judge(
+    name: str, benchmark: str, cases: list[FormCase], for_lm_eval: list[FormCase]
+) -> list[dict]:
+    """Print and return the records of all graders on `cases`, of lm-eval's on `for_lm_eval`."""
     records = []
     threads = len(os.sched_getaffinity(0))
     for grader in GRADERS:
         verdicts = list(grade_cases(benchmark, cases, grader, threads))
         records.append(count_wrong(name, grader, cases, verdicts))
     if benchmark in harness.GRADED:
-        records.append(count_wrong(name, "math-verify", others, grade_with_math_verify(others)))
-    for rule, verdicts in grade_with_lm_eval(benchmark, others).items():
-        records.append(count_wrong(name, rule, others, verdicts))
+        records.append(count_wrong(name, "math-verify", cases, grade_with_math_verify(cases)))
+    for rule, verdicts in grade_with_lm_eval(benchmark, for_lm_eval).items():
+        records.append(count_wrong(name, rule, for_lm_eval, verdicts))
     for record in records:
         print(render_record(record), flush=True)
     return records
@@ -126,7 +128,7 @@ def render_record(record: dict) -> str:
     return f"{record['set']:<34} {record['grader']:<26} {counts}"
 
 
-def measure(data_dir: Path | None, every: int, others_every: int) -> list[dict]:
+def measure(data_dir: Path | None, every: int, lm_eval_every: int) -> list[dict]:
     """Print a table and return its records."""
     print(f"{'set':<34} {'grader':<26} {'n':>7} {'wrong passes':>13} {'wrong fails':>12}")
     records = []
@@ -138,8 +140,8 @@ def measure(data_dir: Path | None, every: int, others_every: int) -> list[dict]:
                 records += judge(name, benchmark, cases, cases)
     for benchmark in ANSWER_BENCHMARKS if data_dir else ():
         cases = list_form_cases(benchmark, data_dir, every)
-        others = list_form_cases(benchmark, data_dir, every * others_every)
-        records += judge(f"forms of {benchmark}", benchmark, cases, others)
+        for_lm_eval = list_form_cases(benchmark, data_dir, every * lm_eval_every)
+        records += judge(f"forms of {benchmark}", benchmark, cases, for_lm_eval)
     return records
 
 
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with the benchmarks' files")
     parser.add_argument("--every", type=int, default=1, help="every N-th problem (default: all)")
     parser.add_argument(
-        "--others-every", type=int, default=1, help="of these, every N-th for the other graders"
+        "--lm-eval-every", type=int, default=1, help="of these, every N-th for lm-eval"
     )
     parser.add_argument(
         "--output",
@@ -162,8 +164,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("lm_eval") is None:
         print("lm-eval is not installed: pip install --no-deps -r requirements-crosscheck.txt")
-    records = measure(arguments.data_dir, arguments.every, arguments.others_every)
-    options = f"--every {arguments.every} --others-every {arguments.others_every}"
+    records = measure(arguments.data_dir, arguments.every, arguments.lm_eval_every)
+    options = f"--every {arguments.every} --lm-eval-every {arguments.lm_eval_every}"
     result = {
         "command": f"python bench/graders.py --data-dir DATA {options}",
         "machine": f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}",

@@ -81,8 +81,8 @@ _LEAD = re.compile(
 _COMMENT = re.compile(
     r"(?:(?:very|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
     # a place, a reason or a way
-    r"in|on|at(?!\s+(?:least|most))|by|from|for|with|within|to|of|because|since|when|where|how|why|what|whether|if|here"
-    r"|below|above|as|also"
+    r"in|on|at(?!\s+(?:least|most))|by|from|for|with|within|to|of|because|since|when|where|how|why"
+    r"|what|whether|if|here|below|above|as|also"
     # what was done to it
     r"|obtained|found|given|based|rounded|simplified|expressed|computed|calculated|derived|reached"
     r"|determined|verified|checked|confirmed|supposed|shown|written|asked|needed|required|explained"
@@ -95,7 +95,8 @@ _COMMENT = re.compile(
 )
 _DENIAL = re.compile(r"\W*(?:definitely |certainly |clearly )?not\b", re.IGNORECASE)
 _AFTER_DENIAL = re.compile(
-    r"\b(?:but(?:\s+rather)?|it\s+is|it's|it\u2019s|it\s+should\s+be|rather|instead)\b[,:]?\s*(?!not\b)",
+    r"\b(?:but(?:\s+rather)?|it\s+is|it's|it\u2019s|it\s+should\s+be|rather|instead)\b"
+    r"[,:]?\s*(?!not\b)",
     re.IGNORECASE,
 )
 _ABBREVIATION = re.compile(
@@ -105,7 +106,7 @@ _ABBREVIATION = re.compile(
 )
 # What follows explains the answer and may hold other numbers.
 _EXPLANATION = re.compile(
-    r",\s+(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln)\b)(?=[a-z]{2,})"
+    r",\s+(?!(?:and|or|maybe|perhaps|possibly|pi|sqrt|sin|cos|tan|log|ln)\b)(?=[a-z]{2,})"
     r"|,?\s+(?:because|since|where|when|if|which|so|hence|giving|as|rather\s+than|instead\s+of|but)\b"
     r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[\u2014\u2013]\s+(?=[A-Za-z]{2,})",
 )

@@ -320,6 +320,8 @@ NUMBERS = [
 ]
 # Whole responses to gsm8k.
 NUMBER_RESPONSES = [
+    ("The answer is 18, maybe 20", "18", False),
+    ("The answer is 18 or perhaps 20", "18", False),
     ("The answer is: 18\n\nQuestion: How many?\nAnswer: 5", "18", True),
     ("The answer is: 18\nQ: more?\nA: the answer is 5", "18", True),
     ("The answer is: 18</s><s>The answer is: 5", "18", True),
