@@ -172,11 +172,17 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
     run = trained(2, *settings, f"engine={engine}")
     modules = json.loads((run / "calibration" / "spectrum.json").read_text())["modules"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "lora")
-    ranks = {
-        name.removeprefix("base_model.model."): module.r["default"]
-        for name, module in model.named_modules()
-        if hasattr(module, "r")
-    }
+    config = model.peft_config["default"]
+    ranks = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            assert len(a) == config.r == config.lora_alpha  # one rank in the file, and scale 1
+            # A smaller rank is padded with zeros.
+            is_used = a.any(1)
+            assert not b[:, ~is_used].any()
+            ranks[name.removeprefix("base_model.model.")] = int(is_used.sum())
+    assert max(ranks.values()) == config.r
     assert sum(ranks.values()) == 2 * 6 * 14  # dW of rank 2 r each
     assert len(set(ranks.values())) > 2
     effective = {name: module["effective_rank"] for name, module in modules.items()}
