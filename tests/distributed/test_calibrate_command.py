@@ -178,9 +178,8 @@ def test_ranks_follow_the_effective_ranks_and_reach_the_exported_lora(
         if hasattr(module, "lora_A"):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             assert len(a) == config.r == config.lora_alpha  # one rank in the file, and scale 1
-            # A smaller rank is padded with zeros.
-            is_used = a.any(1)
-            assert not b[:, ~is_used].any()
+            # A smaller rank is padded with zeros in both. (A0 has zeros of its own.)
+            is_used = a.any(1) | b.any(0)
             ranks[name.removeprefix("base_model.model.")] = int(is_used.sum())
     assert max(ranks.values()) == config.r
     assert sum(ranks.values()) == 2 * 6 * 14  # dW of rank 2 r each
