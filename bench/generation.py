@@ -98,7 +98,7 @@ def main() -> None:
         "left out, too long": num_left_out,
         "batch_size": work.batch_size,
         "max_new_tokens": work.max_new_tokens,
-        **_measure_pairs(work),
+        **measure_pairs(work),
     }
     print(json.dumps(result, indent=1))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -142,7 +142,7 @@ def _load_work(arguments: argparse.Namespace, folder: Path) -> tuple[Work, int]:
     return work, len(prompts) - len(fitting)
 
 
-def _measure_pairs(work: Work) -> dict:
+def measure_pairs(work: Work) -> dict:
     """Time both ways of generating in turn, and compare their responses."""
     warm_up = work._replace(prompts=work.prompts[: work.batch_size])
     for function in (generate_plainly, generate_scheduled):

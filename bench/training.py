@@ -222,54 +222,64 @@ def hf(bench: Bench) -> dict:
     return {"runs": found, "speed_of_hf_trainer": ratio(found, "astra recipes", "hf trainer")}
 
 
-@contextmanager
-def trainer_turn(bench: Bench) -> Iterator[Turn]:
-    """HF Trainer with PEFT's LoRA on the same rows, in their order: its loop, in a thread that waits between steps."""
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
+class InOrder(Trainer):
+    """Trains on the rows in their order."""
 
-    class Rows(Dataset):
-        def __len__(self) -> int:
-            return len(bench.tokens)
+    def _get_train_sampler(self, *_: object) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
-        def __getitem__(self, row: int) -> dict:
-            ids = bench.tokens.tokens[
-                bench.tokens.offsets[row] : bench.tokens.offsets[row + 1]
-            ].tolist()
-            begin = int(bench.tokens.prompt_lengths[row])
-            return {
-                "input_ids": ids,
-                "attention_mask": [1] * len(ids),
-                "labels": [-100] * begin + ids[begin:],
-            }
 
-    class InTurns(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            done.release()
-            go.acquire()
+class Rows(Dataset):
+    """A TokenSet's rows as HF Trainer takes them, over again until there are `count`."""
 
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: object) -> SequentialSampler:
-            return SequentialSampler(Rows())
+    def __init__(self, tokens: TokenSet, count: int) -> None:
+        self.tokens, self.count = tokens, count
 
-    base = LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict:
+        row = number % len(self.tokens)
+        start, end = self.tokens.offsets[row], self.tokens.offsets[row + 1]
+        ids = self.tokens.tokens[start:end].tolist()
+        begin = int(self.tokens.prompt_lengths[row])
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [-100] * begin + ids[begin:],
+        }
+
+
+def make_trainer(
+    folder: Path,
+    tokens: TokenSet,
+    dtype: torch.dtype,
+    rank: int,
+    micro_batch: int,
+    accumulation: int,
+    steps: int,
+    callback: TrainerCallback,
+) -> Trainer:
+    """Make HF Trainer with PEFT's LoRA on the rows in their order.
+
+    Takes the variables of the ranks out of the environment, else it would wrap its model in
+    DistributedDataParallel.
+    """
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     model = get_peft_model(
-        base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+        base, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     )
-    tokenizer = AutoTokenizer.from_pretrained(bench.folder)
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-    ):  # else it would wrap its model in DistributedDataParallel
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name)
     trainer = InOrder(
         model,
         TrainingArguments(
-            output_dir=bench.folder / "trainer",
-            per_device_train_batch_size=bench.arguments.micro_batch,
-            gradient_accumulation_steps=bench.arguments.rows // bench.arguments.micro_batch,
-            max_steps=bench.arguments.pairs + 1,
-            bf16=GPU,
+            output_dir=folder / "trainer",
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps,
+            bf16=dtype == torch.bfloat16,
             use_cpu=not GPU,
             save_strategy="no",
             report_to=[],
@@ -277,11 +287,33 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
             dataloader_pin_memory=GPU,
         ),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest"),
-        train_dataset=Rows(),
-        callbacks=[InTurns()],
+        train_dataset=Rows(tokens, steps * accumulation * micro_batch),
+        callbacks=[callback],
     )
-
     assert trainer.accelerator.distributed_type == "NO"
+    return trainer
+
+
+@contextmanager
+def trainer_turn(bench: Bench) -> Iterator[Turn]:
+    """HF Trainer with PEFT's LoRA on the same rows: its loop, in a thread that waits between steps."""
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class InTurns(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            done.release()
+            go.acquire()
+
+    trainer = make_trainer(
+        bench.folder,
+        bench.tokens,
+        bench.dtype,
+        RANK,
+        bench.arguments.micro_batch,
+        bench.arguments.rows // bench.arguments.micro_batch,
+        bench.arguments.pairs + 1,
+        InTurns(),
+    )
 
     def run() -> None:
         go.acquire()

@@ -1,0 +1,1 @@
+"""The parts of bench/gpu.py, one module each: `measure(work, report)`."""
