@@ -7,7 +7,7 @@
 
 Needs no network: weights are random and of real widths, SMOLLM2 is a folder of SmolLM2-135M or of
 another small Llama. Each part runs in a process of its own. A part that is in the output already is
-skipped, so that the same command resumes, or with --again measured anew.
+skipped, so that the same command resumes; with --again it is measured anew.
 
     env         versions, device, driver, memory
     rates       fp64 and bf16 products, eigenproblem and SVD against LAPACK on the CPU
@@ -30,6 +30,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,23 +46,34 @@ PARTS = (
 )
 
 
-def run_part(part: str, arguments: argparse.Namespace, folder: Path, seconds: float) -> dict:
+def run_part(part: str, arguments: argparse.Namespace, folder: Path, seconds: float) -> dict | None:
     """Run one part in a process of its own; return its figures and checks.
 
-    A part that fails, or is not done within `seconds`, is a check that fails.
+    A part that fails is a check that fails.
+
+    Returns:
+        None if it is not done within `seconds`.
     """
     line = [sys.executable, __file__, "--worker", part, "--folder", str(folder)]
     line += ["--tiny"] if arguments.tiny else []
     line += ["--model", str(arguments.model)] if arguments.model else []
     log, began = folder / f"{part}.log", time.perf_counter()
-    try:
-        with log.open("w") as file:
-            code = subprocess.run(
-                line, stdout=file, stderr=subprocess.STDOUT, env=make_environment(), timeout=seconds
-            ).returncode
-        ended = f"exit code {code}"
-    except subprocess.TimeoutExpired:
-        code, ended = None, f"stopped after {seconds:.0f} s: no time left"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            line,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=make_environment(),
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.returncode is None:  # with the runs that it started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     found_path = folder / f"{part}.json"
     found = {"figures": {}, "checks": []}
     if found_path.is_file():
@@ -70,9 +82,8 @@ def run_part(part: str, arguments: argparse.Namespace, folder: Path, seconds: fl
         tail = log.read_text(errors="replace").strip()[-3000:]
         print(tail, file=sys.stderr, flush=True)
         last = tail.rpartition("\n")[2][:300]
-        found["checks"].append(
-            {"check": f"{part} runs to its end", "passed": False, "found": f"{ended}: {last}"}
-        )
+        failure = {"passed": False, "found": f"exit code {code}: {last}"}
+        found["checks"].append({"check": f"{part} runs to its end"} | failure)
     return found | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -170,10 +181,11 @@ def main() -> None:
         for part in arguments.part or PARTS:
             if part not in record["parts"] or arguments.again:
                 left = deadline - time.perf_counter()
-                if left < 10:
+                found = run_part(part, arguments, Path(scratch), left) if left > 0 else None
+                if found is None:
                     unmeasured.append(part)
                     continue
-                record["parts"][part] = run_part(part, arguments, Path(scratch), left)
+                record["parts"][part] = found
                 output.write_text(json.dumps(record, indent=1) + "\n")
             print_part(part, record["parts"][part])
     if arguments.tiny:

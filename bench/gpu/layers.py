@@ -184,7 +184,7 @@ def find_utilisation(flops: float | None, seconds: float, device: torch.device) 
 
 
 def judge(name: str, found: dict[str, dict], report: Report) -> None:
-    """Compare the figures with the goals, which are for 7B's width; 8B's is beside it."""
+    """Compare the figures of one width with the goals."""
     ours = found["single"]
     faster = ours["tokens/s"] / found["HF Trainer"]["tokens/s"]
     report.goal(

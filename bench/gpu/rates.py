@@ -23,7 +23,7 @@ def measure(work: Work, report: Report) -> None:
     widths = (256, 688) if work.tiny else (4096, 11008)
     _measure_products(widths, work, report)
     _measure_eigenproblem(widths[0], work, report)
-    _measure_svd(widths[0] // 2, work, report)
+    _measure_svd(widths[0], work, report)
 
 
 def measure_seconds(function: Callable[[], object], repeats: int = 5) -> float:
