@@ -2,7 +2,8 @@
 
 A whole model is handed to PEFT itself. Into a sharded model the adapter's values are written after
 the model has been sharded, which is right only for the fields of PEFT's LoraConfig that neither
-read nor change whole weights. A field that is in neither list below is refused: none is ignored.
+read nor change whole weights. A field that is in neither list below is refused, but for one that
+PEFT does not know and that is false or empty: SavedAdapter names it.
 """
 
 import json
@@ -107,6 +108,7 @@ class SavedAdapter(NamedTuple):
     folder: Path
     config: LoraConfig
     values: dict[str, Tensor]  # name in PEFT's model -> its value in the file
+    unknown: tuple[str, ...] = ()  # fields that this PEFT does not know, false or empty in the file
 
 
 def read_saved_adapter(folder: Path, empty: nn.Module, sharded: bool) -> SavedAdapter:
@@ -120,7 +122,7 @@ def read_saved_adapter(folder: Path, empty: nn.Module, sharded: bool) -> SavedAd
         AstraError: the files are damaged or no LoRA's; a field is not supported; the file of values
             has one that the model with this config has not, or lacks one.
     """
-    config = _read_config(folder, sharded)
+    config, unknown = _read_config(folder, sharded)
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise AstraError(f"{folder} has no {WEIGHTS[0]}", "adapter")
     # PEFT renames and converts the file's keys. With plain factors instead of the initialisation's
@@ -133,11 +135,17 @@ def read_saved_adapter(folder: Path, empty: nn.Module, sharded: bool) -> SavedAd
     _check_names(folder, model, values, unexpected)
     if sharded:
         _check_sharded(folder, model, values)
-    return SavedAdapter(folder, config, values)
+    return SavedAdapter(folder, config, values, unknown)
 
 
-def _read_config(folder: Path, sharded: bool) -> LoraConfig:
-    """Read adapter_config.json and check all its fields. Raises AstraError."""
+def _read_config(folder: Path, sharded: bool) -> tuple[LoraConfig, tuple[str, ...]]:
+    """Read adapter_config.json and check all its fields.
+
+    Returns:
+        The config, and the names of the fields that this PEFT does not know, which are off.
+
+    Raises AstraError.
+    """
     path = folder / CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -160,8 +168,9 @@ def _read_config(folder: Path, sharded: bool) -> LoraConfig:
     for name, value in raw.items():
         _check_field(folder, name, value, defaults, sharded)
     _check_init(folder, raw.get("init_lora_weights", True), sharded)
+    unknown = tuple(sorted(raw.keys() - defaults.keys() - ANYWHERE))
     with _reporting(folder):
-        return PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder)), unknown
 
 
 def _check_field(folder: Path, name: str, value: object, defaults: dict, sharded: bool) -> None:

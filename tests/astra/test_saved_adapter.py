@@ -229,7 +229,7 @@ def test_fields_that_are_off_are_no_reason_to_refuse(tmp_path: Path) -> None:
     make_adapter(tmp_path, make_llama)
     off = {"use_of_tomorrow": False, "config_of_tomorrow": None, "modules_to_save": []}
     change_config(tmp_path, **off, lora_ga_config=dataclasses.asdict(LoraGAConfig()))
-    read(tmp_path, sharded=True)
+    assert read(tmp_path, sharded=True).unknown == ("config_of_tomorrow", "use_of_tomorrow")
 
 
 def test_every_field_of_peft_is_classified() -> None:
