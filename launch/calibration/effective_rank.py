@@ -26,8 +26,9 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.models.check import check_model
+from launch.models.identity import differs
 from launch.run import plots
-from launch.run.results import RESULTS
+from launch.run.results import RESULTS, read_run_results
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
@@ -66,6 +67,7 @@ def measure_effective_ranks(
         inputs: of `recipe`.
     """
     exported = _find_export(run)
+    run_on_rank0(lambda: _check_inputs(run, inputs))
     for when in ("before", "after"):
         folder = run / FOLDER / when
         if not run_on_rank0(lambda folder=folder: is_finished(folder)):
@@ -94,6 +96,19 @@ def _find_export(run: Path) -> Path:
     return run_on_rank0(find_export)
 
 
+def _check_inputs(run: Path, inputs: Inputs) -> None:
+    """Raise UserError if the base or the rows are not those that `run` was trained on."""
+    results = read_run_results(run)
+    compared = {
+        "the weights of model.name": (results.base.weights_sha256, inputs.base["weights_sha256"]),
+        "config.json of model.name": (results.base.config_sha256, inputs.base["config_sha256"]),
+        "the rows of data.path": (results.data.tokens_sha256, inputs.data["tokens_sha256"]),
+    }
+    for what, (there, here) in compared.items():
+        if differs(there, here):
+            raise UserError(f"--after: {what} changed since {run} was trained; bring that back")
+
+
 def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     """Return the recipe of `run` with a calibration that sees every eigenvalue. Collective.
 
@@ -102,10 +117,15 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
         engine: that runs the model; the recipe's when None.
 
     Raises:
-        UserError: `run` is not the folder of a finished run.
+        UserError: `run` is not the folder of a finished run, or its base has no outputs.
     """
     _find_export(run)
     recipe = read_stored_recipe(run / "recipe.yaml")
+    if recipe.model.new_weights:
+        raise UserError(
+            f"--after: {run} drew {recipe.model.new_weights[0]} (model.new_weights), so its base is "
+            "no whole model and there is nothing to measure before training"
+        )
     calibrated = recipe.calibration.model_dump(
         include={"samples", "batch_size", "seed", "memory_gib"}
     )

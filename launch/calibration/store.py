@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from astra.calibrate import Solution
 from launch.methods.registry import METHODS
+from launch.models.identity import differs, records_agree
 from launch.runtime.distributed import broadcast_tensor
 from launch.runtime.errors import UserError
 from launch.runtime.files import sync_file, sync_folder, write_json
@@ -43,6 +44,7 @@ COMPARED_FIELDS = {
     "method": "adapter.method",
     "statistics": "calibration.statistics",
     "base.weights_sha256": "model.name",
+    "base.config_sha256": "model.name",  # not in earlier calibrations
     "dtype": "model.dtype",
     "data.tokens_sha256": "data.path",
     "prompt": "data.path",
@@ -68,7 +70,8 @@ def begin_calibration(folder: Path, manifest: dict) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / UNFINISHED
     found = _read_json(path)
-    if found is not None and _without_conditions(found) == _without_conditions(manifest):
+    described = _without_conditions(manifest)
+    if found is not None and records_agree(_without_conditions(found), described):
         return _count_windows(folder)
     for old in (path, *_list_windows(folder)):
         old.unlink(missing_ok=True)
@@ -204,7 +207,7 @@ def check_calibration(folder: Path, manifest: dict) -> None:
     wanted = json.loads(json.dumps(manifest))
     for key, field in COMPARED_FIELDS.items():
         there, here = _get_value(found, key), _get_value(wanted, key)
-        if there != here:
+        if differs(there, here) if key == "base.config_sha256" else there != here:
             raise UserError(
                 f"{field}: the calibration in {folder} was made with another {key} "
                 f"({_shorten(there)}, here {_shorten(here)}); calibrate again, or set the recipe "

@@ -18,6 +18,7 @@ from launch.models.check import (
     read_config,
 )
 from launch.models.files import fetch_model, find_commit, hash_weights, load_tokenizer
+from launch.models.identity import hash_config
 from launch.runtime.distributed import run_on_each_node
 from launch.runtime.errors import UserError
 
@@ -54,8 +55,9 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     for node in nodes:
         if node["data"]["tokens_sha256"] != first["data"]["tokens_sha256"]:
             raise UserError(_describe_difference("data.path", node, first))
-        if node["base"]["weights_sha256"] != first["base"]["weights_sha256"]:
-            raise UserError(_describe_difference("model.name", node, first))
+        for key in ("weights_sha256", "config_sha256"):
+            if node["base"][key] != first["base"][key]:
+                raise UserError(_describe_difference("model.name", node, first))
     here = nodes[dist.get_rank()]
     tokens = TokenFolder(Path(here["prepared"]), here["manifest"]).open_tokens()
     training, held_out = split_held_out(tokens, recipe.data.held_out)
@@ -94,6 +96,7 @@ def _prepare_node(recipe: Recipe) -> dict:
             "revision": model_commit or recipe.model.revision,
             "revision_verified": model_commit is not None,
             "weights_sha256": hash_weights(model.files),
+            "config_sha256": hash_config(model_path),
         },
         "data": {
             "path": recipe.data.path,

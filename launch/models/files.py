@@ -119,29 +119,30 @@ def hash_weights(files: Iterable[Path]) -> str:
     Args:
         files: those that are read, `CheckedModel.files`, and no others beside them.
     """
-    return _hash_files(files)
+    return hash_files(files)
 
 
 def hash_adapter(folder: Path) -> str:
     """Return the SHA-256 over the names and SHA-256 sums of an adapter's files.
 
-    They are its values and, where this project did not write it, its config, which decides the
-    scale: that of our own adapters does not change. PEFT reads the .bin file only where there is no
-    other.
+    They are its values and, where this project did not write it, its config, as in earlier
+    versions; launch.models.identity hashes the config of all of them. PEFT reads the .bin file only
+    where there is no other.
     """
     paths = [path for name in ADAPTER_FILES if (path := folder / name).is_file()][:1]
     if not (folder / "base.json").is_file():
         paths.append(folder / "adapter_config.json")
-    return _hash_files(paths)
+    return hash_files(paths)
 
 
 def hash_tokenizer(folder: Path) -> str:
     """Return the SHA-256 over the names and SHA-256 sums of a model folder's tokenizer files."""
     paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    return _hash_files(path for path in paths if path.is_file())
+    return hash_files(path for path in paths if path.is_file())
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of files, sorted by path."""
     total = hashlib.sha256()
     for path in sorted(paths):
         total.update(f"{path.name} {hash_unchanged_file(path)}\n".encode())

@@ -57,6 +57,8 @@ class Base(Record):
 
     name: str  # hub id or folder
     weights_sha256: str | None  # None where a server holds the model
+    config_sha256: str | None = None  # launch.models.identity; None in earlier versions' records
+    tokenizer_sha256: str | None = None  # only of an evaluation
     revision: str | None = None
     revision_verified: bool = False
 
@@ -175,6 +177,9 @@ class EvaluationResults(Record):
     scores: dict[str, Score]
     conditions: Conditions
     adapter_sha256: str | None = None
+    adapter_config_sha256: str | None = None
+    astra_init_sha256: str | None = None  # of the residual base's ../astra_init
+    astra_init_config_sha256: str | None = None
     dtype: str | None = None  # None where a server holds the model
     url: str | None = None  # of the server
 

@@ -20,6 +20,7 @@ from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
 from launch.models.check import check_model, get_num_positions, read_config
 from launch.models.files import fetch_model, hash_weights, load_tokenizer
+from launch.models.identity import differs, hash_config
 from launch.run.results import RESULTS, EvaluationResults, read_evaluation_results
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_text
@@ -292,6 +293,10 @@ def _find_model(results: EvaluationResults, revision: str) -> dict[str, str]:
     """
     base, adapter = results.base, results.adapter
     path = fetch_model(base.name, revision, field="--scores")
+    if differs(base.config_sha256, hash_config(path)):
+        raise UserError(
+            f"--scores: {base.name} has another config.json now than was scored; bring that back"
+        )
     if hash_weights(check_model(path, "--scores").files) != base.weights_sha256:
         raise UserError(
             f"--scores: {base.name} has other weights now than were scored; give its --revision"

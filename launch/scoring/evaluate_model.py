@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import peft
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,10 +23,16 @@ from launch.data.inputs import resolve_dtype
 from launch.engines import Engine, make_engine
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
 from launch.models.files import fetch_model, hash_adapter, hash_weights, load_tokenizer
+from launch.models.identity import (
+    differs,
+    hash_adapter_config,
+    hash_config,
+    hash_tokenizer_files,
+)
 from launch.run.provenance import dtype_name
 from launch.run.results import Score
 from launch.runtime import watchdog
-from launch.runtime.distributed import run_on_each_node, run_on_rank0
+from launch.runtime.distributed import print_rank0, run_on_each_node
 from launch.runtime.errors import UserError
 from launch.scoring.score import score_benchmarks
 from launch.training.export import read_adapter_base
@@ -57,17 +64,16 @@ def evaluate_model(
         UserError: there is no such model or adapter, or the adapter is for another base.
     """
     checked, base = _fetch_base(source)
-    on_residual, adapter_hash, saved = False, None, None
+    on_residual, hashes, saved = False, {"adapter_sha256": None}, None
     if source.adapter is not None:
-        on_residual = run_on_rank0(lambda: _check_adapter(source.adapter, base))
-        adapter_hash = run_on_rank0(lambda: hash_adapter(source.adapter))
+        on_residual, hashes = _identify_adapter(source.adapter, base)
         # Before there is an engine: DeepSpeed would shard the empty model too.
         saved = _read_adapter(checked, source)
     tokenizer = load_tokenizer(checked.folder)
     engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
     watchdog.set_phase("loading the base")
     model = _load_model(checked, saved, on_residual, engine)
-    identity = {"base": base, "adapter_sha256": adapter_hash, "dtype": dtype_name(engine.dtype)}
+    identity = {"base": base, **hashes, "dtype": dtype_name(engine.dtype)}
     with engine.inference_mode(model):
         watchdog.set_phase("scoring", timed=True)
         scores = score_benchmarks(engine, model, tokenizer, problems, settings, folder, identity)
@@ -78,21 +84,55 @@ def _fetch_base(source: ModelSource) -> tuple[CheckedModel, dict]:
     """Fetch and check the base on every node, since nodes need not share a disk. Collective.
 
     Returns:
-        The base in its folder on this node, and {name, weights_sha256}.
+        The base in its folder on this node, and {name, weights_sha256, config_sha256,
+        tokenizer_sha256}.
     """
 
-    def fetch() -> tuple[CheckedModel, str]:
+    def fetch() -> tuple[CheckedModel, dict[str, str]]:
         checked = check_model(fetch_model(source.name, source.revision, field="--model"), "--model")
-        return checked, hash_weights(checked.files)
+        return checked, {
+            "weights_sha256": hash_weights(checked.files),
+            "config_sha256": hash_config(checked.folder),
+            "tokenizer_sha256": hash_tokenizer_files(checked.folder),
+        }
 
     fetched = run_on_each_node(fetch)
-    hashes = [weights for _, weights in fetched]
-    if len(set(hashes)) > 1:
-        raise UserError(
-            f"--model: the weights of {source.name} differ between the nodes; copy one's to all"
-        )
+    hashes = fetched[0][1]
+    parts = {"weights_sha256": "weights", "config_sha256": "config.json"}
+    for key in hashes:
+        if any(found[key] != hashes[key] for _, found in fetched):
+            part = parts.get(key, "tokenizer's files")
+            raise UserError(
+                f"--model: the {part} of {source.name} differ between the nodes; copy one's to all"
+            )
     checked, _ = fetched[dist.get_rank()]
-    return checked, {"name": source.name, "weights_sha256": hashes[0]}
+    return checked, {"name": source.name, **hashes}
+
+
+def _identify_adapter(folder: Path, base: dict) -> tuple[bool, dict[str, str | None]]:
+    """Check and hash the adapter on every node, since every rank reads its node's. Collective.
+
+    Returns:
+        Whether it is for the residual base, and the hashes of its values and its config, and of
+        those of ../astra_init where it needs them.
+    """
+
+    def identify() -> tuple[bool, dict[str, str | None]]:
+        on_residual = _check_adapter(folder, base)
+        initial = folder.parent / "astra_init"
+        return on_residual, {
+            "adapter_sha256": hash_adapter(folder),
+            "adapter_config_sha256": hash_adapter_config(folder),
+            "astra_init_sha256": hash_adapter(initial) if on_residual else None,
+            "astra_init_config_sha256": hash_adapter_config(initial) if on_residual else None,
+        }
+
+    found = run_on_each_node(identify)
+    if any(other != found[0] for other in found):
+        raise UserError(
+            f"--adapter: {folder} or its ../astra_init differs between the nodes; copy one's to all"
+        )
+    return found[0]
 
 
 def _check_adapter(folder: Path, base: dict) -> bool:
@@ -116,10 +156,15 @@ def _check_adapter(folder: Path, base: dict) -> bool:
             f"{made_for['weights_sha256'][:12]}, not for {base['name']} with "
             f"{base['weights_sha256'][:12]}; give that base as --model"
         )
+    if differs(made_for.get("config_sha256"), base["config_sha256"]):
+        raise UserError(
+            f"--adapter: {folder} was made for {made_for['name']} with another config.json than "
+            f"{base['name']} has; bring that back"
+        )
     if made_for["on"] != "residual":
         return False
     initial = folder.parent / "astra_init"
-    if not initial.is_dir():
+    if not (initial / "adapter_config.json").is_file():
         raise UserError(f"--adapter: {folder} needs {initial}, which is missing; use lora/ instead")
     return True
 
@@ -130,7 +175,13 @@ def _read_adapter(checked: CheckedModel, source: ModelSource) -> SavedAdapter:
     Raises AstraError.
     """
     empty = make_meta_model(read_config(checked.folder))
-    return read_saved_adapter(source.adapter, empty, sharded=source.engine != "single")
+    saved = read_saved_adapter(source.adapter, empty, sharded=source.engine != "single")
+    if saved.unknown:
+        print_rank0(
+            f"--adapter: PEFT {peft.__version__} does not know {', '.join(saved.unknown)} of "
+            f"{saved.folder}; taken as off, since false or empty"
+        )
+    return saved
 
 
 def _load_model(

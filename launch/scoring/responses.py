@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.tasks import BENCHMARKS
+from launch.models.identity import records_agree
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 
@@ -109,7 +110,7 @@ def _was_made_with(note: Path, made_with: dict) -> bool:
     if not note.is_file():
         return False
     as_written = json.loads(json.dumps(made_with))  # a tuple, say, is read back as a list
-    return json.loads(note.read_text(encoding="utf-8")) == as_written
+    return records_agree(json.loads(note.read_text(encoding="utf-8")), as_written)
 
 
 def append_responses(folder: Path, responses: Mapping[ResponseKey, Response]) -> None:

@@ -129,7 +129,7 @@ def _find_checkpoint(checkpoints: CheckpointStore, inputs: Inputs) -> Checkpoint
     if saved is None:
         return None
     for field, content in get_input_hashes(inputs).items():
-        if saved.facts["inputs"][field] != content:
+        if saved.facts["inputs"].get(field, content) != content:
             raise UserError(
                 f"{field}: its content is not what this run began with ({saved.folder}); bring "
                 "that back, or choose another --output"

@@ -17,6 +17,7 @@ from launch.run.results import Prediction, Score
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 
 CALIBRATION = "calibration"  # folder in the run folder
+CONFIG = "config.json of model.name"  # of get_input_hashes; not in earlier checkpoints
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class BaseMeasurements:
 
 
 def get_input_hashes(inputs: Inputs) -> dict[str, str]:
-    """Return the hashes of the base and the examples, by the recipe fields that name them."""
+    """Return the hashes of the base, its config and the examples, by the fields that name them."""
     return {
         "model.name": inputs.base["weights_sha256"],
+        CONFIG: inputs.base["config_sha256"],
         "data.path": inputs.data["tokens_sha256"],
     }

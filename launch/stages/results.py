@@ -11,7 +11,7 @@ from launch.run.provenance import describe_conditions, dtype_name
 from launch.run.results import Prediction, RunFacts, RunResults, Score, SmallExport, write_results
 from launch.runtime.distributed import run_on_rank0, try_or_say
 from launch.scoring.held_out import count_trained_parameters, gather_peak_memory
-from launch.stages.records import PreparedRun, RunModel
+from launch.stages.records import CONFIG, PreparedRun, RunModel
 from launch.training.export import read_plain_rank
 from launch.training.model_card import render_model_card
 
@@ -41,10 +41,13 @@ def make_results(
     measured = {name: {"before": facts.before[name], "after": after[name]} for name in after}
     if small is not None:
         measured["small"] = small
+    base = run.inputs.base
+    if CONFIG not in facts.inputs:  # a run of an earlier version: not known of its first steps
+        base = {key: value for key, value in base.items() if key != "config_sha256"}
     return RunResults(
         recipe=run.name,
         model=run.model_name,
-        base=run.inputs.base,
+        base=base,
         data=run.inputs.data,
         method=adapter.method,
         variant=recipe.variant,

@@ -5,9 +5,11 @@
 
 from pathlib import Path
 
+from launch.models.identity import hash_tokenizer_files
 from launch.run.provenance import dtype_name
 from launch.run.results import Score
 from launch.runtime import watchdog
+from launch.runtime.distributed import run_on_rank0
 from launch.scoring.score import score_benchmarks
 from launch.stages.records import PreparedRun, RunModel
 
@@ -23,8 +25,9 @@ def score_run(
         folder: where responses are kept.
     """
     watchdog.set_phase(phase, timed=True)
+    tokenizer = run_on_rank0(lambda: hash_tokenizer_files(run.inputs.model_path))
     identity = {
-        "base": run.inputs.base,
+        "base": run.inputs.base | {"tokenizer_sha256": tokenizer},
         "adapter": adapter,
         "dtype": dtype_name(run.inputs.dtype),
     }

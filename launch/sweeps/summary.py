@@ -212,6 +212,8 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
     weights = [model.name, model.revision]
     if results.base.weights_sha256 is not None:
         yield f"content of model.name {model.name}", weights, results.base.weights_sha256
+    if results.base.config_sha256 is not None:
+        yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
     tokens = [weights, data.token_fields()]
     yield f"content of data.path {data.path}", tokens, results.data.tokens_sha256
     yield "dtype", [model.dtype], results.dtype

@@ -5,6 +5,7 @@ field of PEFT's config does is in tests/astra/test_saved_adapter.py. About 30 s.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from launch.data.prompts import format_prompt
+from tests.support.paths import WORKERS
 from tests.support.plain import load_base
 from tests.support.runs import read_generations
 
@@ -119,3 +121,23 @@ def test_what_needs_whole_weights_is_refused_by_sharded_engines(
     assert lines[0].startswith("error: --adapter: ")
     assert lines[0].endswith("on sharded weights; use --engine single")
     assert "Traceback" not in done.stderr
+
+
+def test_each_node_checks_its_own_copy(
+    launch: Callable, base: Path, adapters: dict[str, Path], problems: Path, tmp_path: Path
+) -> None:
+    for node in ("0", "1"):
+        shutil.copytree(adapters["sharded"], tmp_path / node / "lora")
+    line = [tmp_path, "--model", base, "--adapter", "lora", "--suite", "gsm8k", "--stall", 60]
+    line += ["--data-dir", problems, "--max-new-tokens", 2, "--output", tmp_path / "scores"]
+    launch(WORKERS / "node.py", *line, ranks=2)
+    config = tmp_path / "1" / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 7}))
+    stale = launch(WORKERS / "node.py", *line, ranks=2, check=False)
+    shutil.rmtree(tmp_path / "1" / "lora")
+    missing = launch(WORKERS / "node.py", *line, ranks=2, check=False)
+    for done, message in ((stale, "differs between the nodes"), (missing, "has no adapter_config")):
+        assert done.returncode == 2
+        assert f"error: --adapter: lora {message}" in done.stderr.replace(
+            " or its ../astra_init", ""
+        )
