@@ -52,6 +52,7 @@ from eval.generation.generate import generate_responses
 from eval.tasks import gsm8k
 from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
+from launch.models.check import get_num_positions
 from launch.quickstart import base as quickstart
 
 PAIRS = 3
@@ -214,6 +215,7 @@ def generate_scheduled(work: Work) -> list[str]:
         work.model,
         work.tokenizer,
         work.prompts,
+        num_positions=get_num_positions(work.model.config),
         max_new_tokens=work.max_new_tokens,
         batch_size=work.batch_size,
         device=work.model.device,

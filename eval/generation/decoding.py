@@ -33,14 +33,21 @@ class Decoder(NamedTuple):
 
 
 def make_decoder(
-    model: nn.Module, device: torch.device, temperature: float, seeds: Sequence[int]
+    model: nn.Module,
+    num_positions: int | None,
+    device: torch.device,
+    temperature: float,
+    seeds: Sequence[int],
 ) -> Decoder:
     """Return the decoder of a causal LM.
+
+    Args:
+        num_positions: of the model's context; None where there is no limit.
 
     Raises:
         EvalError: the model has no cache of keys and values, such as Mamba.
     """
-    forward = _make_forward(model)
+    forward = _make_forward(model, num_positions)
     joins_rows = can_join_rows(_get_base_model(model).config)
     return Decoder(forward, joins_rows, device, temperature, seeds)
 
@@ -49,16 +56,10 @@ def _get_base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def get_context_length(model: nn.Module) -> int:
-    """Return the number of tokens that fit the model's context."""
-    config = model.config.get_text_config()  # of a model that also sees, the part that writes
-    return getattr(config, "max_position_embeddings", None) or 2**31
-
-
-def _make_forward(model: nn.Module) -> Forward:
+def _make_forward(model: nn.Module, num_positions: int | None) -> Forward:
     base = _get_base_model(model)
     parameters = inspect.signature(base.forward).parameters
-    last_position = get_context_length(model) - 1
+    last_position = None if num_positions is None else num_positions - 1
     if "past_key_values" not in parameters:
         raise EvalError(
             f"{type(base).__name__} keeps no keys and values to continue from; serve it",

@@ -21,7 +21,6 @@ from eval.generation.decoding import (
     cut_response,
     decode_tokens,
     find_end_tokens,
-    get_context_length,
     make_decoder,
     read_prompts,
 )
@@ -52,6 +51,7 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
+    num_positions: int | None,
     max_new_tokens: int,
     batch_size: int,
     device: torch.device,
@@ -71,6 +71,7 @@ def generate_responses(
         model: a causal LM in eval mode. Its own generation settings (repetition_penalty, ...) do
             not count.
         prompts: token ids. A prompt that fills the model's context has None for a response.
+        num_positions: of the model's context; None where there is no limit.
         max_new_tokens: for each prompt; fewer if the model's context ends before.
         batch_size: prompts that run together on a rank.
         sharded: ranks hold shards of the model, so all of them must run as many forward passes.
@@ -86,11 +87,11 @@ def generate_responses(
         EvalError: the model has no cache of keys and values, such as Mamba.
     """
     rank, world_size = _get_rank()
-    overlong = find_overlong_prompts(model, prompts)
+    overlong = find_overlong_prompts(prompts, num_positions)
     if overlong:
         yield dict.fromkeys(overlong, None)
-    schedule = _make_schedule(model, prompts, max_new_tokens, world_size)
-    decoder = make_decoder(model, device, temperature, seeds)
+    schedule = _make_schedule(prompts, num_positions, max_new_tokens, world_size)
+    decoder = make_decoder(model, num_positions, device, temperature, seeds)
     end_tokens = find_end_tokens(model, tokenizer)
     batch: RunningBatch | None = None
     tokens: dict[int, list[int]] = {}  # new tokens of the prompts that this rank runs
@@ -106,10 +107,11 @@ def generate_responses(
             yield ended
 
 
-def find_overlong_prompts(model: nn.Module, prompts: Sequence[list[int]]) -> list[int]:
+def find_overlong_prompts(prompts: Sequence[list[int]], num_positions: int | None) -> list[int]:
     """Return the indices of prompts that leave no room for a new token in the model's context."""
-    context = get_context_length(model)
-    return [i for i, prompt in enumerate(prompts) if len(prompt) >= context]
+    if num_positions is None:
+        return []
+    return [i for i, prompt in enumerate(prompts) if len(prompt) >= num_positions]
 
 
 def _get_rank() -> tuple[int, int]:
@@ -118,11 +120,12 @@ def _get_rank() -> tuple[int, int]:
 
 
 def _make_schedule(
-    model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, world_size: int
+    prompts: Sequence[list[int]], num_positions: int | None, max_new_tokens: int, world_size: int
 ) -> _Schedule:
     """Return a schedule in which every prompt that fits the context waits, the longest first."""
-    context = get_context_length(model)
-    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    limits = [max_new_tokens] * len(prompts)
+    if num_positions is not None:
+        limits = [min(max_new_tokens, num_positions - len(prompt)) for prompt in prompts]
     waiting = [i for i, limit in enumerate(limits) if limit > 0]
     # The longest first, so that a prompt that joins later seldom widens the cache.
     waiting.sort(key=lambda i: (-len(prompts[i]), i))

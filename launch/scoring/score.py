@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from eval.generation.decoding import find_end_tokens
 from eval.generation.generate import generate_responses
 from eval.grading import Grade, grade_responses, summarise_passes
 from eval.sandbox.box import choose_box
@@ -21,7 +22,7 @@ from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
 from launch.config.schema import Eval
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
-from launch.models.check import check_token_ids, get_num_rows
+from launch.models.check import check_token_ids, get_num_positions, get_num_rows
 from launch.run.progress import show_progress, show_progress_of_parts
 from launch.run.results import Score
 from launch.runtime.distributed import run_on_rank0
@@ -87,6 +88,8 @@ def score_benchmarks(
         model: able to run forward passes: within the engine's `inference_mode`, or in training.
     """
     model.eval()
+    # generation_config.json names some of them too.
+    identity = identity | {"end_tokens": find_end_tokens(model, tokenizer)}
 
     def make_responses(
         benchmark: Benchmark, requests: list[Request]
@@ -98,6 +101,7 @@ def score_benchmarks(
             model,
             tokenizer,
             prompts,
+            num_positions=get_num_positions(model.config),
             max_new_tokens=get_new_tokens(benchmark, settings),
             batch_size=settings.batch_size,
             device=engine.device,

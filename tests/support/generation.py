@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from eval.generation.generate import generate_responses
+from launch.models.check import get_num_positions
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,8 @@ def generate_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
 ) -> list[str | None]:
     """Return all responses in the order of the prompts; check that each comes once."""
-    options = {"device": CPU, "sharded": False} | options
+    positions = get_num_positions(model.config)
+    options = {"device": CPU, "sharded": False, "num_positions": positions} | options
     found: dict[int, str | None] = {}
     for part in generate_responses(model, tokenizer, prompts, **options):
         assert part

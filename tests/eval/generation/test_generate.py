@@ -66,7 +66,7 @@ def test_stops_at_the_end_of_the_context(
     prompt = [5] * 30
     options = {"max_new_tokens": 100, "batch_size": 2, "device": CPU, "sharded": False}
     assert len(generate_all(model, tokenizer, [prompt], **options)[0].split()) <= 2
-    assert find_overlong_prompts(model, [[5] * 31, [5] * 32]) == [1]
+    assert find_overlong_prompts([[5] * 31, [5] * 32], 32) == [1]
     full = generate_all(model, tokenizer, [[5] * 32, [5] * 31, [5] * 40], **options)
     assert [full[0], full[2]] == [None, None]
     assert generate_all(model, tokenizer, [], **options) == []

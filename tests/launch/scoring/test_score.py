@@ -7,8 +7,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import MptConfig, MptForCausalLM
 
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS, Problem
@@ -18,8 +21,9 @@ from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring.requests import Request
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
-from launch.scoring.score import score_responses
+from launch.scoring.score import score_benchmarks, score_responses
 from launch.scoring.score_table import render_scores
+from tests.support.generation import make_tokenizer
 
 IDENTITY = {"base": {"name": "model", "weights_sha256": "0"}, "dtype": "float32"}
 SETTINGS = Eval(suites=["gsm8k", "siqa"], samples=2, temperature=0.5)
@@ -81,9 +85,10 @@ def make_responder(
 
 def score(folder: Path, asked: list[Request], **options: object) -> dict[str, Score]:
     settings = options.pop("settings", SETTINGS)
+    identity = options.pop("identity", IDENTITY)
     problems = {name: PROBLEMS[name] for name in settings.suites}
     respond = make_responder(asked, **options)
-    return score_responses(respond, problems, settings, folder, IDENTITY)
+    return score_responses(respond, problems, settings, folder, identity)
 
 
 def test_each_answer_is_graded_once_by_each_grader(
@@ -148,6 +153,30 @@ def test_responses_of_other_settings_are_set_aside(tmp_path: Path) -> None:
     score(tmp_path, asked, settings=SETTINGS.model_copy(update={"seed": 1}))
     assert len(asked) == 16
     assert (tmp_path / PREVIOUS).read_bytes() == first
+
+
+@pytest.mark.parametrize("key", ["config_sha256", "tokenizer_sha256", "adapter_config_sha256"])
+def test_responses_of_another_config_or_tokenizer_are_set_aside(key: str, tmp_path: Path) -> None:
+    score(tmp_path, [])  # as an earlier version, which did not hash it
+    score(tmp_path, asked := [], identity=IDENTITY | {key: "1"})
+    assert not asked
+    score(tmp_path, asked, identity=IDENTITY | {key: "2"})
+    assert len(asked) == 16
+
+
+def test_a_context_under_any_name_is_kept_to(tmp_path: Path) -> None:
+    """MPT has it as max_seq_len."""
+    config = MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=40, max_seq_len=32)
+    engine = SimpleNamespace(device=torch.device("cpu"), sharded=False)
+    settings = Eval(suites=["gsm8k"], max_new_tokens=4)
+    questions = {"fits": "w2", "long": "w2 " * 40}
+    problems = {"gsm8k": [Problem(name, text, "1") for name, text in questions.items()]}
+    model = MptForCausalLM(config)
+    found = score_benchmarks(
+        engine, model, make_tokenizer(), problems, settings, tmp_path, IDENTITY
+    )["gsm8k"]
+    assert found.overlong == ["long"]
+    assert "end_tokens" in json.loads((tmp_path / "generation.json").read_text())
 
 
 def test_responses_to_other_prompts_are_set_aside(
