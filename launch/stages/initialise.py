@@ -153,6 +153,7 @@ def restore_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         f"resuming after step {run.saved.step} of {len(run.steps)}, from {run.saved.folder}"
     )
     loaded.engine.materialize(loaded.model)
+    draw_new_weights(loaded.base, run.inputs.model, run.recipe.train.seed, loaded.engine)
     read_initial = make_initial_reader(run.saved, loaded.engine.device)
     initialise_layers(loaded.lora_layers, read_initial, loaded.engine)
     return RunFacts.model_validate(run.saved.facts)
