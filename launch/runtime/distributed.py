@@ -1,6 +1,7 @@
 """The process group of ranks that deepspeed, torchrun, srun or plain python has started.
 
-`run_on_rank0` and `run_on_each_node` raise a user error of one rank on all of them.
+`run_on_rank0` and `run_on_each_node` raise a user error of one rank on all of them. One that a rank
+meets outside of them reaches the others through the watchdog (launch.runtime.entry).
 """
 
 import logging
@@ -184,7 +185,8 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
     Raises:
         UserError: on every rank, if `function` raised an error that the user can fix.
-        RankZeroError: on the other ranks, if it raised any other error; on rank 0 that error.
+        RankZeroError: on the other ranks, if it raised any other error; on rank 0 that error,
+            marked for `is_rank0_error`.
     """
     outcome: list = [None]
     fault: Exception | None = None
@@ -193,6 +195,7 @@ def run_on_rank0(function: Callable[[], T]) -> T:
             outcome = [(*_call(function), None)]
         except Exception as error:  # noqa: BLE001 (of any kind: the others wait)
             fault = error
+            fault.of_rank0 = True  # see is_rank0_error
             outcome = [(None, None, f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(outcome, src=0)
     if fault is not None:

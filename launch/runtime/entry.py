@@ -7,7 +7,14 @@ import traceback
 from collections.abc import Callable
 
 from launch.runtime import watchdog
-from launch.runtime.errors import USER_ERRORS, NodeError, RankError, RankZeroError, describe_error
+from launch.runtime.errors import (
+    USER_ERRORS,
+    NodeError,
+    RankError,
+    RankZeroError,
+    describe_error,
+    is_rank0_error,
+)
 from launch.runtime.shortages import describe_shortage
 
 
@@ -24,7 +31,7 @@ def describe_failure(error: Exception) -> tuple[str, int]:
     if shortage is not None:
         # Met again with the same settings: the user must change something.
         return " ".join(shortage.split()), 2
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and not is_rank0_error(error):
         watchdog.report_lost_peer()
     text = " ".join(str(error).split())[:500]
     return f"{watchdog.current_phase()}: {type(error).__name__}: {text}", 1
@@ -37,11 +44,12 @@ def run_command(main: Callable[[], None]) -> None:
     memory among them, and 1 for a fault that may be gone at the next start. An error that the user
     can fix is printed as one line, without a traceback, and every rank ends.
 
-    Every rank raises the same user error, because what one rank finds is broadcast first. A
-    launcher stops the other ranks as soon as one ends, so they wait for rank 0, which prints the
-    line. The error of a node, which the other nodes do not know, is printed by its first rank.
-    After an error caused by a lost rank, the watchdog prints a line about that rank. An error of
-    one rank alone, such as full memory, ends all ranks through the watchdog.
+    Once the ranks have found each other, the watchdog ends all of them with one line and one code,
+    whether one rank alone meets an error or every rank the same user error (`report_error`); after
+    an error caused by a lost rank, with a line about that rank. Before that every rank meets the
+    error for itself: rank 0 prints the line, and the others wait for it, because a launcher stops
+    the other ranks as soon as one ends. The error of a node, which the other nodes do not know, is
+    printed by its first rank.
     """
     # Else torch prints the C++ stack when the store of a process group closes. torch reads the
     # variable when it is first imported, which `main` does.
@@ -50,11 +58,13 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except USER_ERRORS as error:
-        watchdog.disarm()
+        line = " ".join(describe_error(error).split())
         alone = isinstance(error, RankError)
+        if not alone:
+            watchdog.report_error(line, 2, shared=True)
+        watchdog.disarm()
         number = "LOCAL_RANK" if isinstance(error, NodeError) else "RANK"
         if alone or int(os.environ.get(number, "0")) == 0:
-            line = " ".join(describe_error(error).split())
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)

@@ -20,6 +20,11 @@ class RankZeroError(RuntimeError):
     """Raised on the other ranks when rank 0 met an error that it reports itself."""
 
 
+def is_rank0_error(error: BaseException) -> bool:
+    """Return whether every rank knows that rank 0 met this error, in `run_on_rank0`."""
+    return isinstance(error, RankZeroError) or getattr(error, "of_rank0", False)
+
+
 class NodeError(UserError):
     """An error of a node, found before its ranks can reach those of other nodes."""
 

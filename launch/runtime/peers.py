@@ -62,6 +62,7 @@ class PeerReports:
         self.heartbeats = -1  # of all ranks together
         self.progressed = time.monotonic()  # when they last advanced
         self.asked_since: float | None = None  # since when a rank is asked to stop
+        self.erred_since: float | None = None  # since when a rank has an error
 
     def update(self, reports: dict[int, Report]) -> None:
         """Add the newest reports of some ranks."""
@@ -84,7 +85,7 @@ class PeerReports:
         self.began += seconds
         self.progressed += seconds
         self.heard = {rank: heard + seconds for rank, heard in self.heard.items()}
-        self.asked_since = None
+        self.asked_since = self.erred_since = None
 
     def judge(self, absent: list[int], stall: float, in_trouble: bool) -> Verdict | None:
         """Judge the reports of all ranks, on rank 0.
@@ -103,11 +104,20 @@ class PeerReports:
         )
 
     def find_error(self) -> Verdict | None:
-        """End a run in which a rank has met an error that the others have not."""
-        for report in self.reports.values():
-            if report.error is not None:
-                return Verdict(report.error_code, report.error)
-        return None
+        """End a run in which a rank has met an error.
+
+        Where every rank meets it, rank 0's line stands for all; the others may be sooner. So one
+        of theirs counts once rank 0 has had the time to meet it too.
+        """
+        failed = [rank for rank, report in self.reports.items() if report.error is not None]
+        if not failed:
+            return None
+        now = time.monotonic()
+        self.erred_since = self.erred_since or now
+        if 0 not in failed and now - self.erred_since < 5 * self.limits.beat:
+            return None
+        report = self.reports[min(failed)]
+        return Verdict(report.error_code, report.error)
 
     def find_missing(self, absent: list[int], limit: float) -> Verdict | None:
         """Give up ranks that have not come within `limit` seconds.

@@ -5,7 +5,8 @@ group, what the rank is doing. On rank 0 this thread judges the reports (launch.
 decides for all ranks and answers through the store. The other thread, the guard, needs no network:
 it handles signals, watches the launcher, and checks that the first thread still reaches the store.
 The threads act while the main thread hangs in a collective. They end the process with exit code 1
-for a fault; the same command then resumes the run.
+for a fault that a new start may not meet; the same command then resumes the run. The exit code is 2
+for an error that the user must mend.
 
 There is one watchdog in a process, because signals and the default process group belong to the
 process. `start_watchdog` makes it, and the functions below act on it. In a process that starts
@@ -184,19 +185,27 @@ def on_preempted(callback: Callable[[], None]) -> None:
 
 
 def on_error(callback: Callable[[str, int], None]) -> None:
-    """Have rank 0 call `callback` with the line and the exit code of an error of another rank."""
+    """Have rank 0 call `callback` with the line and the exit code of an error of another rank.
+
+    Its own errors rank 0 knows.
+    """
     _watchdog.on_error = callback
 
 
-def report_error(line: str, code: int) -> None:
-    """Tell rank 0 of an error of this rank alone, so that all ranks end with its line and code.
+def report_error(line: str, code: int, shared: bool = False) -> None:
+    """Tell rank 0 of an error of this rank, so that all ranks end with one line and code.
 
     The process ends here, unless there is no other rank or rank 0 does not answer.
+
+    Args:
+        shared: every rank is thought to meet it: if rank 0 does, the line names no rank.
     """
-    if _watchdog.world_size > 1 and not _watchdog.disarmed:
+    joined = _watchdog.reached is not None
+    if _watchdog.world_size > 1 and joined and not _watchdog.disarmed:
         _watchdog.error_code = code
-        rank = f"rank {_watchdog.rank} ({socket.gethostname()}, pid {os.getpid()})"
-        _watchdog.error = f"{rank}: {line}"
+        if not shared or _watchdog.rank != 0:
+            line = f"rank {_watchdog.rank} ({socket.gethostname()}, pid {os.getpid()}): {line}"
+        _watchdog.error = line
         time.sleep(_watchdog.limits.short_silence + 5 * _watchdog.limits.beat)
 
 
@@ -248,7 +257,8 @@ def _exchange_reports(
                     _tell_attempt(store.underlying_store, rank, attempt)
                 verdict = peers.judge(absent, stall, in_trouble)
                 if verdict:
-                    if verdict == peers.find_error() and watchdog.on_error is not None:
+                    of_another = watchdog.error is None and verdict == peers.find_error()
+                    if of_another and watchdog.on_error is not None:
                         # First, for a launcher may kill this rank once another one has ended.
                         with contextlib.suppress(OSError):  # of a full disk
                             watchdog.on_error(verdict.line, verdict.code)
@@ -260,7 +270,7 @@ def _exchange_reports(
                 _end_process(watchdog, Verdict(*json.loads(store.get("watch/verdict"))))
             elif verdict := peers.find_silent(in_trouble):
                 _end_process(watchdog, verdict, rank0_is_gone=True)
-            time.sleep(0.1 * beat if absent else beat)
+            time.sleep(0.1 * beat if absent or watchdog.error else beat)
     except RuntimeError:
         # The store is gone. At an orderly end it is too, but then `disarm` is called in time.
         time.sleep(beat)

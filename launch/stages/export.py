@@ -5,9 +5,12 @@
 
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 
 from astra.adapter import ADAPTER, Factors
+from launch.data.batches import collate_examples
 from launch.run.metrics import Metrics
 from launch.run.plots import plot_runs
 from launch.run.results import SmallExport
@@ -15,9 +18,10 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import run_on_rank0, try_or_say
 from launch.scoring.held_out import measure_predictions
 from launch.stages.records import PreparedRun, RunModel
+from launch.training.loss import has_bf16_products
 from launch.training.merged_export import save_merged
 from launch.training.small_export import save_small_lora, without_products
-from launch.training.trainable import export_trained
+from launch.training.trainable import choose_smallest, export_trained
 
 
 def export_run(
@@ -55,6 +59,28 @@ def export_small(
             measured = measure_predictions(loaded.engine, loaded.model, held_out)
         small = small.model_copy(update=measured)
     return small
+
+
+@torch.no_grad()
+def rehearse_small(
+    run: PreparedRun, loaded: RunModel, initial: dict[str, Factors], folder: Path
+) -> None:
+    """Try what `export_small` does, with one module and, at most, a row on each rank. Collective.
+
+    To be called in training, within `in_bf16`. The model is left in training mode.
+    """
+    model, device, held_out = loaded.model, loaded.engine.device, run.measured.get("held_out")
+    layers = choose_smallest(loaded.lora_layers)
+    _, dropped = save_small(run, loaded, layers, initial, folder, keep_dropped=held_out is not None)
+    # Compiled layers would be compiled once more for it.
+    if held_out is None or run.recipe.train.compile:
+        return
+    batch, _ = collate_examples(held_out, [dist.get_rank() % len(held_out)], device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16_products(model))
+    model.eval()
+    with without_products(layers, dropped, device), autocast:
+        model(input_ids=batch["input_ids"], use_cache=False)
+    model.train()
 
 
 def save_small(

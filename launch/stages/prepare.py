@@ -19,7 +19,7 @@ from launch.models.files import load_tokenizer
 from launch.planning.budget import decide_memory
 from launch.quickstart.base import resolve_quickstart
 from launch.runtime import watchdog
-from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.scoring.held_out import read_other_text
 from launch.scoring.score import read_problems
@@ -39,8 +39,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     """
     watchdog.set_phase("reading the inputs")
     model_name, settings = recipe.model.name, recipe.train
-    require_trackers(recipe.tracking)
-    require_kernels(recipe, device, resolve_dtype(recipe.model.dtype, device))
+    run_on_rank0(lambda: require_trackers(recipe.tracking))
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    run_on_each_node(lambda: require_kernels(recipe, device, dtype))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
     check_samples(recipe, inputs)

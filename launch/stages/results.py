@@ -78,8 +78,8 @@ def make_results(
 def write_run_results(run: PreparedRun, results: RunResults) -> None:
     """Write the model card and results.json. Rank 0 calls it.
 
-    A model card that fails is said and left out. results.json comes after everything else: that it
-    is there marks the run as finished. state.json only repeats that.
+    If the card cannot be written, a warning is printed. results.json comes after everything else:
+    that it is there marks the run as finished. state.json only repeats that.
     """
 
     def write_card() -> None:

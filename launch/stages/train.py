@@ -13,7 +13,7 @@ from launch.run.metrics import Metrics
 from launch.run.results import RunFacts
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
-from launch.stages.export import save_small
+from launch.stages.export import rehearse_small
 from launch.stages.records import PreparedRun, RunModel
 from launch.training.checkpoint import restore_training
 from launch.training.flops import count_training_flops
@@ -36,7 +36,7 @@ from launch.training.rehearsal import (
     require_space,
 )
 from launch.training.trackers import open_trackers
-from launch.training.trainable import choose_smallest, export_trained, find_trained_parameters
+from launch.training.trainable import export_trained, find_trained_parameters
 
 
 def save_checkpoint(
@@ -79,8 +79,7 @@ def rehearse_saves(
         if run.recipe.export.merged:
             save_merged(checkpoint.folder, loaded.model, loaded.engine, run.inputs, rehearsal=True)
         if run.recipe.export.rank is not None:
-            smallest = choose_smallest(loaded.lora_layers)
-            save_small(run, loaded, smallest, initial, checkpoint.folder, keep_dropped=False)
+            rehearse_small(run, loaded, initial, checkpoint.folder)
     num_bytes = checkpoint.num_bytes
     if run.recipe.export.merged:
         weights = describe_merged(loaded.model, run.inputs.dtype)

@@ -96,14 +96,19 @@ def write_weights(
     # ZeRO-3 those that it did not use are among them, and FSDP changes the classes they go by.
     model = compat.make_meta_model(model.config)
 
+    def convert(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        converted = revert_weight_conversion(model, dict(layer))
+        return {
+            name: torch.empty(0, dtype=value.dtype) if value.is_meta else value
+            for name, value in converted.items()
+        }
+
     def read_layers() -> Iterator[Mapping[str, Tensor]]:
         layers = run_on_rank0(lambda: plan_layers(model, weights))
         smallest = min(layers, key=lambda names: sum(weights[name].numel() for name in names))
         for names in layers:
             if rehearsal and names != smallest:
-                described = {name: weights[name] for name in names}
-                converted = revert_weight_conversion(model, described)
-                yield {name: torch.empty(0, dtype=w.dtype) for name, w in converted.items()}
+                yield {name: weights[name] for name in names}
                 continue
             layer = {}
             for name in names:
@@ -111,9 +116,9 @@ def write_weights(
                 if dist.get_rank() == 0:
                     # A copy of the very shape: FSDP2's storage may be padded.
                     layer[name] = torch.empty_like(weights[name], device="cpu").copy_(value)
-            yield revert_weight_conversion(model, layer) if layer else {}
+            yield layer
 
-    write_shards(folder, read_layers())
+    write_shards(folder, read_layers(), convert)
 
 
 def plan_layers(model: PreTrainedModel, weights: Description) -> list[list[str]]:

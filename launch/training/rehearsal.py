@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.runtime import watchdog
-from launch.runtime.errors import USER_ERRORS, RankZeroError, UserError
+from launch.runtime.errors import USER_ERRORS, RankZeroError, UserError, is_rank0_error
 from launch.runtime.shortages import describe_shortage
 from launch.runtime.units import GIB
 from launch.training.checkpoint import REHEARSAL, CheckpointStore
@@ -19,7 +19,7 @@ NAMED_PATTERNS = 3  # at most so many patterns of names are in a line
 
 @contextmanager
 def refuse_unsaveable(checkpoints: CheckpointStore) -> Iterator[None]:
-    """Within the context, saves are tried: any error becomes a UserError; what they wrote goes."""
+    """Turn any error of the saves inside into a UserError, and remove what they wrote."""
     try:
         with watchdog.without_stall_limit():
             yield
@@ -28,7 +28,7 @@ def refuse_unsaveable(checkpoints: CheckpointStore) -> Iterator[None]:
     except Exception as error:
         if describe_shortage(error, watchdog.current_phase()) is not None:
             raise
-        if isinstance(error, RuntimeError) and not isinstance(error, RankZeroError):
+        if isinstance(error, RuntimeError) and not is_rank0_error(error):
             watchdog.report_lost_peer()
         text = (
             str(error) if isinstance(error, RankZeroError) else f"{type(error).__name__}: {error}"

@@ -1,7 +1,6 @@
 """Write a model's weights as transformers lays them out: safetensors files and their index."""
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +17,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # transform
 
 
 def write_shards(
-    folder: Path, parts: Iterable[Mapping[str, Tensor]], max_bytes: int = MAX_BYTES
+    folder: Path,
+    parts: Iterable[Mapping[str, Tensor]],
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+    max_bytes: int = MAX_BYTES,
 ) -> None:
     """Write tensors to `folder` as they come, file by file, and an index last. Collective.
 
@@ -26,7 +28,8 @@ def write_shards(
 
     Args:
         parts: each is name -> tensor on rank 0, and empty on the other ranks. All ranks yield as
-            many parts, so that making one may be collective. Tensors may be views, and on any
+            many parts, so that making one may be collective.
+        convert: makes of a part what is written, on rank 0. Tensors may be views, and on any
             device.
         max_bytes: of a file.
 
@@ -39,7 +42,7 @@ def write_shards(
     for part in parts:
         watchdog.heartbeat()
         # An error of rank 0 must reach the other ranks before they make the next part.
-        run_on_rank0(partial(writer.add, part))
+        run_on_rank0(lambda part=part: writer.add(convert(part)))
     run_on_rank0(writer.close)
 
 

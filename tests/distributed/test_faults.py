@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.support.paths import ROOT, WORKERS
-from tests.support.processes import ENGINES, Fault, Run, make_command
+from tests.support.processes import ENGINES, Fault, Run, make_command, make_set_options
 from tests.support.runs import find_newest_step, read_state, read_steps, runs_are_equal
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -274,6 +274,11 @@ def test_another_recipe_is_refused_and_a_finished_run_stays(
         pytest.param("rank0", "fsdp", 1, "KeyError: 'exp_avg'", marks=pytest.mark.full),
         pytest.param("mistake", "single", 1, "KeyError: 'exp_avg'", marks=pytest.mark.full),
         pytest.param("writer", "fsdp", 1, "exporting: KeyError", marks=pytest.mark.full),
+        pytest.param("refusal", "fsdp", 2, "tracking: not on this node", marks=pytest.mark.full),
+        pytest.param("early", "fsdp", 2, "tracking: not on this node", marks=pytest.mark.full),
+        pytest.param("unsaveable", "fsdp", 2, "RuntimeError: no reverse", marks=pytest.mark.full),
+        pytest.param("library", "fsdp", 1, "RuntimeError: no reverse", marks=pytest.mark.full),
+        pytest.param("small", "single", 2, "could not be saved at its end", marks=pytest.mark.full),
         pytest.param("disk", "fsdp", 2, "No space left on device", marks=pytest.mark.full),
     ],
 )
@@ -288,6 +293,8 @@ def test_any_error_is_the_runs_state(
 ) -> None:
     """A real failed allocation, a mistake in the code, and a full disk, which is simulated."""
     line = [point, *arguments, "--engine", engine, "--output", tmp_path / "run"]
+    if point == "small":
+        line += make_set_options(["export.rank=2", "data.held_out=5"])
     done = launch(WORKERS / "fault.py", *line, ranks=ENGINES[engine][1], check=False)
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["state"], state["exit_code"]) == ("error", code)
@@ -299,7 +306,7 @@ def test_any_error_is_the_runs_state(
         assert "Traceback" not in done.stderr
     else:
         assert done.stderr.count("Traceback") == 1, done.stderr[-3000:]
-    if point == "memory" and engine == "fsdp":
+    if point in ("memory", "refusal", "early") and engine == "fsdp":
         assert lines[0].startswith("error: rank 1 (")
 
 

@@ -21,8 +21,10 @@ from launch import calibrate, pipeline, train
 from launch.calibration import run as calibration
 from launch.runtime import locks, watchdog
 from launch.runtime.entry import run_command
+from launch.runtime.errors import UserError
 from launch.runtime.peers import Limits
 from launch.stages import export as stage_export
+from launch.stages import prepare
 from launch.stages import results as stage_results
 from launch.training import checkpoint, export, loop
 
@@ -47,6 +49,16 @@ def fill_memory() -> None:
 def break_down() -> None:
     """Fail as a mistake in the code does."""
     raise KeyError("exp_avg")
+
+
+def refuse() -> None:
+    """Fail as a check does that only this rank does not pass."""
+    raise UserError("tracking: not on this node")
+
+
+def fail_in_a_library() -> None:
+    """Fail as torch and transformers do, with the type that a lost rank's collectives raise too."""
+    raise RuntimeError("no reverse of this conversion")
 
 
 def fill_disk() -> None:
@@ -99,6 +111,14 @@ POINTS = {
     # Step 5 lasts until a signal comes.
     "signal": lambda: plant_fault(loop, "learning_rate", LAST_RANK, 5, wait_for_signal),
     "memory": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, fill_memory),
+    "refusal": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, refuse),
+    "early": lambda: plant_fault(prepare, "load_tokenizer", LAST_RANK, 1, refuse),
+    "unsaveable": lambda: plant_fault(
+        export, "write_json", 0, 2, fail_in_a_library, "training step 1"
+    ),
+    # The loss of lora_small/ is tried too.
+    "small": lambda: plant_fault(stage_export, "without_products", 0, 1, break_down),
+    "library": lambda: plant_fault(export, "write_json", 0, 2, fail_in_a_library, "exporting"),
     "mistake": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, break_down),
     "rank0": lambda: plant_fault(loop, "collate_sequences", 0, 9, break_down),
     # In the export, which rank 0 writes while the others wait.

@@ -167,8 +167,18 @@ def test_a_pause_of_this_process_counts_for_no_wait(clock: Clock) -> None:
     assert seen.judge([2], 5, in_trouble=True) is None
 
 
-def test_an_error_of_one_rank_ends_all_with_its_line_and_code() -> None:
+def test_an_error_of_one_rank_ends_all_with_its_line_and_code(clock: Clock) -> None:
     seen = PeerReports(LIMITS)
     failed = report(1, error="rank 1 (node): out of memory", error_code=2)
     seen.update({0: report(1), 1: failed})
+    assert seen.judge([], stall=600, in_trouble=False) is None  # rank 0 may be about to meet it
+    clock.now += 5 * LIMITS.beat
     assert seen.judge([], stall=600, in_trouble=False) == (2, "rank 1 (node): out of memory")
+
+
+def test_rank_0_speaks_for_all_where_it_meets_the_error_too(clock: Clock) -> None:
+    seen = PeerReports(LIMITS)
+    seen.update({0: report(1), 1: report(1, error="rank 1 (node): no field", error_code=2)})
+    assert seen.find_error() is None
+    seen.update({0: report(2, error="no field", error_code=2)})
+    assert seen.find_error() == (2, "no field")

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from astra.weights import TorchWeights
+from launch.runtime.errors import is_rank0_error
+from launch.training import model_export
 from launch.training.model_export import describe_weights, plan_layers, save_model
 from launch.training.shards import INDEX, write_shards
 from tests.support.architectures import make_model
@@ -71,6 +74,24 @@ def test_layers_are_converted_one_by_one_where_that_gives_the_same() -> None:
     layers = plan_layers(model, weights)
     assert len(layers) == 3  # the two layers, and what is outside of them
     assert sorted(name for names in layers for name in names) == sorted(weights)
+
+
+def test_weights_are_converted_where_an_error_of_rank_0_reaches_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    inputs = SimpleNamespace(model_path=tmp_path / "base", dtype=torch.float32)
+
+    def refuse(_model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if any(weight.is_meta for weight in weights.values()):
+            return revert_weight_conversion(_model, weights)
+        raise NotImplementedError("no reverse")
+
+    monkeypatch.setattr(model_export, "revert_weight_conversion", refuse)
+    with pytest.raises(NotImplementedError) as caught:
+        save_model(tmp_path / "model", model, TorchWeights(), inputs)
+    assert is_rank0_error(caught.value)
 
 
 def test_everything_but_weights_is_copied(tmp_path: Path) -> None:
