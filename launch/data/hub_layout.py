@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from huggingface_hub import get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
+
 from launch.data.readers import UnreadableError, find_reader
+from launch.models.files import find_commit
 
 if TYPE_CHECKING:  # takes seconds to import
     from huggingface_hub import DatasetCardData
@@ -81,6 +85,27 @@ def list_data_files(path: Path) -> dict[str, Path]:
     return {str(name): found[name] for name in sorted(found)}
 
 
+def _list_hub_names(path: Path) -> list[Path]:
+    """Return the names of a data set's files, without hidden ones, of a folder in the hub's cache.
+
+    None for other folders, and where the cache has no list, which whoever fetches a whole data set
+    with huggingface_hub leaves there.
+    """
+    commit = find_commit(path)
+    if commit is None:
+        return []
+    cached = path.absolute().parents[1]  # datasets--OWNER--NAME/snapshots/COMMIT
+    repository = cached.name.removeprefix("datasets--").replace("--", "/")
+    try:
+        files = get_cached_repo_tree(
+            repository, repo_type="dataset", revision=commit, cache_dir=cached.parent
+        )
+    except (CachedRepoTreeNotFoundError, HFValidationError):
+        return []
+    names = [Path(file.path) for file in files]
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
 def _add_files(folder: Path, name: Path, above: tuple[Path, ...], found: dict[Path, Path]) -> None:
     """Add the files below `folder`, which is called `name`, to `found`.
 
@@ -109,6 +134,8 @@ def _may_hold_rows(file: Path) -> bool:
 def _mirror_rows(path: Path, mirror: Path) -> dict[Path, Path]:
     """Make in the folder `mirror` links to those files below `path` that may hold rows.
 
+    Files that are on the hub alone have an empty file there instead: they may belong to a split.
+
     `datasets` looks for files by patterns. In the mirror neither the folder's own name nor files
     without rows, such as test_notes.txt, mean anything to them.
 
@@ -117,12 +144,16 @@ def _mirror_rows(path: Path, mirror: Path) -> dict[Path, Path]:
     """
     mirror.mkdir()
     links = {}
-    for name, file in list_data_files(path).items():
+    on_hub = {str(name): path / name for name in _list_hub_names(path)}
+    for name, file in (on_hub | list_data_files(path)).items():
         if _may_hold_rows(file):
             # fsspec, by which `datasets` finds files, takes :: for a chain of addresses.
             link = mirror / name.replace("::", "--")
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file.resolve())
+            if file.is_file():
+                link.symlink_to(file.resolve())
+            else:
+                link.touch()
             links[link] = file
     return links
 

@@ -196,9 +196,11 @@ def _make_part(path: Path, split: str, files: Sequence[Path]) -> Part:
             chosen.append(file)
             readers.setdefault(reader, file.name)
         elif file.suffix.lower() in UNREAD:
+            remedy = "convert it, or move it away"
+            if not file.is_file():  # on the hub alone
+                remedy = "fetch the data set into a folder of your own, and convert it there"
             raise UnreadableError(
-                f"{file} is among the files of split {split}, and is none of {ENDINGS}; "
-                "convert it, or move it away"
+                f"{file} is among the files of split {split}, and is none of {ENDINGS}; {remedy}"
             )
     if not chosen:
         raise UnreadableError(f"{path} has no files of split {split} in {ENDINGS}")

@@ -23,11 +23,18 @@ from launch.data.readers import GZIPPED, READERS, UnreadableError
 from launch.models.files import find_commit, is_hub_id
 from launch.runtime.errors import UserError
 
-# The files of a data set that are downloaded from the hub.
+
+def _match_any_case(ending: str) -> str:
+    """Return a pattern of names with this ending in any case: `*.[jJ][sS]` for `.js`."""
+    return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
+
+
+# The files of a data set that are downloaded from the hub. Of the others the names are known.
 HUB_FILES = [
-    *(f"*{ending}" for ending in READERS),
-    *(f"*{ending}.gz" for ending in GZIPPED),
+    *(_match_any_case(ending) for ending in READERS),
+    *(_match_any_case(f"{ending}.gz") for ending in GZIPPED),
     "README.md",
+    ".huggingface.yaml",
 ]
 CHUNK = 2000  # rows of the split that are read at a time
 NOT_TEXT, EMPTY, NOT_UNICODE = "not text", "empty", "not valid Unicode"
@@ -90,22 +97,35 @@ def identify_source(path: Path) -> dict:
     """Describe what decides the rows' bytes without reading them.
 
     Returns:
-        The hub's commit, else every file's size and time of change.
+        The hub's commit and the names of the files that are there, else every file's size, times of
+        change and inode.
 
     Raises:
         UserError: a folder cannot be listed, or a file is a link to nothing.
     """
-    commit = find_commit(path)
-    if commit:
-        return {"commit": commit}
     try:
         found = list_data_files(path)
     except UnreadableError as error:
         raise UserError(f"data.path: {error}") from None
+    commit = find_commit(path)
+    if commit:
+        return {"commit": commit, "files": list(found)}
     files = {}
     for name, file in found.items():
         stat = file.stat()
-        files[name] = [stat.st_size, stat.st_mtime_ns]
+        # A tool can set mtime back, but not ctime.
+        files[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return {"files": files}
+
+
+def limit_identity(source: dict, recorded: dict) -> dict:
+    """Leave out of what `identify_source` returned what an earlier version did not record."""
+    if "commit" in source:
+        return {"commit": source["commit"]} if recorded.keys() == {"commit"} else source
+    known = recorded.get("files")
+    if not isinstance(known, dict):
+        return source
+    files = {name: state[: len(known.get(name, state))] for name, state in source["files"].items()}
     return {"files": files}
 
 

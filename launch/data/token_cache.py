@@ -32,6 +32,7 @@ from launch.data.sources import (
     Chunk,
     fetch_source,
     identify_source,
+    limit_identity,
     load_split,
     select_rows,
     show_rows,
@@ -382,6 +383,8 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
 def _require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
     """Raise UserError, naming the first difference, if `folder` was not made from `wanted`."""
     found = manifest["made_from"]
+    if "source" in wanted:
+        wanted = wanted | {"source": limit_identity(wanted["source"], found.get("source", {}))}
     for name, before, after in _list_differences(found, json.loads(json.dumps(wanted))):
         field = RENAMED_FIELDS.get(name, name)  # manifests hold old names
         values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"

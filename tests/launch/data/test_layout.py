@@ -4,12 +4,16 @@ Folders of save_to_disk, and of the hub's layout with and without README.md. Nee
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
 
 from launch.config.schema import Data
 from launch.data import sources
@@ -17,6 +21,8 @@ from launch.data.hub_layout import list_data_files
 from launch.data.sources import load_split, select_rows
 from launch.runtime.errors import UserError
 from tests.support.rows import write_lines
+
+COMMIT = "0123456789" * 4
 
 
 def make_rows(count: int, tag: str = "") -> list[dict[str, str]]:
@@ -282,3 +288,99 @@ def test_a_part_of_a_snapshot_in_the_hubs_cache_is_refused(
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot load someone/sums .*1 of the 3 shards"):
         read(Path("someone/sums"))
+
+
+class FakeHub:
+    """The hub's answers, and a folder from which files are fetched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def repo_info(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(sha=COMMIT)
+
+    def list_repo_tree(self, **_: object) -> list[RepoFile]:
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        return [
+            RepoFile(
+                path=str(path.relative_to(self.folder)), size=path.stat().st_size, oid="0" * 40
+            )
+            for path in paths
+        ]
+
+    def fetch(self, _: str, filename: str, cache_dir: str, **__: object) -> str:
+        target = Path(cache_dir, "datasets--someone--sums", "snapshots", COMMIT, filename)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copyfile(self.folder / filename, target))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of the data set someone/sums on a hub that is only played."""
+    fake = FakeHub(tmp_path / "remote")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.HfApi", lambda **_: fake)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.hf_hub_download", fake.fetch)
+    return fake.folder
+
+
+@pytest.mark.parametrize(
+    "name", ["train-b.jsonl.zst", "train-b.TSV", "train-b.arrow", "train-b.parquet.gz"]
+)
+def test_a_file_that_is_refused_in_a_folder_is_refused_from_the_hub(name: str, hub: Path) -> None:
+    write_lines(hub / "train-a.jsonl", make_rows(2))
+    (hub / name).write_text("much")
+    message = f"{Path(name).name} is among the files of split train"
+    refuse(hub, message)
+    refuse(Path("someone/sums"), message)
+    assert not list(hub.parent.glob(f"hub/**/{Path(name).name}"))
+
+
+def test_endings_are_fetched_in_any_case_and_other_files_change_nothing(hub: Path) -> None:
+    write_lines(hub / "train-a.jsonl", make_rows(1))
+    write_lines(hub / "train-b.JSONL", make_rows(2))
+    (hub / "images.zip").write_text("much")  # of no split
+    (hub / ".hidden").mkdir()
+    (hub / ".hidden" / "train-c.zst").write_text("much")
+    assert read(Path("someone/sums")) == read(hub) == ["0", "0", "1"]
+    assert not list(hub.parent.glob("hub/**/images.zip"))
+
+
+def test_a_yaml_file_beside_readme_is_refused_from_the_hub_too(hub: Path) -> None:
+    write_lines(hub / "train.jsonl", make_rows(1))
+    (hub / ".huggingface.yaml").write_text("")
+    refuse(hub, r"\.huggingface\.yaml is not supported")
+    refuse(Path("someone/sums"), r"\.huggingface\.yaml is not supported")
+
+
+def test_what_was_listed_on_the_hub_is_refused_offline(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(hub / "train-a.jsonl", make_rows(2))
+    (hub / "train-b.jsonl.zst").write_text("much")
+    sources.fetch_source(Data(path="someone/sums"))
+
+    def refuse_contact(*_: object, **__: object) -> None:
+        raise OfflineModeIsEnabled
+
+    monkeypatch.setattr(FakeHub, "repo_info", refuse_contact)
+    refuse(Path("someone/sums"), "train-b.jsonl.zst is among the files of split train")
+
+
+def test_a_file_is_known_by_what_no_tool_sets_back(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", make_rows(5))
+    before, status = sources.identify_source(path), path.stat()
+    path.write_text(path.read_text().replace("q0", "q9"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert sources.identify_source(path) != before
+
+
+def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
+    now = {"files": {"a": [1, 2, 3, 4]}}
+    assert sources.limit_identity(now, {"files": {"a": [1, 2]}}) == {"files": {"a": [1, 2]}}
+    assert sources.limit_identity(now, now) == now
+    assert sources.limit_identity(now, {"commit": COMMIT}) == now
+    now = {"commit": COMMIT, "files": ["a"]}
+    assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
+    assert sources.limit_identity(now, {"commit": COMMIT, "files": []}) == now
