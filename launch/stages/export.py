@@ -3,6 +3,7 @@
 "Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 
 from astra.adapter import ADAPTER, Factors
+from launch.config.schema import Export
 from launch.data.batches import collate_examples
 from launch.run.metrics import Metrics
 from launch.run.plots import plot_runs
@@ -18,8 +20,9 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import run_on_rank0, try_or_say
 from launch.scoring.held_out import measure_predictions
 from launch.stages.records import PreparedRun, RunModel
+from launch.training import small_export
 from launch.training.loss import has_bf16_products
-from launch.training.merged_export import save_merged
+from launch.training.merged_export import remove_merged, save_merged
 from launch.training.small_export import save_small_lora, without_products
 from launch.training.trainable import choose_smallest, export_trained
 
@@ -33,6 +36,7 @@ def export_run(
         The folder that users load.
     """
     watchdog.set_phase("exporting")
+    run_on_rank0(lambda: remove_unwanted(run.folder, run.recipe.export))
     exported = export_trained(run.folder, loaded.model, loaded.engine, run.inputs, initial)
     if run.recipe.export.merged:
         save_merged(run.folder, loaded.model, loaded.engine, run.inputs)
@@ -41,6 +45,14 @@ def export_run(
         lambda: try_or_say("the plots", lambda: plot_runs({run.folder.name: history}, run.folder))
     )
     return exported
+
+
+def remove_unwanted(folder: Path, wanted: Export) -> None:
+    """Remove what an earlier start exported and `export` no longer asks for. Rank 0 calls it."""
+    if wanted.rank is None and (folder / small_export.FOLDER).is_dir():
+        shutil.rmtree(folder / small_export.FOLDER)
+    if not wanted.merged:
+        remove_merged(folder)
 
 
 def export_small(

@@ -1,5 +1,6 @@
 """merged/: the whole model with the trained adapter merged into its weights."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from launch.training.model_export import (
 from launch.training.trainable import choose_smallest
 
 FOLDER = "merged"
+UNFINISHED = "merged.tmp"  # its name until it is whole
 INSIDE = ".base_layer."  # PEFT's name of the frozen module inside a LoRA layer
 
 
@@ -50,8 +52,18 @@ def save_merged(
         for layer in choose_smallest(layers).values():
             compute_merged(layer, engine)
     weights = describe_merged(model, inputs.dtype)
-    write_weights(folder / FOLDER, base, weights, read, rehearsal)
-    run_on_rank0(lambda: write_config(inputs.model_path, folder / FOLDER, inputs.dtype))
+    unfinished = folder / UNFINISHED
+    run_on_rank0(lambda: remove_merged(folder))
+    write_weights(unfinished, base, weights, read, rehearsal)
+    run_on_rank0(lambda: write_config(inputs.model_path, unfinished, inputs.dtype))
+    run_on_rank0(lambda: unfinished.rename(folder / FOLDER))
+
+
+def remove_merged(folder: Path) -> None:
+    """Remove merged/ of an earlier start, whole or not, from the run folder. Rank 0 calls it."""
+    for name in (FOLDER, UNFINISHED):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def describe_merged(model: PeftModel, dtype: torch.dtype) -> Description:

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from launch.config.schema import Recipe
+from launch.config.schema import Export, Recipe
 from launch.run.results import RunResults, Score
 
 # Of the folders that a run may export. The first that is there is the one to load.
@@ -23,7 +23,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
     """Render the card of the run in `folder`."""
-    exports = [name for name in CONTENTS if (folder / name).is_dir()]
+    exports = list_exports(folder, recipe.export)
     trained = "All parameters trained"
     if results.rank:
         trained = f"Rank {results.rank}, alpha {results.alpha:g}"
@@ -42,20 +42,28 @@ Base weights: SHA-256 {results.base.weights_sha256}.
 """
 
 
+def list_exports(folder: Path, wanted: Export) -> list[str]:
+    """Return the folders that a run with this `export` section has written, that to load first."""
+    asked = {"lora_small": wanted.rank is not None, "merged": wanted.merged}
+    return [name for name in CONTENTS if (folder / name).is_dir() and asked.get(name, True)]
+
+
 def _render_scores(results: RunResults) -> str:
     """Render the scores before and after training as a Markdown table; empty if there are none."""
     rows = [_render_row(name, "before", score) for name, score in results.baseline.items()]
     rows += [_render_row(name, "after", score) for name, score in results.scores.items()]
     if not rows:
         return ""
-    head = ["| suite | training | accuracy (%) | 95 % interval | n |", "|---|---|---|---|---|"]
+    head = ["| benchmark | training | accuracy (%) | 95 % interval | n |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n"
 
 
-def _render_row(suite: str, when: str, score: Score) -> str:
+def _render_row(benchmark: str, when: str, score: Score) -> str:
     low, high = score.interval
     accuracy = f"{100 * score.accuracy:.1f}"
-    return f"| {suite} | {when} | {accuracy} | {100 * low:.1f} to {100 * high:.1f} | {score.n} |"
+    return (
+        f"| {benchmark} | {when} | {accuracy} | {100 * low:.1f} to {100 * high:.1f} | {score.n} |"
+    )
 
 
 def _render_rounding(exports: list[str], results: RunResults) -> str:

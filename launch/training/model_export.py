@@ -19,7 +19,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from launch.data.inputs import Inputs
 from launch.engines import Engine
+from launch.models.check import read_config
 from launch.models.files import FILES
+from launch.models.weight_files import find_weight_files
 from launch.run.provenance import dtype_name
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
@@ -165,7 +167,11 @@ def _group_by_layer(names: Iterable[str]) -> list[list[str]]:
 
 
 def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy all files of the base's folder but its weights, and name the dtype. Rank 0 calls it."""
+    """Copy all files of the base's folder but its weights, and name the dtype. Rank 0 calls it.
+
+    Raises:
+        UserError: transformers would not find the weights that lie in `folder`.
+    """
     for pattern in (*FILES, "additional_chat_templates/*.jinja"):
         for path in base.glob(pattern):
             is_weights = ".safetensors" in path.name or path.name.endswith(".index.json")
@@ -176,4 +182,6 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
             shutil.copyfile(path, target)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # older files' name of dtype
+    config.pop("transformers_weights", None)  # the name of the base's own file of weights
     write_json(folder / "config.json", config | {"dtype": dtype_name(dtype)})
+    find_weight_files(folder, read_config(folder, "export"), "export")

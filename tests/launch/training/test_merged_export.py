@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from astra.adapter import attach_adapters, get_lora_layers
 from astra.weights import TorchWeights
+from launch.training import merged_export
 from launch.training.merged_export import FOLDER, compute_merged, describe_merged, save_merged
 from tests.support.architectures import make_model
 
@@ -101,3 +102,20 @@ def test_a_rehearsal_writes_every_name_and_merges_one_layer(tmp_path: Path) -> N
     described = describe_merged(model, torch.float32)
     num_bytes = sum(value.nbytes for value in described.values())
     assert num_bytes == sum(value.nbytes for value in files.values())
+
+
+def test_merged_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
+    model = attach_adapters(model, ["q_proj"], 4, 6, 0.0)
+    inputs = SimpleNamespace(model_path=base, dtype=torch.float32)
+    save_merged(tmp_path, model, TorchWeights(), inputs)
+    (tmp_path / FOLDER / "stale.json").write_text("{}")
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(merged_export, "write_config", lambda *_: 1 / 0)
+        save_merged(tmp_path, model, TorchWeights(), inputs)
+    assert not (tmp_path / FOLDER).exists()
+    save_merged(tmp_path, model, TorchWeights(), inputs)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", FOLDER}
+    assert not (tmp_path / FOLDER / "stale.json").exists()

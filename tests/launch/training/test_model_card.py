@@ -1,9 +1,13 @@
-"""The commands of a run's model card. Needs nothing. A second."""
+"""What a run's model card lists, and its commands. Needs nothing. A second."""
+
+from pathlib import Path
 
 import pytest
 
+from launch.config.schema import Export
 from launch.run.results import RunResults, SmallExport
-from launch.training.model_card import find_vllm_rank, render_commands
+from launch.stages.export import remove_unwanted
+from launch.training.model_card import find_vllm_rank, list_exports, render_commands
 
 
 @pytest.mark.parametrize(
@@ -38,3 +42,14 @@ def test_what_vllm_cannot_serve_has_no_command() -> None:
     assert "vllm serve ./merged" in text
     assert "convert_lora_to_gguf" not in text
     assert "hf upload USER/NAME adapter ." in text
+
+
+def test_what_the_recipe_no_longer_asks_for_is_removed_and_not_listed(tmp_path: Path) -> None:
+    for name in ("adapter", "lora", "lora_small", "merged", "merged.tmp", "mine"):
+        (tmp_path / name).mkdir()
+    assert list_exports(tmp_path, Export()) == ["lora", "adapter"]
+    wanted = Export(rank=4, merged=True)
+    remove_unwanted(tmp_path, wanted)
+    assert list_exports(tmp_path, wanted) == ["lora", "lora_small", "adapter", "merged"]
+    remove_unwanted(tmp_path, Export())
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "lora", "mine"}

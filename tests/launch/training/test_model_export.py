@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from astra.weights import TorchWeights
-from launch.runtime.errors import is_rank0_error
+from launch.runtime.errors import UserError, is_rank0_error
 from launch.training import model_export
-from launch.training.model_export import describe_weights, plan_layers, save_model
+from launch.training.model_export import describe_weights, plan_layers, save_model, write_config
 from launch.training.shards import INDEX, write_shards
 from tests.support.architectures import make_model
 
@@ -115,6 +115,33 @@ def test_everything_but_weights_is_copied(tmp_path: Path) -> None:
     assert found == {*kept, "config.json", "model.safetensors"}
     assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
     assert {dtype for _, dtype in read_header(export).values()} == {"BF16"}
+
+
+def test_a_base_that_names_its_file_of_weights_is_exported_under_the_usual_name(
+    tmp_path: Path,
+) -> None:
+    base, export = tmp_path / "base", tmp_path / "model"
+    model = make_model("llama")
+    model.save_pretrained(base)
+    (base / "model.safetensors").rename(base / "own.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(config | {"transformers_weights": "own.safetensors"})
+    )
+    save_model(export, model, TorchWeights(), SimpleNamespace(model_path=base, dtype=torch.float32))
+    with torch.no_grad():
+        assert torch.equal(load(export)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_weights_that_transformers_would_not_find_are_refused_when_they_are_written(
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "part-00001.safetensors").write_text("")
+    with pytest.raises(UserError, match=r"export: .*model has no model\.safetensors"):
+        write_config(base, tmp_path / "model", torch.float32)
 
 
 def test_weights_are_written_file_by_file(tmp_path: Path) -> None:
