@@ -1,4 +1,4 @@
-"""Known GPUs by name: what they can do at most, and the memory they have. The one table of GPUs.
+"""Known GPUs by name, and what they can do at most. The one table of GPUs.
 
 Numbers are NVIDIA's: data sheets of the data-centre GPUs, HGX B200 and B300 (an eighth of the
 board), architecture white papers of the others (Ampere GA102, Ada, Blackwell RTX). Where a data
@@ -15,55 +15,53 @@ class Gpu:
 
     bf16_tflops: float | None  # None: no bf16 matrix products in hardware
     fp64_tflops: float
-    memory_gib: float  # as nvidia-smi shows it
-    bandwidth: float  # of its memory, GB/s
 
 
 # Words of torch.cuda.get_device_name() that all must be there -> the GPU. The first match counts,
 # so more words stand before fewer.
 GPUS = {
-    "GB300": Gpu(2500.0, 1.3, 268, 8000),
-    "B300": Gpu(2250.0, 1.25, 268, 8000),
-    "GB200": Gpu(2500.0, 40.0, 184, 8000),
-    "B200": Gpu(2250.0, 37.0, 179, 7700),
-    "GH200 144G": Gpu(989.4, 67.0, 140, 4900),
-    "GH200": Gpu(989.4, 67.0, 95, 4000),
-    "H200 NVL": Gpu(835.0, 60.0, 140, 4800),
-    "H200": Gpu(989.4, 67.0, 140, 4800),
-    "H100 NVL": Gpu(835.0, 60.0, 93, 3900),
-    "H100 PCIe": Gpu(756.0, 51.0, 79, 2000),
-    "H100": Gpu(989.4, 67.0, 79, 3350),
-    "H800": Gpu(989.4, 1.0, 79, 3350),
-    "H20": Gpu(148.0, 1.0, 95, 4000),
-    "A100 80GB": Gpu(312.0, 19.5, 79, 1935),
-    "A100": Gpu(312.0, 19.5, 39, 1555),
-    "A800": Gpu(312.0, 19.5, 79, 1935),
-    "A30": Gpu(165.0, 10.3, 24, 933),
-    "V100 32GB": Gpu(None, 7.8, 31, 900),
-    "V100": Gpu(None, 7.8, 15, 900),
-    "L40S": Gpu(362.05, 1.43, 45, 864),
-    "L40": Gpu(181.05, 1.41, 45, 864),
-    "L4": Gpu(121.0, 0.47, 22, 300),
-    "A40": Gpu(149.7, 0.58, 45, 696),
-    "A10G": Gpu(70.0, 0.55, 22, 600),
-    "A10": Gpu(125.0, 0.49, 22, 600),
-    "T4": Gpu(None, 0.25, 15, 320),
-    "RTX 6000 Ada": Gpu(364.25, 1.42, 48, 960),
-    "RTX A6000": Gpu(154.8, 0.6, 48, 768),
-    "RTX 5090": Gpu(209.5, 1.64, 32, 1792),
-    "RTX 4090": Gpu(165.2, 1.29, 24, 1008),
-    "RTX 3090": Gpu(71.0, 0.56, 24, 936),
+    "GB300": Gpu(2500.0, 1.3),
+    "B300": Gpu(2250.0, 1.25),
+    "GB200": Gpu(2500.0, 40.0),
+    "B200": Gpu(2250.0, 37.0),
+    "GH200 144G": Gpu(989.4, 67.0),
+    "GH200": Gpu(989.4, 67.0),
+    "H200 NVL": Gpu(835.0, 60.0),
+    "H200": Gpu(989.4, 67.0),
+    "H100 NVL": Gpu(835.0, 60.0),
+    "H100 PCIe": Gpu(756.0, 51.0),
+    "H100": Gpu(989.4, 67.0),
+    "H800": Gpu(989.4, 1.0),
+    "H20": Gpu(148.0, 1.0),
+    "A100 80GB": Gpu(312.0, 19.5),
+    "A100": Gpu(312.0, 19.5),
+    "A800": Gpu(312.0, 19.5),
+    "A30": Gpu(165.0, 10.3),
+    "V100 32GB": Gpu(None, 7.8),
+    "V100": Gpu(None, 7.8),
+    "L40S": Gpu(362.05, 1.43),
+    "L40": Gpu(181.05, 1.41),
+    "L4": Gpu(121.0, 0.47),
+    "A40": Gpu(149.7, 0.58),
+    "A10G": Gpu(70.0, 0.55),
+    "A10": Gpu(125.0, 0.49),
+    "T4": Gpu(None, 0.25),
+    "RTX 6000 Ada": Gpu(364.25, 1.42),
+    "RTX A6000": Gpu(154.8, 0.6),
+    "RTX 5090": Gpu(209.5, 1.64),
+    "RTX 4090": Gpu(165.2, 1.29),
+    "RTX 3090": Gpu(71.0, 0.56),
 }
 SLOW_FP64_TFLOPS = 2.0  # below it a CPU may solve eigenproblems sooner
 # Words in the names of GPUs that are not the whole GPU, or another one of a similar name.
-OTHER_WORDS = {"MIG", "LAPTOP", "MOBILE", "D"}
+OTHER_WORDS = {"MIG", "LAPTOP", "MOBILE", "D", "TI", "SUPER", "3E"}
 
 
 def find_gpu(name: str) -> Gpu | None:
     """Find the GPU whose device name is `name`; None where it is not known.
 
     Words are compared whole and in any case: an RTX A4000 is no A40, a GH200 no H200. A part of a
-    GPU (MIG) and the variants of laptops are not known.
+    GPU (MIG) and variants (of laptops, Ti, Super, H20-3e) are not known.
     """
     words = set(re.findall(r"[A-Z0-9]+", name.upper()))
     if words & OTHER_WORDS:
