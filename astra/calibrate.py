@@ -103,7 +103,7 @@ def calibrate_modules(
     solve_device: torch.device | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
-    say: Callable[[str], None] = lambda _: None,
+    report_line: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Solution]]:
     """Yield the solutions of one window after another: module name -> Solution.
 
@@ -126,7 +126,7 @@ def calibrate_modules(
         solve_device: where modules are solved; where the weights are read to by default.
         start: index of the first window, for a caller that has the solutions of the earlier ones.
         progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
-        say: called on every rank with a line about a solver that failed, once for each line.
+        report_line: called on every rank with a line about a solver that failed, once for each line.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.
@@ -135,7 +135,7 @@ def calibrate_modules(
     # means that the window's pass starts at layer 0.
     hidden_states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
     device_type = _find_solving_type(linears, solve_device)
-    say_once = functools.cache(say)
+    report_once = functools.cache(report_line)
     for window in plan.windows[start:]:
         if window.groups[0].statistic == "gradient":
             sums = [
@@ -163,7 +163,7 @@ def calibrate_modules(
             lora_ranks,
             progress,
             solve_device=solve_device,
-            say=say_once,
+            report_line=report_once,
         )
 
 
@@ -249,7 +249,7 @@ def solve_window(
     progress: Progress = lambda items, _: items,
     *,
     solve_device: torch.device | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    report_line: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Solution]:
     """Solve every module of `groups` on its owner, and return all solutions everywhere. Collective.
 
@@ -261,7 +261,7 @@ def solve_window(
     Args:
         sums: sums[part][group]. On the group's owner totals over all ranks; those of other ranks
             are dropped at once. Entries are set to None when no longer needed, to free memory.
-        solve_device, say: see calibrate_modules.
+        solve_device, report_line: see calibrate_modules.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.
@@ -295,7 +295,7 @@ def solve_window(
         # The other ranks need the shapes, to allocate the tensors that they receive.
         outcomes = _gather_outcomes(outcome)
         for line in (line for other in outcomes for line in other.fallbacks):
-            say(line)
+            report_line(line)
         for turn in turns:
             mine = solution if turn.owner == rank else None
             shapes = outcomes[turn.owner].shapes

@@ -241,8 +241,8 @@ def make_peft_targets(
 ) -> list[str] | str:
     """Return a `target_modules` with which PEFT adapts the modules `linears` and no others.
 
-    The targets themselves, where they are ends of names that say no more; else the full names; else,
-    where one of those is the end of another module's name, a regular expression.
+    The targets themselves, where they match no other module; else the full names; else, where one
+    of those is the end of another module's name, a regular expression.
     """
     names = [name for name, _ in model.named_modules()]
     wanted = set(linears)

@@ -207,7 +207,7 @@ def make_calibration(
         solve_device=solve_device,
         start=num_done,
         progress=_show_calibration_progress,
-        say=print_rank0,
+        report_line=print_rank0,
     )
     for number, solutions in enumerate(windows, start=num_done):
         with watchdog.without_stall_limit():

@@ -106,9 +106,9 @@ def _render_overlaps(overlaps: Mapping[str, dict]) -> list[str]:
     """Render the report's part on benchmarks, as lines."""
     lines = [
         "",
-        "## Overlap with evaluation suites",
+        "## Overlap with benchmarks",
         "",
-        "| suite | rows | share a question | share 13 words only | problems met | "
+        "| benchmark | rows | share a question | share 13 words only | problems met | "
         "left out as phrases |",
         "|---|---|---|---|---|---|",
     ]

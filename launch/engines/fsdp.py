@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
-from launch.models.check import CheckedModel
+from launch.models.check import CheckedModel, read_config
 from launch.runtime import compat
 from launch.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ class FsdpEngine(TorchWeights):
         else:
             dtype = self.dtype
             self.policy = MixedPrecisionPolicy()  # base and adapters keep their own dtypes
-        config = AutoConfig.from_pretrained(checked.folder, local_files_only=True)
+        config = read_config(checked.folder)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
             self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.base.tie_weights()  # without storage each module was given a weight of its own

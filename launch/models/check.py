@@ -74,7 +74,7 @@ def check_model(
     tensors = weights.read_headers(field)
     model = make_meta_model(config, field)
     _check_loading(model, weights, tensors, new_weights, field)
-    return CheckedModel(folder, weights.files, tuple(new_weights), _count_embeddings(model))
+    return CheckedModel(folder, weights.files, tuple(new_weights), get_num_rows(model))
 
 
 def read_config(folder: Path, field: str = "model.name") -> PretrainedConfig:
@@ -161,8 +161,8 @@ def check_token_ids(
 
 
 def get_num_rows(model: nn.Module) -> int:
-    """Return the number of rows of a loaded model's input embedding, also where it is sharded."""
-    return model.get_input_embeddings().num_embeddings
+    """Return the number of rows of a model's input embedding, also where it is sharded."""
+    return compat.get_full_shape(model.get_input_embeddings().weight)[0]
 
 
 def draw_weight(folder: Path, name: str, seed: int) -> Tensor:
@@ -176,7 +176,7 @@ def draw_weight(folder: Path, name: str, seed: int) -> Tensor:
 
 def get_num_embeddings(config: PretrainedConfig) -> int:
     """Return the number of token ids that the input embedding has rows for, by the config alone."""
-    return _count_embeddings(make_meta_model(config))
+    return get_num_rows(make_meta_model(config))
 
 
 def _check_loading(
@@ -358,11 +358,6 @@ def _find_quantization(config: dict, path: str = "") -> Iterator[tuple[str, Any]
             yield f"{path}{name}", value
         elif isinstance(value, dict):
             yield from _find_quantization(value, f"{path}{name}.")
-
-
-def _count_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of token ids that the input embedding has rows for."""
-    return model.get_input_embeddings().weight.shape[0]
 
 
 def _pick(names: Collection[str]) -> str:

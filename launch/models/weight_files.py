@@ -3,7 +3,7 @@
 No value of a weight is read: a header holds the name, dtype, shape and place of every tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,12 +158,3 @@ def _describe_damage(path: Path, error: Exception) -> str:
         f"{path} is no whole safetensors file ({size} bytes; {str(error)[:120]}); copy or download "
         "it again"
     )
-
-
-def list_tensor_files(files: Iterable[Path]) -> dict[str, Path]:
-    """Return name -> file of every tensor in checked `files`."""
-    places: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    return places

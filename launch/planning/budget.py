@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from astra.errors import AstraError
 from launch.calibration.store import is_finished, read_memory_record
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
+from launch.models.check import read_config
 from launch.planning.estimate import RESERVE, estimate_calibration_needs
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.runtime.memory import measure_free_memory
@@ -23,8 +23,8 @@ def decide_memory(
 ) -> tuple[Recipe, dict[str, float | None]]:
     """Give calibration.memory_gib a value where it is `auto`, before the model is loaded.
 
-    Collective. The value is the memory that is free, on the rank that has least, without a reserve,
-    the model and a forward pass. A calibration that was begun in `folder` keeps the value that it
+    Collective. The value is the free memory of the rank with the least, minus a tenth, minus the
+    model and a forward pass. A calibration that was begun in `folder` keeps the value that it
     was begun with, and so its windows, unless they no longer fit.
 
     Args:
@@ -78,7 +78,7 @@ def _estimate_taken(recipe: Recipe, inputs: Inputs, device: torch.device) -> tup
         The bytes, and None; or 0, and why there is no estimate.
     """
     try:
-        config = AutoConfig.from_pretrained(inputs.model_path, local_files_only=True)
+        config = read_config(inputs.model_path)
         needs = estimate_calibration_needs(config, recipe, inputs.dtype, dist.get_world_size())
     except AstraError:
         raise  # targets or ranks that do not fit the model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from astra.adapter import get_base_layers
 from astra.errors import AstraError
@@ -118,8 +118,7 @@ def _make_fake_model(
 ) -> _FakeModel:
     """Make the recipe's model on PyTorch's meta device. Raises AstraError for its targets."""
     method = recipe.adapter.method_record
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = compat.make_meta_model(config, dtype)
     base.requires_grad_(method.trains_all)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     model = attach_trainable(base, recipe.adapter)

@@ -297,14 +297,16 @@ def resolve_weight_files(
     return [*paths, *extra], metadata and dict(metadata["weight_map"])
 
 
-def make_meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def make_meta_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Make the causal language model of `config` without storage, outside of any ZeRO context.
+
+    It has the dtype of the config, unless `dtype` is given.
 
     While an HfDeepSpeedConfig is alive, `from_config` shards what it makes. No upstream report
     found (2026-11).
     """
     with without_zero3(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def test_what_is_said_of_solvers_is_said_once_and_other_warnings_pass(
             solve,
             lora_ranks=dict.fromkeys(linears, RANK),
             solve_device=device,
-            say=said.append,
+            report_line=said.append,
         )
         return solutions
 
