@@ -3,16 +3,19 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from eval.answers.read import cut_invented_turns, cut_sentence, is_comment
+from eval.answers.read import cut_invented_turns, cut_sentence, is_comment, is_denied_marker
 
 _MARKER = re.compile(
     r"\banswers?\b[^.:;!?\n/]{0,40}?\b(?:is|are|was|would be|should be|must be)\b[:\s]*"
-    r"|\banswers?\W{0,4}[:=]\s*",
+    r"|\banswers?\W{0,4}[:=]\s*"
+    r"|(?P<correction>\b(?:wait|actually|no|sorry|oops)\b[,.:]?\s+it(?:'s|\s+is|\s+should\s+be)\s+)",
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
     r"(?:\bnot|n't|\bneither|\bnor|\bnever|\brather than|\binstead of|\bbetter than|\bunlike"
-    r"|\bexcept|\bcannot be)\s+(?:either\s+|be\s+|the\s+|really\s+|actually\s+|necessarily\s+)*$",
+    r"|\bexcept|\bcannot be"
+    r"|\b(?:different from|other than|all but|far from|hardly|no longer|anything but|opposite of))"
+    r"\s+(?:either\s+|be\s+|the\s+|really\s+|actually\s+|necessarily\s+)*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
@@ -30,17 +33,29 @@ _OPPOSITE = {"true": "false", "false": "true"}
 def read_label(response: str, labels: Sequence[str]) -> str | None:
     """Return the one of `labels` that `response` gives, or None if it gives none or several."""
     text = cut_invented_turns(response).replace("\u2019", "'")
-    text = text.partition("###")[0] or text  # a model may go on with a prompt of its own
+    text = re.sub(r"[^\S\n]+", " ", text)  # the patterns below are quadratic in runs of spaces
+    text = text.partition("###")[0] or text  # a model may continue with a prompt of its own
     label = _compile_labels(labels)
     options = rf"(?:{label.pattern})(?:\s*[/|]\s*(?:{label.pattern}))+"
     # An echo of the prompt's last line. It is no answer, also behind a marker.
     text = re.sub(rf"answer format\s*:\s*{options}", " ", text, flags=re.IGNORECASE)
-    for marker in reversed(list(_MARKER.finditer(text))[-60:]):
+    markers = list(_MARKER.finditer(text))[-60:]
+    for i, marker in reversed(list(enumerate(markers))):
+        before = text[max(0, marker.start() - 60) : marker.start()]
+        if is_denied_marker(before) or (i and re.search(r"\b(?:this|that)\s$", before, re.I)):
+            continue  # "the wrong answer is", or a remark on the answer before
         clause = cut_sentence(text[marker.end() :].lstrip(" \t\n*_`\"'"))
         if not clause.strip() or (is_comment(clause) and not label.match(clause)):
             continue  # the response was cut off here, or a remark such as "is helpful"
+        if marker["correction"] and not label.search(clause):
+            continue
         return _find_only_label(re.sub(options, " ", clause, flags=re.IGNORECASE), label)
+    if any(is_denied_marker(text[: marker.start()][-60:]) for marker in markers):
+        return None
     text = re.sub(options, " ", text, flags=re.IGNORECASE)
+    listed = list(re.finditer(rf"(?:{label.pattern})(?=\s?:)", text, re.IGNORECASE))
+    if len({match.group().lower() for match in listed}) > 1:
+        text = re.sub(rf"(?:{label.pattern})\s?:", " ", text, flags=re.IGNORECASE)  # an echo
     found = {_find_only_label(sentence, label) for sentence in _split_sentences(text)} - {None}
     several = any(len(_find_labels(sentence, label)) > 1 for sentence in _split_sentences(text))
     return found.pop() if len(found) == 1 and not several else None

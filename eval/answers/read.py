@@ -9,16 +9,19 @@ the final answer. This file only cuts text; eval.answers.compare says what the t
 import re
 from typing import NamedTuple
 
+from eval.end_tokens import END_TOKEN
+
 MAX_LENGTH = 2000  # characters; a longer statement is no answer
 MAX_STATEMENTS = 60  # from the end; a response that repeats itself has thousands
 
-_END_TOKEN = re.compile(
-    r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[DONE\]"
-)
 _TURN_NAMES = r"(?:instruction|response|question|problem|human|user|assistant|input|q)"
 # A turn that the model invents. It counts only after a statement: before, it is an echo.
 _TURN = re.compile(
-    rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?\**{_TURN_NAMES}[ \t]*\d*\**[ \t]*[:\uff1a]"
+    rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?\**(?:next[ \t]+)?{_TURN_NAMES}[ \t]*\d*\**[ \t]*[:\uff1a]"
+    r"|^[ \t]*(?:\#{1,6}[ \t]*)?\**(?:example|exercise)[ \t]+\d+\**[ \t]*[:\uff1a]"
+    r"|^[ \t]*\**(?:problem|question|example|exercise)[ \t]+\d+\**[ \t]*$"
+    # behind a sentence, on its line
+    rf"|(?<=[.!?])[ \t]+(?:\#{{2,6}}[ \t]*{_TURN_NAMES}\b|(?:instruction|question|human|user|q):)"
     rf"|^[ \t]*\#{{2,6}}[ \t]*{_TURN_NAMES}\b|^Below is an instruction",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -35,6 +38,7 @@ _MARKER = re.compile(
     r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:\uff1a=]"
     # "### Final Answer", a heading, with the answer below
     r"|^[ \t]*(?:\#{1,6}[ \t]*|\*\*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*(?:\*\*)?[ \t]*$"
+    r"|<answer>"
     # "#### 18", but no heading such as "#### Step 1"
     r"|\#{4}(?=[ \t]*[^\sA-Za-z#])",
     re.IGNORECASE | re.MULTILINE,
@@ -44,6 +48,17 @@ _CORRECTION = re.compile(
     r"\b(?:wait|actually|correction|sorry|oops|no)\b[,.:!\u2014\u2013-][^.\n\d\\$]{0,60}?"
     r"\b(?:should\s+be|must\s+be|it\s+is|it's|it\u2019s|that\s+is|that's)\b"
     r"|\bcorrection\s*:|\b(?:wait|actually|sorry|oops)\b[,.:!]?(?:\s+no\b[,.:!]?)?\s+(?=[-$\\\d])",
+    re.IGNORECASE,
+)
+# "That is wrong", after an earlier statement: it retracts that. What it states itself follows it.
+_RETRACTION = re.compile(
+    r"(?:[.!?\n]\s{0,3}|\b(?:wait|no|oops|sorry|actually|hmm+|but)\b[,.!:\s]{1,4})(?:"
+    r"(?:that|this|it)(?:\s+is|\s+was|['\u2019]s)\s+(?:wrong|incorrect|not\s+(?:right|correct)\b"
+    r"|a\s+mistake|an\s+error)|(?:that|this|it)\s+(?:isn|wasn)['\u2019]t\s+(?:right|correct)"
+    r"|I(?:['\u2019]ve|\s+have)?\s+(?:made\s+(?:an?|the)\s+(?:\w+\s+)?(?:error|mistake)|miscalculated)"
+    r"|(?<!\n)(?<!\.\s)let\s+me\s+(?:recheck|recalculate|recompute|redo|correct))\b"
+    r"(?P<states>[^.\n\d$\\]{0,30}?[,.:;!]\s+(?:so\s+|then\s+)?(?:it|the(?:\s+[a-z]+){1,3})"
+    r"(?:['\u2019]s|\s+is|\s+was|\s+should\s+be|\s+must\s+be)\s+(?=[-$\\\d]))?",
     re.IGNORECASE,
 )
 _REVERSED = re.compile(
@@ -58,6 +73,32 @@ _NO_MARKER = re.compile(
     r"\b(?:whether|if|suppose|assume|assuming|unless)\b[^.\n]{0,30}\Z"
     r"|\b(?:check|verify|confirm|test|round|simplify|write|express|give|report|state|find|mark)"
     r"(?:ing|s|ed)?\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
+    re.IGNORECASE,
+)
+# Before a marker that says what the answer is not: "the wrong answer is", "I don't think the ...".
+_DENIED_MARKER = re.compile(
+    r"\b(?:wrong|incorrect|mistaken|false)\s+(?:final\s+)?\Z"
+    r"|(?:n['\u2019]t|\bnot)\s+(?:think|believe|say|claim)\b[^.,;\n]{0,30}\Z",
+    re.IGNORECASE,
+)
+# Somebody else's answer, and that of another problem: "without the discount, the answer would be".
+_OTHER_ANSWER = re.compile(
+    r"\b(?:students?|people|person|classmates?)(?:['\u2019]s?)\s+\Z", re.IGNORECASE
+)
+_OTHER_PROBLEM = re.compile(
+    r"\b(?:without(?!\s+loss)|ignoring|neglecting|forgetting|otherwise)\b[^.\n]{0,50}\Z",
+    re.IGNORECASE,
+)
+_DENIED_BEFORE_BOX = re.compile(
+    r"(?:\b(?:not|never|no\s+longer|cannot|rather\s+than|instead\s+of)|n['\u2019]t)"
+    r"(?:\s+(?:be|equal|to|simply|just))*[\s$(:*]*\Z",
+    re.IGNORECASE,
+)
+_DENIED_AFTER_BOX = re.compile(
+    r"[\s$)*]*(?:(?:is|was|would\s+be|seems|looks)(?:\s+(?:clearly|obviously|also))*\s+"
+    r"(?:wrong|incorrect|impossible|invalid|too\s+\w+|(?:not|never)\s+(?:(?:the|our|a)\s+)?"
+    r"(?:(?:final|correct|right|valid)\s+)?(?:answer|solution|correct|right|possible|valid))\b"
+    r"|(?:is|was)n['\u2019]t\s+(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|correct|right)\b)",
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
@@ -77,11 +118,22 @@ _LEAD = re.compile(
     r"[,:]?(?=\s))*",
     re.IGNORECASE,
 )
+# Leads to a value, though it begins as a remark does: "found to be 18", "in dollars: 18".
+_LEADING_REMARK = re.compile(
+    r"(?:(?:[a-z]+ly\s+)?(?:found|calculated|computed|determined|expected|rounded|simplified|derived"
+    r"|estimated|reported|supposed|given|expressed|written|shown)\s+(?:to\s+be|as|to)\s*:?\s*"
+    r"|(?:in\s+[a-z]+|here|below)\s*:\s*|in\s+fact,?\s+"
+    r"|the\s+(?:sum|product|difference|quotient|total)\b[^.\n=]{0,60}?,?\s+which\s+is\s+)"
+    r"(?=[-$\\\d])(?!\$?\d+\$?\s*(?:decimal|significant|places|digits))",
+    re.IGNORECASE,
+)
 # "I hope this answer is helpful", "the answer is obtained by ...": nothing is stated.
 _COMMENT = re.compile(
     r"(?:(?:very|quite|so|too|most|already|all|in\s+fact|indeed|[a-z]+ly)\s+)*(?:"
+    # a bound
+    r"(?:less|fewer|smaller|lower|more|greater|larger|bigger|higher)\s+than(?!\s+or\s+equal)"
     # a place, a reason or a way
-    r"in|on|at(?!\s+(?:least|most))|by|from|for|with|within|to|of|because|since|when|where|how|why"
+    r"|in|on|at(?!\s+(?:least|most))|by|from|for|with|within|to|of|because|since|when|where|how|why"
     r"|what|whether|if|here|below|above|as|also"
     # what was done to it
     r"|obtained|found|given|based|rounded|simplified|expressed|computed|calculated|derived|reached"
@@ -93,7 +145,9 @@ _COMMENT = re.compile(
     r"|(?:the\s+)?(?:same|closest|nearest|best)|(?:positive|negative)(?!\s*[\d$\\]))\b",
     re.IGNORECASE,
 )
-_DENIAL = re.compile(r"\W*(?:definitely |certainly |clearly )?not\b", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\W*(?:definitely |certainly |clearly )?(?:not|never|no longer|hardly)\b", re.IGNORECASE
+)
 _AFTER_DENIAL = re.compile(
     r"\b(?:but(?:\s+rather)?|it\s+is|it's|it\u2019s|it\s+should\s+be|rather|instead)\b"
     r"[,:]?\s*(?!not\b)",
@@ -106,9 +160,11 @@ _ABBREVIATION = re.compile(
 )
 # What follows explains the answer and may hold other numbers.
 _EXPLANATION = re.compile(
-    r",\s+(?!(?:and|or|maybe|perhaps|possibly|pi|sqrt|sin|cos|tan|log|ln)\b)(?=[a-z]{2,})"
+    r",\s+(?!(?:and|or|maybe|perhaps|possibly|pi|sqrt|sin|cos|tan|log|ln)\b)"
+    r"(?=[a-z]{2,}|I\s+[a-z]{2,}|i\.e\.|e\.g\.)"
     r"|,?\s+(?:because|since|where|when|if|which|so|hence|giving|as|rather\s+than|instead\s+of|but)\b"
-    r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[\u2014\u2013]\s+(?=[A-Za-z]{2,})",
+    r"|,?\s+(?:and\s+)?(?<!\\)not\b|\s+[\u2014\u2013]\s+(?=[A-Za-z]{2,})|\s*</answer>"
+    r"|\s+--?\s+(?=(?:an?|the|this|that|it|we|our|I)\s+(?!(?:sin|cos|tan|log|ln|sqrt)\b)[a-z]{2,})",
 )
 
 
@@ -116,6 +172,7 @@ class _Statement(NamedTuple):
     start: int
     text: str  # "" states nothing
     denied: str = ""  # what it says the answer is not
+    retracts: bool = False  # what was stated before
 
 
 def read_answer(response: str) -> str | None:
@@ -126,6 +183,8 @@ def read_answer(response: str) -> str | None:
     for statement in statements:
         if statement.text and _squeeze(statement.text) not in denied:
             return statement.text
+        if statement.retracts:
+            return None
         if statement.denied:
             denied.append(_squeeze(statement.denied))
     return None if statements else _read_bare(response)
@@ -134,7 +193,7 @@ def read_answer(response: str) -> str | None:
 def cut_invented_turns(response: str) -> str:
     """Return `response` up to an end token, or up to a turn that follows a statement."""
     text = response.lstrip()
-    token = next((m for m in _END_TOKEN.finditer(text) if text[: m.start()].strip()), None)
+    token = next((m for m in END_TOKEN.finditer(text) if text[: m.start()].strip()), None)
     if token:
         text = text[: token.start()]
     first = min(
@@ -147,14 +206,15 @@ def cut_invented_turns(response: str) -> str:
 def _find_statements(response: str) -> list[_Statement]:
     """Return the statements of `response`, the last one first."""
     boxes = _find_boxes(response)
-    statements = [
-        _Statement(start, text.strip()) for start, _, text in _join_boxes(response, boxes)
-    ]
+    statements = [_read_box(response, *box) for box in _join_boxes(response, boxes)]
     markers = list(_MARKER.finditer(response))[-MAX_STATEMENTS:]
     for marker in markers:
         is_in_box = any(start < marker.start() < end for start, end, _ in boxes)
         before = response[max(0, marker.start() - 60) : marker.start()]
-        if not (is_in_box or _NO_MARKER.search(before)):
+        is_other = _OTHER_ANSWER.search(before) or (
+            marker.group().endswith("would be") and _OTHER_PROBLEM.search(before)
+        )
+        if not (is_in_box or is_other or _NO_MARKER.search(before)):
             statements.append(_read_after(response, marker))
     for match in list(_REVERSED.finditer(response))[-MAX_STATEMENTS:]:
         before = response[max(0, match.start() - 80) : match.start()]
@@ -167,7 +227,23 @@ def _find_statements(response: str) -> list[_Statement]:
         first = min(statement.start for statement in statements)
         corrections = list(_CORRECTION.finditer(response, first))[-MAX_STATEMENTS:]
         statements += [_read_after(response, correction) for correction in corrections]
+        for match in list(_RETRACTION.finditer(response, first))[-MAX_STATEMENTS:]:
+            text = _read_after(response, match).text if match["states"] else ""
+            statements.append(_Statement(match.start(), text, retracts=True))
     return sorted(statements, key=lambda statement: statement.start, reverse=True)
+
+
+def _read_box(response: str, start: int, end: int, content: str) -> _Statement:
+    r"""Return the statement of a box, which may be denied: "not \boxed{20}"."""
+    before = response[max(0, start - 60) : start]
+    if _DENIED_BEFORE_BOX.search(before) or _DENIED_AFTER_BOX.match(response, end):
+        return _Statement(start, "", content)
+    return _Statement(start, content.strip())
+
+
+def is_denied_marker(before: str) -> bool:
+    """Return whether `before`, the text before a marker, says that it states what is wrong."""
+    return bool(_DENIED_MARKER.search(before))
 
 
 def _find_boxes(response: str) -> list[tuple[int, int, str]]:
@@ -217,8 +293,9 @@ def _read_after(response: str, marker: re.Match) -> _Statement:
     """Return the statement that follows `marker`."""
     text = response[marker.end() : marker.end() + MAX_LENGTH + 1]
     is_denied = (
-        re.search(r"n['\u2019]t\b|\bnot\b", marker.group()) or "cannot" in marker.group().lower()
-    )
+        re.search(r"n['\u2019]t\b|\bnot\b|\bnever\b|\bcannot\b", marker.group(), re.IGNORECASE)
+        and marker.re is _MARKER
+    ) or is_denied_marker(response[max(0, marker.start() - 60) : marker.start()])
     denial = _DENIAL.match(text)
     if denial or is_denied:
         sentence = cut_sentence(text[denial.end() :] if denial else text)
@@ -227,10 +304,17 @@ def _read_after(response: str, marker: re.Match) -> _Statement:
         return _Statement(
             marker.start(), stated.strip(), sentence[: turn.start() if turn else None]
         )
-    text = text[_LEAD.match(text).end() :]
+    lead = _LEAD.match(text)
+    text = text[lead.end() :]
+    if "\n" in lead.group():
+        text = re.sub(r"^1\.[ \t]+(?=[-$\\\d])(?!.*\n+2\.)", "", text)  # a list of one item
+    remark = _LEADING_REMARK.match(text)
+    text = text[remark.end() :] if remark else text
     display = _DISPLAY.match(text)
     if display:
         content = next(group for group in display.groups() if group is not None)
+        if not re.search(r"matrix|array|cases", content):
+            content = content.replace("&", "")  # of an alignment
         rest = _cut_explanation(cut_sentence(text[display.end() :].partition("\n")[0]))
         return _Statement(marker.start(), " ".join(f"{content} {rest}".split()))
     sentence = cut_sentence(text)

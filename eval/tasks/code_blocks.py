@@ -3,14 +3,12 @@
 import os
 import re
 
+from eval.end_tokens import END_TOKEN
+
 # A fence may stand in a list item or a quotation, whose marks are before it on its line.
 _OPENING = re.compile(r"^(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})")
 _CLOSING = re.compile(r"^[ \t>]*(?P<fence>`{3,}|~{3,})[ \t]*$")
 _INLINE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n?(.*?)```", re.DOTALL)
-# What a tokenizer or a server leaves in a text where a response ended.
-_END_TOKEN = re.compile(
-    r"<\|[\w/ -]{1,40}\|>|<\uff5c[^\uff5c\n]{1,40}\uff5c>|</s>|<eos>|<end_of_turn>"
-)
 MAX_CLOSINGS = 8  # that are tried for one opening fence
 
 
@@ -59,7 +57,7 @@ def cut_at_fence(text: str) -> str:
 
 def cut_at_end_token(text: str) -> str:
     """Return `text` up to the first end token in it, such as <|im_end|>."""
-    end = _END_TOKEN.search(text)
+    end = END_TOKEN.search(text)
     return text if end is None else text[: end.start()]
 
 

@@ -3,8 +3,12 @@
 Needs nothing. A sample runs always, in a few seconds; all 1,000 cases in full.
 """
 
+import time
+
 import pytest
 
+from eval.answers.labels import read_label
+from eval.answers.read import read_answer
 from eval.tasks import commonsense, gsm8k, math
 from tests.support.answer_cases import (
     LABELS,
@@ -49,3 +53,11 @@ def test_the_statement_in_responses_to_math(output: str, reference: str, expecte
 @pytest.mark.parametrize(("output", "benchmark", "reference", "expected"), sample(LABELS, 1))
 def test_labels(output: str, benchmark: str, reference: str, expected: bool) -> None:
     assert commonsense.grade_label(output, reference, benchmark) is expected
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "no, ", "("])
+def test_long_runs_are_read_in_linear_time(run: str) -> None:
+    started = time.perf_counter()
+    read_label("answer" + run * 20_000, ("answer1", "answer2"))
+    read_answer("The answer is " + run * 20_000)
+    assert time.perf_counter() - started < 5

@@ -63,6 +63,11 @@ STRICT = [
     ("Complexity: O(n)\n" + WHOLE + "Explanation: simple\n", True),
     ("python\n" + WHOLE, True),
     (WHOLE.rstrip() + "<|im_end|>\n<|im_start|>user", True),
+    (WHOLE.rstrip() + "<pad><pad>", True),
+    (WHOLE.rstrip() + "[/INST] thanks", True),
+    (WHOLE.rstrip() + "\n<start_of_turn>user", True),
+    (WHOLE.rstrip() + "</s><s> [INST] more", True),
+    ("def f(x):\n    names = {'<pad>': 0, '<unk>': 1}\n    return x + names['<unk>']\n", True),
     ("def f(x):\n    end = '<|im_end|>'\n    return x + len(end) - 9\n", True),
     ("<think>def f(x):\n    return 0\n</think>\n" + WHOLE, True),
     (
