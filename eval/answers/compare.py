@@ -7,6 +7,7 @@ calls `compare_nodes` with the comparison of eval.answers.symbolic.
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import product
 
 from eval.answers.parse import (
     Node,
@@ -16,7 +17,7 @@ from eval.answers.parse import (
     parse_words,
     strip_name,
 )
-from eval.answers.units import name_different_units
+from eval.answers.units import find_unit_letters, name_different_units
 from eval.answers.words import Language
 
 MAX_LENGTH = 2000  # characters of an answer; a longer one is wrong
@@ -29,6 +30,10 @@ _NUMBER = re.compile(
     r"(?:\\overline\{(?P<period>\d+)\}|[eE](?P<e>[-+]?\d{1,3})"
     r"|(?:\\times|\\cdot|\*)10\^(?:\{(?P<power>[-+]?\d{1,3})\}|(?P<digit>\d)))?"
     rf"|\\frac\{{(?P<top>[-+]?(?:{_DECIMAL}))\}}\{{(?P<bottom>[-+]?(?:{_DECIMAL}))\}})"
+)
+_ARITHMETIC = re.compile(r"(?=.*\d)(?:[-+*/().\d{} ]|\\(?:frac|times|cdot))+")
+_WITH_UNITS = re.compile(
+    r"\d\s*[A-Za-z]|(?<![A-Za-z\\])[A-Za-z]{2,}|\\(?:text|%|circ|mathrm)|[%°¢£€]"
 )
 _BASE = re.compile(r"(-?)([0-9A-Za-z]+)_\{?\(?(\d+)\)?\}?")
 
@@ -63,15 +68,41 @@ def are_equal(
         letter = re.sub(r"\\[a-z]+|[\s{}().$*]", "", answer)
         if letter == reference.strip():
             return True
-    language = Language(find_variables(reference), word_problem)
+    language = Language(find_variables(reference), find_unit_letters(reference), word_problem)
+    given, wanted = _parse_both(answer, reference, language)
+    if given is None or wanted is None or _is_false(answer, language, equal_values):
+        return False
+    kinds = {given.kind, wanted.kind}
+    if not word_problem and kinds & {"list", "set"}:  # so 100,200 on the other side is one too
+        lists = _parse_both(answer, reference, language._replace(lists=True))
+        if None not in lists and compare_nodes(*lists, equal_values):
+            return True
+    return compare_nodes(given, wanted, equal_values)
+
+
+def _parse_both(answer: str, reference: str, language: Language) -> tuple[Node | None, Node | None]:
     wanted = parse_answer(reference, language)
     given = parse_answer(answer, language)
     if given is None or wanted is None:
+        return given, wanted
+    rounds = language.word_problem
+    wanted = strip_name(wanted, keep_equations=True, rounds=rounds)
+    given = strip_name(given, keep_equations=wanted.kind == "relation", rounds=rounds)
+    return given, wanted
+
+
+def _is_false(answer: str, language: Language, equal_values: EqualValues) -> bool:
+    """Return whether `answer` is an equation of plain numbers that does not hold: 3 + 4 = 18.
+
+    An answer with words or units is not checked: 60 minutes = 1 hour.
+    """
+    if "=" not in answer or _WITH_UNITS.search(answer):
         return False
-    wanted = strip_name(wanted, keep_equations=True)
-    is_equation = wanted.kind == "relation"
-    given = strip_name(given, keep_equations=is_equation)
-    return compare_nodes(given, wanted, equal_values)
+    node = parse_answer(answer, language)
+    if node is None or node.kind != "relation" or set(node.text.split()) != {"="}:
+        return False
+    numbers = [part for part in node.parts if _ARITHMETIC.fullmatch(part.text)]
+    return any(not compare_nodes(part, numbers[-1], equal_values) for part in numbers[:-1])
 
 
 def _are_equal_words(answer: str, reference: str) -> bool:
@@ -91,7 +122,9 @@ def compare_nodes(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
     """Return whether two structures are equal. Kinds are kept apart: (1,2) is not {1,2}."""
     if given._replace(percent=False) == wanted._replace(percent=False):
         return True
-    if _is_condition(given) or _is_condition(wanted):
+    if "ratio" in (given.kind, wanted.kind):
+        return _compare_ratios(given, wanted, equal_values)
+    if _is_condition(given) or _is_condition(wanted) or "operation" in (given.kind, wanted.kind):
         return equal_values(given, wanted)
     collections = ("list", "set")
     if given.kind in collections or wanted.kind in collections:
@@ -130,12 +163,42 @@ def _compare_collections(given: Node, wanted: Node, equal_values: EqualValues) -
     if max(len(sides[0]), len(sides[1])) > 100:
         return False
 
-    def is_in(part: Node, parts: Sequence[Node]) -> bool:
-        return any(compare_nodes(part, other, equal_values) for other in parts)
+    def is_matched(ours: Node | None = None, theirs: Node | None = None) -> bool:
+        pairs = product([ours] if ours else sides[0], [theirs] if theirs else sides[1])
+        return any(compare_nodes(left, right, equal_values) for left, right in pairs)
 
-    return all(is_in(part, sides[1]) for part in sides[0]) and all(
-        any(compare_nodes(other, part, equal_values) for other in sides[0]) for part in sides[1]
+    return all(is_matched(ours=part) for part in sides[0]) and all(
+        is_matched(theirs=part) for part in sides[1]
     )
+
+
+def _compare_ratios(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
+    """Return whether clock times have the same digits, or ratios are in proportion.
+
+    A ratio of two is also the fraction.
+    """
+    if _is_time(given) or _is_time(wanted):
+        if given.kind != wanted.kind:
+            return False
+        hours = [node.parts[0].text.lstrip("0") for node in (given, wanted)]
+        return hours[0] == hours[1] and given.parts[1:] == wanted.parts[1:]
+    texts = []
+    for node in (given, wanted):
+        if node.kind == "ratio":
+            first = node.parts[0].text
+            texts.append([rf"\frac{{{first}}}{{{part.text}}}" for part in node.parts[1:]])
+        elif node.kind == "value":
+            texts.append([node.text])
+        else:
+            return False
+    return len(texts[0]) == len(texts[1]) and all(
+        _compare_texts(ours, theirs, equal_values) for ours, theirs in zip(*texts, strict=True)
+    )
+
+
+def _is_time(node: Node) -> bool:
+    """Return whether `node` has two digits after each colon: 10:30."""
+    return node.kind == "ratio" and all(re.fullmatch(r"\d\d", part.text) for part in node.parts[1:])
 
 
 def _compare_values(given: Node, wanted: Node, equal_values: EqualValues) -> bool:
@@ -170,7 +233,7 @@ def _compare_texts(given: str, wanted: str, equal_values: EqualValues) -> bool:
 
 
 def _compare_bases(given: str, wanted: str, ours: re.Match | None, theirs: re.Match | None) -> bool:
-    """Compare numbers such as 2516_8 by their digits; an answer may leave the base out."""
+    """Return whether numbers such as 2516_8 have the same digits; an answer may have no base."""
     if ours and theirs:
         return [g.upper() for g in ours.groups()] == [g.upper() for g in theirs.groups()]
     return bool(theirs) and given.upper() == (theirs[1] + theirs[2]).upper()

@@ -97,6 +97,8 @@ _WORD_COMMANDS = {
     r"\rvert": "|",
     r"\vert": "|",
     r"\backslash": r"\setminus ",
+    **dict.fromkeys((r"\land", r"\wedge"), r" \text{and} "),
+    **dict.fromkeys((r"\lor", r"\vee"), r" \text{or} "),
     r"\degree": r"^\circ ",
     r"\degrees": r"^\circ ",
     r"\colon": ":",
@@ -138,6 +140,14 @@ _GROUPED = {
 }
 # 1.234,50
 _CONTINENTAL = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,.])")
+_REPEATED = re.compile(r"(?<![\d.])(\d*\.\d*?)(\d+)\2{2,}\s*(?:\.\.\.|\\ldots)")  # 0.333...
+_BASES = {
+    name: base
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+    )
+}
+_BASE_NAME = re.compile(rf"_\s*\{{?\s*\\text\{{\s*({'|'.join(_BASES)})\s*\}}\s*\}}?", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\d.\w}^_])(\d{1,40})[ ]*\\frac\{(\d{1,40})\}\{(\d{1,40})\}")
 _MIXED_SLASH = re.compile(r"(?<![\d.\w}^_])(\d{1,40})[ ]+(\d{1,40})[ ]*/[ ]*(\d{1,40})(?![\d.])")
 _SLASH = re.compile(r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])")
@@ -146,6 +156,7 @@ _SLASH = re.compile(r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])")
 def normalise(text: str) -> str:
     """Return `text` as LaTeX in ASCII, without markup, currency and separators of digit groups."""
     text = _translate_signs(text)
+    text = re.sub(r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ ", text)  # a row's end with a space
     text = _TAG.sub(" ", text)
     text = re.sub(r"\*\*(?=\S)([^*]+?)(?<=\S)\*\*(?!\^)", r"\1", text)
     text = text.replace("`", "").replace("\n", " ").replace("\r", " ").replace("\t", " ")
@@ -158,8 +169,12 @@ def normalise(text: str) -> str:
     for pattern, replacement in _GROUPED.items():
         text = pattern.sub(replacement, text)
     text = _CONTINENTAL.sub(lambda m: f"{m[1].replace('.', '')}.{m[2]}", text)
+    text = _REPEATED.sub(r"\1\\overline{\2}", text)
     text = re.sub(r"\\[,;:!>]|~|(?<!\\)\\(?=\s)", " ", text)
     text = _unwrap_fonts(text)
+    text = re.sub(r"\\overline\{([A-Z]{2})\}", r"\1", text)  # a segment
+    text = re.sub(r"\\text\{\s*(\d[\d.]*)\s*(?![ap]m)([A-Za-z]{1,2})\s*\}", r"\1\\text{ \2}", text)
+    text = _BASE_NAME.sub(lambda match: f"_{{{_BASES[match[1].lower()]}}}", text)
     text = _CURRENCY.sub("", text).replace("\\$", "").replace("$", "")
     text = re.sub(r"\\\(|\\\)|\\\[|\\\](?!\d)", " ", text)
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ ", text)

@@ -22,9 +22,10 @@ class Node(NamedTuple):
     """A part of an answer.
 
     kind is one of: "value" (text); "list" and "set" (parts without order; a list was written
-    without braces); "sequence" (parts in order, between the brackets in text, such as "(]");
-    "matrix" (its rows, each a list of parts in order); "operation" (two sets joined by the operator
-    in text); "relation" (sides joined by the operators in text).
+    without braces, and text says whether "and" or "or" joins it); "ratio" (values in order);
+    "sequence" (parts in order, between the brackets in text, such as "(]"); "matrix" (its rows,
+    each a list of parts in order); "operation" (two sets joined by the operator in text);
+    "relation" (sides joined by the operators in text).
     """
 
     kind: str
@@ -41,8 +42,23 @@ _MATRIX = re.compile(
     r"(?P<body>.*)\\end\{(?P=kind)\}\s*(?(left)[)\]])",
     re.DOTALL,
 )
+_FACTOR = re.compile(
+    r"(-|-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}))\s*(?:\\cdot|\\times|\*)?\s*(?=[(\[]?\s*\\begin)"
+)
 _SIGNED = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _DIGIT_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+# What words name a set, as parse_words writes them.
+_NAMED_SETS = {
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), r"\mathbb{R}"),
+    **dict.fromkeys(
+        ("no solution", "no solutions", "no real solutions", "empty set"), r"\emptyset"
+    ),
+}
+# An interval whose bracket opens to the outside where its end is left out: ]0,1[.
+_OUTWARD = re.compile(
+    r"(^\s*|=\s*|\\(?:cup|cap|in)(?![A-Za-z])\s*)([\[\]])([^\[\]()]*,[^\[\]()]*)([\[\]])"
+)
+_LIST_OF_HUNDREDS = re.compile(r"(?<![\d,.])[1-9]\d\d(?:,[1-9]\d\d)+(?!\d|,\d|\.\d)")
 _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
 # What a value may be called: x, AB, P(A), f(x), \angle ABC, \overline{AB}, (x,y), ?.
 _NAME = re.compile(
@@ -54,7 +70,19 @@ _NAME = re.compile(
 
 def parse_answer(text: str, language: Language) -> Node | None:
     """Return the structure of `text`, or None if it states nothing."""
-    return _parse_list(translate_words(normalise(text), language), language)
+    text = normalise(text)
+    named = _NAMED_SETS.get(parse_words(text))
+    if named:
+        return Node("value", named)
+    text = _OUTWARD.sub(_turn_brackets, text)
+    node = _parse_list(translate_words(text, language), language)
+    words = set(re.findall(r"\b(?:and|or)\b", text.lower()))
+    return node._replace(text=" ".join(sorted(words))) if node and node.kind == "list" else node
+
+
+def _turn_brackets(match: re.Match) -> str:
+    before, left, ends, right = match.groups()
+    return f"{before}{'(' if left == ']' else '['}{ends}{')' if right == '[' else ']'}"
 
 
 def is_words(reference: str) -> bool:
@@ -89,9 +117,9 @@ def find_variables(reference: str) -> frozenset[str]:
 def _parse_list(text: str, language: Language) -> Node | None:
     """Parse what may be several values with commas between them."""
     values = []
-    for part in _split_commas(text, is_bracketed=False):
+    for part in _split_commas(text, language, is_bracketed=False):
         maths = drop_words(part, language)
-        for piece in _split_commas(maths.text, is_bracketed=False):
+        for piece in _split_commas(maths.text, language, is_bracketed=False):
             node = _parse_value(_strip_end(piece), language)
             if node is not None:
                 values.append(node._replace(percent=maths.percent) if maths.percent else node)
@@ -129,13 +157,15 @@ def _split_top(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
     return [*pieces, text[start:]], operators
 
 
-def _split_commas(text: str, is_bracketed: bool) -> list[str]:
+def _split_commas(text: str, language: Language, *, is_bracketed: bool) -> list[str]:
     """Split `text` at the commas and semicolons that separate values.
 
     A comma before three digits separates thousands (1,450,000). Within brackets it does so only if
     a group starts with 0, or if the values are separated in another way: (1,000; 2,500) or
     (1,250, 2,500), but not (12,144).
     """
+    if language.lists:
+        text = _LIST_OF_HUNDREDS.sub(lambda match: match.group().replace(",", ", "), text)
     text = _join_digit_groups(text, is_bracketed and not re.search(r",\s|;", text))
     pieces, _ = _split_top(text, re.compile("[,;]"))
     return pieces
@@ -175,9 +205,15 @@ def _parse_value(text: str, language: Language) -> Node | None:
         for operator, part in zip(operators, parts[1:], strict=True):
             joined = Node("operation", operator, (joined, part))
         return joined
-    matrix = _MATRIX.fullmatch(text)
+    ratio, _ = _split_top(text, re.compile(":"))
+    if len(ratio) > 1 and all(re.search(r"\w", term) for term in ratio):
+        return Node(
+            "ratio", parts=tuple(Node("value", squeeze(_strip_end(term))) for term in ratio)
+        )
+    factor = _FACTOR.match(text)
+    matrix = _MATRIX.fullmatch(text, factor.end() if factor else 0)
     if matrix:
-        return _parse_matrix(matrix["body"], language)
+        return _parse_matrix(matrix["body"], language, factor[1] if factor else "")
     group = _parse_group(text, language)
     if group:
         return group
@@ -202,7 +238,9 @@ def _parse_group(text: str, language: Language) -> Node | None:
     if closing is None:
         return None
     content = text[len(opening) : len(text) - len(closing)]
-    pieces = [piece for piece in _split_commas(content, is_bracketed=True) if piece.strip()]
+    pieces = [
+        piece for piece in _split_commas(content, language, is_bracketed=True) if piece.strip()
+    ]
     if opening in ("{", r"\{"):
         if not pieces and opening == r"\{":
             return Node("value", r"\emptyset")
@@ -218,27 +256,41 @@ def _parse_group(text: str, language: Language) -> Node | None:
     return Node("sequence", brackets, tuple(parts))
 
 
-def _parse_matrix(body: str, language: Language) -> Node:
+def _parse_matrix(body: str, language: Language, factor: str) -> Node:
     rows = []
     for row in re.split(r"\\\\(?:\[[^\[\]]*\])?", re.sub(r"\\hline", "", body)):
         if row.strip():
             cells = row.split("&")
             parts = [_parse_value(drop_words(cell, language).text, language) for cell in cells]
-            rows.append(Node("row", parts=tuple(part or Node("value") for part in parts)))
+            cells = [part or Node("value") for part in parts]
+            if factor:
+                scale = "-" if factor == "-" else rf"{factor}\cdot"
+                cells = [Node("value", f"{scale}({write(cell)})") for cell in cells]
+            rows.append(Node("row", parts=tuple(cells)))
     return Node("matrix", parts=tuple(rows))
 
 
-def strip_name(node: Node, *, keep_equations: bool) -> Node:
+def strip_name(node: Node, *, keep_equations: bool, rounds: bool = False) -> Node:
     r"""Return the value that an equation names (x = 5, x \in [1,2], 12 + 6 = 18), else `node`.
 
     Args:
         keep_equations: an equation between variables (y = 2x + 3) stays one.
+        rounds: \approx leads to the answer; else to an approximation of it, which is left out.
     """
     if node.kind == "list":
-        parts = tuple(strip_name(part, keep_equations=keep_equations) for part in node.parts)
+        parts = tuple(
+            strip_name(part, keep_equations=keep_equations, rounds=rounds) for part in node.parts
+        )
         return node._replace(parts=parts)
     if node.kind != "relation" or set(node.text.split()) - {"=", r"\in", r"\approx", r"\equiv"}:
         return node
+    operators = node.text.split()
+    if r"\approx" in operators and not rounds:
+        end = operators.index(r"\approx")
+        if end > 0:
+            node = node._replace(text=" ".join(operators[:end]), parts=node.parts[: end + 1])
+        elif write(node.parts[0]) == r"\pi" or not _NAME.fullmatch(write(node.parts[0])):
+            return node.parts[0]
     name, value = node.parts[0], node.parts[-1]
     if (
         len(node.parts) == 2
@@ -248,7 +300,7 @@ def strip_name(node: Node, *, keep_equations: bool) -> Node:
         name, value = value, name  # 18 = x
     label = write(name)
     is_name = bool(
-        _NAME.fullmatch(label) or re.fullmatch(r"[A-Za-z]+(?:\s*[-+*/]\s*[A-Za-z]+)*", label)
+        _NAME.fullmatch(label) or re.fullmatch(r"[A-Za-z]+(?:\s*[-+*/:]\s*[A-Za-z]+)*", label)
     )
     has_letters = has_variables(write(value))
     if not is_name and any(has_variables(write(part)) for part in node.parts):
@@ -268,6 +320,8 @@ def write(node: Node) -> str:
     inside = ",".join(write(part) for part in node.parts)
     if node.kind == "value":
         return node.text
+    if node.kind == "ratio":
+        return ":".join(part.text for part in node.parts)
     if node.kind == "sequence":
         return f"{node.text[0]}{inside}{node.text[-1]}"
     return inside

@@ -27,8 +27,10 @@ _NAMED_SETS = {
     r"\mathbb{C}": sympy.S.Complexes,
     r"\emptyset": sympy.S.EmptySet,
 }
-# Readings of the parser that are not LaTeX's: 1 2 as 1 + 2, 2516_8 as 2516, f' as f.
-_UNREADABLE = re.compile(r"\d\s+\d|(?<![A-Za-z}])\d_|'|\\(?:text|ldots)(?![A-Za-z])|\?|\d\.\d+\.\d")
+# Readings of the parser that are not LaTeX's: 1:2 as 1/2, 1 2 as 1 + 2, 2516_8 as 2516, f' as f.
+_UNREADABLE = re.compile(
+    r":|\d\s+\d|(?<![A-Za-z}])\d_|'|\\(?:text|ldots)(?![A-Za-z])|\?|\d\.\d+\.\d"
+)
 # A product without a sign after a number or a fraction: the parser reads 2(3) as 2 + 3.
 _PRODUCT = re.compile(
     r"(?P<left>(?<![\w.^_])\d+(?:\.\d+)?|\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\}|\))\s*"
@@ -150,7 +152,7 @@ def _differ_at(left: sympy.Expr, right: sympy.Expr, point: dict) -> bool:
 
 
 def _equal_relations(given: Node, wanted: Node) -> bool:
-    """Compare equations up to a factor, and inequalities as conditions on the same variables."""
+    """Return whether equations agree up to a factor, or inequalities hold for the same values."""
     if given.text == wanted.text == "=" and len(given.parts) == len(wanted.parts) == 2:
         left, right = (_subtract_sides(node) for node in (given, wanted))
         if left == 0 or right == 0:
@@ -190,6 +192,7 @@ def _turn_inequality(node: Node) -> tuple[sympy.Expr, str] | None:
 
 
 def _equal_sets(given: Node, wanted: Node) -> bool:
+    """Return whether both describe one set of reals; False where one describes none."""
     try:
         left, right = make_set(given), make_set(wanted)
     except (TypeError, ValueError, NotImplementedError):
@@ -210,7 +213,9 @@ def make_set(node: Node) -> sympy.Set:
             return _NAMED_SETS[node.text]
         raise ValueError(f"no set: {node.text}")
     if node.kind == "list" and all(part.kind == "relation" for part in node.parts):
-        return sympy.Union(*(_solve_inequality(part) for part in node.parts))
+        return _join_conditions(node)
+    if node.kind == "list" and all(part.kind == "sequence" for part in node.parts):
+        return sympy.Union(*(make_set(part) for part in node.parts))
     if node.kind in ("set", "list"):
         return sympy.FiniteSet(*(sympy.simplify(parse_latex(part.text)) for part in node.parts))
     if node.kind == "sequence" and len(node.parts) == 2:
@@ -227,6 +232,23 @@ def make_set(node: Node) -> sympy.Set:
     if node.kind == "relation":
         return _solve_inequality(node)
     raise ValueError(f"no set: {node.kind}")
+
+
+def _join_conditions(node: Node) -> sympy.Set:
+    """Return where all inequalities hold for "and", where one does for "or".
+
+    Commas alone mean "and", or "or" if all of them never hold.
+
+    Raises:
+        ValueError: "and" and "or" are mixed.
+    """
+    solutions = [_solve_inequality(part) for part in node.parts]
+    if node.text not in ("", "and", "or"):
+        raise ValueError("inequalities joined by both and and or")
+    common = sympy.Intersection(*solutions)
+    if node.text == "and" or (not node.text and common != sympy.S.EmptySet):
+        return common
+    return sympy.Union(*solutions)
 
 
 def _solve_inequality(node: Node) -> sympy.Set:

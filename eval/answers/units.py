@@ -39,12 +39,33 @@ def name_different_units(answer: str, reference: str) -> bool:
     only one side names does not count.
     """
     ours, theirs = _find_units(answer), _find_units(reference)
+    for find in (_find_money, _find_scale):
+        if find(answer) and find(reference) and not find(answer) & find(reference):
+            return True
     powers = dict(unit.split() for unit in theirs if " " in unit)
     for unit in ours:
         name, _, power = unit.partition(" ")
         if power and powers.get(name, power) != power:
             return True
     return bool(ours and theirs and not ours & theirs)
+
+
+def find_unit_letters(reference: str) -> frozenset[str]:
+    r"""Return the units of one letter that `reference` names: m in 18\text{ m}^2."""
+    words = re.findall(r"\\text\s*\{\s*([A-Za-z])\s*\}", normalise(reference))
+    return frozenset(word for word in words if word in ONE_LETTER_UNITS)
+
+
+def _find_money(text: str) -> set[str]:
+    r"""Return the money that is named: dollar for \$5 and 5 dollars, cent."""
+    found = re.findall(r"(?<![A-Za-z])(dollar|cent|euro)s?(?![A-Za-z])", text.lower())
+    return {*found, *(["dollar"] if re.search(r"\\\$\s*[-+]?[\d.]", text) else [])}
+
+
+def _find_scale(text: str) -> set[str]:
+    """Return the scale of a temperature: c or f."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normalise(text))
+    return set(re.findall(r"\^\\circ\s*([cf])(?:elsius|ahrenheit)?(?![a-z])", text.lower()))
 
 
 def _find_units(text: str) -> set[str]:

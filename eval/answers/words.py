@@ -15,7 +15,9 @@ class Language(NamedTuple):
     """How letters are read."""
 
     variables: frozenset[str] = frozenset()  # letters that are variables in the reference
+    units: frozenset[str] = frozenset()  # letters that are units in the reference: m in \text{ m}
     word_problem: bool = False  # no letter is a variable, k is thousand, "!" is no factorial
+    lists: bool = False  # 100,200 is two numbers of three digits, not one number
 
 
 class Maths(NamedTuple):
@@ -46,8 +48,9 @@ _LETTER_SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "mn": 6, "bn": 9, "mil": 6}
 # After a value, what follows these words belongs to it and states nothing: 18 of the 20 eggs.
 _PREPOSITIONS = frozenset(
     "of out after for from in on at with before than per given over under when by each every left "
-    "remaining until during per".split()
+    "remaining until during".split()
 )
+_POWER_WORD = re.compile(r"\d\s*(?:square|sq|cubic|cu)\b\.?\s*$", re.IGNORECASE)  # 5 sq. m
 _OPERATORS = ("+", "-", "=", "<", ">", r"\times", r"\cdot", r"\le", r"\ge", r"\in", r"\approx")
 _JOINERS = ("/", "*", r"\cdot", "-")  # of units: km/h
 _IS = frozenset(("is", "are", "equals", "equal", "was", "be"))
@@ -85,6 +88,9 @@ def translate_words(text: str, language: Language) -> str:
     """Write words that mean a sign, a scale or a separator as that."""
     text = re.sub(r"\b(?:negative|minus)\s+(?=[\d\\.(])", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:positive|plus)\s+(?=[\d\\.(])", "+", text, flags=re.IGNORECASE)
+    text = re.sub(
+        r"(?<![-\d.])(\d[\d.]*)\s*(?:\^\\circ)?\s*[CF]?\s+below\s+(?:zero|0)\b", r"-\1", text
+    )
     text = re.sub(r"(?<=\d)\s+and\s+a\s+half\b", ".5", text, flags=re.IGNORECASE)
     for _ in range(2):  # two hundred thousand
         text = _SCALE.sub(lambda m: _scale_number(m[1], _SCALES[m[2].lower()]), text)
@@ -133,7 +139,7 @@ def drop_words(part: str, language: Language) -> Maths:
                     break
                 text, is_skipping = "?", True  # 50% of 36 = 18
             after_word = True
-        elif after_word and (not word or word[0] in "^_" or (word in tuple("/:,*'\"") or not word)):
+        elif after_word and (not word or word[0] in "^_" or word in tuple("/:,*'\"")):
             continue  # the power of a unit, or what joins words
         elif after_word and word in _OPERATORS:
             name = "" if text.strip() or word in tuple("+-") else "?"
@@ -189,6 +195,10 @@ def _is_word(letters: str, part: str, position: int, before: _Token, language: L
             return True
         if language.word_problem:
             return bool(after_number)
+        if letters in ONE_LETTER_UNITS and _POWER_WORD.search(part[:position]):
+            return True
+        if after_number and letters in language.units:
+            return True
         is_unit = letters in ONE_LETTER_UNITS and not re.match(r"\s*[A-Za-z(\\=+<>]", rest)
         return bool(after_number and is_apart and is_unit)
     if after_number and letters in ATTACHED_UNITS:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from eval.answers.read import read_answer
+from eval.answers.read import read_answer, read_braces
 from eval.equivalence import are_equivalent
 from eval.errors import EvalError
 from eval.tasks.base import Benchmark, Grader, Problem
@@ -62,20 +62,10 @@ def find_last_box(output: str) -> str | None:
     """
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", output))
     if boxes:
-        return _read_braces(output[boxes[-1].end() :])
+        return read_braces(output[boxes[-1].end() :])
     # LaTeX takes one character or word without braces: \boxed 5.
     single = re.findall(r"\\boxed\s+([^\s${}\\]+)", output)
     return single[-1].rstrip(".,") if single else None
-
-
-def _read_braces(text: str) -> str | None:
-    """Return what the brace at the start of `text` encloses, or None if it is never closed."""
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[1:i]
-    return None
 
 
 def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool:

@@ -16,6 +16,7 @@ from tests.support.answer_cases import (
     MATHS_RESPONSES,
     NUMBER_RESPONSES,
     NUMBERS,
+    READINGS,
 )
 
 MARKER = "20 - 2 = 18.\nThe answer is: "
@@ -61,3 +62,11 @@ def test_long_runs_are_read_in_linear_time(run: str) -> None:
     read_label("answer" + run * 20_000, ("answer1", "answer2"))
     read_answer("The answer is " + run * 20_000)
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.full)])
+def test_readings_of_maths(every: int) -> None:
+    cases = READINGS[::every]
+    verdicts = [math.grade_answer(MARKER + answer, wanted) for answer, wanted, _ in cases]
+    wrong = [case for case, verdict in zip(cases, verdicts, strict=True) if verdict != case[2]]
+    assert wrong == []
