@@ -140,7 +140,9 @@ _GROUPED = {
 }
 # 1.234,50
 _CONTINENTAL = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,.])")
-_REPEATED = re.compile(r"(?<![\d.])(\d*\.\d*?)(\d+)\2{2,}\s*(?:\.\.\.|\\ldots)")  # 0.333...
+_REPEATED = re.compile(
+    r"(?<![\d.])(\d{0,40}\.\d{0,20}?)(\d{1,12})\2{2,20}\s*(?:\.\.\.|\\ldots)"
+)  # 0.333...
 _BASES = {
     name: base
     for base, name in enumerate(
