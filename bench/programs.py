@@ -3,7 +3,7 @@
     python bench/programs.py --data-dir DATA                      (some minutes)
     python bench/programs.py --data-dir DATA --against CHECKOUT   also the speed of another checkout
 
-DATA holds humaneval.jsonl and mbpp.jsonl. The variants are those of tests/support/program_variants.py:
+DATA holds humaneval.jsonl and mbpp.jsonl. The variants, of tests/support/program_variants.py, are
 reference programs, rewritten and in other forms of a response; the verdict of each is compared with
 that of plain `exec`. The speed is that of HumanEval's references in each kind of box, as many at a
 time as there are processors. With --against, both checkouts take turns, the first of each pair too,

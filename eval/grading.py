@@ -1,7 +1,7 @@
 """Grade stored responses: answers as they are, programs by running them in eval.sandbox.check."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +84,15 @@ def _make_job(program: str, problem: Problem, timeout: float) -> Job:
     )
 
 
+def make_grade_fields(benchmark: Benchmark, given: Mapping[Grader, Grade]) -> dict[str, object]:
+    """Return the fields of a stored response that hold its grades."""
+    fields: dict[str, object] = {grader: grade.passed for grader, grade in given.items()}
+    if benchmark.kind == "code":
+        # Why the program failed, and what isolated it.
+        fields |= {"reason": given["strict"].reason, "isolation": given["strict"].isolation}
+    return fields
+
+
 def match_problems(
     benchmark: Benchmark, rows: Sequence[dict], data_dir: Path | None
 ) -> list[Problem]:
@@ -93,7 +102,8 @@ def match_problems(
     problems are read, and found by the row's `id`.
 
     Raises:
-        EvalError: a row has neither, or the benchmark does not have its id.
+        EvalError: a row has neither, or the benchmark does not have its id, or has another question
+            under it than the row's `question`.
     """
     have_references = all(isinstance(row.get("reference"), str) for row in rows)
     if benchmark.kind == "answer" and have_references:
@@ -105,7 +115,25 @@ def match_problems(
                 f"{benchmark.name}: response {number} has no id of a problem, "
                 f"such as {next(iter(known))}"
             )
+        if row.get("question") not in (None, known[row["id"]].question):
+            raise EvalError(
+                f"{benchmark.name}: response {number} answers another question than that of "
+                f"{row['id']}; give the data folder that it was made with"
+            )
     return [known[row["id"]] for row in rows]
+
+
+def summarise_grades(by_problem: Sequence[Sequence[Mapping[Grader, Grade]]]) -> dict:
+    """Compute the score of one benchmark: the strict grader's, with `literature` in it.
+
+    Args:
+        by_problem: for each problem, the grades of each of its samples.
+    """
+    totals = {}
+    for grader in GRADERS:
+        passed = [[given[grader].passed for given in of_problem] for of_problem in by_problem]
+        totals[grader] = summarise_passes(passed)
+    return totals["strict"] | {"literature": totals["literature"]}
 
 
 def summarise_passes(passed: Sequence[Sequence[bool]]) -> dict:
@@ -132,7 +160,7 @@ def summarise_passes(passed: Sequence[Sequence[bool]]) -> dict:
         "n": n,
         "samples": samples,
         "correct": sum(of_problem[0] for of_problem in passed),
-        "interval": list(clustered_interval(shares, samples)),
+        "interval": list(clustered_interval(shares, counts)),
     }
     if min(counts) > 1:
         summary["pass_at"] = {}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+FEW = 5  # problems
 
 
 def wilson_interval(correct: float, n: float) -> tuple[float, float]:
@@ -26,18 +27,20 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def clustered_interval(shares: Sequence[float], samples: int) -> tuple[float, float]:
+def clustered_interval(shares: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
     """Return the 95 % interval of the mean of `shares`, the share of right samples of each problem.
 
     Samples of one problem are alike, so the interval is Wilson's of the effective number of
     samples: the number of independent ones whose mean varies as much as this one (Kish 1965; Franco
     et al. 2019, Journal of Survey Statistics and Methodology 7, 334-364, compare such intervals).
-    That is between the number of problems and the number of samples. With one sample a problem it
-    is Wilson's interval itself, and it always holds the mean.
+    That is between the number of problems and, where every problem has as many, the number of
+    samples. With one sample a problem it is Wilson's interval itself, and it always holds the mean.
+    Shares that are equal by chance would look like independent samples, so with fewer than FEW
+    problems the effective number is that of the problems.
 
     Args:
         shares: of each problem, from 0 to 1.
-        samples: of each problem, at most.
+        counts: samples of each problem.
 
     Raises:
         ValueError: there is no problem.
@@ -47,10 +50,12 @@ def clustered_interval(shares: Sequence[float], samples: int) -> tuple[float, fl
         raise ValueError("no problems have no mean")
     mean = math.fsum(shares) / n
     variance = math.fsum((share - mean) ** 2 for share in shares) / n
-    effective = n * samples if not variance else n * mean * (1 - mean) / variance
-    if mean in (0.0, 1.0):  # nothing says how alike the samples are
+    # If samples were independent: the mean of shares varies by their 1 / count.
+    most = n**2 / math.fsum(1 / count for count in counts)
+    effective = most if not variance else n * mean * (1 - mean) / variance
+    if n < FEW or mean in (0.0, 1.0):  # nothing says how alike the samples are
         effective = n
-    effective = min(max(effective, n), n * samples)
+    effective = min(max(effective, n), most)
     correct = math.fsum(shares) if effective == n else mean * effective
     return wilson_interval(correct, effective)
 

@@ -172,7 +172,11 @@ def cut_response(
     kept = tokens[: ends[0]] if ends else tokens
     # Stops are looked for in text, because one may be split into tokens in several ways.
     text = tokenizer.decode(kept, skip_special_tokens=True)
+    cut = cut_at_stops(text, stops)
+    return cut, bool(ends) or cut != text
+
+
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    """Return `text` up to the first of `stops` in it."""
     cuts = [position for stop in stops if (position := text.find(stop)) >= 0]
-    if cuts:
-        return text[: min(cuts)], True
-    return text, bool(ends)
+    return text[: min(cuts)] if cuts else text

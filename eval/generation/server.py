@@ -10,6 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from eval.errors import EvalError
+from eval.generation.decoding import cut_at_stops
 
 RETRIES = 5
 RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP; the server may recover
@@ -82,7 +83,7 @@ def request_completions(
         try:
             for future in as_completed(futures):
                 text = future.result()
-                yield {futures[future]: None if text is None else _cut_at_stops(text, stops)}
+                yield {futures[future]: None if text is None else cut_at_stops(text, stops)}
         finally:
             # After an error, or if the caller stops, requests that wait are not sent.
             pool.shutdown(cancel_futures=True)
@@ -156,9 +157,3 @@ def _read_text(answer: requests.Response) -> str:
             subject="server",
         )
     return text
-
-
-def _cut_at_stops(text: str, stops: Sequence[str]) -> str:
-    """Return `text` up to the first of `stops` in it."""
-    cuts = [position for stop in stops if (position := text.find(stop)) >= 0]
-    return text[: min(cuts)] if cuts else text

@@ -310,7 +310,7 @@ def _make_bubblewrap_command(
         show += ["--ro-bind", folder, folder]
     if folders:  # they hold libraries, which may need shared memory
         show += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm"]
-    for path in filter(os.path.exists, enter.MASKED):
+    for path in ("/dev/zero", *filter(os.path.exists, enter.MASKED)):
         show += ["--ro-bind", "/dev/null", path]
     for name, value in BOX_ENVIRONMENT.items():
         show += ["--setenv", name, value]

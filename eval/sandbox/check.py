@@ -63,7 +63,8 @@ class Job(NamedTuple):
     tests: str  # calls the function `entry_point`, with plain data; passes if it does not raise
     entry_point: str
     setup: str = ""  # runs before the tests, where they run
-    in_box: bool = False  # run the tests in the box, because they need the solution's own classes
+    # Run the tests in the solution's box, because they need its own classes.
+    in_box: bool = False
     # Seconds that the solution may use, see eval.sandbox.watch. The tests may use as many.
     timeout: float = 10.0
 

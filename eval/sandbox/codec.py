@@ -1,8 +1,8 @@
-"""Plain data as JSON: all that crosses between the box and the judge.
+"""Plain data as JSON: all that crosses between the solution's box and the judge's.
 
-eval.sandbox.check sends this file's text into the box with the runner's, so it imports nothing of
-this repository, and only what every Python program has loaded anyway: each import costs every
-program its time. Modules such as fractions are imported when a value of theirs comes.
+eval.sandbox.check sends this file's text into both boxes, so it imports nothing of this repository,
+and only what every Python program has loaded anyway: each import costs every program its time.
+Modules such as fractions are imported when a value of theirs comes.
 
 A value keeps its exact type if that is a known one. A value of a subclass, or of a class that the
 standard library compares with a known type (UserList, ChainMap), crosses as the known type if plain

@@ -10,9 +10,11 @@ import struct
 import sys
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
-# The names of the caller's keys, which belong to its user and not to its namespaces, see keyrings(7).
+# The names of the caller's keys, which belong to its user, not to its namespaces, see keyrings(7).
 MASKED = ("/proc/keys", "/proc/key-users")
-DEVICES = ("null", "zero", "full", "random", "urandom")
+# Without "zero", whose shared mappings are memory that belongs to no process, see
+# eval.sandbox.seccomp.
+DEVICES = ("null", "full", "random", "urandom")
 # mount(2)
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC = 1, 2, 4, 8, 32, 4096, 16384
 DETACH = 2  # umount2(2)
@@ -107,7 +109,7 @@ def make_root(source: str, prefix: str, scratch: int) -> None:
         os.close(os.open(f"{root}/dev/{name}", os.O_CREAT))
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, BIND)
     mount("proc", f"{root}/proc", "proc", NOSUID | NODEV | NOEXEC)
-    # What is written there before it becomes read-only: new user namespaces would have capabilities.
+    # Written before it becomes read-only: new user namespaces would have capabilities.
     with open(f"{root}/proc/sys/user/max_user_namespaces", "w") as file:
         file.write("0")
     for path in MASKED:

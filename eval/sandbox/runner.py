@@ -1,11 +1,12 @@
-"""The program in the box: it runs an untrusted solution and answers calls of one of its functions.
+"""The program in the solution's box: it runs it, and answers calls of one of its functions.
 
 eval.sandbox.check passes this file's text to `python -c`, after that of eval.sandbox.codec, so it
-imports nothing else of this repository; eval.sandbox.judge, outside the box, imports the same codec
-and channel. Neither imports what it can do without: an import of `typing` takes 3 ms a program. A
-message is its length in 4 bytes, and JSON. Messages out are "started", then ["ready"], and for each ["call", arguments,
-keywords] either ["value", x] or ["raised", name of a builtin exception, text]; ["failed", text] at
-any time. Nothing that is sent from here is believed: it is data, and the judge compares it.
+imports nothing else of this repository; eval.sandbox.judge, in a box of its own, imports the same
+codec and channel. Neither imports what it can do without: an import of `typing` takes 3 ms a
+program. A message is its length in 4 bytes, and JSON. Messages out are "started", then ["ready"],
+and for each ["call", arguments, keywords] either ["value", x] or ["raised", name of a builtin
+exception, text]; ["failed", text] at any time. Nothing that is sent from here is believed: it is
+data, and the judge compares it.
 """
 
 import builtins

@@ -1,9 +1,10 @@
 """The filter of system calls that every program in a box has, as a seccomp program for x86-64.
 
 A user namespace gives no protection from a call that reaches what namespaces do not divide: the
-caller's keyrings, locks on the machine's files, AF_VSOCK. And io_uring, userfaultfd or bpf are where
-the kernel's flaws are found. No honest program of a benchmark needs any of them. The filter is
-written by hand, because libseccomp's Python bindings need a compiler or a library of the system's.
+caller's keyrings, locks on the machine's files, AF_VSOCK. And io_uring, userfaultfd or bpf are
+where the kernel's flaws are found. No honest program of a benchmark needs any of them. The filter
+is written by hand, because libseccomp's Python bindings need a compiler or a library of the
+system's.
 
 Sources: seccomp(2); the kernel's Documentation/userspace-api/seccomp_filter.rst and
 arch/x86/entry/syscalls/syscall_64.tbl; the list that Docker denies by default.
@@ -99,11 +100,15 @@ ALLOWED_ARGUMENTS = {
     "socket": (41, 0, (1, 2, 10)),  # AF_UNIX, AF_INET, AF_INET6
     "socketpair": (53, 0, (1, 2, 10)),
 }
+# Shared memory without a file: it stays when a process drops its pages (MADV_DONTNEED) or maps
+# fewer of them, so it is memory that belongs to no process, too.
+MMAP, MAP_SHARED, MAP_ANONYMOUS = 9, 0x01, 0x20  # MAP_SHARED_VALIDATE (0x03) has the first bit, too
 CLONE = 56
 CLONE_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 # Its flags are in memory, where a filter cannot read. glibc uses clone after ENOSYS.
 CLONE3 = 435
-# Newer calls, and those of the x32 interface (from 1 << 30), are as if the kernel did not have them.
+# Newer calls, and those of the x32 interface (from 1 << 30), are as if the kernel did not have
+# them.
 LAST = 450
 _ARCHITECTURE = 0xC000003E  # AUDIT_ARCH_X86_64; int 0x80 makes calls of i386, with other numbers
 
@@ -137,6 +142,9 @@ def make_filter() -> bytes:
         program += _for_call(number, [*check, denied])
     check = [_load_argument(0), _encode(_ANY_BIT, CLONE_NAMESPACES, 0, 1), denied]
     program += _for_call(CLONE, check)
+    check = [_load_argument(3), _encode(_ANY_BIT, MAP_SHARED, 0, 2)]
+    check += [_encode(_ANY_BIT, MAP_ANONYMOUS, 0, 1), denied]
+    program += _for_call(MMAP, check)
     return b"".join([*program, _encode(_RETURN, _ALLOW)])
 
 

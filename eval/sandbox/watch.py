@@ -12,7 +12,7 @@ Time in which it waits for a processor does not count, so a loaded machine chang
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ POLL = 0.1  # seconds
 # Times the limit, by the clock. For programs that are made to use time without being charged: if a
 # parent ignores SIGCHLD, nobody gets the time that its dead children used, see getrusage(2).
 WALL = 20
+# Seconds at a stretch in which a box may wait for a disk without being charged. A parent in
+# vfork(2) looks the same, for as long as its child sleeps.
+BLOCKED = 1.0
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -29,8 +32,9 @@ class Usage(NamedTuple):
 
     cpu: float  # seconds, with those of children that were waited for
     memory: int  # bytes; memory that several processes share may count several times
-    can_run: bool  # a thread runs, or waits for a processor or a disk
-    processes: list[int]
+    can_run: bool  # a thread runs, or waits for a processor
+    is_blocked: bool  # a thread is in an uninterruptible wait, as for a disk
+    processes: dict[int, int]  # process -> its part of `memory`
 
 
 class Watch:
@@ -48,17 +52,22 @@ class Watch:
             partners: processes, with their descendants, that the box may have to wait for.
         """
         self.outer, self.timeout, self.memory, self.partners = outer, timeout, memory, partners
-        self.cpu = self.idle = 0.0
+        self.cpu = self.idle = self.blocked = 0.0
         self.began = self.looked = time.monotonic()
 
     def find_excess(self) -> str:
         """Return which limit the box has exceeded, or "". For a call every POLL seconds."""
         usage = read_usage(self.outer)
         now = time.monotonic()
-        can_run = usage.can_run or any(read_usage(outer).can_run for outer in self.partners)
-        if not can_run:
-            # If this process itself was stopped or late, that is no time of the box's.
-            self.idle += min(now - self.looked, 2 * POLL)
+        others = [] if usage.can_run else [read_usage(outer) for outer in self.partners]
+        # If this process itself was stopped or late, the box is not charged for it.
+        since = min(now - self.looked, 2 * POLL)
+        if any(each.can_run for each in (usage, *others)):
+            self.blocked = 0.0
+        elif any(each.is_blocked for each in (usage, *others)) and self.blocked < BLOCKED:
+            self.blocked += since
+        else:
+            self.idle += since
         self.looked = now
         self.cpu = max(self.cpu, usage.cpu)
         used, passed = self.cpu + self.idle, now - self.began
@@ -71,8 +80,8 @@ class Watch:
 
 def read_usage(outer: int) -> Usage:
     """Return what a process and all its descendants use, see proc(5)."""
-    cpu, memory, can_run = 0.0, 0, False
-    waiting, processes = [outer], []
+    cpu, states = 0.0, set()
+    waiting, processes = [outer], {}
     while waiting:
         process = waiting.pop()
         try:
@@ -80,18 +89,17 @@ def read_usage(outer: int) -> Usage:
             threads = os.listdir(f"/proc/{process}/task")
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
-        processes.append(process)
         cpu += sum(map(int, fields[11:15])) * _TICK  # utime, stime, cutime, cstime
-        memory += int(fields[21]) * _PAGE  # rss
+        processes[process] = int(fields[21]) * _PAGE  # rss
         for thread in threads:
             try:
                 state = _read_stat(f"/proc/{process}/task/{thread}/stat")[0]
                 children = Path(f"/proc/{process}/task/{thread}/children").read_text()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            can_run = can_run or state in "RD"
+            states.add(state)
             waiting += map(int, children.split())
-    return Usage(cpu, memory, can_run, processes)
+    return Usage(cpu, sum(processes.values()), "R" in states, "D" in states, processes)
 
 
 def _read_stat(path: str) -> list[str]:
@@ -99,13 +107,21 @@ def _read_stat(path: str) -> list[str]:
     return Path(path).read_text(errors="replace").rpartition(")")[2].split()
 
 
-def _read_shares(processes: Sequence[int]) -> int:
-    """Return the bytes that processes have, with shared memory divided among those that share."""
+def _read_shares(processes: Mapping[int, int]) -> int:
+    """Return the bytes that processes have, with shared memory divided among those that share.
+
+    Args:
+        processes: as in Usage. Those that are not ours to read, which a program can bring about
+            (PR_SET_DUMPABLE), count with all of that.
+    """
     total = 0
-    for process in processes:
+    for process, memory in processes.items():
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except (OSError, ProcessLookupError):  # it has ended, or it is not ours to read
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        except OSError:
+            total += memory
             continue
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return total

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from eval.tasks.code_blocks import (
     cut_at_end_token,
     cut_at_fence,
+    cut_at_turn,
     find_blocks,
     find_inline_blocks,
     join_dedented,
@@ -28,9 +29,13 @@ def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
     fenced block, the longest run of lines that parses. It gets the imports of `prompt`, and what it
     uses of the prompt and of earlier blocks but does not define. If there is none, a bare function
     body is put below `prompt`. An end that cannot be parsed, as of a response that was cut off, is
-    dropped. Nothing else is: a program that asserts is not cut at its asserts.
+    dropped, and so is a turn that the model invents after a program ("### Instruction:"). Nothing
+    else is: a program that asserts is not cut at its asserts.
     """
     output = _strip_around(output)
+    own = cut_at_turn(output)
+    if own != output and _has_program(own, entry_point, prompt):
+        output = own
     text = cut_at_end_token(output)
     blocks = find_blocks(output)
     if text != output:
@@ -71,6 +76,14 @@ def _strip_around(output: str) -> str:
     """Return `output` with plain line ends, and without a byte-order mark or thoughts before it."""
     output = output.replace("\r\n", "\n").lstrip("\ufeff\u200b")
     return output.rpartition("</think>")[2] if "</think>" in output else output
+
+
+def _has_program(text: str, entry_point: str, prompt: str) -> bool:
+    """Return whether `text` defines `entry_point`, not as a stub, or goes on with `prompt`."""
+    if prompt and is_completion(text):
+        return bool(text.strip())
+    programs = _list_programs(text, text, find_blocks(text), entry_point, bool(prompt))
+    return any(not is_stub(parse_program(program), entry_point) for program in programs)
 
 
 def _list_programs(
@@ -124,7 +137,8 @@ def _find_lacking(
 ) -> list[ast.stmt]:
     """Return statements of the prompt and of blocks that define what `program` reads but lacks."""
     sources = [of_prompt, *(parse_program(choices[0]) for choices in blocks)]
-    known = [node for source in sources if source for node in source.body if _is_definition(node)]
+    known = [node for source in filter(None, sources) for node in source.body]
+    known = [node for node in known if _is_definition(node, entry_point)]
     lacking = list_missing_names(parse_program(program))
     chosen: set[int] = set()
     grown = True
@@ -140,10 +154,14 @@ def _find_lacking(
     return [known[number] for number in sorted(chosen)]
 
 
-def _is_definition(node: ast.stmt) -> bool:
-    """Return whether `node` only defines something: an example that calls something is left out."""
+def _is_definition(node: ast.stmt, entry_point: str) -> bool:
+    """Return whether `node` only defines something.
+
+    An example is left out: it uses the function that is asked for, or reads an input.
+    """
     if isinstance(node, ast.Assign | ast.AnnAssign):
-        return not any(isinstance(part, ast.Call) for part in ast.walk(node))
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        return not names & {entry_point, "input"}
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
     return isinstance(node, kinds)
 

@@ -9,6 +9,11 @@ from eval.end_tokens import END_TOKEN
 _OPENING = re.compile(r"^(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})")
 _CLOSING = re.compile(r"^[ \t>]*(?P<fence>`{3,}|~{3,})[ \t]*$")
 _INLINE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n?(.*?)```", re.DOTALL)
+# A turn that a model invents after its own, in the training prompt's form.
+_TURN = re.compile(
+    r"^(?:\#{1,6}[ \t]*(?:instruction|human|user)\b|Below is an instruction that)",
+    re.IGNORECASE | re.MULTILINE,
+)
 MAX_CLOSINGS = 8  # that are tried for one opening fence
 
 
@@ -59,6 +64,12 @@ def cut_at_end_token(text: str) -> str:
     """Return `text` up to the first end token in it, such as <|im_end|>."""
     end = END_TOKEN.search(text)
     return text if end is None else text[: end.start()]
+
+
+def cut_at_turn(text: str) -> str:
+    """Return `text` up to the first further turn in it, such as "### Instruction:"."""
+    turn = _TURN.search(text)
+    return text if turn is None else text[: turn.start()]
 
 
 def _find_closings(lines: list[str], start: int, fence: str) -> list[int]:

@@ -85,7 +85,7 @@ def _find_program_around(lines: list[str], anchor: int, name: str) -> str | None
 
 
 def _cut_indented_block(lines: list[str], anchor: int) -> str | None:
-    """Return the run of indented lines around `anchor`, dedented, unless it is part of other code."""
+    """Return the run of indented lines around `anchor`, dedented; None if part of other code."""
     first, end = anchor, anchor + 1
     while first > 0 and (not lines[first - 1].strip() or lines[first - 1][0].isspace()):
         first -= 1
@@ -173,16 +173,23 @@ def is_stub(tree: ast.Module, name: str) -> bool:
             continue
         if name in list_bound_names(ast.Module([node], [])):
             found.append(node)
-    return bool(found) and all(_does_nothing(node) for node in found)
+    return bool(found) and all(_does_nothing(node, may_return=True) for node in found)
 
 
-def _does_nothing(node: ast.AST) -> bool:
-    """Return whether `node` is a function of a docstring, `pass`, `...` and the like only."""
-    return isinstance(node, _FUNCTIONS) and all(_is_idle(statement) for statement in node.body)
+def _does_nothing(node: ast.AST, may_return: bool = False) -> bool:
+    """Return whether `node` is a function of a docstring, `pass`, `...` and the like only.
+
+    Args:
+        may_return: whether a `return` of None is like them. To a program that has another function
+            of that name it is not: Python takes the later one.
+    """
+    return isinstance(node, _FUNCTIONS) and all(_is_idle(part, may_return) for part in node.body)
 
 
-def _is_idle(statement: ast.stmt) -> bool:
+def _is_idle(statement: ast.stmt, may_return: bool) -> bool:
     match statement:
+        case ast.Return(None) | ast.Return(ast.Constant(None)):
+            return may_return
         case ast.Pass() | ast.Expr(ast.Constant()):
             return True
         case ast.Raise(ast.Name("NotImplementedError") | ast.Call(ast.Name("NotImplementedError"))):

@@ -6,7 +6,7 @@ from pathlib import Path
 from eval import grading
 from eval.sandbox.box import choose_box
 from eval.tasks import BENCHMARKS
-from eval.tasks.base import GRADERS, Benchmark, Grader
+from eval.tasks.base import Grader
 from launch.run.results import Score
 from launch.runtime.errors import UserError
 from launch.scoring.responses import check_responses, read_generations, write_rows
@@ -57,7 +57,8 @@ def regrade_responses(
                 box=choose_box(allow_unsandboxed) if benchmark.kind == "code" else None,
             )
         )
-        graded += _add_grades(benchmark, of_benchmark, grades)
+        for row, given in zip(of_benchmark, grades, strict=True):
+            graded.append(row | grading.make_grade_fields(benchmark, given))
         scores[name] = _summarise_grades(of_benchmark, grades, samples)
     output.mkdir(parents=True, exist_ok=True)
     write_rows(output / GRADED, graded)
@@ -95,8 +96,8 @@ def _group_samples(rows: Sequence[dict], path: Path) -> list[list[int]]:
         sample = row.get("sample", len(samples))
         if not isinstance(sample, int) or sample in samples:
             raise UserError(
-                f"--grade: {path} has sample {sample} of {row.get('id')} of {row['suite']} twice, or it "
-                "is no number; remove the rows that were appended"
+                f"--grade: {path} has sample {sample} of {row.get('id')} of {row['suite']} twice, "
+                "or it is no number; remove the rows that were appended"
             )
         samples[sample] = index
     numbers = {len(samples) for samples in by_problem.values()}
@@ -109,20 +110,6 @@ def _group_samples(rows: Sequence[dict], path: Path) -> list[list[int]]:
     return [[samples[sample] for sample in sorted(samples)] for samples in by_problem.values()]
 
 
-def _add_grades(
-    benchmark: Benchmark, rows: Sequence[dict], grades: Sequence[dict[Grader, grading.Grade]]
-) -> list[dict]:
-    graded = []
-    for row, given in zip(rows, grades, strict=True):
-        fields: dict = {grader: grade.passed for grader, grade in given.items()}
-        if benchmark.kind == "code":
-            # Why the program failed, and what isolated it.
-            strict = given["strict"]
-            fields |= {"reason": strict.reason, "isolation": strict.isolation}
-        graded.append(row | fields)
-    return graded
-
-
 def _summarise_grades(
     rows: Sequence[dict],
     grades: Sequence[dict[Grader, grading.Grade]],
@@ -133,15 +120,11 @@ def _summarise_grades(
     Args:
         samples: for each problem, the indices of its rows.
     """
-    totals = {}
-    for grader in GRADERS:
-        passed = [[grades[index][grader].passed for index in of_problem] for of_problem in samples]
-        totals[grader] = grading.summarise_passes(passed)
+    by_problem = [[grades[index] for index in of_problem] for of_problem in samples]
     overlong = [str(row["id"]) for row in rows if row.get("overlong") and "id" in row]
     # The prompt that the responses were made with is not known.
     return Score(
-        **totals["strict"],
-        literature=totals["literature"],
+        **grading.summarise_grades(by_problem),
         prompt="",
         **({"overlong": list(dict.fromkeys(overlong))} if overlong else {}),
     )

@@ -1,8 +1,8 @@
 """generations.jsonl: the responses of an evaluation, appended as they come, graded at the end.
 
 Each line is a JSON object: suite, id (of the problem), sample (from 0), request_sha256 (of what the
-response was made for, see launch.scoring.score.Request), output (the response) and, if the prompt
-was too long for the model, overlong; once graded also question, reference, a boolean for each
+response was made for, see launch.scoring.requests.Request), output (the response) and, if the
+prompt was too long for the model, overlong; once graded also question, reference, a boolean for each
 grader and, of a program, reason and isolation. Rows of earlier versions have no request_sha256.
 """
 
@@ -20,7 +20,7 @@ from launch.runtime.files import write_json, write_text
 
 GENERATIONS = "generations.jsonl"
 SETTINGS = "generation.json"  # what the responses in GENERATIONS depend on
-PREVIOUS = "generations.previous.jsonl"
+PREVIOUS = "generations.previous.jsonl"  # see `_name_previous`
 
 ResponseKey = tuple[str, str, int]
 """Names one response: benchmark, id of the problem, number of the sample."""
@@ -46,9 +46,9 @@ def open_responses(
 ) -> dict[ResponseKey, Response]:
     """Open `folder` for responses, and read those that an earlier start left there.
 
-    Responses that were made with something else than `made_with` are set aside, in PREVIOUS. So are
-    all, if some answer other requests than those `wanted` under their names, as of another data
-    folder; the others are kept as well.
+    If they were made with something else than `made_with`, the whole file becomes PREVIOUS. If any
+    response answers another prompt than the one `wanted` under its name, as of another data folder,
+    the whole file is copied to PREVIOUS, and only those that still fit are kept.
 
     Args:
         made_with: all that responses depend on besides their prompts, as JSON values: model,
@@ -60,8 +60,9 @@ def open_responses(
     folder.mkdir(parents=True, exist_ok=True)
     path, note = folder / GENERATIONS, folder / SETTINGS
     if path.is_file() and not _was_made_with(note, made_with):
-        path.replace(folder / PREVIOUS)
-        print(f"{path} was made with other settings, and is {PREVIOUS} now", flush=True)
+        previous = _name_previous(folder)
+        path.replace(previous)
+        print(f"{path} was made with other settings, and is {previous.name} now", flush=True)
     write_json(note, made_with)
     rows = read_generations(path) if path.is_file() else []
     kept, responses = [], {}
@@ -74,11 +75,12 @@ def open_responses(
             hashed = row.get("request_sha256")
             responses[key] = Response(row["output"], row.get("overlong", False), hashed)
     if len(kept) < len(rows):
-        shutil.copyfile(path, folder / PREVIOUS)
+        previous = _name_previous(folder)
+        shutil.copyfile(path, previous)
         print(
             f"{path}: {len(rows) - len(kept)} responses are to other prompts than those of now, or "
             f"of an earlier version that did not record their prompts; they are made again, and "
-            f"{PREVIOUS} has them",
+            f"{previous.name} has them",
             flush=True,
         )
     # Written again without a last line that a kill cut short, which the next append would continue.
@@ -86,14 +88,27 @@ def open_responses(
     return responses
 
 
+def _name_previous(folder: Path) -> Path:
+    """Return PREVIOUS in `folder`, with the first number that no file there has: 2, 3 and so on."""
+    path, number = folder / PREVIOUS, 1
+    while path.exists():
+        number += 1
+        path = folder / f"generations.previous-{number}.jsonl"
+    return path
+
+
 def _read_key(row: dict, number: int, path: Path) -> ResponseKey:
     try:
-        return row["suite"], row["id"], row["sample"]
+        return _get_key(row)
     except KeyError as error:
         raise UserError(
             f"line {number} of {path} has no {error.args[0]}; is it a file of responses? mend or "
             "remove it"
         ) from None
+
+
+def _get_key(row: dict) -> ResponseKey:
+    return row["suite"], row["id"], row["sample"]
 
 
 def _answers(row: dict, wanted: Wanted) -> bool:
@@ -135,13 +150,13 @@ def make_row(key: ResponseKey, response: Response, grades: Mapping[str, object])
 
 
 def write_graded(folder: Path, graded: Sequence[dict]) -> None:
-    """Replace all responses to the benchmarks in `graded` by these rows.
+    """Replace the responses that `graded` has by its rows.
 
-    They come after the rows of other benchmarks, which stay as they are.
+    They come after the others, of other benchmarks or beyond a limit, which stay as they are.
     """
     path = folder / GENERATIONS
-    benchmarks = {row["suite"] for row in graded}
-    others = [row for row in read_generations(path) if row["suite"] not in benchmarks]
+    replaced = {_get_key(row) for row in graded}
+    others = [row for row in read_generations(path) if _get_key(row) not in replaced]
     write_rows(path, [*others, *graded])
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.generation.decoding import find_end_tokens
 from eval.generation.generate import generate_responses
-from eval.grading import Grade, grade_responses, summarise_passes
+from eval.grading import Grade, grade_responses, make_grade_fields, summarise_grades
 from eval.sandbox.box import choose_box
 from eval.tasks import BENCHMARKS, expand_groups
-from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
+from eval.tasks.base import Benchmark, Grader, Problem
 from launch.config.schema import Eval
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
@@ -275,11 +275,7 @@ def _make_rows(
     for request in requests:
         given = grades[request.key]
         fields = {"question": request.problem.question, "reference": request.problem.reference}
-        fields |= {grader: given[grader].passed for grader in GRADERS}
-        if benchmark.kind == "code":
-            # Why the program failed, and what isolated it.
-            strict = given["strict"]
-            fields |= {"reason": strict.reason, "isolation": strict.isolation}
+        fields |= make_grade_fields(benchmark, given)
         rows.append(make_row(request.key, responses[request.key], fields))
     return rows
 
@@ -293,12 +289,8 @@ def _summarise_grades(
     """Return the fields of Score that follow from the grades, with isolation of programs."""
     # In the order of requests the samples of one problem are neighbours.
     in_order = [grades[request.key] for request in requests]
-    totals = {}
-    for grader in GRADERS:
-        passed = [given[grader].passed for given in in_order]
-        by_problem = [passed[i : i + samples] for i in range(0, len(passed), samples)]
-        totals[grader] = summarise_passes(by_problem)
-    found = totals["strict"] | {"grader": "strict", "literature": totals["literature"]}
+    by_problem = [in_order[i : i + samples] for i in range(0, len(in_order), samples)]
+    found = summarise_grades(by_problem) | {"grader": "strict"}
     if benchmark.kind == "code":
         found["isolation"] = dict(Counter(given["strict"].isolation for given in in_order))
     return found

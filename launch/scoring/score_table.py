@@ -1,4 +1,4 @@
-"""Render scores as a table, with what is to be known beside them."""
+"""Render scores as a table, with the problems whose prompts were too long below it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +12,8 @@ MAX_IDS = 10  # of problems whose prompts are too long, that a line names
 def render_scores(scores: Mapping[str, Score]) -> str:
     """Render scores as a Markdown table, one row a benchmark, accuracies in percent.
 
-    Where all eight commonsense benchmarks are there, a last row has their unweighted mean. Below the
-    table stand the problems whose prompts were too long.
+    Where all eight commonsense benchmarks are there, a last row has their unweighted mean. Below
+    the table stand the problems whose prompts were too long.
     """
     lines = [
         "| suite | strict (%) | 95 % interval | literature (%) | n | prompt |",

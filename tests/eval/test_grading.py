@@ -79,6 +79,15 @@ def test_problems_are_matched_by_reference_or_id(tmp_path: Path) -> None:
         match_problems(BENCHMARKS["gsm8k"], [{"id": "gsm8k/9"}], tmp_path)
 
 
+def test_a_row_of_another_question_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    rows = [{"id": "gsm8k/0"}, {"id": "gsm8k/0", "question": "q"}]
+    assert len(match_problems(BENCHMARKS["gsm8k"], rows, tmp_path)) == 2
+    rows[1]["question"] = "of another folder"
+    with pytest.raises(EvalError, match=r"response 2 answers another question than .* gsm8k/0"):
+        match_problems(BENCHMARKS["gsm8k"], rows, tmp_path)
+
+
 def test_a_summary_counts_problems_and_samples() -> None:
     single = summarise_passes([[True], [False], [True], [True]])
     assert (single["accuracy"], single["n"], single["correct"]) == (0.75, 4, 3)

@@ -75,7 +75,9 @@ def test_the_interval_holds_the_share_stays_in_0_to_1_and_mirrors(pair: tuple[in
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
 def test_with_one_sample_the_interval_is_wilsons(passed: list[bool]) -> None:
     shares = [float(one) for one in passed]
-    assert clustered_interval(shares, 1) == wilson_interval(sum(passed), len(passed))
+    assert clustered_interval(shares, [1] * len(shares)) == wilson_interval(
+        sum(passed), len(passed)
+    )
 
 
 @given(
@@ -86,16 +88,25 @@ def test_with_one_sample_the_interval_is_wilsons(passed: list[bool]) -> None:
 def test_a_mean_lies_within_its_own_interval(case: tuple[int, list[int]]) -> None:
     samples, counts = case
     shares = [count / samples for count in counts]
-    low, high = clustered_interval(shares, samples)
+    low, high = clustered_interval(shares, [samples] * len(shares))
     mean = sum(shares) / len(shares)
     assert 0 <= low <= mean + 1e-12 and mean - 1e-12 <= high <= 1 and low < high
 
 
 def test_samples_that_are_alike_count_as_one() -> None:
     shares = [1.0] * 30 + [0.0] * 70
-    assert clustered_interval(shares, 10) == wilson_interval(30, 100)
+    assert clustered_interval(shares, [10] * 100) == wilson_interval(30, 100)
     # And samples of problems that are all alike as independent ones.
-    assert clustered_interval([0.3] * 100, 10) == pytest.approx(wilson_interval(300, 1000))
+    assert clustered_interval([0.3] * 100, [10] * 100) == pytest.approx(wilson_interval(300, 1000))
+
+
+def test_a_problem_with_few_samples_counts_with_few() -> None:
+    """Unlike numbers of samples: at most the independent ones whose mean varies as much."""
+    expected = 10**2 / (5 / 2 + 5 / 100)  # of 510 samples
+    found = clustered_interval([0.5] * 10, [2] * 5 + [100] * 5)
+    assert found == pytest.approx(wilson_interval(expected / 2, expected))
+    # And a handful of problems that are alike may be so by chance.
+    assert clustered_interval([0.5] * 2, [2, 100]) == wilson_interval(1, 2)
 
 
 def test_the_interval_of_several_samples_covers() -> None:
@@ -106,7 +117,7 @@ def test_the_interval_of_several_samples_covers() -> None:
         for _ in range(100):
             chance = draw.betavariate(0.6, 1.4)  # 0.3 on average
             shares.append(sum(draw.random() < chance for _ in range(4)) / 4)
-        low, high = clustered_interval(shares, 4)
+        low, high = clustered_interval(shares, [4] * 100)
         held += low <= 0.3 <= high
     assert held / 400 >= 0.92
 

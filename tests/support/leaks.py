@@ -42,7 +42,7 @@ def make_socket(family, kind=socket.SOCK_STREAM):
         return errno.errorcode[error.errno]
 def call_as_i386():
     # mov eax, 20 (getpid); int 0x80; ret
-    code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)
     code.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')
     child = os.fork()
     if child == 0:
@@ -59,6 +59,8 @@ for name, value in dict(SETLK=6, SETLKW=7, OFD_SETLK=37, OFD_SETLKW=38).items():
 calls['fcntl SETLEASE'] = lambda: lock(os.__file__, 0, 1024, 0)
 calls['fcntl NOTIFY'] = lambda: lock('/usr', 0, 1026, 1)
 calls['prctl PDEATHSIG'] = lambda: call(157, 1, 0, 0, 0, 0)
+for kind in (1, 3):  # MAP_SHARED, MAP_SHARED_VALIDATE; with MAP_ANONYMOUS, readable and writable
+    calls['mmap %d' % kind] = lambda kind=kind: call(9, 0, 4096, 3, kind | 32, -1, 0)
 buffer = ctypes.create_string_buffer(88)
 for family in (16, 17, 31, 38, 40, 44):  # NETLINK, PACKET, BLUETOOTH, ALG, VSOCK, XDP
     calls['socket %d' % family] = lambda family=family: call(41, family, 1, 0)
@@ -81,6 +83,9 @@ def f(names=None):
     subprocess.run(['/bin/true'], check=True)
     pair = socket.socketpair()
     fcntl.fcntl(pair[0], fcntl.F_GETFL)
+    mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with open(os.__file__, 'rb') as file:
+        mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
     return found
 """.replace("ARGUMENTS", _ARGUMENTS)
 
@@ -94,6 +99,19 @@ def f():
         pass
     score = open('/proc/self/oom_score_adj').read().strip()
     return '' if score == '1000' else score
+""",
+    "memory that belongs to no process": """
+import mmap, os
+def f():
+    found = []
+    for name in ('', '/dev/zero'):
+        try:
+            fd = os.open(name, os.O_RDONLY) if name else -1
+            mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+            found.append(name)
+        except OSError:
+            pass
+    return found
 """,
     "memory of others": """
 def f():

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h")
 # Calls that work, or fail otherwise, without a filter: of these a test shows what the filter does.
 OPEN = ("add_key", "flock", "inotify_init1", "memfd_create", "shmget", "fcntl SETLK", "socket 16")
-OPEN += ("prctl PDEATHSIG", "io_uring_setup")
+OPEN += ("prctl PDEATHSIG", "io_uring_setup", "mmap 1")
 MISSING = ("clone3", "number", "i386")  # ENOSYS, all others EPERM
 
 
@@ -67,6 +67,7 @@ def test_without_a_filter_the_calls_are_open() -> None:
     results = run_calls(False, OPEN)
     assert [name for name in OPEN if results[name] == "EPERM"] == []
     assert results["flock"] == results["memfd_create"] == results["fcntl SETLK"] == "done"
+    assert results["mmap 1"] == "done"
 
 
 def test_numbers() -> None:
@@ -75,6 +76,7 @@ def test_numbers() -> None:
         pytest.skip("the kernel's headers are not here (Debian: linux-libc-dev)")
     numbers = dict(re.findall(r"#define __NR_(\w+) (\d+)", header.read_text()))
     ours = dict(seccomp.DENIED) | {"clone": seccomp.CLONE, "clone3": seccomp.CLONE3}
+    ours["mmap"] = seccomp.MMAP
     for name, (number, *_) in (seccomp.DENIED_ARGUMENTS | seccomp.ALLOWED_ARGUMENTS).items():
         ours[name] = number
     assert {name: int(numbers[name]) for name in ours} == ours

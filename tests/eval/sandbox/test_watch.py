@@ -105,14 +105,48 @@ def test_children_and_threads_count() -> None:
         assert watch._read_shares(usage.processes) < 2 * (64 << 20)
 
 
+VFORK = """
+import ctypes, time
+print('ready', flush=True)
+ctypes.CDLL(None).vfork()
+time.sleep(60)
+"""
+
+
+def test_a_parent_in_vfork_is_blocked_and_cannot_run() -> None:
+    with running(VFORK, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            usage = read_usage(process.pid)
+            if len(usage.processes) == 2 and not usage.can_run:
+                break
+            time.sleep(0.01)
+        assert usage.is_blocked and not usage.can_run
+
+
+def test_memory_that_is_not_ours_to_read_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = watch.Path.read_text
+
+    def refuse(path: watch.Path) -> str:
+        if path.name == "smaps_rollup":
+            raise PermissionError
+        return read(path)
+
+    own, ended = os.getpid(), 2**22 + 1
+    assert 0 < watch._read_shares({own: 1 << 40, ended: 1 << 40}) < 1 << 40
+    monkeypatch.setattr(watch.Path, "read_text", refuse)
+    assert watch._read_shares({own: 1 << 40}) == 1 << 40
+
+
 def test_what_sleeps_is_charged_and_what_waits_for_a_processor_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    state = {"cpu": 0.0, "can_run": False}
+    state = {"cpu": 0.0, "can_run": False, "is_blocked": False}
     monkeypatch.setattr(
-        watch, "read_usage", lambda outer: watch.Usage(**state, memory=0, processes=[])
+        watch, "read_usage", lambda outer: watch.Usage(**state, memory=0, processes={})
     )
     sleeping = Watch(1, 1.0, 1 << 30)
     for _ in range(9):
@@ -120,6 +154,14 @@ def test_what_sleeps_is_charged_and_what_waits_for_a_processor_is_not(
         assert sleeping.find_excess() == ""
     now += POLL * 1.01
     assert sleeping.find_excess() == "timed out after 1 s"
+    state["is_blocked"] = True
+    blocked = Watch(1, 1.0, 1 << 30)
+    for _ in range(9 + round(watch.BLOCKED / POLL)):  # a second for the disk comes on top
+        now += POLL
+        assert blocked.find_excess() == ""
+    now += POLL * 2
+    assert blocked.find_excess() == "timed out after 1 s"
+    state["is_blocked"] = False
     stopped = Watch(1, 1.0, 1 << 30)
     now += 15  # the caller itself was stopped
     assert stopped.find_excess() == ""

@@ -75,6 +75,20 @@ STRICT = [
         True,
     ),
     ("f: object = lambda x: x + 1", True),
+    ("```python\nSTEP = max(0, 1)\n```\n```python\ndef f(x):\n    return x + STEP\n```", True),
+    (
+        "```python\nmod = int(1e9)\nSTEP = mod + 1 - mod\n```\n```\ndef f(x):\n    return x + STEP\n```",
+        True,
+    ),
+    ("```python\nSTEP = f(0)\n```\n```python\ndef f(x):\n    return x + STEP\n```", False),
+    ("```python\ndef f(x):\n    # to do\n    return None\n```\n```python\n" + WHOLE + "```", True),
+    ("```python\ndef f(x):\n    'Add.'\n    return\n```\n```python\n" + WHOLE + "```", True),
+    (WHOLE + "\ndef f(x):\n    return None\n", False),  # Python takes the later one
+    (WHOLE + "\n### Instruction:\nfoo\n\ndef f(x):\n    return 0\n", True),
+    (WHOLE + "\n\nBelow is an instruction that describes a task.\ndef f(x):\n    return 0\n", True),
+    ("    return x + 1\n\n### Instruction:\nfoo\n\ndef f(x):\n    return 0\n", True),
+    ("### Instruction:\nAdd one.\n\n### Response:\n" + WHOLE, True),  # an echo
+    ("def f(x):\n    pass\n\n### Instruction:\nAdd one.\n\n### Response:\n" + WHOLE, True),
     ("from operator import neg as g\ndef f(x):\n    return 1 - g(x)\n", True),
 ]
 

@@ -141,9 +141,29 @@ def test_responses_to_other_benchmarks_stay(tmp_path: Path) -> None:
     asked: list[Request] = []
     score(tmp_path, asked, settings=SETTINGS.model_copy(update={"suites": ["gsm8k"], "samples": 1}))
     assert not asked
+    # And those beyond the number of samples.
     of_gsm8k = [row for row in first if row["suite"] == "gsm8k" and row["sample"] == 0]
-    others = [row for row in first if row["suite"] != "gsm8k"]
+    others = [row for row in first if row not in of_gsm8k]
     assert read_generations(tmp_path / GENERATIONS) == [*others, *of_gsm8k]
+
+
+def test_responses_beyond_a_limit_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = score(tmp_path, [])
+    with monkeypatch.context() as limited:
+        limited.setitem(PROBLEMS, "gsm8k", PROBLEMS["gsm8k"][:2])
+        assert score(tmp_path, [])["gsm8k"].n == 2
+    assert len(read_generations(tmp_path / GENERATIONS)) == 16
+    again = score(tmp_path, asked := [])
+    assert not asked and again["gsm8k"].accuracy == whole["gsm8k"].accuracy
+
+
+def test_every_file_that_is_set_aside_is_kept(tmp_path: Path) -> None:
+    files = []
+    for seed in range(4):
+        score(tmp_path, [], settings=SETTINGS.model_copy(update={"seed": seed}))
+        files.append((tmp_path / GENERATIONS).read_bytes())
+    names = [PREVIOUS, "generations.previous-2.jsonl", "generations.previous-3.jsonl"]
+    assert len(set(files)) == 4 and [(tmp_path / name).read_bytes() for name in names] == files[:3]
 
 
 def test_responses_of_other_settings_are_set_aside(tmp_path: Path) -> None:
