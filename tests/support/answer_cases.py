@@ -256,7 +256,7 @@ NUMBERS = [
     ("between 17 and 19", "18", False),
     ("17 < x < 19", "18", False),
     ("x > 18", "18", False),
-    ("more than 18", "18", True),
+    ("more than 18", "18", False),
     ("\u2248 18", "18", True),
     ("~18", "18", True),
     ("\u224818.3", "18", False),
