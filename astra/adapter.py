@@ -70,8 +70,8 @@ def attach_adapters(
         smaller = min(linear.in_features, linear.out_features)
         if lora_ranks[name] > smaller:
             raise AstraError(
-                f"{lora_ranks[name]} is above the smaller side, {smaller}, of {name}; lower it, or exclude "
-                "the module",
+                f"{lora_ranks[name]} is above the smaller side, {smaller}, of {name}; lower it, or "
+                "exclude the module",
                 "rank",
             )
     # PEFT takes the ranks that differ from r as a pattern, and their alphas, which keep s alike.

@@ -6,7 +6,8 @@ are what one process would have summed, up to the order of fp64 additions:
 * "all": an all-reduce. Every rank has the same sums, and `check_sums_agree` compares them before
   anything is solved.
 * "owner": a reduce to the rank that solves the group. No other rank can check the sums. A ring or
-  tree as NCCL's sends half of what its all-reduce sends; gloo sends more (bench/calibration.py).
+  tree as NCCL's sends half of what its all-reduce sends, by its algorithm; gloo was measured to
+  send more (bench/calibration.py).
 
 Tensors are sent in buckets: small ones are copied into one flat buffer, large ones are sent in
 slices of their own memory. A bucket never holds tensors of two groups. gloo and NCCL choose the

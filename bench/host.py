@@ -27,63 +27,38 @@ sys.path[0] = str(ROOT)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the host is measured, whatever else there is
 
 ENGINES = ("zero2", "fsdp", "zero3")
-RANKS, RANK, LENGTH, MICRO_BATCHES = 2, 8, 64, 4
+RANKS, RANK, LENGTH, MICRO_BATCHES, VOCABULARY = 2, 8, 64, 4, 256
 GOALS = (("zero3", "fsdp", 1.0), ("fsdp", "zero2", 1.5))  # (engine, at most this one's, times)
 
 
-def make_base(folder: Path, layers: int) -> None:
-    """Write a random Llama."""
+def write_base(folder: Path, layers: int) -> None:
+    """Write a random Llama so narrow that its arithmetic hardly counts."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    from bench.gpu.common import Shape, make_base
+
+    shape = Shape(layers, width=64, inner=128, heads=4, kv_heads=4)
+    make_base(folder, shape, VOCABULARY, torch.bfloat16, torch.device("cpu"))
 
 
-def measure_engine(folder: Path, engine_name: str, steps: int) -> None:
+def measure_engine(folder: Path, engine: str, steps: int) -> None:
     """Train on one rank, and write the seconds of a micro batch to `folder`. Runs under a launcher."""
     import torch
     import torch.distributed as dist
 
-    from astra import adapter, inits
-    from launch.config.schema import Adapter, Train
-    from launch.data.token_set import TokenSet
-    from launch.engines import make_engine
-    from launch.models.check import check_model
+    from bench.gpu.common import make_tokens, start_training
+    from launch.config.schema import Train
     from launch.runtime.distributed import start_process_group, stop_process_group
     from launch.training import loop
-    from launch.training.loss import in_bf16
 
     device = start_process_group()
-    engine = make_engine(engine_name, device, torch.bfloat16)
-    base = engine.load_model(check_model(folder))
-    model = adapter.attach_adapters(base, Adapter().targets, RANK, RANK, 0.0)
-    engine.materialize(model)
-    layers = adapter.get_lora_layers(model)
-    adapter.initialise_layers(
-        layers, lambda name, weight: inits.init_lora(weight, RANK, 0, name), engine
-    )
-    model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
-    settings = Train(global_batch=RANKS * MICRO_BATCHES, micro_batch=1, checkpoint_every=1)
-    state = loop.make_train_state(engine, model, settings)
-    examples = settings.global_batch
-    ids = torch.arange(examples * LENGTH, dtype=torch.int32) % 250 + 3
-    offsets = torch.arange(0, len(ids) + 1, LENGTH)
-    tokens = TokenSet(ids, offsets, torch.full((examples,), 8), 0, 0)
+    examples = RANKS * MICRO_BATCHES
+    settings = Train(global_batch=examples, micro_batch=1, checkpoint_every=1)
+    tokens = make_tokens(examples, LENGTH, VOCABULARY)
     plan = [list(range(examples))] * (steps + 1)
     seconds, losses = [], []
-    with in_bf16(model):
+    started = start_training(engine, folder, device, torch.bfloat16, RANK, settings, True)
+    with started as (_, state):
         before = time.process_time()
         for metrics in loop.train(state, tokens, plan, settings, device):
             now = time.process_time()
@@ -94,7 +69,7 @@ def measure_engine(folder: Path, engine_name: str, steps: int) -> None:
     dist.all_gather_object(found, statistics.median(seconds[1:]))
     if dist.get_rank() == 0:
         record = {"milliseconds": round(1000 * max(found), 1), "losses": losses}
-        (folder / f"{engine_name}.json").write_text(json.dumps(record))
+        (folder / f"{engine}.json").write_text(json.dumps(record))
     stop_process_group()
 
 
@@ -132,7 +107,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_base(folder, arguments.layers)
+        write_base(folder, arguments.layers)
         found = {engine: run_engine(folder, engine, arguments.steps) for engine in ENGINES}
     milliseconds = {engine: record["milliseconds"] for engine, record in found.items()}
     for engine, value in milliseconds.items():

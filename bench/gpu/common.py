@@ -165,7 +165,6 @@ def start_training(
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
-        model.enable_input_require_grads()
     state = make_train_state(engine, model, settings)
     with in_bf16(model):
         yield model, state
@@ -177,11 +176,6 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def find_largest_difference(losses: list[float], wanted: list[float]) -> float:

@@ -20,9 +20,8 @@ from bench.gpu.common import (
     make_base,
     make_tokens,
     start_training,
-    synchronise,
 )
-from bench.gpu.report import Report, Work
+from bench.gpu.report import Report, Work, synchronise
 from bench.training import make_trainer, write_tokenizer
 from launch.config.schema import Train
 from launch.data.token_set import TokenSet

@@ -9,7 +9,7 @@ from torch import Tensor
 from astra.eigen import solve_eigenproblem
 from astra.moments import BLOCK_WIDTH, Moment
 from astra.svd import compute_svd
-from bench.gpu.report import Report, Work
+from bench.gpu.report import Report, Work, synchronise
 
 SEED = 0
 TOKENS = 4096  # of a calibration batch, 8 examples of 512
@@ -29,17 +29,12 @@ def measure(work: Work, report: Report) -> None:
 def measure_seconds(function: Callable[[], object], repeats: int = 5) -> float:
     """Return the mean seconds of a call, after one that warms up."""
     function()
-    _synchronise()
+    synchronise()
     start = time.perf_counter()
     for _ in range(repeats):
         function()
-    _synchronise()
+    synchronise()
     return (time.perf_counter() - start) / repeats
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _measure_products(widths: tuple[int, ...], work: Work, report: Report) -> None:

@@ -40,3 +40,9 @@ class Report:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({"figures": self.figures, "checks": self.checks}))
+
+
+def synchronise() -> None:
+    """Wait until the GPU, if there is one, has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

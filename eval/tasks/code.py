@@ -79,7 +79,7 @@ def _strip_around(output: str) -> str:
 
 
 def _has_program(text: str, entry_point: str, prompt: str) -> bool:
-    """Return whether `text` defines `entry_point`, not as a stub, or goes on with `prompt`."""
+    """Return whether `text` defines `entry_point`, not as a stub, or continues `prompt`."""
     if prompt and is_completion(text):
         return bool(text.strip())
     programs = _list_programs(text, text, find_blocks(text), entry_point, bool(prompt))

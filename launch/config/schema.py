@@ -242,7 +242,7 @@ class Calibration(Section):
     reduction: Literal["all", "owner"] = Field(
         "all",
         description="who gets the sums over all ranks: every rank, and all compare them; or only "
-        "the rank that solves them, with half the traffic under NCCL",
+        "the rank that solves them",
     )
     split_half: bool = Field(
         False,

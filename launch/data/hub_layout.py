@@ -88,8 +88,8 @@ def list_data_files(path: Path) -> dict[str, Path]:
 def _list_hub_names(path: Path) -> list[Path]:
     """Return the names of a data set's files, without hidden ones, of a folder in the hub's cache.
 
-    None for other folders, and where the cache has no list, which whoever fetches a whole data set
-    with huggingface_hub leaves there.
+    An empty list for other folders, and where the cache has no list of them: huggingface_hub leaves
+    one there when a whole data set is fetched.
     """
     commit = find_commit(path)
     if commit is None:

@@ -156,8 +156,8 @@ class ZeroEngine(ZeroWeights):
         """Let stage 3 gather a decoder layer at a time, its adapters included.
 
         By default it gathers every linear layer by itself, with hooks in Python around each of its
-        passes: of 32 layers with adapters they take three times the host's time, which a fast GPU
-        waits for. They also change the order in which gradients of hidden states are added up; by
+        passes: of 32 layers with adapters they take more than half of the host's time, which a fast
+        GPU waits for. They also change the order in which gradients of hidden states are added up; by
         layers the losses are those of one process to the bit (tests/distributed/test_leaves.py).
         """
         layer_classes = compat.list_layer_classes(model)

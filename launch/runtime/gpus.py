@@ -1,8 +1,8 @@
 """Known GPUs by name, and what they can do at most. The one table of GPUs.
 
-Numbers are NVIDIA's: data sheets of the data-centre GPUs, HGX B200 and B300 (an eighth of the
-board), architecture white papers of the others (Ampere GA102, Ada, Blackwell RTX). Where a data
-sheet gives no fp64 rate, it is the white paper's 1/64 of the fp32 rate, 1/32 on the T4.
+Numbers are from memory of NVIDIA's data sheets and white papers; of B200, B300, L4, L40, L40S, RTX
+4090 and T4 alone some were looked up again (2026-11), on other pages. Look one up before it is
+quoted. Where a data sheet gives no fp64 rate, it is 1/64 of the fp32 rate, 1/32 on the T4.
 """
 
 import re
@@ -24,7 +24,6 @@ GPUS = {
     "B300": Gpu(2250.0, 1.25),
     "GB200": Gpu(2500.0, 40.0),
     "B200": Gpu(2250.0, 37.0),
-    "GH200 144G": Gpu(989.4, 67.0),
     "GH200": Gpu(989.4, 67.0),
     "H200 NVL": Gpu(835.0, 60.0),
     "H200": Gpu(989.4, 67.0),
@@ -33,11 +32,9 @@ GPUS = {
     "H100": Gpu(989.4, 67.0),
     "H800": Gpu(989.4, 1.0),
     "H20": Gpu(148.0, 1.0),
-    "A100 80GB": Gpu(312.0, 19.5),
     "A100": Gpu(312.0, 19.5),
     "A800": Gpu(312.0, 19.5),
     "A30": Gpu(165.0, 10.3),
-    "V100 32GB": Gpu(None, 7.8),
     "V100": Gpu(None, 7.8),
     "L40S": Gpu(362.05, 1.43),
     "L40": Gpu(181.05, 1.41),
