@@ -73,6 +73,13 @@ def make_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
+def draw_directions(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return Gaussian columns, (size, count), fp64, on the CPU."""
+    # Drawn column by column: a larger `count` only appends columns, so the null vectors for a
+    # smaller r are the first of those for a larger r, and a calibration for one serves the other.
+    return torch.randn(count, size, generator=generator, dtype=torch.float64).T
+
+
 def select_indices(
     select: EigenSelect, size: int, lora_rank: int, generator: torch.Generator
 ) -> Tensor:
@@ -336,7 +343,7 @@ def _pick_vectors(
     columns = []
     if num_null:
         generator = make_generator(seed, f"{name} within")
-        directions = _draw_directions(size, num_null, generator, computed.device)
+        directions = draw_directions(size, num_null, generator).to(computed.device)
         columns.append(_orthonormalise_within(project, directions))
     if len(positive):
         columns.append(computed[:, (positive - start).to(computed.device)])
@@ -349,18 +356,8 @@ def _draw_vectors_outside(basis: Basis, count: int, seed: int, name: str) -> Ten
     `C v = Q core Q^T v = 0` for each, whatever the calibration tokens were.
     """
     generator = make_generator(seed, f"{name} outside")
-    directions = _draw_directions(len(basis.reflectors), count, generator, basis.tau.device)
+    directions = draw_directions(len(basis.reflectors), count, generator).to(basis.tau.device)
     return basis.span_in_complement(directions)
-
-
-def _draw_directions(
-    size: int, count: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Return Gaussian columns, (size, count), fp64."""
-    # Drawn column by column: a larger `count` only appends columns, so the null vectors for a
-    # smaller r are the first of those for a larger r, and a calibration for one serves the other.
-    columns = torch.randn(count, size, generator=generator, dtype=torch.float64).T
-    return columns.to(device)
 
 
 def _orthonormalise_within(project: Callable[[Tensor], Tensor], directions: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from astra.eigen import Subspace, canonicalise_signs, make_generator, solve_eigenproblem
+from astra.eigen import (
+    Subspace,
+    canonicalise_signs,
+    draw_directions,
+    make_generator,
+    solve_eigenproblem,
+)
 from astra.errors import AstraError
 from astra.svd import compute_svd
 
@@ -39,6 +45,24 @@ def init_astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
     is_zero = (subspace.values == 0) & (rows.norm(dim=1) < 1e-6 * rms_row_norm)
     # Adam would turn the rounding noise in these rows into updates of B of full size.
     return rows * ~is_zero[:, None], vectors
+
+
+def init_haar(weight: Tensor, lora_rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Return A0 = B0^T W and B0, whose columns are a random orthonormal basis.
+
+    A control for Astra without data: the subspace that B0 spans is uniform among all of its
+    dimension, and the basis is uniform within it (the Haar measure). Eigenvectors that are chosen
+    at random (eigen.select_indices) are uniform only among the eigenvectors.
+
+    Q of a Gaussian matrix's `Q R` has this law where the diagonal of R is positive (Mezzadri, "How
+    to generate random matrices from the classical compact groups", Notices of the AMS 54, 2007). The
+    draw depends on (seed, module name, rank) alone.
+    """
+    directions = draw_directions(len(weight), lora_rank, make_generator(seed, f"{name} haar"))
+    q, r = torch.linalg.qr(directions)  # on the CPU, as GPUs round in other places
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    b0 = (q * signs).to(weight.device)
+    return b0.T @ weight.double(), b0
 
 
 def init_lora(weight: Tensor, lora_rank: int, seed: int, name: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.methods.base import MethodSettings
+from launch.config.loading import read_recipe
 from tests.support.commands import find_all_faults, find_faults, load_script
 from tests.support.markdown import (
     find_anchors,
@@ -56,9 +56,7 @@ def test_the_example_of_a_method_works() -> None:
     block = find_blocks(ROOT / "docs" / "add-a-method.md", "python")[0]
     example: dict = {}
     exec(compile(block, "docs/add-a-method.md", "exec"), example)
-    settings = MethodSettings(
-        scaling=1.0, eigen_select="smallest", corda_mode="ipm", calibration_seed=0, train_seed=0
-    )
+    settings = read_recipe("metamath", []).method_settings()
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     a0, b0 = example["METHOD"].make_factors("layer", weight, 3, settings, None)
     torch.testing.assert_close(b0.T @ b0, torch.eye(3, dtype=torch.float64))

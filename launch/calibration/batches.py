@@ -22,6 +22,7 @@ from launch.data.order import sample_examples, shard_batches
 from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
 from launch.models.files import load_tokenizer
+from launch.run.results import CalibrationData
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.errors import UserError
 
@@ -62,6 +63,19 @@ def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tens
     if recipe.calibration.statistics == "reference":
         return torch.full((len(samples),), recipe.data.max_length - 1)
     return inputs.tokens.lengths()[samples]
+
+
+def describe_calibration_data(recipe: Recipe, inputs: Inputs) -> CalibrationData | None:
+    """Return what the initial factors are made from; None where no example is run."""
+    if recipe.statistic in (None, "weight"):
+        return None
+    samples = draw_samples(recipe, inputs)
+    return CalibrationData(
+        path=inputs.data["path"],
+        tokens_sha256=inputs.data["tokens_sha256"],
+        examples=len(samples),
+        tokens=int(count_tokens(recipe, inputs, samples).sum()),
+    )
 
 
 def make_calibration_batches(

@@ -25,7 +25,7 @@ RENAMED_FIELDS = {"data.keep": "data.filter"}
 UNHASHED_FIELDS = ("calibration.reduction",)
 EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
 # Fields and sections that came later: hashes are without them where they are at their defaults.
-ADDED_FIELDS = ("export", "model.new_weights", "adapter.exclude")
+ADDED_FIELDS = ("export", "model.new_weights", "adapter.exclude", "adapter.start")
 
 
 def read_recipe(source: str, overrides: list[str]) -> Recipe:

@@ -4,6 +4,7 @@ How a YAML file and the command line fill it is in launch.config.loading.
 """
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -160,9 +161,14 @@ class Adapter(Section):
         "with s = alpha / sqrt(rank); dora: lora with trained magnitudes; full: no adapters, all "
         "parameters are trained",
     )
-    eigen_select: Literal["smallest", "largest", "middle", "random"] = Field(
+    eigen_select: Literal["smallest", "largest", "middle", "random", "haar"] = Field(
         "smallest",
-        description="astra: which eigenvectors of the output second moment (the paper: smallest)",
+        description="astra: which eigenvectors of the output second moment (the paper: smallest); "
+        "random: some of them; haar: none, a random orthonormal basis without calibration",
+    )
+    start: Literal["projection", "zero"] = Field(
+        "projection",
+        description="astra: A0 = B0^T W on W_res, or A0 = 0 on W itself, with the same B0",
     )
     corda_mode: Literal["ipm", "kpm"] = Field(
         "ipm",
@@ -192,7 +198,10 @@ class Adapter(Section):
     @property
     def method_record(self) -> Method:
         """What the method needs of a calibration, and what it gives."""
-        return METHODS[self.method]
+        method = METHODS[self.method]
+        if method.variant is not None:
+            method = method.by_variant.get(getattr(self, method.variant), method)
+        return replace(method, starts_on_residual=False) if self.start == "zero" else method
 
     @model_validator(mode="after")
     def _check_method_fields(self) -> "Adapter":
@@ -201,7 +210,7 @@ class Adapter(Section):
         if self.rank_allocation == "effective_rank" and not in_order:
             raise ValueError(
                 "rank_allocation: effective_rank needs method astra and eigenvectors in order, "
-                "not random"
+                "not random or haar"
             )
         if self.method_record.trains_all and self.dropout:
             raise ValueError(
@@ -216,6 +225,8 @@ class Adapter(Section):
             is_default = getattr(self, field) == type(self).model_fields[field].default
             if self.method_record.variant != field and not is_default:
                 raise ValueError(f"{field}: {self.method} has none; leave it out")
+        if self.start != "projection" and self.method_record.variant != "eigen_select":
+            raise ValueError(f"start: {self.method} has none, only astra; leave it out")
         return self
 
 
@@ -231,8 +242,8 @@ class Calibration(Section):
     seed: int = Field(
         0,
         ge=0,
-        description="of the choice of examples, of null-space directions and of eigen_select: "
-        "random",
+        description="of the choice of examples, of null-space directions and of eigen_select "
+        "random and haar",
     )
     memory_gib: Limit = Field(
         "auto",
@@ -413,9 +424,11 @@ class Recipe(Section):
         needs_spectrum = settings.statistics != "exact" or settings.split_half
         if needs_spectrum and self.adapter.method_record.solution != "subspace":
             field = "split_half" if settings.split_half else "statistics"
+            is_haar = self.adapter.eigen_select == "haar"  # refused with other methods
+            name = "eigen_select haar" if is_haar else self.adapter.method
+            only = "astra's eigenvectors" if is_haar else "astra"
             raise ValueError(
-                f"calibration.{field}: {self.adapter.method} has no use for it, only astra; "
-                "leave it out"
+                f"calibration.{field}: {name} has no use for it, only {only}; leave it out"
             )
         if settings.statistics == "reference" and settings.batch_size != 1:
             raise ValueError(
@@ -458,8 +471,17 @@ class Recipe(Section):
         field = self.adapter.method_record.variant
         if field is None:
             return None
-        is_reference = self.calibration.statistics == "reference"
-        return getattr(self.adapter, field) + (" reference" if is_reference else "")
+        words = [getattr(self.adapter, field)]
+        if self.calibration.statistics == "reference":
+            words.append("reference")
+        if self.adapter.start == "zero":
+            words.append("zero start")
+        return " ".join(words)
+
+    @property
+    def label(self) -> str:
+        """The method with its variant, as `RunResults.label` has it."""
+        return f"{self.adapter.method} {self.variant}" if self.variant else self.adapter.method
 
     def method_settings(self) -> MethodSettings:
         """Return the fields that a method may depend on."""
@@ -469,6 +491,7 @@ class Recipe(Section):
             corda_mode=self.adapter.corda_mode,
             calibration_seed=self.calibration.seed,
             train_seed=self.train.seed,
+            start=self.adapter.start,
         )
 
 

@@ -1,7 +1,7 @@
 """What an adapter method is to the rest of the project."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs only the methods' names
@@ -22,10 +22,11 @@ class MethodSettings(NamedTuple):
     """The fields of a recipe that a method may depend on."""
 
     scaling: float  # s = alpha / rank, alike for every module
-    eigen_select: Literal["smallest", "largest", "middle", "random"]
+    eigen_select: Literal["smallest", "largest", "middle", "random", "haar"]
     corda_mode: Literal["ipm", "kpm"]
-    calibration_seed: int  # of null-space directions and random choices
+    calibration_seed: int  # of null-space directions, random choices and haar's basis
     train_seed: int  # of factors that are drawn
+    start: Literal["projection", "zero"]  # astra's A0: V^T W or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Method:
     solution: Literal["subspace", "factors"] | None = None
     # The recipe field that the method's name leaves open; it stands beside the name in results.
     variant: Literal["eigen_select", "corda_mode"] | None = None
+    # Values of that field which need another record than this.
+    by_variant: "Mapping[str, Method]" = field(default_factory=dict)
     # Whether the solution depends on s = alpha / rank.
     depends_on_scaling: bool = False
     # Whether B0 A0 is not zero, so that training begins on W_res and not on W.

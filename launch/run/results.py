@@ -103,12 +103,30 @@ class Conditions(Record):
     device: str
 
 
+class CalibrationData(Record):
+    """The examples whose activations or gradients the initial factors were made from."""
+
+    path: str  # that the recipe names
+    tokens_sha256: str
+    examples: int
+    tokens: int  # that counted
+
+
+def describe_source(data: CalibrationData | None) -> str:
+    """Say in a few words what initial factors were made from."""
+    if data is None:
+        return "no calibration data"
+    return f"{data.examples} calibration examples of {data.path} ({data.tokens} tokens)"
+
+
 class RunFacts(Record):
     """What is known of a run before its first step, and kept in every checkpoint for its results."""
 
     ranks: dict[str, int] | None  # LoRA rank of every module; None where all are alike
     inputs: dict[str, str]  # recipe field -> hash of its content
     calibration_seconds: float
+    # None where no example was run, as for lora, pissa or astra haar. Not in earlier versions' records.
+    calibration_data: CalibrationData | None = None
     decided: dict[str, Any] = {}  # see RunResults
     logit_drift: float  # see RunResults
     residual_rounding: float  # see RunResults
@@ -156,6 +174,7 @@ class RunResults(Record):
     engine: str
     dtype: str
     seconds: Seconds
+    calibration_data: CalibrationData | None = None  # see RunFacts
     decided: dict[str, Any] = {}  # recipe field that was `auto` -> what was decided
     baseline: dict[str, Score]  # benchmark -> score of the base
     scores: dict[str, Score]  # benchmark -> score after training

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from astra.adapter import ADAPTER, get_base_layers, initialise_layers
+from launch.calibration.batches import describe_calibration_data
 from launch.calibration.run import (
     allocate_lora_ranks,
     calibrate_base,
@@ -19,7 +20,7 @@ from launch.calibration.run import (
 from launch.calibration.store import read_seconds
 from launch.data.batches import collate_examples
 from launch.engines import make_engine
-from launch.run.results import RunFacts, Score
+from launch.run.results import RunFacts, Score, describe_source
 from launch.runtime import watchdog
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.scoring.held_out import measure_predictions
@@ -80,6 +81,9 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
     ranks = {name: layer.r[ADAPTER] for name, layer in loaded.lora_layers.items()}
     make_factors = make_factor_source(run.recipe, measured.calibration, ranks, loaded.engine.device)
     rounding = initialise_layers(loaded.lora_layers, make_factors, loaded.engine)
+    data = describe_calibration_data(run.recipe, run.inputs)
+    if loaded.lora_layers:
+        print_rank0(f"initial factors: {run.recipe.label}, from {describe_source(data)}")
     drift = _measure_drift(run, loaded, measured.logits)
     print_rank0(
         f"step 0: logits moved by at most {drift:.1e} of their largest, weights by {rounding:.1e} "
@@ -92,6 +96,7 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         ranks=ranks if run.recipe.adapter.rank_allocation != "uniform" else None,
         inputs=get_input_hashes(run.inputs),
         calibration_seconds=seconds,
+        calibration_data=data,
         decided=run.decided,
         logit_drift=drift,
         residual_rounding=rounding,

@@ -60,6 +60,8 @@ def make_results(
         steps=len(run.steps),
         final_loss=history[-1]["loss"],
         **measured,
+        # Not known of a run of an earlier version.
+        **(facts.model_dump(include={"calibration_data"}, exclude_unset=True)),
         **({"decided": facts.decided} if facts.decided else {}),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),

@@ -170,16 +170,10 @@ def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Gr
         num_diverged=sum(map(has_diverged, folders.values())),
         results=results,
         folders=folders,
-        method=_label_method(recipe),
+        method=recipe.label,
         rank=recipe.adapter.rank,
         model=recipe.model.name,
     )
-
-
-def _label_method(recipe: Recipe) -> str:
-    """Return the recipe's method with its variant, as `RunResults.label` does for a run."""
-    method, variant = recipe.adapter.method, recipe.variant
-    return f"{method} {variant}" if variant else method
 
 
 def _check_inputs(sweep: Sweep) -> None:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from launch.config.schema import Export, Recipe
-from launch.run.results import RunResults, Score
+from launch.run.results import RunResults, Score, describe_source
 
 # Of the folders that a run may export. The first that is there is the one to load.
 CONTENTS = {
@@ -31,7 +31,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f} nats per answer token.
-Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
+{_render_source(results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
@@ -46,6 +46,13 @@ def list_exports(folder: Path, wanted: Export) -> list[str]:
     """Return the folders that a run with this `export` section has written, that to load first."""
     asked = {"lora_small": wanted.rank is not None, "merged": wanted.merged}
     return [name for name in CONTENTS if (folder / name).is_dir() and asked.get(name, True)]
+
+
+def _render_source(results: RunResults) -> str:
+    """Say what the initial factors were made from; empty where there are none, or it is not known."""
+    if results.rank is None or "calibration_data" not in results.model_fields_set:
+        return ""
+    return f"Initial factors from {describe_source(results.calibration_data)}.\n"
 
 
 def _render_scores(results: RunResults) -> str:

@@ -13,6 +13,7 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, get_eva_state_dict, get_pe
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from scipy.stats import beta, kstest
 from torch import Tensor, nn
 
 from astra import inits
@@ -68,6 +69,44 @@ def test_all_eigenvectors_together_give_the_whole_weight_back() -> None:
     weight = random(12, 5)
     a0, b0 = inits.init_astra(weight, subspace_of(weight, 30, 12, "smallest"))
     torch.testing.assert_close(b0 @ a0, weight, rtol=0, atol=1e-12)
+
+
+def draw_haar(size: int, rank: int, seed: int) -> Tensor:
+    return inits.init_haar(torch.zeros(size, 3), rank, seed, "m")[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_haar_is_an_orthonormal_basis_and_the_weights_projection_on_it(dtype: torch.dtype) -> None:
+    weight = random(30, 14).to(dtype)
+    a0, b0 = inits.init_haar(weight, 5, 7, "m")
+    assert (a0.dtype, b0.dtype) == (torch.float64, torch.float64)
+    torch.testing.assert_close(b0.T @ b0, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(a0, b0.T @ weight.double(), rtol=0, atol=1e-13)
+    # What stays of W has no part in the basis.
+    residual = weight.double() - b0 @ a0
+    torch.testing.assert_close(b0.T @ residual, torch.zeros_like(a0), rtol=0, atol=1e-13)
+
+
+def test_haar_depends_on_seed_and_name_alone() -> None:
+    weight = random(30, 14)
+    _, b0 = inits.init_haar(weight, 5, 7, "m")
+    assert torch.equal(b0, inits.init_haar(2 * weight, 5, 7, "m")[1])
+    for seed, name in ((8, "m"), (7, "n")):
+        assert (b0 - inits.init_haar(weight, 5, seed, name)[1]).abs().max() > 0.1
+
+
+def test_haars_law_is_that_of_a_uniform_subspace_with_a_uniform_basis() -> None:
+    """The squared projection of a fixed unit vector is Beta(r / 2, (d - r) / 2) distributed."""
+    size, rank, count = 7, 3, 3000
+    bases = torch.stack([draw_haar(size, rank, seed) for seed in range(count)])
+    for direction in (torch.eye(size)[0].double(), torch.full((size,), size**-0.5).double()):
+        projections = (bases.transpose(1, 2) @ direction).square().sum(1)
+        assert kstest(projections, beta(rank / 2, (size - rank) / 2).cdf).pvalue > 0.01
+    # Each column is a uniform unit vector: its entries have either sign. LAPACK's Q alone would
+    # have one sign on its diagonal.
+    for entries in bases.diagonal(dim1=1, dim2=2).T:
+        assert kstest(entries.square(), beta(0.5, (size - 1) / 2).cdf).pvalue > 0.01
+        assert abs(entries.sign().mean()) < 3 / count**0.5
 
 
 def test_plain_lora_is_kaiming_uniform_like_pefts() -> None:

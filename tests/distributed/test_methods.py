@@ -22,7 +22,12 @@ from launch.config.schema import Recipe
 from launch.data.order import sample_examples
 from tests.support.cases import METHODS, RESUMED_METHOD
 from tests.support.paths import WORKERS
-from tests.support.plain import assert_weights_close, compute_answer_loss, load_base
+from tests.support.plain import (
+    add_first_gradients,
+    assert_weights_close,
+    compute_answer_loss,
+    load_base,
+)
 from tests.support.runs import read_calibration, read_losses, read_results
 
 pytestmark = pytest.mark.xdist_group("methods")
@@ -60,7 +65,8 @@ def test_a_sharded_run_is_the_unsharded_one(name: str, engine: str, runs: dict[s
     assert len(losses) == 3
     drift = read_results(run)["logit_drift"]
     assert drift < 1e-5
-    assert (run / "astra_init").is_dir() == (drift > 0) == (name != "eva")
+    starts_on_base = name == "eva" or name.endswith("-zero")
+    assert (run / "astra_init").is_dir() == (drift > 0) == (not starts_on_base)
     exported, other = (
         load_file(folder / "lora" / "adapter_model.safetensors") for folder in (run, alone)
     )
@@ -101,6 +107,78 @@ def test_the_initial_factors_are_the_formulas(
     for side, factor in zip("AB", factors, strict=True):
         stored = initial[f"base_model.model.{name}.lora_{side}.weight"]
         torch.testing.assert_close(stored, factor.float(), rtol=0, atol=1e-6)
+
+
+def read_step(run: Path, step: int) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint."""
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "tensors.safetensors")
+
+
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+@pytest.mark.parametrize("name", ["haar", "haar-zero", "largest-zero"])
+def test_the_first_step_of_a_control_is_that_of_plain_algebra(
+    name: str,
+    engine: str,
+    runs: dict[str, Path],
+    recipe: Path,
+    base: Path,
+    rows: list[dict],
+) -> None:
+    """With G the loss's gradient at W, those of A and B are s B0^T G and s G A0^T."""
+    settings = read_recipe(str(recipe), METHODS[name])
+    scaling = settings.adapter.alpha / settings.adapter.rank
+    model = load_base(base)
+    add_first_gradients(model, settings, rows)
+    first, second = (read_step(runs[engine] / name, step) for step in (0, 1))
+    wanted = {}
+    for module, linear in model.named_modules():
+        if f"{module}.A.initial" not in first:
+            continue
+        weight, gradient = linear.weight.detach().double(), linear.weight.grad.double()
+        a0, b0 = (first[f"{module}.{side}.initial"].double() for side in "AB")
+        # Stored in fp32, so exact to its rounding.
+        identity = torch.eye(len(a0), dtype=torch.float64)
+        torch.testing.assert_close(b0.T @ b0, identity, rtol=0, atol=1e-6)
+        if name.startswith("haar"):
+            _, drawn = inits.init_haar(weight, len(a0), settings.calibration.seed, module)
+            assert torch.equal(first[f"{module}.B.initial"], drawn.float())  # on every engine
+        if name == "haar":
+            torch.testing.assert_close(a0, b0.T @ weight, rtol=0, atol=1e-5)
+        else:
+            assert not a0.any()
+        wanted[f"{module}.A"] = scaling * b0.T @ gradient
+        wanted[f"{module}.B"] = scaling * gradient @ a0.T
+    assert len(wanted) == 28
+    norm = sum(gradient.square().sum() for gradient in wanted.values()).sqrt()
+    clip = min(1, settings.train.max_grad_norm / norm)
+    for key, gradient in wanted.items():
+        found = second[f"{key}.exp_avg"] / 0.1  # AdamW's first moment is 0.1 of the first gradient
+        atol = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(found, (clip * gradient).float(), rtol=0, atol=atol, msg=key)
+
+
+@pytest.mark.parametrize("engine", ["single", *SHARDED])
+def test_records_say_whether_examples_were_calibrated_on(
+    engine: str, runs: dict[str, Path]
+) -> None:
+    run = runs[engine] / "haar"
+    results = read_results(run)
+    assert (results["variant"], results["calibration_data"]) == ("haar", None)
+    assert results["seconds"]["calibration"] == 0
+    assert not (run / "calibration").exists()
+    assert "Initial factors from no calibration data." in (run / "README.md").read_text()
+    run = runs[engine] / "largest-zero"
+    results = read_results(run)
+    assert results["variant"] == "largest zero start"
+    manifest = json.loads((run / "calibration" / "manifest.json").read_text())
+    assert results["calibration_data"] == {
+        "path": results["data"]["path"],
+        "tokens_sha256": results["data"]["tokens_sha256"],
+        "examples": 11,
+        "tokens": manifest["tokens"],
+    }
+    assert "from 11 calibration examples of " in (run / "README.md").read_text()
+    assert read_results(runs[engine] / "milora")["calibration_data"] is None
 
 
 @pytest.mark.parametrize("name", ["corda-kpm", "eva", "lora_ga"])

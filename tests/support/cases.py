@@ -111,6 +111,9 @@ METHODS = {
         "calibration.batch_size=1",
         "adapter.eigen_select=largest",
     ],
+    "haar": ["adapter.eigen_select=haar"],
+    "haar-zero": ["adapter.eigen_select=haar", "adapter.start=zero"],
+    "largest-zero": ["adapter.eigen_select=largest", "adapter.start=zero"],
 }
 RESUMED_METHOD = "corda-kpm"
 

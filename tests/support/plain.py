@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 
-from launch.config.schema import Recipe
+from launch.config.schema import Recipe, Train
 from launch.data.prompts import format_prompt
 
 
@@ -49,15 +49,9 @@ def train_plainly(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     steps = settings.max_steps
     warmup = math.ceil(steps * settings.warmup_ratio)
-    order: list[int] = []
-    generator = torch.Generator().manual_seed(settings.seed)
-    while len(order) < steps * settings.global_batch:
-        order += torch.randperm(len(rows), generator=generator).tolist()
     losses, norms = [], []
     for step in range(steps):
-        batch = order[step * settings.global_batch : (step + 1) * settings.global_batch]
-        sums = [_sum_answer_loss(model, tokenizer, rows[i]) for i in batch]
-        loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
+        loss = _compute_step_loss(model, tokenizer, settings, rows, step)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         share = (step - warmup) / (steps - warmup)
@@ -69,6 +63,25 @@ def train_plainly(
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms
+
+
+def add_first_gradients(model: nn.Module, recipe: Recipe, rows: list[dict]) -> None:
+    """Add to the parameters of `model` the gradients of the first step's loss."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    _compute_step_loss(model, tokenizer, recipe.train, rows, 0).backward()
+
+
+def _compute_step_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizer, settings: Train, rows: list[dict], step: int
+) -> Tensor:
+    """Return the mean cross-entropy of the answer tokens of a step's rows."""
+    order: list[int] = []
+    generator = torch.Generator().manual_seed(settings.seed)
+    while len(order) < (step + 1) * settings.global_batch:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    batch = order[step * settings.global_batch : (step + 1) * settings.global_batch]
+    sums = [_sum_answer_loss(model, tokenizer, rows[i]) for i in batch]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 @torch.no_grad()

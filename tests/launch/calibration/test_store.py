@@ -70,7 +70,7 @@ def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
 
 def read_cropped(folder: Path, name: str, select: str) -> dict[str, torch.Tensor]:
     """Read what a run of rank 2 takes of a module."""
-    settings = MethodSettings(1.0, select, "ipm", calibration_seed=0, train_seed=0)
+    settings = MethodSettings(1.0, select, "ipm", 0, 0, "projection")
 
     def crop(solution: dict) -> dict:
         return crop_solution(solution, METHODS["astra"], 2, settings)
