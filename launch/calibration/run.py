@@ -68,7 +68,7 @@ def open_calibration_folder(recipe: Recipe, folder: Path) -> FolderLock:
     if recipe.calibration.path is not None:
         raise UserError("calibration.path: is what --output makes; leave it out here")
     if not recipe.adapter.method_record.is_calibrated:
-        raise UserError(f"adapter.method: {recipe.adapter.method} needs no calibration")
+        raise UserError(f"adapter.method: {recipe.label} needs no calibration")
     lock = FolderLock(folder)
 
     def open_folder() -> None:
