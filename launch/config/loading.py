@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from launch.config.overrides import format_value, parse_override, set_field
-from launch.config.schema import Recipe, Section, SectionT, find_section
+from launch.config.schema import Recipe, find_section
+from launch.config.section import Section, SectionT
 from launch.runtime.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -25,7 +26,14 @@ RENAMED_FIELDS = {"data.keep": "data.filter"}
 UNHASHED_FIELDS = ("calibration.reduction",)
 EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
 # Fields and sections that came later: hashes are without them where they are at their defaults.
-ADDED_FIELDS = ("export", "model.new_weights", "adapter.exclude", "adapter.start")
+ADDED_FIELDS = (
+    "export",
+    "model.new_weights",
+    "adapter.exclude",
+    "adapter.start",
+    "task",
+    "train.head_lr",
+)
 
 
 def read_recipe(source: str, overrides: list[str]) -> Recipe:

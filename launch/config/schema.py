@@ -5,24 +5,16 @@ How a YAML file and the command line fill it is in launch.config.loading.
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from eval.tasks import BENCHMARKS, GROUPS
+from launch.config.section import Name, Section
+from launch.config.task import Task
 from launch.methods.base import Method, MethodSettings
 from launch.methods.registry import METHODS
-
-Name = Annotated[str, StringConstraints(min_length=1)]
 
 
 def _read_number(value: object) -> object:
@@ -54,15 +46,6 @@ def _read_limit(value: object) -> object:
 
 
 Limit = Annotated[float | Literal["auto"] | None, PlainValidator(_read_limit)]
-
-
-class Section(BaseModel):
-    """A part of a recipe. Strict: 3 is not "3", and true is not 1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
-
-
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Model(Section):
@@ -284,6 +267,9 @@ class Train(Section):
         None, ge=1, description="optimiser steps; overrides epochs when set"
     )
     lr: Number = Field(2e-5, gt=0, description="peak learning rate of AdamW, cosine to 0")
+    head_lr: Number | None = Field(
+        None, gt=0, description="peak learning rate of a task's new head; `lr` when null"
+    )
     warmup_ratio: Number = Field(
         0.03, ge=0, lt=1, description="share of the steps with linear warmup"
     )
@@ -385,6 +371,7 @@ class Recipe(Section):
 
     model: Model
     data: Data
+    task: Task = Task()
     adapter: Adapter = Adapter()
     calibration: Calibration = Calibration()
     train: Train = Train()
@@ -407,6 +394,31 @@ class Recipe(Section):
             raise ValueError(
                 "model.new_weights: an adapter's folder cannot hold them; set adapter.method=full"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "Recipe":
+        if not self.task.has_head:
+            if self.train.head_lr is not None:
+                raise ValueError(
+                    "train.head_lr: a causal task has no new head; leave it out, or set task.kind"
+                )
+            return self
+        causal_only = {
+            "model.new_weights": bool(self.model.new_weights),
+            "data.packing": self.data.packing,
+            "data.prepared": self.data.prepared is not None,
+            "data.input": self.data.input is not None,
+            "eval.suites": bool(self.eval.suites),
+            "eval.other_text": self.eval.other_text is not None,
+            "eval.baseline": self.eval.baseline,
+            "calibration.statistics": self.calibration.statistics != "exact",
+        }
+        for field, is_set in causal_only.items():
+            if is_set:
+                raise ValueError(
+                    f"{field}: is for causal tasks only, not for {self.task.kind}; leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,8 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         UserError: on every rank, for whatever any node finds wrong, or if the data or the weights
             differ between nodes.
     """
+    if recipe.task.has_head:
+        raise UserError(f"task.kind: {recipe.task.kind} is not trained yet; set causal")
     nodes = run_on_each_node(lambda: _prepare_node(recipe))
     first = nodes[0]
     for node in nodes:
