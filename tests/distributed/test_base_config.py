@@ -34,12 +34,13 @@ def test_a_changed_config_is_another_base(
     launch(*adapter)
     change_json(run / "lora" / "adapter_config.json", lora_alpha=1000)
     assert "is generations.previous.jsonl now" in launch(*adapter).stdout
-    launch(*score)
+    assert "is generations.previous-2.jsonl now" in launch(*score).stdout
 
     change_json(model / "config.json", transformers_version="9.9", use_cache=False)
-    assert "generations.previous.jsonl" not in launch(*score).stdout
+    assert "was made with other settings" not in launch(*score).stdout
     change_json(model / "config.json", rms_norm_eps=0.5)
-    assert "is generations.previous.jsonl now" in launch(*score).stdout
+    # No response is deleted: the earlier files keep their names.
+    assert "is generations.previous-3.jsonl now" in launch(*score).stdout
     refusals = {
         "--adapter: ": adapter,
         "--after: config.json of model.name changed": ["launch/calibrate.py", "--after", run],
