@@ -1,4 +1,6 @@
-"""Which files hold the rows of a split: one file, a folder of `save_to_disk`, or the hub's layout.
+"""Which files hold the rows of a split: one file, or a folder.
+
+A folder is one of `save_to_disk`, has the hub's layout, or holds GLUE's own TSV files.
 
 Whatever would leave rows out in silence is refused: a split or configuration that is not there,
 shards that are missing, files of another format among those of the split.
@@ -11,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.data.glue_files import GlueSplit, describe_size, find_glue_splits
 from launch.data.hub_layout import UNREAD, find_hub_files
 from launch.data.readers import ENDINGS, Reader, UnreadableError, find_reader, read_arrow
 
@@ -33,6 +36,7 @@ class Split(NamedTuple):
     """The rows of a split, in order."""
 
     parts: tuple[Part, ...]
+    note: str | None = None  # what is unusual about the rows, for people
 
     def list_files(self) -> list[Path]:
         """Return the files that are read, each once."""
@@ -58,7 +62,8 @@ def find_split(path: Path, split: str, config: str | None) -> Split:
 
     Args:
         split: as `datasets` spells it: `train`, `train[:10%]`, `train+test[5:]`.
-        config: the configuration; None for the only one or the default.
+        config: the configuration; None for the only one or the default. Of GLUE's own files, the
+            task's name.
 
     Raises:
         UnreadableError: there is no such split or configuration; files of it are missing, or are of
@@ -71,6 +76,9 @@ def find_split(path: Path, split: str, config: str | None) -> Split:
     if _is_saved(path) or (path / "dataset_dict.json").is_file():
         _refuse_config(config, f"{path}, a folder of save_to_disk,")
         return _find_saved_split(path, split)
+    glue = find_glue_splits(path, config)
+    if glue is not None:
+        return _find_glue_split(path, split, config, glue)
     return _find_hub_split(path, split, config)
 
 
@@ -90,7 +98,10 @@ def _require_reader(path: Path) -> Reader:
     if reader is None:
         hint = ""
         if path.suffix.lower() == ".tsv":
-            hint = "; TSV files differ in how they quote: convert it to CSV or JSONL"
+            hint = (
+                "; TSV files differ in how they quote: convert it to CSV or JSONL. Of GLUE's own "
+                "files give the folder, and set data.config to the task, such as mrpc"
+            )
         raise UnreadableError(f"{path} is none of {ENDINGS}{hint}")
     if path.stat().st_size == 0:
         raise UnreadableError(f"{path} is empty")
@@ -164,6 +175,17 @@ def _read_json_field(path: Path, field: str) -> list[Any]:
         raise UnreadableError(f"{path} cannot be read ({fault}); save the data set again") from None
 
 
+def _find_glue_split(path: Path, split: str, task: str, found: Mapping[str, GlueSplit]) -> Split:
+    """Find a split among those of GLUE's own files. Raises UnreadableError."""
+    what = f"{path} (GLUE's {task}, whose test rows have no labels)"
+    wholes = {name: Part((part.file,), part.read) for name, part in found.items()}
+    cut = _cut_parts(wholes, split, what)
+    notes = []
+    for name in dict.fromkeys(_name_splits(split)):
+        notes.append(describe_size(name, task, Split((wholes[name],)).count_rows()))
+    return cut._replace(note="; ".join(filter(None, notes)) or None)
+
+
 def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
     """Find a split in a folder of the hub's layout. Raises UnreadableError."""
     names = _name_splits(split)
@@ -197,6 +219,8 @@ def _make_part(path: Path, split: str, files: Sequence[Path]) -> Part:
             readers.setdefault(reader, file.name)
         elif file.suffix.lower() in UNREAD:
             remedy = "convert it, or move it away"
+            if file.suffix.lower() == ".tsv":
+                remedy += "; of GLUE's own files, set data.config to the task, such as mrpc"
             if not file.is_file():  # on the hub alone
                 remedy = "fetch the data set into a folder of your own, and convert it there"
             raise UnreadableError(

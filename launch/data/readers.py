@@ -217,6 +217,18 @@ def read_csv(path: Path, fields: Collection[str] | None = None) -> Iterator[dict
             raise UnreadableError(f"{where} is not CSV: {error}") from None
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number, from 1, and the text of each line of a file, without its end.
+
+    Raises:
+        UnreadableError: the file is empty, cannot be read or is not UTF-8.
+    """
+    _require_content(path)
+    with _explain_faults(path), _open_binary(path) as file:
+        for number, line in enumerate(_decode_lines(path, file), start=1):
+            yield number, line.removesuffix("\n").removesuffix("\r")
+
+
 def _decode_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
     """Yield the lines of a file with their ends. Raises UnreadableError if one is not UTF-8."""
     for number, line in enumerate(file, start=1):

@@ -5,6 +5,7 @@ Which files those are is in launch.data.layout, and how one is read in launch.da
 
 import contextlib
 import difflib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -140,8 +141,16 @@ def load_split(data: Data, path: Path) -> Split:
     except UnreadableError as error:
         where = "" if path.is_file() else f"cannot load {data.path} (split {data.split}): "
         raise UserError(f"data.path: {where}{error}") from None
+    if split.note is not None:
+        _announce(f"data.path: {data.path}: {split.note}")
     _require_fields(split, data)
     return split
+
+
+@functools.cache
+def _announce(note: str) -> None:
+    """Print a note, once in a process."""
+    print(note, file=sys.stderr, flush=True)
 
 
 def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iterator[dict]:
