@@ -31,6 +31,7 @@ ADDED_FIELDS = (
     "model.new_weights",
     "adapter.exclude",
     "adapter.start",
+    "train.lr_ratio",
     "task",
     "train.head_lr",
 )

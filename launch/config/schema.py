@@ -267,6 +267,12 @@ class Train(Section):
         None, ge=1, description="optimiser steps; overrides epochs when set"
     )
     lr: Number = Field(2e-5, gt=0, description="peak learning rate of AdamW, cosine to 0")
+    lr_ratio: Number = Field(
+        1,
+        gt=0,
+        allow_inf_nan=False,
+        description="LoRA+: learning rate of B over that of A, which is lr, at every step",
+    )
     head_lr: Number | None = Field(
         None, gt=0, description="peak learning rate of a task's new head; `lr` when null"
     )
@@ -397,6 +403,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_lr_ratio(self) -> "Recipe":
+        if self.train.lr_ratio != 1 and self.adapter.method_record.trains_all:
+            raise ValueError(
+                f"train.lr_ratio: is B's rate over A's, and method {self.adapter.method} has "
+                "neither; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_task(self) -> "Recipe":
         if not self.task.has_head:
             if self.train.head_lr is not None:
@@ -481,14 +496,14 @@ class Recipe(Section):
     def variant(self) -> str | None:
         """What the method's name leaves open; it stands beside the name wherever results do."""
         field = self.adapter.method_record.variant
-        if field is None:
-            return None
-        words = [getattr(self.adapter, field)]
+        words = [] if field is None else [getattr(self.adapter, field)]
         if self.calibration.statistics == "reference":
             words.append("reference")
         if self.adapter.start == "zero":
             words.append("zero start")
-        return " ".join(words)
+        if self.train.lr_ratio != 1:
+            words.append(f"lr_ratio {self.train.lr_ratio:g}")
+        return " ".join(words) or None
 
     @property
     def label(self) -> str:

@@ -42,7 +42,10 @@ class TrainState(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Average gradients over ranks, clip them, update with learning rate `lr`, clear them.
+        """Average gradients over ranks, clip them, update and clear them.
+
+        Args:
+            lr: learning rate; that of a group of the optimiser is its `rate_factor` times as large.
 
         Returns:
             The global gradient norm before clipping, a scalar tensor.
@@ -111,5 +114,9 @@ class Engine(Weights, Protocol):
     def make_trainable(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> TrainState:
-        """Put `model` and its optimiser in the engine's hands. The model can run in eval mode too."""
+        """Put `model` and its optimiser in the engine's hands. The model can run in eval mode too.
+
+        Args:
+            optimizer: AdamW, whose groups have a `rate_factor` (see TrainState.step).
+        """
         ...

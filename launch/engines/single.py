@@ -41,7 +41,7 @@ class TorchTrainState:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

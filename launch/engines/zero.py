@@ -59,6 +59,10 @@ class ZeroTrainState:
         # one's gradient.
         self.model = self.engine = engine
         self.optimizer = optimizer
+        if len(optimizer.param_groups) > 1:
+            # After the first group's first step stage 2 looks up the moments of all groups, once.
+            # By default the others have none then, and theirs could not be read afterwards.
+            compat.make_adam_state(optimizer, 0, MOMENTS)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Told for each micro batch, because packed steps differ in how many they have.
@@ -69,7 +73,7 @@ class ZeroTrainState:
 
     def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate_factor"]
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm())
 

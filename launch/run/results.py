@@ -161,6 +161,7 @@ class RunResults(Record):
     small: SmallExport | None = None  # only with export.rank
     alpha: float | None
     lr: float
+    lr_ratio: float = 1.0  # B's learning rate over that of all else
     seed: int
     steps: int
     final_loss: float  # of the last step, nats per answer token

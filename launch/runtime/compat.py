@@ -600,5 +600,6 @@ def make_adam_state(zero: "ZeROOptimizer", step: int, moments: Collection[str]) 
         state["step"] = torch.tensor(float(step), device=shard.device)
         zero.optimizer.state[shard] = state
     if not sharded:
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     return sharded

@@ -56,6 +56,7 @@ def make_results(
         lora_rank=run_on_rank0(lambda: read_plain_rank(run.folder)),
         alpha=adapter.alpha if has_adapters else None,
         lr=recipe.train.lr,
+        **({"lr_ratio": recipe.train.lr_ratio} if recipe.train.lr_ratio != 1 else {}),
         seed=recipe.train.seed,
         steps=len(run.steps),
         final_loss=history[-1]["loss"],

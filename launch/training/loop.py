@@ -25,6 +25,7 @@ from launch.runtime.errors import DivergedError
 from launch.runtime.units import GIB
 from launch.training.flops import FlopCounts, read_peak_memory
 from launch.training.loss import AnswerLoss
+from launch.training.trainable import group_parameters
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,17 @@ def describe_low_rates(steps: int, settings: Train) -> str | None:
 
 
 def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> TrainState:
-    """Make AdamW over all parameters of `model` that require gradients. Collective.
+    """Make AdamW over all trained parameters of `model`, in groups of one learning rate. Collective.
 
     Returns:
         The engine's state, whose `model` computes the loss of `model`, see AnswerLoss.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = []
+    for group in group_parameters(model, settings):
+        groups.append({"params": group.parameters, "rate_factor": group.rate_factor})
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
+        groups,
+        lr=settings.lr,  # TrainState.step sets each group's
         weight_decay=settings.weight_decay,
         fused=engine.device.type == "cuda",  # one kernel for all parameters
     )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -20,7 +21,7 @@ from astra.adapter import (
     read_magnitudes,
 )
 from astra.targets import abbreviate_name, match_targets
-from launch.config.schema import Adapter
+from launch.config.schema import Adapter, Train
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.models.check import CheckedModel, draw_weight, make_meta_model
@@ -121,6 +122,36 @@ def find_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(model, PeftModel):
         return get_trained_parameters(get_lora_layers(model))
     return dict(model.named_parameters())
+
+
+class ParameterGroup(NamedTuple):
+    """Trained parameters that have one learning rate."""
+
+    rate_factor: float  # the learning rate over train.lr, at every step
+    parameters: list[nn.Parameter]
+
+
+def group_parameters(model: nn.Module, settings: Train) -> list[ParameterGroup]:
+    """Group the trained parameters by learning rate: each is in exactly one group.
+
+    `factors` names what has a rate of its own, by `_get_kind`; all else has train.lr. What has the
+    same rate is one group, in the model's order: with train.lr alone, that of earlier versions, to
+    the bit. To be called when `find_trained_parameters` may be.
+    """
+    factors = {"B": settings.lr_ratio}  # LoRA+, arXiv 2402.12354
+    named = find_trained_parameters(model)
+    if {*map(id, named.values())} != {id(p) for p in model.parameters() if p.requires_grad}:
+        raise ValueError("what is trained is not what find_trained_parameters names")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        factor = factors.get(_get_kind(model, name), 1.0)
+        groups.setdefault(factor, []).append(parameter)
+    return [ParameterGroup(factor, parameters) for factor, parameters in groups.items()]
+
+
+def _get_kind(model: nn.Module, name: str) -> str | None:
+    """Return what a trained parameter is of an adapter: A, B or magnitude; None without adapters."""
+    return name.rpartition(".")[2] if isinstance(model, PeftModel) else None
 
 
 def as_base(model: nn.Module) -> AbstractContextManager[None]:

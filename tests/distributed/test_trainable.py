@@ -1,4 +1,4 @@
-"""Train with rsLoRA, DoRA and all parameters under ZeRO-3, FSDP2 and in one process.
+"""Train with rsLoRA, DoRA, LoRA+ and all parameters under ZeRO-3, FSDP2 and in one process.
 
 Proves that losses and exports are those of plain PEFT and PyTorch (tests/support/plain.py), and
 that a checkpoint resumes bit for bit on the same engine and to rounding on another. One launch an
@@ -26,12 +26,12 @@ from tests.support.plain import (
     load_base,
     train_plainly,
 )
-from tests.support.runs import read_losses, read_results
+from tests.support.runs import read_losses, read_metrics, read_results
 
 pytestmark = pytest.mark.xdist_group("trainable")
 
 SHARDED = ("zero3", "fsdp")
-METHODS = ("rslora", "dora", "full")
+METHODS = ("rslora", "dora", "lora-plus", "dora-plus", "full")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,22 @@ def runs(
         (folder / "ids.json").write_text(json.dumps(ids))
         sources = [folders[other] for other in SHARDED] if engine == "single" else []
         ranks = 1 if engine == "single" else 3  # shards of unequal size
-        launch(WORKERS / "trainable.py", recipe, folder, engine, *sources, ranks=ranks)
+        methods = ",".join(TRAINABLE_METHODS)
+        launch(WORKERS / "trainable.py", recipe, folder, engine, methods, *sources, ranks=ranks)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def plus_runs(
+    launch: Callable, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Return the folders of LoRA+ runs of the other engines."""
+    folders = {}
+    for engine, ranks in (("single", 1), ("zero2", 2), ("zero3_offload", 2)):
+        folders[engine] = tmp_path_factory.mktemp(engine)
+        (folders[engine] / "ids.json").write_text("[[1]]")
+        line = [recipe, folders[engine], engine, "lora-plus"]
+        launch(WORKERS / "trainable.py", *line, ranks=ranks)
     return folders
 
 
@@ -58,7 +73,8 @@ def prepare_model(run: Path, base: Path, method: str, recipe: Recipe) -> nn.Modu
     settings, model = recipe.adapter, load_base(base)
     if method == "full":
         return model
-    variant = {f"use_{method}": True}
+    name = settings.method
+    variant = {} if name == "lora" else {f"use_{name}": True}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, **variant
     )
@@ -77,7 +93,7 @@ def load_export(run: Path, base: Path, method: str) -> nn.Module:
     """Load the run's export with plain PEFT or transformers."""
     if method == "full":
         return load_base(run / "model")
-    part = {"rslora": "lora", "dora": "adapter"}[method]
+    part = "adapter" if method.startswith("dora") else "lora"
     return PeftModel.from_pretrained(load_base(base), run / part)
 
 
@@ -141,18 +157,48 @@ def test_full_bf16_steps_fp32_weights_and_exports_bf16(engine: str, runs: dict[s
     assert between > 0.9 * sum(weight.numel() for weight in weights.values())
 
 
+def test_lora_plus_equals_plain_training_with_two_groups_and_resumes_on_every_engine(
+    plus_runs: dict[str, Path], recipe: Path, base: Path, rows: list[dict]
+) -> None:
+    settings = read_recipe(str(recipe), [*TRAINABLE_STEPS, *TRAINABLE_METHODS["lora-plus"]])
+    model = prepare_model(plus_runs["zero2"] / "lora-plus", base, "lora-plus", settings)
+    wanted, norms = train_plainly(model, settings, rows)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for folder in plus_runs.values():
+        run = folder / "lora-plus"
+        steps = read_metrics(run)
+        assert [step["loss"] for step in steps] == pytest.approx(wanted, rel=1e-4)
+        assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=1e-4)
+        assert read_losses(folder / "lora-plus-resumed-0") == [step["loss"] for step in steps]
+        exported = load_file(run / "adapter" / "adapter_model.safetensors")
+        other = load_file(folder / "lora-plus-resumed-0" / "adapter" / "adapter_model.safetensors")
+        assert exported.keys() == other.keys() and len(exported) == len(trained)
+        for name, value in trained.items():
+            key = name.replace(".default", "")
+            atol = 1e-3 * value.abs().max().item()
+            torch.testing.assert_close(exported[key], value, rtol=0, atol=atol, msg=key)
+            assert torch.equal(exported[key], other[key])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_results_and_model_card_say_what_was_trained(method: str, runs: dict[str, Path]) -> None:
     run = runs["fsdp"] / method
     results, card = read_results(run), (run / "README.md").read_text()
-    assert (results["method"], results["eigen_select"], results["logit_drift"]) == (method, None, 0)
+    name, _, plus = method.partition("-")
+    assert (results["method"], results["eigen_select"], results["logit_drift"]) == (name, None, 0)
+    ratio = {"lora-plus": 16, "dora-plus": 4}.get(method)
+    assert results.get("lr_ratio") == ratio
+    assert results["variant"] == (f"lr_ratio {ratio}" if plus else None)
     ranks = (results["rank"], results["lora_rank"])
     match method:
         case "rslora":
             config = json.loads((run / "lora" / "adapter_config.json").read_text())
             assert (config["use_rslora"], config["r"], config["lora_alpha"]) == (False, 4, 4)
             assert ranks == (4, 4)
-        case "dora":
+        case "lora-plus":
+            assert ranks == (4, 4)
+            assert "lora lr_ratio 16" in card
+        case "dora" | "dora-plus":
             assert ranks == (4, None)
             assert 'from_pretrained(model, "adapter")' in card
             assert not (run / "lora").exists()

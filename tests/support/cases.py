@@ -125,9 +125,17 @@ FULL_FINE_TUNING = [
     "train.weight_decay=0.1",
     "train.lr=0.003",
 ]
+LORA_PLUS = [
+    "adapter.method=lora",
+    "train.lr_ratio=16",
+    "train.lr=0.003",
+    "train.weight_decay=0.1",
+]
 TRAINABLE_METHODS = {
     "rslora": ["adapter.method=rslora", "train.weight_decay=0.1"],
     "dora": ["adapter.method=dora", CHECKPOINTING, "export.merged=true"],
+    "lora-plus": LORA_PLUS,
+    "dora-plus": ["adapter.method=dora", "train.lr_ratio=4", "train.lr=0.005"],
     "full": FULL_FINE_TUNING,
     "full_bf16": [*FULL_FINE_TUNING, "model.dtype=bfloat16", "train.lr=0.0003"],
 }

@@ -45,8 +45,14 @@ def train_plainly(
     """
     settings = recipe.train
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    of_b = [p for name, p in trained.items() if ".lora_B." in name]
+    others = [p for name, p in trained.items() if ".lora_B." not in name]
+    rates = [settings.lr, settings.lr * settings.lr_ratio]  # of the two groups
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": of_b}], weight_decay=settings.weight_decay
+    )
     steps = settings.max_steps
     warmup = math.ceil(steps * settings.warmup_ratio)
     losses, norms = [], []
@@ -56,8 +62,8 @@ def train_plainly(
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         share = (step - warmup) / (steps - warmup)
         rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * rate
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

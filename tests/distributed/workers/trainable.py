@@ -1,8 +1,9 @@
-"""One rank of runs of several methods: `trainable.py RECIPE OUTPUT ENGINE [SOURCE ...]`.
+"""One rank of runs of several methods: `trainable.py RECIPE OUTPUT ENGINE METHODS [SOURCE ...]`.
 
-Each method is trained undisturbed, then its run is cut back to the middle checkpoint and resumed.
-With SOURCEs, the output folders of other engines, their runs are resumed instead. The logits of the
-trained, sharded model on the ids in OUTPUT/ids.json are kept in the run folder.
+METHODS are names in TRAINABLE_METHODS, with commas. Each is trained undisturbed, then its run is cut
+back to the middle checkpoint and resumed. With SOURCEs, the output folders of other engines, their
+runs are resumed instead. The logits of the trained, sharded model on the ids in OUTPUT/ids.json are
+kept in the run folder.
 """
 
 import json
@@ -48,15 +49,16 @@ def fine_tune(recipe: Recipe, folder: Path, device: torch.device, ids: list[list
         pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
 
 
-def main(recipe_path: str, output: Path, engine: str, sources: list[Path]) -> None:
+def main(
+    recipe_path: str, output: Path, engine: str, methods: list[str], sources: list[Path]
+) -> None:
     """Train and resume every method."""
     device = start_process_group()
     skip_plots()
     ids = json.loads((output / "ids.json").read_text())
-    for name, settings in TRAINABLE_METHODS.items():
-        recipe = read_recipe(
-            recipe_path, [f"engine={engine}", NO_SCORES, *TRAINABLE_STEPS, *settings]
-        )
+    for name in methods:
+        settings = [f"engine={engine}", NO_SCORES, *TRAINABLE_STEPS, *TRAINABLE_METHODS[name]]
+        recipe = read_recipe(recipe_path, settings)
         finished = [source / name for source in sources]
         if not sources:
             whole = output / name
@@ -75,7 +77,6 @@ def main(recipe_path: str, output: Path, engine: str, sources: list[Path]) -> No
 
 
 if __name__ == "__main__":
-    recipe_path, output, engine, *sources = read_arguments()
-    run_command(
-        lambda: main(recipe_path, Path(output), engine, [Path(source) for source in sources])
-    )
+    recipe_path, output, engine, methods, *sources = read_arguments()
+    folders = [Path(source) for source in sources]
+    run_command(lambda: main(recipe_path, Path(output), engine, methods.split(","), folders))

@@ -90,6 +90,39 @@ def test_exports_that_cannot_be_made_are_refused_before_the_run(
     read_recipe("metamath", ["adapter.rank=4", "export.rank=8", "export.merged=true"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["adapter.eigen_select=haar", "calibration.split_half=true"], "calibration.split_half: "),
+        (
+            ["adapter.eigen_select=haar", "adapter.rank_allocation=effective_rank"],
+            "adapter.rank_allocation: ",
+        ),
+        (["adapter.method=corda", "adapter.start=zero"], "adapter.start: corda has none"),
+        (["adapter.start=zero", "adapter.rank=4", "export.rank=5"], "export.rank: 5 is above 4"),
+        (["adapter.method=full", "train.lr_ratio=2"], "train.lr_ratio: is B's rate over A's"),
+        (["train.lr_ratio=0"], "train.lr_ratio: "),
+        (["train.lr_ratio=.inf"], "train.lr_ratio: "),
+    ],
+)
+def test_controls_are_refused_where_they_mean_nothing(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        read_recipe("metamath", settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        (["adapter.eigen_select=haar"], "astra haar"),
+        (["adapter.start=zero", "train.lr_ratio=4"], "astra smallest zero start lr_ratio 4"),
+        (["adapter.method=lora", "train.lr_ratio=16"], "lora lr_ratio 16"),
+        (["adapter.method=lora", "train.lr_ratio=1"], "lora"),
+    ],
+)
+def test_labels_tell_the_controls_apart(settings: list[str], label: str) -> None:
+    assert read_recipe("metamath", settings).label == label
+
+
 def test_every_field_is_described_in_the_help() -> None:
     text = render_field_help()
     for name, field in Recipe.model_fields.items():

@@ -30,6 +30,7 @@ from launch.training.loop import describe_low_rates, make_train_state, train
 from launch.training.loss import AnswerLoss
 from launch.training.metrics_log import format_speed, log_steps
 from launch.training.profiling import TABLE, TRACE, profile_steps
+from launch.training.trainable import group_parameters
 
 CPU = torch.device("cpu")
 SETTINGS = Train(global_batch=6, micro_batch=2, lr=0.01, checkpoint_every=4)
@@ -327,3 +328,19 @@ def test_a_rate_that_is_never_reached_is_said(
 ) -> None:
     line = describe_low_rates(steps, Train(lr=0.02, warmup_ratio=warmup_ratio))
     assert line is None if words is None else words in line
+
+
+def test_each_trained_parameter_is_in_one_group_in_the_models_order(make_llama: Callable) -> None:
+    model = attach_adapters(
+        make_llama().requires_grad_(False), ["q_proj", "down_proj"], 2, 4, 0.0, dora=True
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    (group,) = group_parameters(model, SETTINGS)
+    assert group.rate_factor == 1
+    # With one rate, the list that earlier versions gave to AdamW.
+    assert [*map(id, group.parameters)] == [*map(id, trained)]
+    others, of_b = group_parameters(model, SETTINGS.model_copy(update={"lr_ratio": 3.0}))
+    assert (others.rate_factor, of_b.rate_factor) == (1, 3)
+    assert {p.shape for p in of_b.parameters} == {(16, 2)}
+    assert {*map(id, others.parameters)} | {*map(id, of_b.parameters)} == {*map(id, trained)}
+    assert len(others.parameters) + len(of_b.parameters) == len(trained)
