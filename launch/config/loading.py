@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from launch.config.overrides import format_value, parse_override, set_field
 from launch.config.schema import Recipe, find_section
 from launch.config.section import Section, SectionT
+from launch.config.task_settings import apply_task_settings, fill_glue_fields
 from launch.runtime.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -40,6 +41,10 @@ ADDED_FIELDS = (
 def read_recipe(source: str, overrides: list[str]) -> Recipe:
     """Read the recipe named `source`, with overrides applied.
 
+    `extends: NAME` in a recipe takes over the fields of another one that it does not set itself, and
+    `by_task: {NAME: {field: value}}` has settings for some values of task.name. Of a task of GLUE the
+    fields that it decides need not be set (launch.config.task_settings).
+
     Args:
         source: name of a file in recipes/, or a path.
         overrides: `a.b=value`, the values in YAML; of two for the same field the last one counts.
@@ -50,6 +55,7 @@ def read_recipe(source: str, overrides: list[str]) -> Recipe:
     values, old_names = _load_values(find_yaml(source, RECIPES, "--recipe"))
     pairs = [parse_override(override) for override in overrides]
     _refuse_both_names([field for field, _ in pairs])
+    apply_task_settings(values, pairs)
     for field, value in pairs:
         renamed = _rename_field(field)
         if renamed != field:
@@ -58,6 +64,7 @@ def read_recipe(source: str, overrides: list[str]) -> Recipe:
         old_names += _rename_fields(values)  # in a value that is a whole section
     for old in old_names:
         _announce_new_name(old)
+    fill_glue_fields(values)
     return validate_recipe(values)
 
 
@@ -189,9 +196,32 @@ def load_yaml(path: Path, option: str) -> dict:
 
 
 def _load_values(path: Path) -> tuple[dict, list[str]]:
-    """Load a recipe's values under the fields' new names, and list the old names in it."""
+    """Load a recipe's values under the fields' new names, and list the old names in it.
+
+    Raises:
+        UserError: the file, or one that it extends, cannot be read; or it extends itself.
+    """
     values = load_yaml(path, "--recipe")
-    return values, _rename_fields(values)
+    old_names = _rename_fields(values)
+    seen = {path}
+    while extends := values.pop("extends", None):
+        base = find_yaml(str(extends), RECIPES, "--recipe")
+        if base in seen:
+            raise UserError(f"--recipe: {path} extends itself, through {base.stem}")
+        seen.add(base)
+        extended = load_yaml(base, "--recipe")
+        old_names += _rename_fields(extended)
+        values = _merge_sections(extended, values)
+    return values, old_names
+
+
+def _merge_sections(base: dict, values: dict) -> dict:
+    """Return nested `base` with the fields of `values` in their place."""
+    merged = base | values
+    for name, section in base.items():
+        if isinstance(section, dict) and isinstance(values.get(name), dict):
+            merged[name] = section | values[name]
+    return merged
 
 
 def _rename_fields(values: dict) -> list[str]:

@@ -86,7 +86,7 @@ class Task(Section):
     def _check_labels(self) -> None:
         if len(self.labels) < 2:
             raise ValueError(
-                "labels: a classification needs at least two, such as [no, yes]; set it"
+                "labels: a classification needs at least two, such as [bad, good]; set it"
             )
         doubled = [label for label in self.labels if self.labels.count(label) > 1]
         if doubled:

@@ -28,7 +28,15 @@ def test_every_recipe_parses_by_name_and_survives_the_round_trip(
 
 def test_the_recipes_are_all_there_with_a_run_script_each() -> None:
     names = [path.stem for path in ALL]
-    assert names == ["codefeedback", "commonsense", "metamath", "quickstart"]
+    assert names == [
+        "codefeedback",
+        "commonsense",
+        "glue",
+        "glue_adalora",
+        "glue_lora",
+        "metamath",
+        "quickstart",
+    ]
     for name in names:
         script = RECIPES / f"{name}.sh"
         assert script.stat().st_mode & 0o111, script

@@ -1,0 +1,80 @@
+"""What a recipe's task decides: fields that GLUE fixes, and settings that the recipe has by task."""
+
+import copy
+import difflib
+from typing import Any
+
+from eval.glue import GLUE
+from launch.config.overrides import set_field
+from launch.runtime.errors import UserError
+
+BY_TASK = "by_task"  # in a recipe's file: {task.name: {field: value}}
+
+
+def apply_task_settings(values: dict, overrides: list[tuple[str, Any]]) -> None:
+    """Take `by_task` out of nested `values`, and set in them what it has for their task.
+
+    Args:
+        values: of a recipe's file.
+        overrides: (field, value) that will be set after this; `task.name` may be among them.
+
+    Raises:
+        UserError: `by_task` is not {task.name: {field: value}}, or lacks the task.
+    """
+    by_task = values.pop(BY_TASK, None)
+    if by_task is None:
+        return
+    if not isinstance(by_task, dict) or not all(isinstance(v, dict) for v in by_task.values()):
+        raise UserError(f"{BY_TASK}: is not of the form {{task.name: {{field: value}}}}")
+    overridden = copy.deepcopy(values)
+    for field, value in overrides:
+        set_field(overridden, field, value)
+    name = _get_task_name(overridden)
+    if name not in by_task:
+        raise UserError(
+            f"task.name: the recipe has settings for {', '.join(by_task)}, not for {name}; set it "
+            "to one of those, or take another recipe"
+        )
+    for field, value in by_task[name].items():
+        set_field(values, field, value)
+
+
+def fill_glue_fields(values: dict) -> None:
+    """Set the fields that task.name decides in nested `values`, if it is one of GLUE's.
+
+    Fields that are set, to null too, are left: rows may come from elsewhere.
+
+    Raises:
+        UserError: the name is not one of GLUE's, and nothing says what kind of task it is.
+    """
+    name = _get_task_name(values)
+    if name is None:
+        return
+    task = values["task"]
+    if name not in GLUE:
+        if "kind" not in task:
+            near = difflib.get_close_matches(name.lower(), GLUE, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"task.name: no task {name!r} of GLUE; {hint}there are: {', '.join(GLUE)}; for a "
+                "task of your own set task.kind"
+            )
+        return
+    facts = GLUE[name]
+    decided = {
+        "kind": facts.kind,
+        "labels": list(facts.labels),
+        "sentence1": facts.sentence1,
+        "sentence2": facts.sentence2,
+        "dev": facts.dev,
+    }
+    values["task"] = decided | task
+    data = values.get("data")
+    if isinstance(data, dict):
+        values["data"] = {"config": name} | data
+
+
+def _get_task_name(values: dict) -> str | None:
+    task = values.get("task")
+    name = task.get("name") if isinstance(task, dict) else None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Train glue_adalora on one task, score it and print its results row:
+#   bash recipes/glue_adalora.sh --set task.name=cola
+#   LAUNCH="torchrun --nproc_per_node 8" bash recipes/glue_adalora.sh --set task.name=rte --output runs/mine
+# Arguments go to launch/train.py. LAUNCH is the launcher; the default, deepspeed, uses every GPU of
+# this machine. Prerequisites and hardware are in recipes/glue.yaml.
+set -euo pipefail
+exec ${LAUNCH:-deepspeed} "$(dirname "$0")/../launch/train.py" --recipe glue_adalora "$@"
