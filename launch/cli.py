@@ -93,6 +93,14 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, help="folder of the runs (default runs/tables/TABLE)"
     )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="folder of the small files of finished runs, to be committed. A run that is kept "
+        "there is not run again, and launch/sweep.py copies every finished run to it (default: "
+        "read docs/results/TABLE, copy nothing)",
+    )
 
 
 def _add_set_option(parser: argparse.ArgumentParser, text: str) -> None:

@@ -42,10 +42,10 @@ def main() -> None:
         from launch.sweeps.report import report_sweep  # with SciPy and torch it takes seconds
         from launch.sweeps.table import read_table
 
-        sweep = read_table(arguments.table, arguments.set, arguments.output)
+        sweep = read_table(arguments.table, arguments.set, arguments.output, arguments.keep)
         report_sweep(sweep, arguments.write, arguments.figures)
-    elif arguments.write or arguments.set or arguments.output:
-        raise UserError("--write, --set and --output go with --table")
+    elif arguments.write or arguments.set or arguments.output or arguments.keep:
+        raise UserError("--write, --set, --output and --keep go with --table")
     else:
         report_runs(arguments.runs, arguments.figures)
 

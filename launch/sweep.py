@@ -30,7 +30,7 @@ EXAMPLES = """\
 def main() -> None:
     """Run, list or submit the runs of a table, as the command line says."""
     arguments = read_command_line()
-    sweep = read_table(arguments.table, arguments.set, arguments.output)
+    sweep = read_table(arguments.table, arguments.set, arguments.output, arguments.keep)
     cells = sweep.list_cells()
     if arguments.only is not None:
         if not 0 <= arguments.only < len(cells):
@@ -41,7 +41,8 @@ def main() -> None:
     elif arguments.list:
         print_jobs(sweep)
     else:
-        sys.exit(run_sweep(sweep, cells, arguments.jobs, shlex.split(arguments.launch)))
+        launcher = shlex.split(arguments.launch)
+        sys.exit(run_sweep(sweep, cells, arguments.jobs, launcher, arguments.keep is not None))
 
 
 def read_command_line() -> argparse.Namespace:
@@ -83,6 +84,8 @@ def list_table_options(arguments: argparse.Namespace) -> list[str]:
         options += ["--set", override]
     if arguments.output:
         options += ["--output", str(arguments.output)]
+    if arguments.keep:
+        options += ["--keep", str(arguments.keep)]
     return options
 
 

@@ -22,9 +22,9 @@ from launch.runtime.errors import UserError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Fields that were renamed, `section.field` within one section. The old name works for one release.
 RENAMED_FIELDS = {"data.keep": "data.filter"}
-# Fields, `section.field`, that came later and change no result: hashes are without them. And the
+# Fields that came later and change no result: hashes are without them. And the
 # earlier default of fields whose default is another one now: hashes have it in the new one's place.
-UNHASHED_FIELDS = ("calibration.reduction",)
+UNHASHED_FIELDS = ("calibration.reduction", "note")
 EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
 # Fields and sections that came later: hashes are without them where they are at their defaults.
 ADDED_FIELDS = (
@@ -106,8 +106,8 @@ def dump_for_hash(recipe: Recipe) -> str:
     _restore_old_names(values)
     _drop_added_fields(recipe, values)
     for name in UNHASHED_FIELDS:
-        section, field = name.split(".")
-        del values[section][field]
+        section, _, field = name.partition(".")
+        del (values[section] if field else values)[field or section]
     for name, (now, earlier) in EARLIER_DEFAULTS.items():
         section, field = name.split(".")
         if values[section][field] == now:

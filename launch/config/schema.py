@@ -388,6 +388,11 @@ class Recipe(Section):
         description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the "
         "CPUs' memory; zero2 keeps the base whole on each rank; single is one process",
     )
+    note: Name | None = Field(
+        None,
+        description="a sentence that stands in the results, the model card and every report: what "
+        "must be known of the run beside its fields",
+    )
     tracking: list[Literal["tensorboard", "wandb"]] = Field(
         [],
         description="where metrics also go; each needs its package (wandb is offline without "

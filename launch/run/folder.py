@@ -11,8 +11,9 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 from launch.runtime.locks import FolderLock
 
-# Fields that say how a calibration is computed and not what: a finished run may have others too.
-OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction")
+# Fields that say how a calibration is computed and not what, or nothing of it: a finished run may
+# have others too.
+OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")
 # Fields that may change when a run resumes: they change neither its losses nor its subspaces,
 # beyond rounding.
 FREE_TO_CHANGE = (

@@ -93,6 +93,12 @@ class Seconds(Record):
 
     calibration: float
     training: float
+    total: float | None = None  # of the whole run, over all its starts; None in earlier records
+
+    @property
+    def whole(self) -> float:
+        """All seconds that the record knows of."""
+        return self.calibration + self.training if self.total is None else self.total
 
 
 class Conditions(Record):
@@ -151,6 +157,7 @@ class RunResults(Record):
     model: str
     base: Base
     data: Data
+    note: str | None = None  # of the recipe
     method: str
     variant: str | None = (
         None  # what the method's name leaves open, such as the end of the spectrum

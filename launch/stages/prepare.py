@@ -3,6 +3,7 @@
 "Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     Errors in the inputs are raised here, before the model is loaded. Of the quickstart the base is
     pretrained first, if it is not cached.
     """
+    started = time.monotonic()
     watchdog.set_phase("reading the inputs")
     model_name, settings = recipe.model.name, recipe.train
     run_on_rank0(lambda: require_trackers(recipe.tracking))
@@ -78,6 +80,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         checkpoints=checkpoints,
         saved=saved,
         decided=decided,
+        started=started,
     )
 
 

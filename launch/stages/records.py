@@ -40,6 +40,7 @@ class PreparedRun:
     checkpoints: CheckpointStore
     saved: Checkpoint | None  # the checkpoint to resume from
     decided: dict[str, Any]  # recipe field that was `auto` -> its value in `recipe`
+    started: float  # time.monotonic() at the start of this stage
 
 
 @dataclass(frozen=True)

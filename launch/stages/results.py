@@ -3,6 +3,8 @@
 "Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
+import time
+
 import torch.distributed as dist
 
 from launch.run.folder import write_state
@@ -64,6 +66,7 @@ def make_results(
         # Not known of a run of an earlier version.
         **(facts.model_dump(include={"calibration_data"}, exclude_unset=True)),
         **({"decided": facts.decided} if facts.decided else {}),
+        **({"note": recipe.note} if recipe.note else {}),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),
@@ -71,11 +74,25 @@ def make_results(
         residual_rounding=facts.residual_rounding,
         engine=recipe.engine,
         dtype=dtype_name(run.inputs.dtype),
-        seconds={"calibration": facts.calibration_seconds, "training": history[-1]["seconds"]},
+        seconds={
+            "calibration": facts.calibration_seconds,
+            "training": history[-1]["seconds"],
+            "total": _measure_total(run, facts),
+        },
         baseline=facts.baseline,
         scores=scores,
         conditions=conditions,
     )
+
+
+def _measure_total(run: PreparedRun, facts: RunFacts) -> float:
+    """Return the seconds of the whole run: of this start, and what the earlier ones are known for."""
+    seconds = time.monotonic() - run.started
+    if run.saved is not None:
+        seconds += facts.calibration_seconds
+        if run.saved.history:
+            seconds += run.saved.history[-1]["seconds"]
+    return seconds
 
 
 def write_run_results(run: PreparedRun, results: RunResults) -> None:

@@ -19,12 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from launch.run.results import RESULTS
+from launch.sweeps.inputs import check_inputs
+from launch.sweeps.kept import EFFECTIVE_RANKS, keep_runs
+from launch.sweeps.rates import LOWEST_STEP, make_rate
+from launch.sweeps.remaining import describe_remaining, format_minutes
 from launch.sweeps.table import Cell, Sweep, has_diverged
 
 COMMANDS = Path(__file__).resolve().parents[1]  # the folder of train.py and calibrate.py
-# What calibrate.py --after writes into a run folder. Named here too, as the module that writes it
-# imports torch, for which this command would take seconds to start.
-EFFECTIVE_RANKS = Path("after") / "effective_rank.json"
 STOPPED = 75  # sysexits.h: a temporary failure
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.1  # between two looks at the running jobs
@@ -64,7 +65,8 @@ def list_jobs(sweep: Sweep, cell: Cell) -> list[Job]:
     for run in sweep.list_runs(cell):
         folder = sweep.folder / run.name
         command = (str(COMMANDS / "train.py"), *run.arguments, "--output", str(folder))
-        jobs[run.name] = Job(run.name, command, folder / RESULTS, logs / f"{run.name}.log")
+        output = sweep.find_folder(run) / RESULTS
+        jobs[run.name] = Job(run.name, command, output, logs / f"{run.name}.log")
     measured = _find_measured_run(sweep, cell)
     if measured is not None:
         name = f"{measured.name}-after"
@@ -74,23 +76,33 @@ def list_jobs(sweep: Sweep, cell: Cell) -> list[Job]:
 
 
 def _find_measured_run(sweep: Sweep, cell: Cell) -> Path | None:
-    """Return the folder of the run whose effective ranks the table wants, if it has finished."""
+    """Return the folder of the run whose effective ranks the table wants.
+
+    Returns:
+        None until it has finished. A run that is kept without its effective ranks has none: the
+        measurement needs the trained model.
+    """
     if not sweep.table.spectra:
         return None
     eval_runs = sweep.eval_runs(cell)
     runs = eval_runs.get("own", eval_runs.get("recipe"))
     if not runs:
         return None
-    folder = sweep.folder / runs[0].name  # of the first seed
+    first_run = runs[0]  # of the first seed
+    kept = sweep.kept / first_run.name
+    if (kept / EFFECTIVE_RANKS).is_file():
+        return kept
+    folder = sweep.folder / first_run.name
     return folder if (folder / RESULTS).is_file() else None
 
 
 def count_jobs(sweep: Sweep, cell: Cell) -> int:
-    """Count the jobs that the cell will have had, at most, when all are done."""
+    """Count the jobs that the cell will have had when all are done, without further rates."""
     jobs = list_jobs(sweep, cell)
     count = len(jobs)
-    if sweep.table.learning_rates and sweep.tuned_lr(cell) is None:
-        count += len(sweep.table.seeds)
+    rates = sweep.table.learning_rates
+    if rates and sweep.tuned_lr(cell) is None:
+        count += len(sweep.table.seeds) * (3 if rates.neighbours else 1)
     if sweep.table.spectra and not any(job.output.name == EFFECTIVE_RANKS.name for job in jobs):
         count += 1
     return count
@@ -184,11 +196,20 @@ def _describe_failure(job: Job, code: int) -> str:
     return f"exit code {code}: {lines[-1] if lines else ''}"
 
 
-def run_sweep(sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[str]) -> int:
+def run_sweep(
+    sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[str], keep: bool = False
+) -> int:
     """Run the missing jobs of `cells` and print which failed.
+
+    Args:
+        keep: whether to copy the small files of every finished run to `sweep.kept`.
 
     Returns:
         The command's exit code: 0 if all jobs are done, 1 if some failed, STOPPED if told to stop.
+
+    Raises:
+        UserError: finished runs were made with different inputs, so none may choose a rate beside
+            the others. Running jobs are told to stop.
     """
     stop = Stop()
 
@@ -201,8 +222,16 @@ def run_sweep(sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[st
     def count_all() -> int:
         return sum(count_jobs(sweep, cell) for cell in cells)
 
+    def take_stock() -> None:
+        check_inputs(sweep)
+        if keep:
+            keep_runs(sweep, cells)
+
+    take_stock()
     total, num_before = count_all(), sum(map(is_done, list_known_jobs()))
     print(f"{sweep.name}: {num_before} runs of {total} are in {sweep.folder}", flush=True)
+    for line in describe_remaining(sweep, cells, total - num_before, num_slots):
+        print(f"{sweep.name}: {line}", flush=True)
     failures: dict[str, str] = {}
     started = time.monotonic()
     with tqdm(
@@ -216,6 +245,7 @@ def run_sweep(sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[st
         for num_ended, (job, failure) in enumerate(ended, start=1):
             if failure and not stop.requested:  # a job that is told to stop has not failed
                 failures[job.name] = failure
+            take_stock()
             total = count_all()
             bar.total = total
             bar.set_postfix_str(job.name)
@@ -223,8 +253,8 @@ def run_sweep(sweep: Sweep, cells: list[Cell], num_slots: int, launcher: list[st
             if bar.disable:
                 done = num_before + num_ended
                 minutes = (total - done) * (time.monotonic() - started) / num_ended / 60
-                state = failure or "done"
-                print(f"{done}/{total} {job.name}: {state}; {minutes:.0f} min left", flush=True)
+                state, left = failure or "done", format_minutes(minutes)
+                print(f"{done}/{total} {job.name}: {state}; {left} left", flush=True)
     if not stop.requested:
         failures |= _find_exhausted_grids(sweep, cells, failures)
     return _print_outcome(sweep, failures, stop)
@@ -239,8 +269,15 @@ def _find_exhausted_grids(
         runs = sweep.tuning_runs(cell).values()
         has_failed = any(run.name in failures for run in runs)
         if runs and not has_failed and sweep.tuned_lr(cell) is None:
+            tried = list(sweep.measure_rates(cell))
+            is_least = tried[0] <= make_rate(LOWEST_STEP)
             found[cell.label] = (
-                "every learning rate of its grid diverged; give the row a lower grid"
+                f"every learning rate from {tried[0]:g} to {tried[-1]:g} diverged; "
+                + (
+                    "look for what is wrong with the row"
+                    if is_least
+                    else "give the row a lower grid"
+                )
             )
     return found
 

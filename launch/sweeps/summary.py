@@ -7,9 +7,8 @@ otherwise. One seed decides nothing, and neither do differences without spread: 
 coarse scores give equal ones by chance.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,10 +16,9 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from scipy import stats
 
-from launch.config.schema import Recipe
 from launch.run.results import Prediction, RunResults, find_run_results
-from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
+from launch.sweeps.inputs import check_inputs
 from launch.sweeps.table import TABLES, Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -142,7 +140,7 @@ def collect_groups(sweep: Sweep) -> list[Group]:
         UserError: runs whose recipes have the same model, data or benchmarks were made with
             different content of them.
     """
-    _check_inputs(sweep)
+    check_inputs(sweep)
     groups = []
     for cell in sweep.list_cells():
         for rate, runs in sweep.eval_runs(cell).items():
@@ -152,13 +150,13 @@ def collect_groups(sweep: Sweep) -> list[Group]:
 
 def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Group:
     """Read the results of a cell's runs at one learning rate."""
-    folders = {run.recipe.train.seed: sweep.folder / run.name for run in runs}
+    folders = {run.recipe.train.seed: sweep.find_folder(run) for run in runs}
     results = {}
     for seed, folder in folders.items():
         found = find_run_results(folder)
         if found is not None:
             results[seed] = found
-    recipe, grid = runs[0].recipe, sweep.learning_rate_grid(cell)
+    recipe, grid = runs[0].recipe, list(sweep.measure_rates(cell))
     lr = recipe.train.lr
     return Group(
         label=cell.label,
@@ -174,50 +172,6 @@ def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Gr
         rank=recipe.adapter.rank,
         model=recipe.model.name,
     )
-
-
-def _check_inputs(sweep: Sweep) -> None:
-    """Raise UserError if two runs with the same fields of an input had different content of it."""
-    seen: dict[str, tuple[str, Path]] = {}  # input and its fields -> its content, and whose
-    for cell in sweep.list_cells():
-        for run in sweep.list_runs(cell):
-            folder = sweep.folder / run.name
-            results = find_run_results(folder)
-            if results is None:
-                continue
-            for name, fields, content in _list_inputs(run.recipe, results):
-                key = json.dumps([name, fields])
-                first, where = seen.setdefault(key, (content, folder))
-                if content != first:
-                    raise UserError(
-                        f"--table: {folder} was made with another {name} than {where} "
-                        f"({content[:12]}, not {first[:12]}); remove the older runs, or give "
-                        "--output another folder"
-                    )
-
-
-def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, list, str]]:
-    """Yield what a run was made with, where that is known.
-
-    Yields:
-        Name of the input, values of the recipe's fields that decide it, and its content.
-    """
-    model, data, settings = recipe.model, recipe.data, recipe.eval
-    weights = [model.name, model.revision]
-    if results.base.weights_sha256 is not None:
-        yield f"content of model.name {model.name}", weights, results.base.weights_sha256
-    if results.base.config_sha256 is not None:
-        yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
-    tokens = [weights, data.token_fields()]
-    yield f"content of data.path {data.path}", tokens, results.data.tokens_sha256
-    yield "dtype", [model.dtype], results.dtype
-    if results.other_text_source is not None:
-        content = results.other_text_source["sha256"]
-        yield f"content of eval.other_text {settings.other_text}", [], content
-    for benchmark, score in results.scores.items():
-        if score.data_sha256 is not None:
-            fields = [settings.data_dir, settings.limit]
-            yield f"content of suite {benchmark}", fields, score.data_sha256
 
 
 def list_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:

@@ -9,9 +9,9 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -25,18 +25,22 @@ from launch.config.loading import (
     validate_section,
 )
 from launch.config.schema import Name, Number, Recipe, Section
-from launch.run.results import RunResults, find_run_results
+from launch.run.results import RESULTS, RunResults, find_run_results
 from launch.runtime.errors import UserError
+from launch.sweeps.rates import choose_next_rate, find_best_rate, find_neighbours, make_grid
 
 TABLES = RECIPES / "tables"
+# Folders of the results that are committed, one for each table that has some.
+KEPT = RECIPES.parent / "docs" / "results"
 # Significant digits of a learning rate times rate_factor. 0.1 * 2e-5 is 2.0000000000000003e-6 in
 # floating point and must become exactly 2e-6, because the recipe's hash names the folder.
 SIGNIFICANT_DIGITS = 6
 
-Rate = Literal["recipe", "own", "common"]
+Rate = Literal["recipe", "own", "below", "above", "common"]
 """Which learning rate a group of runs is at.
 
-`recipe`: the recipe's or the row's. `own`: the best of the row's grid. `common`: one for all rows.
+`recipe`: the recipe's or the row's. `own`: the best of the row's grid. `below`, `above`: the
+neighbours of that one in the grid. `common`: one for all rows.
 """
 
 
@@ -55,11 +59,21 @@ class Row(Section):
 class LearningRates(Section):
     """How each row's learning rate is chosen."""
 
-    grid: list[Number] = Field(
+    grid: list[Annotated[Number, Field(gt=0)]] = Field(
         min_length=1, description="learning rates to choose each row's own from"
     )
+    extend: bool = Field(
+        False,
+        description="add the next of four rates a decade at an end of a row's grid while its best "
+        "is there",
+    )
     seed: int = Field(ge=0, description="of the runs it is chosen by, by their held-out loss")
-    common: Number = Field(gt=0, description="learning rate that every row is also run at")
+    neighbours: bool = Field(
+        False, description="run every seed at the rates next to a row's own too"
+    )
+    common: Number | None = Field(
+        None, gt=0, description="learning rate that every row is also run at; none when null"
+    )
 
 
 class Vary(Section):
@@ -97,6 +111,26 @@ class Table(Section):
                 raise ValueError(f"{name}: the same value twice")
         return self
 
+    @model_validator(mode="after")
+    def _check_learning_rates(self) -> "Table":
+        rates = self.learning_rates
+        if rates is None:
+            return self
+        if rates.seed in self.seeds:
+            raise ValueError(
+                f"learning_rates.seed: {rates.seed} is one of `seeds` too, and the run that chose "
+                "a rate cannot judge it; take another"
+            )
+        if len(set(rates.grid)) < len(rates.grid):
+            raise ValueError("learning_rates.grid: the same value twice")
+        for label, row in self.rows.items():
+            if rates.extend:
+                try:
+                    make_grid(rates.grid, row.rate_factor)
+                except ValueError as error:
+                    raise ValueError(f"learning_rates.grid: {error} (row {label})") from None
+        return self
+
 
 class Cell(NamedTuple):
     """A row at one of the values that vary. Its runs do not wait for those of other cells."""
@@ -122,6 +156,8 @@ class Sweep:
     table: Table
     overrides: tuple[str, ...]
     folder: Path  # of the run folders
+    kept: Path  # folder with the small files of finished runs, which are not run again
+    _runs: dict[str, "Run"] = field(default_factory=dict, compare=False, repr=False)  # made so far
 
     def list_cells(self) -> list[Cell]:
         """List the cells in the table's order: all values of the first row, then of the second."""
@@ -129,11 +165,13 @@ class Sweep:
         return [Cell(label, value) for label in self.table.rows for value in values]
 
     def learning_rate_grid(self, cell: Cell) -> list[float]:
-        """Return the learning rates to choose the cell's own from; none if it is the recipe's."""
+        """Return the rates from which the choice of the cell's own starts; none if there is none."""
         rates = self.table.learning_rates
         if rates is None:
             return []
         factor = self.table.rows[cell.label].rate_factor
+        if rates.extend:
+            return make_grid(rates.grid, factor)
         return [float(f"{rate * factor:.{SIGNIFICANT_DIGITS}g}") for rate in rates.grid]
 
     def make_run(self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]) -> Run:
@@ -149,6 +187,16 @@ class Sweep:
         Raises:
             UserError: what `read_recipe` finds wrong in the recipe.
         """
+        # Resolving a recipe takes milliseconds, and a sweep asks for all runs whenever one ends.
+        key = json.dumps([cell, lr, seed, list(benchmarks)])
+        if key not in self._runs:
+            self._runs[key] = self._resolve_run(cell, lr, seed, benchmarks)
+        return self._runs[key]
+
+    def _resolve_run(
+        self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]
+    ) -> Run:
+        """Do what `make_run` says."""
         row, vary = self.table.rows[cell.label], self.table.vary
         first = {"train.seed": seed, "calibration.seed": seed} | self.table.set | row.set
         last = dict.fromkeys(vary.fields, cell.value) if vary else {}
@@ -167,45 +215,81 @@ class Sweep:
             arguments += ["--set", override]
         return Run(f"{slug}-{hash_recipe(recipe)}", recipe, tuple(arguments))
 
-    def tuning_runs(self, cell: Cell) -> dict[float, Run]:
-        """Return the runs that choose the cell's learning rate, by learning rate.
+    def find_folder(self, run: Run) -> Path:
+        """Return the folder with the files of a run: where it is kept, else where it is made.
 
-        They are scored on no benchmark, so no benchmark score can influence the choice.
+        A kept run comes first, so that a report is the same with and without the run folders.
         """
-        runs = {}
-        for lr in self.learning_rate_grid(cell):
-            runs[lr] = self.make_run(cell, lr, self.table.learning_rates.seed, [])
-        return runs
+        kept = self.kept / run.name
+        return kept if has_ended(kept) else self.folder / run.name
+
+    def measure_rates(self, cell: Cell) -> dict[float, float | None]:
+        """Return the loss at each rate that the cell's own is chosen from, in ascending order.
+
+        With `extend` these are the rates of the grid and those that the results so far lead to, so
+        the same results lead to the same rates, whenever a sweep was stopped.
+
+        Returns:
+            Learning rate -> held-out loss on the seed that chooses; infinite where that is not
+            finite or the run diverged, None where the run has not ended.
+        """
+        losses: dict[float, float | None] = {}
+        waiting = self.learning_rate_grid(cell)
+        while waiting:
+            for rate in waiting:
+                losses[rate] = self._read_tuning_loss(cell, rate)
+            waiting = []
+            if self.table.learning_rates.extend and None not in losses.values():
+                further = choose_next_rate(losses)
+                waiting = [] if further is None else [further]
+        return dict(sorted(losses.items()))
+
+    def _read_tuning_loss(self, cell: Cell, rate: float) -> float | None:
+        """Return what `measure_rates` gives for one rate."""
+        folder = self.find_folder(self._make_tuning_run(cell, rate))
+        results = find_run_results(folder)
+        if results is None and not has_diverged(folder):
+            return None
+        return _get_tuning_loss(results)
+
+    def _make_tuning_run(self, cell: Cell, rate: float) -> Run:
+        """Return the run that measures one rate.
+
+        It is scored on no benchmark, so no benchmark score can influence the choice.
+        """
+        return self.make_run(cell, rate, self.table.learning_rates.seed, [])
+
+    def tuning_runs(self, cell: Cell) -> dict[float, Run]:
+        """Return the runs that choose the cell's learning rate, as known so far, by rate."""
+        return {rate: self._make_tuning_run(cell, rate) for rate in self.measure_rates(cell)}
 
     def tuned_lr(self, cell: Cell) -> float | None:
-        """Return the learning rate of the grid with the least held-out loss.
+        """Return the learning rate with the least held-out loss, the lowest of equal ones.
 
         Returns:
             None until all tuning runs have ended, or if all of them have diverged.
         """
-        losses = {}
-        for lr, run in self.tuning_runs(cell).items():
-            folder = self.folder / run.name
-            results = find_run_results(folder)
-            if results is None and not has_diverged(folder):
-                return None
-            losses[lr] = _get_tuning_loss(results)
-        best = min(losses, key=losses.get, default=None)
-        return None if best is None or losses[best] == math.inf else best
+        losses = self.measure_rates(cell)
+        return None if None in losses.values() else find_best_rate(losses)
 
     def eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
         """Return the runs that fill the cell, one per seed, keyed by `Rate`.
 
-        The key `own` is missing until that learning rate is chosen.
+        The keys `own`, `below` and `above` are missing until that learning rate is chosen.
         """
         rates: dict[Rate, float | None] = {}
-        if self.table.learning_rates is None:
+        settings = self.table.learning_rates
+        if settings is None:
             rates["recipe"] = None
         else:
             own = self.tuned_lr(cell)
             if own is not None:
                 rates["own"] = own
-            rates["common"] = self.table.learning_rates.common
+                if settings.neighbours:
+                    below, above = find_neighbours(list(self.measure_rates(cell)), own)
+                    rates |= {"below": below, "above": above}
+            rates["common"] = settings.common
+            rates = {rate: lr for rate, lr in rates.items() if lr is not None}
         runs = {}
         for rate, lr in rates.items():
             runs[rate] = [
@@ -224,7 +308,12 @@ class Sweep:
         return runs
 
 
-def read_table(source: str, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+def read_table(
+    source: str,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    kept: Path | None = None,
+) -> Sweep:
     """Read a table and validate the recipes of its runs, before any of them is launched.
 
     `extends: NAME` in a table takes over the fields of another one that it does not set itself.
@@ -233,6 +322,7 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
         source: name of a file in recipes/tables/, or a path to one.
         overrides: `a.b=value`, for every run.
         output: folder of the runs; runs/tables/NAME when None.
+        kept: folder with the small files of finished runs; docs/results/NAME when None.
 
     Raises:
         UserError: unknown table or key, bad value, or what `read_recipe` finds wrong
@@ -241,7 +331,7 @@ def read_table(source: str, overrides: Sequence[str] = (), output: Path | None =
     path = find_yaml(source, TABLES, "--table")
     table = validate_section(Table, **_load_table(path))
     folder = output or Path("runs") / "tables" / path.stem
-    sweep = Sweep(path.stem, table, tuple(overrides), folder)
+    sweep = Sweep(path.stem, table, tuple(overrides), folder, kept or KEPT / path.stem)
     for cell in sweep.list_cells():
         try:
             runs = _resolve_runs(sweep, cell)
@@ -266,7 +356,9 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
     table = sweep.table
     runs = list(sweep.tuning_runs(cell).values())
     # None checks the row's own train.lr too, although the rates of the table replace it.
-    lrs = [None, table.learning_rates.common] if table.learning_rates else [None]
+    lrs = [None]
+    if table.learning_rates and table.learning_rates.common is not None:
+        lrs.append(table.learning_rates.common)
     for lr in lrs:
         for seed in table.seeds:
             runs.append(sweep.make_run(cell, lr, seed, table.suites))
@@ -294,6 +386,11 @@ def has_diverged(folder: Path) -> bool:
     """Return whether a run ended because its loss was not finite. A new launch would repeat it."""
     path = folder / "state.json"
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "diverged"
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether a run has finished or diverged: a new launch of it would change nothing."""
+    return (folder / RESULTS).is_file() or has_diverged(folder)
 
 
 def list_benchmarks(table: Table) -> list[str]:

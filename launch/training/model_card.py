@@ -32,7 +32,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f} nats per answer token.
 {_render_source(results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
-
+{_render_note(results)}
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
 {_render_rounding(exports, results)}
@@ -53,6 +53,11 @@ def _render_source(results: RunResults) -> str:
     if results.rank is None or "calibration_data" not in results.model_fields_set:
         return ""
     return f"Initial factors from {describe_source(results.calibration_data)}.\n"
+
+
+def _render_note(results: RunResults) -> str:
+    """Render the recipe's note as a paragraph of its own; empty without one."""
+    return f"\nNote: {results.note}\n" if results.note else ""
 
 
 def _render_scores(results: RunResults) -> str:

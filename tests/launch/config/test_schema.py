@@ -36,6 +36,7 @@ def test_the_recipes_are_all_there_with_a_run_script_each() -> None:
         "glue_lora",
         "metamath",
         "quickstart",
+        "smollm2",
     ]
     for name in names:
         script = RECIPES / f"{name}.sh"

@@ -1,0 +1,88 @@
+"""Choose a row's learning rate: rates at four a decade, extended until the best one is interior.
+
+A rate is known by its step k: the rate is 10^(k / 4), rounded to three significant digits, so that
+the names of the runs never change. A run that diverged has an infinite loss: it is worse than any
+other, and its rate is an end of the curve like any other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+STEPS_PER_DECADE = 4
+# Steps beyond which no grid is extended: 1e-6 and 3.16e-2.
+LOWEST_STEP, HIGHEST_STEP = -24, -6
+# Relative. The neighbours of a step are a factor of 1.78 away, three digits round by up to 0.5 %.
+TOLERANCE = 0.01
+
+
+def make_rate(step: int) -> float:
+    """Return the learning rate of a step."""
+    return float(f"{10 ** (step / STEPS_PER_DECADE):.3g}")
+
+
+def find_step(rate: float) -> int | None:
+    """Return the step whose rate is `rate`, but for rounding; None if it is between two steps."""
+    step = round(STEPS_PER_DECADE * math.log10(rate))
+    return step if math.isclose(rate, make_rate(step), rel_tol=TOLERANCE) else None
+
+
+def make_grid(rates: Sequence[float], factor: float) -> list[float]:
+    """Return the rates times `factor`, each as its step has it.
+
+    Raises:
+        ValueError: a product is no step, is beyond the ends, or does not follow on the one before.
+    """
+    steps: list[int] = []
+    for rate in rates:
+        step = find_step(rate * factor)
+        times = "" if factor == 1 else f" times rate_factor {factor:g}"
+        if step is None:
+            near = make_rate(round(STEPS_PER_DECADE * math.log10(rate * factor)))
+            raise ValueError(
+                f"{rate:g}{times} is not one of the four rates a decade that extend needs; the "
+                f"nearest is {near:g}"
+            )
+        if not LOWEST_STEP <= step <= HIGHEST_STEP:
+            raise ValueError(
+                f"{rate:g}{times} is not within {make_rate(LOWEST_STEP):g} to "
+                f"{make_rate(HIGHEST_STEP):g}, where a grid may be extended; leave it out"
+            )
+        if steps and step != steps[-1] + 1:
+            raise ValueError(
+                f"{rate:g} does not follow on the rate before it, at four a decade; give all rates "
+                "in ascending order"
+            )
+        steps.append(step)
+    return [make_rate(step) for step in steps]
+
+
+def choose_next_rate(losses: Mapping[float, float]) -> float | None:
+    """Return the rate by which a finished grid is to be extended.
+
+    Args:
+        losses: held-out loss of each rate so far; infinite for a run that diverged.
+
+    Returns:
+        The next rate beyond the end at which the best is. None if the best is interior, or its end
+        is the last rate allowed. Where all have diverged the lowest counts as the best.
+    """
+    rates = sorted(losses)
+    best = find_best_rate(losses)
+    if best in (None, rates[0]) and find_step(rates[0]) > LOWEST_STEP:
+        return make_rate(find_step(rates[0]) - 1)
+    if best == rates[-1] and find_step(best) < HIGHEST_STEP:
+        return make_rate(find_step(best) + 1)
+    return None
+
+
+def find_best_rate(losses: Mapping[float, float]) -> float | None:
+    """Return the rate of the least loss, the lowest of equal ones; None if none is finite."""
+    finite = {rate: losses[rate] for rate in sorted(losses) if math.isfinite(losses[rate])}
+    return min(finite, key=finite.get, default=None)
+
+
+def find_neighbours(rates: Sequence[float], rate: float) -> tuple[float | None, float | None]:
+    """Return the next lower and the next higher of `rates`; None at an end."""
+    lower = [other for other in rates if other < rate]
+    higher = [other for other in rates if other > rate]
+    return max(lower, default=None), min(higher, default=None)

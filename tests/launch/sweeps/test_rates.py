@@ -1,0 +1,301 @@
+"""Proves how a row's learning rate is found: grids that extend, stop, resume and are never mixed.
+
+Every run is a process of a stand-in for the trainer, whose held-out loss is a known function of the
+rate. Needs nothing; takes 10 seconds.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from launch.runtime.errors import UserError
+from launch.sweeps import jobs
+from launch.sweeps.rates import choose_next_rate, find_step, make_grid, make_rate
+from launch.sweeps.report import report_sweep
+from launch.sweeps.table import Cell, Sweep, read_table
+from tests.support.sweeps import make_results
+
+# Its arguments are those of launch/train.py. $TRAINER names a file that says at which rate the loss
+# is least, from which rate on a run diverges, and how many starts succeed.
+TRAINER = """
+import json, math, os, sys
+from pathlib import Path
+
+words = sys.argv[2:]
+folder = Path(words[words.index("--output") + 1])
+values = dict(word.split("=", 1) for word in words if "=" in word)
+lr, seed = float(values["train.lr"]), int(values["train.seed"])
+settings = json.loads(Path(os.environ["TRAINER"]).read_text())
+log = Path(settings["log"])
+with log.open("a") as file:
+    file.write(f"{folder.name}\\n")
+if len(log.read_text().splitlines()) > settings["fail_after"]:
+    sys.exit(1)
+folder.mkdir(parents=True, exist_ok=True)
+if lr >= settings["diverges_from"]:
+    state = {"state": "diverged", "host": "h", "pid": 1, "error": "step 3: not finite"}
+    (folder / "state.json").write_text(json.dumps(state))
+    sys.exit(2)
+results = settings["results"]
+distance = math.log10(lr) - math.log10(settings["best"])
+loss = 1 + distance**2 + 0.001 * seed
+results["held_out"]["after"]["loss"] = loss
+results |= {"lr": lr, "seed": seed}
+steps = [{"step": i, "loss": loss / i, "grad_norm": 1.0} for i in (1, 2, 3)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\\n" for step in steps))
+(folder / "results.json").write_text(json.dumps(results))
+"""
+TABLE = {
+    "recipe": "quickstart",
+    "set": {"data.held_out": 20, "train.max_steps": 5},
+    "seeds": [1, 2, 3],
+    "learning_rates": {"grid": [3.16e-4, 5.62e-4, 1e-3], "extend": True, "seed": 0},
+    "suites": [],
+    "rows": {"lora": {"set": {"adapter.method": "lora"}}},
+}
+LORA = Cell("lora", None)
+
+
+class Trainer:
+    """A stand-in for the trainer, and the sweeps that it serves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.launcher = [sys.executable, "-I", str(folder / "trainer.py")]
+        (folder / "trainer.py").write_text(TRAINER)
+        self.log = folder / "log"
+        self.set_up()
+
+    def set_up(
+        self, best: float = 5.62e-4, diverges_from: float = 1.0, fail_after: int = 1000
+    ) -> None:
+        """Set at which rate the loss is least, and which runs end in another way."""
+        results = make_results(0.5, scores={})
+        settings = {"log": str(self.log), "results": results, "best": best}
+        settings |= {"diverges_from": diverges_from, "fail_after": fail_after}
+        (self.folder / "trainer.json").write_text(json.dumps(settings))
+        self.log.write_text("")
+
+    def read_table(
+        self, overrides: Sequence[str] = (), kept: Path | None = None, **fields: object
+    ) -> Sweep:
+        """Read TABLE with other fields; its runs are in one folder."""
+        path = self.folder / "t.yaml"
+        path.write_text(yaml.safe_dump(TABLE | fields))
+        return read_table(str(path), overrides, self.folder / "runs", kept)
+
+    def run(self, sweep: Sweep, num_slots: int = 1, keep: bool = False) -> int:
+        """Run what is missing of a sweep and return the exit code."""
+        return jobs.run_sweep(sweep, sweep.list_cells(), num_slots, self.launcher, keep)
+
+    def list_started(self) -> list[str]:
+        """List the names of the runs that were started, without their hashes, in order."""
+        return [name.rpartition("-")[0] for name in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """The stand-in. A sweep's signal handlers are left out: they would be those of pytest."""
+    monkeypatch.setattr(jobs, "Stop", lambda: SimpleNamespace(requested=False))
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.002)
+    monkeypatch.setenv("TRAINER", str(tmp_path / "trainer.json"))
+    return Trainer(tmp_path)
+
+
+def name_runs(rates: Sequence[float], seeds: Sequence[int] = (0,)) -> list[str]:
+    """Return what `list_started` has of runs at these rates, each with every seed."""
+    return [f"lora-lr{rate:g}-seed{seed}" for rate in rates for seed in seeds]
+
+
+@pytest.mark.parametrize(
+    ("best", "diverges_from", "expected", "own"),
+    [
+        (5.62e-4, 1, [], 5.62e-4),
+        (1.9e-3, 1, [1.78e-3, 3.16e-3], 1.78e-3),
+        (6e-5, 1, [1.78e-4, 1e-4, 5.62e-5, 3.16e-5], 5.62e-5),
+        (1, 3.16e-3, [1.78e-3, 3.16e-3], 1.78e-3),
+        (1, 1e-3, [], 5.62e-4),
+        (1, 3e-5, [1.78e-4, 1e-4, 5.62e-5, 3.16e-5, 1.78e-5, 1e-5], 1.78e-5),
+        (1, 1, [1.78e-3, 3.16e-3, 5.62e-3, 1e-2, 1.78e-2, 3.16e-2], 3.16e-2),
+    ],
+    ids=[
+        "interior",
+        "above",
+        "below",
+        "divergence ends it above",
+        "divergence within the grid",
+        "all of the grid diverges",
+        "last rate allowed",
+    ],
+)
+def test_a_grid_extends_at_the_best_rates_end_and_stops(
+    best: float, diverges_from: float, expected: list[float], own: float, trainer: Trainer
+) -> None:
+    trainer.set_up(best, diverges_from)
+    sweep = trainer.read_table()
+    assert trainer.run(sweep) == 0
+    grid = TABLE["learning_rates"]["grid"]
+    rates = [*grid, *expected]
+    # One rate after the other, and then fresh seeds at the best: not the one that chose it.
+    assert trainer.list_started() == [*name_runs(rates), *name_runs([own], [1, 2, 3])]
+    assert sweep.tuned_lr(LORA) == own
+    trainer.set_up(best, diverges_from)
+    assert trainer.run(sweep) == 0
+    assert trainer.list_started() == []
+
+
+def test_where_every_rate_diverges_the_row_is_named(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.set_up(diverges_from=0)
+    assert trainer.run(trainer.read_table()) == 1
+    assert len(trainer.list_started()) == 3 + len(range(find_step(3.16e-4), -24, -1))
+    assert "failed: lora: every learning rate from 1e-06 to 0.001 diverged" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_loss_that_is_not_finite_is_an_end() -> None:
+    assert choose_next_rate({1e-3: 0.5, 1.78e-3: 0.4, 3.16e-3: math.inf}) is None
+    assert choose_next_rate({1e-3: 0.4, 1.78e-3: 0.5, 3.16e-3: math.inf}) == 5.62e-4
+    assert choose_next_rate({1e-3: 0.4}) == 5.62e-4
+    assert choose_next_rate({5.62e-4: 0.5, 1e-3: 0.4}) == 1.78e-3
+    assert choose_next_rate({1e-6: 0.4, 1.78e-6: 0.5}) is None
+
+
+def test_the_neighbours_of_the_best_are_run_with_every_seed_where_the_table_says_so(
+    trainer: Trainer,
+) -> None:
+    rates = TABLE["learning_rates"] | {"neighbours": True, "common": 2e-5}
+    sweep = trainer.read_table(learning_rates=rates)
+    assert jobs.count_jobs(sweep, LORA) == 3 + 3 * 3 + 3
+    assert trainer.run(sweep) == 0
+    assert set(trainer.list_started()) == {
+        *name_runs([3.16e-4, 5.62e-4, 1e-3], [0, 1, 2, 3]),
+        *name_runs([2e-5], [1, 2, 3]),
+    }
+    assert list(sweep.eval_runs(LORA)) == ["own", "below", "above", "common"]
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_sweep_that_fails_halfway_resumes_to_the_same_runs(
+    num_slots: int, trainer: Trainer
+) -> None:
+    rows = {"lora": TABLE["rows"]["lora"], "rslora": {"set": {"adapter.method": "rslora"}}}
+    sweep = trainer.read_table(rows=rows)
+    started: list[str] = []
+    for fail_after in (0, 2, 5, 1000):
+        trainer.set_up(best=3e-3, fail_after=fail_after)
+        assert trainer.run(sweep, num_slots) == (1 if fail_after < 1000 else 0)
+        started += trainer.list_started()[:fail_after]
+    rates = [3.16e-4, 5.62e-4, 1e-3, 1.78e-3, 3.16e-3, 5.62e-3]
+    runs = [*name_runs(rates), *name_runs([3.16e-3], [1, 2, 3])]
+    assert sorted(started) == sorted([*runs, *(f"rs{name}" for name in runs)])
+
+
+def test_runs_of_other_settings_or_seeds_choose_nothing(trainer: Trainer) -> None:
+    trainer.set_up(best=1e-4)
+    assert trainer.run(trainer.read_table(["train.max_steps=6"])) == 0
+    assert (
+        trainer.run(trainer.read_table(learning_rates=TABLE["learning_rates"] | {"seed": 7})) == 0
+    )
+    trainer.set_up()
+    sweep = trainer.read_table()
+    assert sweep.measure_rates(LORA) == dict.fromkeys([3.16e-4, 5.62e-4, 1e-3])
+    assert trainer.run(sweep) == 0
+    assert sweep.tuned_lr(LORA) == 5.62e-4
+
+
+def test_runs_of_another_model_or_another_torch_choose_nothing(trainer: Trainer) -> None:
+    sweep = trainer.read_table()
+    first = sweep.folder / sweep.tuning_runs(LORA)[1e-3].name
+    first.mkdir(parents=True)
+    others = {
+        "content of model.name quickstart": {"base": {"name": "m", "weights_sha256": "other"}},
+        "version of torch": {
+            "conditions": {"git_revision": "r", "world_size": 1, "device": "cpu", "torch": "1.0"}
+        },
+    }
+    settings = json.loads((trainer.folder / "trainer.json").read_text())
+    settings["results"]["conditions"]["torch"] = "2.0"
+    (trainer.folder / "trainer.json").write_text(json.dumps(settings))
+    for name, other in others.items():
+        results = settings["results"] | other
+        (first / "results.json").write_text(json.dumps(results))
+        with pytest.raises(UserError, match=f"was made with another {name} than"):
+            trainer.run(sweep)
+        assert len(trainer.list_started()) == 1  # it is not found before a run has ended
+        trainer.log.write_text("")
+        shutil.rmtree(sweep.folder / sweep.tuning_runs(LORA)[3.16e-4].name)
+
+
+def test_a_sweep_starts_from_kept_runs_and_the_report_is_the_same_from_them_alone(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = trainer.folder / "kept"
+    trainer.set_up(best=1.9e-3, diverges_from=3e-3, fail_after=4)
+    assert trainer.run(trainer.read_table(kept=kept), keep=True) == 1
+    assert len(list(kept.iterdir())) == 4
+    shutil.rmtree(trainer.folder / "runs")
+    trainer.set_up(best=1.9e-3, diverges_from=3e-3)
+    capsys.readouterr()
+    assert trainer.run(trainer.read_table(kept=kept), keep=True) == 0
+    assert f"4 of them are kept in {kept}" in capsys.readouterr().out
+    assert trainer.list_started() == [*name_runs([3.16e-3]), *name_runs([1.78e-3], [1, 2, 3])]
+
+    def report(folder: Path) -> dict[str, bytes]:
+        report_sweep(trainer.read_table(kept=kept), folder, folder)
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    with_runs = report(trainer.folder / "first")
+    shutil.rmtree(trainer.folder / "runs")
+    assert report(trainer.folder / "second") == with_runs
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"results.json", "metrics.jsonl", "state.json"}
+    (diverged,) = kept.rglob("state.json")
+    assert set(json.loads(diverged.read_text())) == {"state", "error"}  # not the host
+
+
+def test_rates_are_named_alike_wherever_they_come_from() -> None:
+    steps = range(-24, -5)
+    assert [find_step(make_rate(step)) for step in steps] == list(steps)
+    assert [f"{make_rate(step):g}" for step in (-24, -23, -13, -12, -6)] == [
+        "1e-06",
+        "1.78e-06",
+        "0.000562",
+        "0.001",
+        "0.0316",
+    ]
+    assert make_grid([1.778e-4, 3.162e-4], 0.1) == [1.78e-5, 3.16e-5]
+    assert find_step(2e-5) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "factor", "message"),
+    [
+        ([1e-3, 2e-3], 1.0, "grid: 0.002 is not one of the four rates a decade .* is 0.00178"),
+        ([1e-3, 3.16e-3], 1.0, "grid: 0.00316 does not follow on the rate before it"),
+        ([1e-3, 5.62e-4], 1.0, "grid: 0.000562 does not follow"),
+        ([1e-3], 0.3, "grid: 0.001 times rate_factor 0.3 is not one of"),
+        ([1e-6], 0.1, "grid: 1e-06 times rate_factor 0.1 is not within 1e-06 to 0.0316"),
+        ([0.0, 1e-3], 1.0, "learning_rates.grid.0: 0.0 is not valid"),
+    ],
+)
+def test_a_grid_that_cannot_be_extended_is_refused(
+    grid: list[float], factor: float, message: str, trainer: Trainer
+) -> None:
+    rows = {"lora": TABLE["rows"]["lora"] | {"rate_factor": factor}}
+    with pytest.raises(UserError, match=message):
+        trainer.read_table(learning_rates=TABLE["learning_rates"] | {"grid": grid}, rows=rows)
+
+
+def test_the_seed_that_chooses_a_rate_does_not_judge_it(trainer: Trainer) -> None:
+    with pytest.raises(UserError, match="learning_rates\\.seed: 2 is one of `seeds` too"):
+        trainer.read_table(learning_rates=TABLE["learning_rates"] | {"seed": 2})
