@@ -80,8 +80,14 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         checkpoints=checkpoints,
         saved=saved,
         decided=decided,
-        started=started,
+        started=started - (0.0 if saved is None else _count_earlier_seconds(saved)),
     )
+
+
+def _count_earlier_seconds(saved: Checkpoint) -> float:
+    """Return the seconds that the calibration and the training before a checkpoint took."""
+    training = saved.history[-1]["seconds"] if saved.history else 0.0
+    return saved.facts["calibration_seconds"] + training
 
 
 def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:

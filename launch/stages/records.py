@@ -40,7 +40,9 @@ class PreparedRun:
     checkpoints: CheckpointStore
     saved: Checkpoint | None  # the checkpoint to resume from
     decided: dict[str, Any]  # recipe field that was `auto` -> its value in `recipe`
-    started: float  # time.monotonic() at the start of this stage
+    # time.monotonic() when the run began; what an earlier start calibrated and trained counts as if
+    # it had been just before.
+    started: float
 
 
 @dataclass(frozen=True)

@@ -74,25 +74,20 @@ def make_results(
         residual_rounding=facts.residual_rounding,
         engine=recipe.engine,
         dtype=dtype_name(run.inputs.dtype),
-        seconds={
-            "calibration": facts.calibration_seconds,
-            "training": history[-1]["seconds"],
-            "total": _measure_total(run, facts),
-        },
+        seconds=_measure_seconds(run, facts, history),
         baseline=facts.baseline,
         scores=scores,
         conditions=conditions,
     )
 
 
-def _measure_total(run: PreparedRun, facts: RunFacts) -> float:
-    """Return the seconds of the whole run: of this start, and what the earlier ones are known for."""
-    seconds = time.monotonic() - run.started
-    if run.saved is not None:
-        seconds += facts.calibration_seconds
-        if run.saved.history:
-            seconds += run.saved.history[-1]["seconds"]
-    return seconds
+def _measure_seconds(run: PreparedRun, facts: RunFacts, history: list[Metrics]) -> dict[str, float]:
+    """Return the seconds of calibration and training, and of the whole run."""
+    return {
+        "calibration": facts.calibration_seconds,
+        "training": history[-1]["seconds"],
+        "total": time.monotonic() - run.started,
+    }
 
 
 def write_run_results(run: PreparedRun, results: RunResults) -> None:

@@ -4,6 +4,7 @@ Proves that a sweep stops its runs, resumes them, leaves finished ones alone, an
 has their row. Real processes, one rank a run; about 40 s.
 """
 
+import json
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_a_killed_sweep_resumes(
     assert "1 runs of 4 are in" in again.stdout
     assert "resuming after step" in (tmp_path / "runs" / "logs" / f"{second.name}.log").read_text()
     assert len(read_metrics(second)) == 40
-    assert (second / "results.json").is_file()
+    seconds = json.loads((second / "results.json").read_text())["seconds"]
+    assert seconds["total"] > seconds["training"] + seconds["calibration"]  # of both starts
     assert (done / "results.json").stat().st_mtime_ns == finished
     failures = [line for line in again.stderr.splitlines() if line.startswith("failed: broken-")]
     assert len(failures) == 2
