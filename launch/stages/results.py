@@ -4,9 +4,11 @@
 """
 
 import time
+from typing import Any
 
 import torch.distributed as dist
 
+from launch.config.schema import Recipe
 from launch.run.folder import write_state
 from launch.run.metrics import Metrics
 from launch.run.provenance import describe_conditions, dtype_name
@@ -58,15 +60,11 @@ def make_results(
         lora_rank=run_on_rank0(lambda: read_plain_rank(run.folder)),
         alpha=adapter.alpha if has_adapters else None,
         lr=recipe.train.lr,
-        **({"lr_ratio": recipe.train.lr_ratio} if recipe.train.lr_ratio != 1 else {}),
         seed=recipe.train.seed,
         steps=len(run.steps),
         final_loss=history[-1]["loss"],
         **measured,
-        # Not known of a run of an earlier version.
-        **(facts.model_dump(include={"calibration_data"}, exclude_unset=True)),
-        **({"decided": facts.decided} if facts.decided else {}),
-        **({"note": recipe.note} if recipe.note else {}),
+        **_collect_optional(recipe, facts),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),
@@ -79,6 +77,19 @@ def make_results(
         scores=scores,
         conditions=conditions,
     )
+
+
+def _collect_optional(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
+    """Return the keys of results.json that are left out where there is nothing to say."""
+    # Not known of a run of an earlier version.
+    optional = facts.model_dump(include={"calibration_data"}, exclude_unset=True)
+    if recipe.train.lr_ratio != 1:
+        optional["lr_ratio"] = recipe.train.lr_ratio
+    if facts.decided:
+        optional["decided"] = facts.decided
+    if recipe.note:
+        optional["note"] = recipe.note
+    return optional
 
 
 def _measure_seconds(run: PreparedRun, facts: RunFacts, history: list[Metrics]) -> dict[str, float]:
