@@ -23,15 +23,20 @@ from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
 from launch.models.files import load_tokenizer
 from launch.run.results import CalibrationData
-from launch.runtime.distributed import run_on_rank0
+from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 
 REFERENCE_PROMPT = "{instruction}\n### Response:{answer}"
 EOS = "eos"  # the key of the end-of-sequence token among encoded samples
 
 
-def choose_prompt(recipe: Recipe) -> str:
-    """Return the template of a sample's text, which is part of what decides a calibration."""
+def choose_prompt(recipe: Recipe) -> str | None:
+    """Return the template of a sample's text, which is part of what decides a calibration.
+
+    None for plain text, which has none.
+    """
+    if recipe.calibration.data is not None and recipe.calibration.data.text is not None:
+        return None
     return REFERENCE_PROMPT if recipe.calibration.statistics == "reference" else ALPACA_PROMPT
 
 
@@ -40,7 +45,7 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
     settings = recipe.calibration
     if recipe.statistic == "weight":
         return []
-    num_examples = len(inputs.tokens)
+    num_examples = len(inputs.calibration.tokens)
     if settings.statistics == "reference":
         # The reference also has rows that are too long to be trained on.
         for reason, count in inputs.data["dropped"].items():
@@ -52,17 +57,31 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
 def check_samples(recipe: Recipe, inputs: Inputs) -> None:
     """Raise UserError if there are fewer examples than the calibration is to have.
 
-    Called at the start, before a base is loaded for the calibration.
+    Called at the start, before a base is loaded for the calibration. Prints what is calibrated on
+    where that is not the training rows.
     """
     if recipe.adapter.method_record.is_calibrated:
         draw_samples(recipe, inputs)
+    rows = recipe.calibration.data
+    if rows is not None:
+        config = "" if rows.config is None else f" ({rows.config})"
+        tokens, kind = inputs.calibration.tokens, "rows"
+        if rows.text is not None:
+            kind = f"blocks of at most {recipe.data.max_length} tokens of its field {rows.text!r}"
+        dropped = "".join(
+            f"; {count} rows {reason}"
+            for reason, count in inputs.calibration.data["dropped"].items()
+        )
+        print_rank0(
+            f"calibration data: {rows.path}{config}, split {rows.split}: {len(tokens)} {kind}{dropped}"
+        )
 
 
 def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:
     """Return how many tokens of each sample count, (samples,)."""
     if recipe.calibration.statistics == "reference":
         return torch.full((len(samples),), recipe.data.max_length - 1)
-    return inputs.tokens.lengths()[samples]
+    return inputs.calibration.tokens.lengths()[samples]
 
 
 def describe_calibration_data(recipe: Recipe, inputs: Inputs) -> CalibrationData | None:
@@ -71,8 +90,8 @@ def describe_calibration_data(recipe: Recipe, inputs: Inputs) -> CalibrationData
         return None
     samples = draw_samples(recipe, inputs)
     return CalibrationData(
-        path=inputs.data["path"],
-        tokens_sha256=inputs.data["tokens_sha256"],
+        path=inputs.calibration.data["path"],
+        tokens_sha256=inputs.calibration.data["tokens_sha256"],
         examples=len(samples),
         tokens=int(count_tokens(recipe, inputs, samples).sum()),
     )
@@ -106,7 +125,7 @@ def _make_batches(
 ) -> list[Batch]:
     batches = []
     for examples in shard_batches(samples, dist.get_rank(), dist.get_world_size(), size):
-        batch, labels = collate_examples(inputs.tokens, examples, device)
+        batch, labels = collate_examples(inputs.calibration.tokens, examples, device)
         batches.append(batch | {"labels": labels})
     return batches
 

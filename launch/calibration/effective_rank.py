@@ -127,7 +127,7 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
             "no whole model and there is nothing to measure before training"
         )
     calibrated = recipe.calibration.model_dump(
-        include={"samples", "batch_size", "seed", "memory_gib"}
+        include={"samples", "batch_size", "seed", "memory_gib", "data"}
     )
     values = recipe.model_dump(include={"model", "data", "train", "engine"})
     values["calibration"] = calibrated

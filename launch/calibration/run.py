@@ -354,7 +354,7 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
     settings, adapter = recipe.calibration, recipe.adapter
     method = adapter.method_record
     of_data = {
-        "data": inputs.data,
+        "data": inputs.calibration.data,
         "prompt": choose_prompt(recipe),
         "max_length": recipe.data.max_length,
         "sample_ids": draw_samples(recipe, inputs),
@@ -367,6 +367,8 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "statistics": settings.statistics,
         "tie_break": TIE_BREAK,
     }
+    if settings.data is not None:  # left out of those of training rows, as in earlier versions
+        of_data["calibration_data"] = settings.data.model_dump()
     if recipe.statistic == "weight":
         of_data = dict.fromkeys(of_data)
     if method.solution != "subspace":

@@ -59,6 +59,9 @@ COMPARED_FIELDS = {
 }
 
 
+OTHER_DATA = "calibration_data"  # key of the recipe's calibration.data; absent for training rows
+
+
 def begin_calibration(folder: Path, manifest: dict) -> int:
     """Note that the calibration which `manifest` describes is made in `folder`. Rank 0 calls it.
 
@@ -207,6 +210,13 @@ def check_calibration(folder: Path, manifest: dict) -> None:
     wanted = json.loads(json.dumps(manifest))
     for key, field in COMPARED_FIELDS.items():
         there, here = _get_value(found, key), _get_value(wanted, key)
+        is_other = found.get(OTHER_DATA) or wanted.get(OTHER_DATA)
+        if key == "data.tokens_sha256" and is_other and there != here:
+            raise UserError(
+                f"calibration.data: the calibration in {folder} was made with other data "
+                f"({_describe_data(found)}, here {_describe_data(wanted)}); calibrate again, or "
+                "set the recipe to it"
+            )
         if differs(there, here) if key == "base.config_sha256" else there != here:
             raise UserError(
                 f"{field}: the calibration in {folder} was made with another {key} "
@@ -220,6 +230,13 @@ def check_calibration(folder: Path, manifest: dict) -> None:
             f"adapter.rank: {wanted['rank']} vectors are needed and the calibration in {folder} "
             f"has {found['rank']}; calibrate again with that rank"
         )
+
+
+def _describe_data(manifest: dict) -> str:
+    """Name the examples that a manifest is of, and a part of their hash."""
+    data = manifest["data"] or {"path": "none", "tokens_sha256": ""}
+    what = "" if manifest.get(OTHER_DATA) else "the training rows "
+    return f"{what}{data['path']} {data['tokens_sha256'][:8]}"
 
 
 def copy_summary(source: Path, folder: Path) -> None:

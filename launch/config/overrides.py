@@ -22,7 +22,9 @@ def set_field(values: dict, field: str, value: Any) -> None:
     """Set field `a.b` in nested `values`. Raises UserError if `a` is there and has no fields."""
     *parents, last = field.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # also a section that is null
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"--set: {field}: {parent} has no fields of its own")
     values[last] = value

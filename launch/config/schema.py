@@ -11,10 +11,13 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from eval.tasks import BENCHMARKS, GROUPS
+from launch.config.rows import CalibrationRows, RowSource
 from launch.config.section import Name, Section
 from launch.config.task import Task
 from launch.methods.base import Method, MethodSettings
 from launch.methods.registry import METHODS
+
+CALIBRATION_TOKENS = "calibration"  # folder of calibration.data's tokens in data.prepared
 
 
 def _read_number(value: object) -> object:
@@ -70,33 +73,9 @@ class Model(Section):
     )
 
 
-class Data(Section):
+class Data(RowSource):
     """The training rows."""
 
-    path: Name = Field(
-        description="hub id, folder in the hub's layout or of save_to_disk, or a JSON, JSONL, CSV "
-        "(also .gz) or Parquet file"
-    )
-    revision: Name = Field("main", description="hub branch, tag or commit of the data")
-    config: Name | None = Field(None, description="configuration of a data set that has several")
-    split: Name = Field(
-        "train", description="split of the data set, or a part of it: train[:1000], train[10%:]"
-    )
-    instruction: Name = Field("query", description="field of a row that holds the instruction")
-    answer: Name = Field("response", description="field of a row that holds the answer")
-    input: Name | None = Field(
-        None,
-        description="field with an instruction's input; rows with one get Alpaca's prompt with "
-        "input",
-    )
-    filter: dict[Name, Name | list[Name]] = Field(
-        {},
-        description="{field: pattern or list of patterns} that a row must match: {type: [GSM_*, "
-        "MATH_*]}",
-    )
-    limit: int | None = Field(
-        None, ge=1, description="number of rows, the first that pass `filter`; all when null"
-    )
     max_length: int = Field(
         512, ge=2, description="tokens of prompt and answer together; longer answers are truncated"
     )
@@ -125,6 +104,11 @@ class Data(Section):
         description="number of rows, the last ones, that are not trained on, for a held-out loss",
     )
 
+    @property
+    def text_field(self) -> str | None:
+        """The field of plain text; None where rows have an instruction and an answer."""
+        return None
+
     def token_fields(self) -> dict:
         """Return the fields that change the tokens' bytes. Not on_bad_row: bad rows are never in.
 
@@ -133,6 +117,26 @@ class Data(Section):
         """
         fields = self.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"})
         return {"keep" if name == "filter" else name: value for name, value in fields.items()}
+
+
+class CalibrationTokens(Data):
+    """The rows of calibration.data, as tokens are made of them."""
+
+    text: Name | None = Field(None, description="see CalibrationRows")
+
+    @property
+    def text_field(self) -> str | None:
+        return self.text
+
+    def token_fields(self) -> dict:
+        """Return the fields that change the tokens' bytes.
+
+        Without plain text they are those of training rows, so both find the same tokens.
+        """
+        fields = super().token_fields()
+        if self.text is None:
+            del fields["text"]
+        return fields
 
 
 class Adapter(Section):
@@ -217,7 +221,13 @@ class Calibration(Section):
     """How the statistics of the initial factors are measured."""
 
     samples: int = Field(
-        256, ge=1, description="number of training examples that calibration runs, chosen by `seed`"
+        256, ge=1, description="number of examples that calibration runs, chosen by `seed`"
+    )
+    data: CalibrationRows | None = Field(
+        None,
+        description="rows or plain text to calibrate on: {path, revision, config, split, "
+        "instruction, answer, input, filter, limit, text}, or a short name (wikitext2, nq_open, "
+        "alpaca, metamath, codefeedback, commonsense); the training rows when null",
     )
     batch_size: int = Field(
         1, ge=1, description="examples of a calibration batch; a batch is run by one rank"
@@ -433,6 +443,7 @@ class Recipe(Section):
             "eval.other_text": self.eval.other_text is not None,
             "eval.baseline": self.eval.baseline,
             "calibration.statistics": self.calibration.statistics != "exact",
+            "calibration.data": self.calibration.data is not None,
         }
         for field, is_set in causal_only.items():
             if is_set:
@@ -462,6 +473,13 @@ class Recipe(Section):
             raise ValueError(
                 f"calibration.{field}: {name} has no use for it, only {only}; leave it out"
             )
+        if settings.data is not None:
+            if self.statistic in (None, "weight"):
+                raise ValueError(f"calibration.data: {self.label} runs no examples; leave it out")
+            if settings.statistics == "reference":
+                raise ValueError(
+                    "calibration.data: the reference statistics are of training rows; leave it out"
+                )
         if settings.statistics == "reference" and settings.batch_size != 1:
             raise ValueError(
                 "calibration.batch_size: the reference statistics take one example at a time; set "
@@ -489,6 +507,20 @@ class Recipe(Section):
                 "lower it"
             )
         return self
+
+    @property
+    def calibration_tokens(self) -> CalibrationTokens | None:
+        """What tokens are made of calibration.data; None where the training rows are taken."""
+        rows, data = self.calibration.data, self.data
+        if rows is None:
+            return None
+        prepared = data.prepared and f"{data.prepared}/{CALIBRATION_TOKENS}"
+        return CalibrationTokens(
+            **rows.model_dump(),
+            max_length=data.max_length,
+            on_bad_row=data.on_bad_row,
+            prepared=prepared,
+        )
 
     @property
     def statistic(self) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.config.schema import Recipe
+from launch.config.schema import Data, Recipe
+from launch.data.calibration_tokens import obtain_calibration_tokens
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, split_held_out
 from launch.models.check import (
@@ -24,15 +25,24 @@ from launch.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Tokenised examples, and where they are from."""
+
+    tokens: TokenSet
+    data: dict  # path, counts and hash of the tokens, as results.json has them
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What `prepare_inputs` found, the same on every rank but for the local path."""
 
     model: CheckedModel  # in this node's folder
     dtype: torch.dtype  # of the base
-    tokens: TokenSet  # to train and calibrate on
+    tokens: TokenSet  # to train on
     held_out: TokenSet | None  # the last data.held_out examples, which are not in `tokens`
     base: dict  # name, revision and hash of the base model, as results.json has them
     data: dict  # path, counts and hash of the tokens, as results.json has them
+    calibration: Examples  # to calibrate on: those of calibration.data, or the training examples
 
     @property
     def model_path(self) -> Path:
@@ -55,14 +65,18 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     nodes = run_on_each_node(lambda: _prepare_node(recipe))
     first = nodes[0]
     for node in nodes:
-        if node["data"]["tokens_sha256"] != first["data"]["tokens_sha256"]:
-            raise UserError(_describe_difference("data.path", node, first))
+        for key, field in (("data", "data.path"), ("calibration_data", "calibration.data.path")):
+            if node[key]["tokens_sha256"] != first[key]["tokens_sha256"]:
+                raise UserError(_describe_difference(field, node, first))
         for key in ("weights_sha256", "config_sha256"):
             if node["base"][key] != first["base"][key]:
                 raise UserError(_describe_difference("model.name", node, first))
     here = nodes[dist.get_rank()]
-    tokens = TokenFolder(Path(here["prepared"]), here["manifest"]).open_tokens()
+    tokens = here["tokens"].open_tokens()
     training, held_out = split_held_out(tokens, recipe.data.held_out)
+    calibration = Examples(training, first["data"])
+    if here["calibration_tokens"] is not None:
+        calibration = Examples(here["calibration_tokens"].open_tokens(), first["calibration_data"])
     return Inputs(
         model=here["model"],
         dtype=resolve_dtype(recipe.model.dtype, device),
@@ -70,6 +84,7 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         held_out=held_out,
         base=first["base"],
         data=first["data"],
+        calibration=calibration,
     )
 
 
@@ -82,17 +97,19 @@ def _prepare_node(recipe: Recipe) -> dict:
     model_path = fetch_model(recipe.model.name, recipe.model.revision)
     check_max_length(recipe.data.max_length, read_config(model_path), recipe.model.name)
     model = check_model(model_path, new_weights=recipe.model.new_weights)
-    prepared = obtain_tokens(recipe.data, model_path)
-    folder, manifest = prepared
-    largest = int(prepared.open_tokens().tokens.max())
-    check_token_ids(largest, model.num_embeddings, load_tokenizer(model_path))
+    tokens = obtain_tokens(recipe.data, model_path)
+    data = _describe_tokens(tokens, recipe.data)
+    calibration_tokens, calibration_data = None, data
+    if recipe.calibration_tokens is not None:
+        calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
+        calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_tokens)
+    for made in filter(None, (tokens, calibration_tokens)):
+        largest = int(made.open_tokens().tokens.max())
+        check_token_ids(largest, model.num_embeddings, load_tokenizer(model_path))
     model_commit = find_commit(model_path)
-    data_commit = manifest["made_from"]["source"].get("commit")
     return {
         "host": socket.gethostname(),
         "model": model,
-        "prepared": str(folder.absolute()),
-        "manifest": manifest,
         "base": {
             "name": recipe.model.name,
             "revision": model_commit or recipe.model.revision,
@@ -100,15 +117,25 @@ def _prepare_node(recipe: Recipe) -> dict:
             "weights_sha256": hash_weights(model.files),
             "config_sha256": hash_config(model_path),
         },
-        "data": {
-            "path": recipe.data.path,
-            "revision": data_commit or recipe.data.revision,
-            "revision_verified": data_commit is not None,
-            "rows": manifest["kept"],
-            "cut": manifest["cut"],
-            "dropped": manifest["dropped"],
-            "tokens_sha256": manifest["tokens_sha256"],
-        },
+        "tokens": tokens,
+        "data": data,
+        "calibration_tokens": calibration_tokens,
+        "calibration_data": calibration_data,
+    }
+
+
+def _describe_tokens(tokens: TokenFolder, data: Data) -> dict:
+    """Describe the tokens of `data` as results.json has them."""
+    manifest = tokens.manifest
+    commit = manifest["made_from"]["source"].get("commit")
+    return {
+        "path": data.path,
+        "revision": commit or data.revision,
+        "revision_verified": commit is not None,
+        "rows": manifest["kept"],
+        "cut": manifest["cut"],
+        "dropped": manifest["dropped"],
+        "tokens_sha256": manifest["tokens_sha256"],
     }
 
 

@@ -65,8 +65,8 @@ def sample_examples(num_examples: int, num_samples: int, seed: int) -> list[int]
     """
     if num_samples > num_examples:
         raise UserError(
-            f"calibration.samples: {num_samples} is above the {num_examples} training rows; "
-            "lower it"
+            f"calibration.samples: {num_samples} is above the {num_examples} examples that "
+            "there are; lower it"
         )
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(num_examples, generator=generator)

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.config.schema import Recipe
+from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
+from launch.data.calibration_tokens import prepare_calibration_tokens
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.token_cache import SPECIAL, check_refused_rows, make_tokens
@@ -48,27 +49,44 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
     if benchmarks:
         overlaps |= find_overlaps(recipe, benchmarks)
         write_json(path, overlaps)
-    report = render_report(recipe, manifest, overlaps)
+    report = render_report(recipe.data, recipe.model.name, manifest, overlaps)
     write_text(folder / REPORT, report)
     print(report, flush=True)
     check_refused_rows(manifest, recipe.data)  # last: the report says which rows those are
+    if recipe.calibration_tokens is not None:
+        _prepare_calibration(recipe, folder / CALIBRATION_TOKENS, model_path)
 
 
-def render_report(recipe: Recipe, manifest: dict, overlaps: Mapping[str, dict]) -> str:
+def _prepare_calibration(recipe: Recipe, folder: Path, model_path: Path) -> None:
+    """Make the tokens of calibration.data in `folder`, and write and print their report.
+
+    Raises what `prepare_tokens` does.
+    """
+    data = recipe.calibration_tokens
+    prepared = prepare_calibration_tokens(folder, data, model_path)
+    largest = int(prepared.open_tokens().tokens.max())
+    config = read_config(model_path)
+    check_token_ids(largest, get_num_embeddings(config), load_tokenizer(model_path))
+    report = render_report(data, recipe.model.name, prepared.manifest, {})
+    write_text(folder / REPORT, report)
+    print(report, flush=True)
+
+
+def render_report(data: Data, model_name: str, manifest: dict, overlaps: Mapping[str, dict]) -> str:
     """Render in Markdown what was kept, cut and dropped, and what benchmarks share with the rows.
 
     Args:
         manifest: of the tokens (launch.data.token_cache).
         overlaps: see `find_overlaps`.
     """
-    data, source = recipe.data, manifest["made_from"]["source"]
+    source = manifest["made_from"]["source"]
     revision = f"revision {data.revision}, unverified"
     if "commit" in source:
         revision = f"commit {source['commit']}"
     lines = [
         f"# Tokens of {data.path}",
         "",
-        f"Split {data.split}, {revision}; tokenizer of {recipe.model.name}; at most "
+        f"Split {data.split}, {revision}; tokenizer of {model_name}; at most "
         f"{data.max_length} tokens a row.",
         "",
         "| rows | |",
@@ -79,7 +97,7 @@ def render_report(recipe: Recipe, manifest: dict, overlaps: Mapping[str, dict]) 
     for reason, count in sorted(manifest["dropped"].items()):
         lines.append(f"| dropped: {reason} | {count} |")
     lines += [
-        f"| kept | {manifest['kept']} |",
+        f"| kept | {manifest['kept']}{' blocks of text' if data.text_field else ''} |",
         f"| of them, answer cut at {data.max_length} tokens | {manifest['cut']} |",
     ]
     if manifest.get("special"):  # manifests of earlier versions do not have it

@@ -46,7 +46,7 @@ class Row(NamedTuple):
     """A row that can be trained on."""
 
     number: int  # in the split, from 1
-    instruction: str
+    instruction: str  # or the row's plain text
     input: str  # "" where there is none
     answer: str
 
@@ -186,6 +186,8 @@ def _require_fields(split: Split, data: Data) -> None:
 
 def _list_columns(data: Data) -> dict[str, list[str]]:
     """Return the columns that each field of the recipe names."""
+    if data.text_field is not None:
+        return {"data.text": [data.text_field], "data.filter": list(data.filter)}
     return {
         "data.instruction": [data.instruction],
         "data.answer": [data.answer],
@@ -273,6 +275,8 @@ def _passes_filter(row: dict[str, Any], patterns: dict[str, list[str]]) -> bool:
 
 def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | BadRow:
     """Return a row's texts, or what is wrong with it."""
+    if data.text_field is not None:
+        return _check_text(number, row.get(data.text_field), data.text_field)
     texts = {field: row.get(field) for field in (data.instruction, data.answer)}
     if data.input:
         given = row.get(data.input)
@@ -287,6 +291,14 @@ def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | BadRow:
     if not input_text.strip():
         input_text = ""
     return Row(number, texts[data.instruction], input_text, texts[data.answer])
+
+
+def _check_text(number: int, text: object, field: str) -> Row | BadRow:
+    """Return a row of plain text, as its instruction, or what is wrong with it. It may be blank."""
+    fault = find_text_fault(text)
+    if fault is not None:
+        return BadRow(number, fault, f"field {field!r} is {show_value(text)}, {fault}")
+    return Row(number, text, input="", answer="")
 
 
 def find_text_fault(value: object) -> str | None:

@@ -38,7 +38,12 @@ from launch.data.sources import (
     show_rows,
 )
 from launch.data.token_set import TokenSet
-from launch.data.tokenize import SpecialTokens, find_special_tokens, tokenize_rows
+from launch.data.tokenize import (
+    SpecialTokens,
+    find_special_tokens,
+    tokenize_rows,
+    tokenize_text,
+)
 from launch.models.files import hash_tokenizer, load_tokenizer
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
@@ -299,8 +304,14 @@ def _tokenize_chunk(
     """Return what a chunk adds to each file, and add it to `tally`."""
     added: dict[str, list[int]] = {name: [] for name in DTYPES}
     bad = list(chunk.bad)
-    tokenized = tokenize_rows(chunk.rows, tokenizer)
-    for row, (ids, prompt_length) in zip(chunk.rows, tokenized, strict=True):
+    if data.text_field is not None:
+        for ids, prompt_length in tokenize_text(chunk.rows, tokenizer, special, data.max_length):
+            tally["special"] += not special.ids.isdisjoint(ids[special.num_before :])
+            _add_example(added, tally, ids, prompt_length)
+        tokenized = []
+    else:
+        tokenized = zip(chunk.rows, tokenize_rows(chunk.rows, tokenizer), strict=True)
+    for row, (ids, prompt_length) in tokenized:
         length = min(len(ids), data.max_length)
         if prompt_length >= length:
             what = f"its prompt alone has {prompt_length} tokens, data.max_length is {length}"
@@ -316,17 +327,24 @@ def _tokenize_chunk(
         if special.occur_in(ids):
             tally["special"] += 1
             _name_row(tally, BadRow(row.number, SPECIAL, f"it holds {SPECIAL}"))
-        tally["tokens"] += length
-        tally["answer_tokens"] += length - prompt_length
-        tally["kept"] += 1
-        added["tokens"] += ids[:length]
-        added["offsets"].append(tally["tokens"])
-        added["answer_starts"].append(prompt_length)
+        _add_example(added, tally, ids[:length], prompt_length)
     for row in bad:
         tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
         _name_row(tally, row)
     tally |= {"read": chunk.position, "selected": chunk.selected}
     return added
+
+
+def _add_example(
+    added: dict[str, list[int]], tally: dict, ids: list[int], prompt_length: int
+) -> None:
+    """Add an example to what a chunk adds to each file, and to `tally`."""
+    tally["tokens"] += len(ids)
+    tally["answer_tokens"] += len(ids) - prompt_length
+    tally["kept"] += 1
+    added["tokens"] += ids
+    added["offsets"].append(tally["tokens"])
+    added["answer_starts"].append(prompt_length)
 
 
 def _count_numbers(tally: dict) -> dict[str, int]:
@@ -373,6 +391,8 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
         return f"data.path: nothing to train on in {data.path}: {reason}"
     if TOO_LONG in tally["dropped"]:
         return "data.max_length: no row has an answer token within it; raise it"
+    if not tally["examples"]:
+        return f"data.path: the rows of {data.path} are blank"
     row, what = min(rows[0] for rows in tally["examples"].values())
     return (
         f"data.path: row {row} of {data.path}: {what}; and no other of {tally['selected']} rows "

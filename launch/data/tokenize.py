@@ -84,6 +84,34 @@ def tokenize_rows(
         yield ids, _common_prefix_length(prompt_ids, ids)
 
 
+def tokenize_text(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, length: int
+) -> list[tuple[list[int], int]]:
+    """Tokenise rows of plain text, joined by empty lines, in blocks of at most `length` tokens.
+
+    Text such as wikitext's has a row for each line or paragraph, many of them blank, which are
+    skipped. Row by row most examples would be a few tokens long; the loaders of Astra's and CorDA's
+    authors join the rows too. Each block begins with what the tokenizer puts before a text.
+
+    Returns:
+        Token ids of each block, the last of which may be short, and the number of its tokens
+        before the first that is predicted.
+    """
+    text = "\n\n".join(row.instruction for row in rows if row.instruction.strip())
+    if not text:
+        return []
+    (ids,) = encode_texts(tokenizer, [text])
+    before, end = ids[: special.num_before], len(ids) - special.num_after
+    prompt_length = max(1, len(before))  # there is nothing to predict the first token from
+    size = max(1, length - len(before))
+    blocks = []
+    for start in range(len(before), end, size):
+        block = before + ids[start : min(start + size, end)]
+        if len(block) > prompt_length:
+            blocks.append((block, prompt_length))
+    return blocks
+
+
 def _common_prefix_length(prompt_ids: list[int], ids: list[int]) -> int:
     """Count the leading tokens that a prompt and its whole text share.
 

@@ -116,6 +116,23 @@ def test_what_differs_is_named(values: dict, message: str, tmp_path: Path) -> No
         artifact.check_calibration(tmp_path, changed(**values))
 
 
+OTHERS = {"path": "others", "tokens_sha256": "ef" * 32}
+
+
+def test_other_data_are_named_and_the_same_tokens_are_taken(tmp_path: Path) -> None:
+    of_others = changed(data=OTHERS, calibration_data={"path": "others"})
+    own, other = whole(tmp_path / "own", MANIFEST), whole(tmp_path / "other", of_others)
+    message = r"^calibration\.data: .*other data \(the training rows rows cdcd.*, here others efef"
+    with pytest.raises(UserError, match=message):
+        artifact.check_calibration(own, of_others)
+    message = r"^calibration\.data: .*\(others efef.*, here the training rows rows cdcd"
+    with pytest.raises(UserError, match=message):
+        artifact.check_calibration(other, MANIFEST)
+    artifact.check_calibration(other, of_others)
+    # The tokens decide, not where they are or what they are called.
+    artifact.check_calibration(other, changed(data=OTHERS | {"path": "copy"}))
+
+
 def test_what_does_not_decide_the_eigenvectors_may_differ(tmp_path: Path) -> None:
     whole(tmp_path, MANIFEST)
     artifact.check_calibration(tmp_path, changed(conditions={}, split_half=True, rank=3))

@@ -177,7 +177,9 @@ def test_a_tokenizer_that_cannot_is_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name: {tmp_path}/model}}\ndata: {{path: {path}}}\n"
     )
-    report = render_report(read_recipe(str(tmp_path / "recipe.yaml"), []), found.manifest, {})
+    report = render_report(
+        read_recipe(str(tmp_path / "recipe.yaml"), []).data, "base", found.manifest, {}
+    )
     assert "| of them, text that became special tokens | 2 |" in report
     assert "- row 2: it holds text that became special tokens" in report
 

@@ -526,7 +526,7 @@ def test_the_report_says_what_was_dropped_and_why(model: Path, tmp_path: Path) -
     )
     recipe = read_recipe(str(tmp_path / "recipe.yaml"), [])
     manifest = prepared.make_tokens(tmp_path / "made", recipe.data, model, path).manifest
-    report = render_report(recipe, manifest, {})
+    report = render_report(recipe.data, recipe.model.name, manifest, {})
     assert "| dropped: empty | 1 |" in report
     assert "- row 10: field 'response' is '', empty" in report
     assert "revision main, unverified" in report

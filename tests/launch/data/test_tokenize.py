@@ -67,7 +67,7 @@ def test_the_choice_of_calibration_rows_is_seeded_and_distinct() -> None:
     ids = sample_examples(100, 20, 3)
     assert len(set(ids)) == 20
     assert ids == sorted(ids) == sample_examples(100, 20, 3) != sample_examples(100, 20, 4)
-    with pytest.raises(UserError, match=r"calibration\.samples: 6 is above the 5 training rows"):
+    with pytest.raises(UserError, match=r"calibration\.samples: 6 is above the 5 examples"):
         sample_examples(5, 6, 0)
 
 

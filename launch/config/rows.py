@@ -1,0 +1,97 @@
+"""Where a recipe's rows come from: those to train on, and others to calibrate on."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from launch.config.section import Name, Section
+
+# Data sets that published calibrations use, by short names. wikitext2, nq_open and alpaca are those
+# of the loaders of Astra's authors (LyoAI/Astra, dataset/loader.py) and CorDA's (iboing/CorDA,
+# cordalib/datautils.py); nq_open is read as CorDA reads it, its questions alone. The others are the
+# rows of the recipes of these names.
+SHORT_NAMES: dict[str, dict[str, Any]] = {
+    "wikitext2": {"path": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "text": "text"},
+    "nq_open": {"path": "google-research-datasets/nq_open", "text": "question"},
+    "alpaca": {
+        "path": "yahma/alpaca-cleaned",
+        "instruction": "instruction",
+        "input": "input",
+        "answer": "output",
+    },
+    "metamath": {"path": "meta-math/MetaMathQA", "instruction": "query", "answer": "response"},
+    "codefeedback": {
+        "path": "m-a-p/CodeFeedback-Filtered-Instruction",
+        "instruction": "query",
+        "answer": "answer",
+        "filter": {"lang": "python"},
+    },
+    "commonsense": {
+        "path": "zwhe99/commonsense_170k",
+        "instruction": "instruction",
+        "input": "input",
+        "answer": "output",
+    },
+}
+
+
+class RowSource(Section):
+    """A data set, and which of its fields and rows are read."""
+
+    path: Name = Field(
+        description="hub id, folder in the hub's layout or of save_to_disk, or a JSON, JSONL, CSV "
+        "(also .gz) or Parquet file"
+    )
+    revision: Name = Field("main", description="hub branch, tag or commit of the data")
+    config: Name | None = Field(None, description="configuration of a data set that has several")
+    split: Name = Field(
+        "train", description="split of the data set, or a part of it: train[:1000], train[10%:]"
+    )
+    instruction: Name = Field("query", description="field of a row that holds the instruction")
+    answer: Name = Field("response", description="field of a row that holds the answer")
+    input: Name | None = Field(
+        None,
+        description="field with an instruction's input; rows with one get Alpaca's prompt with "
+        "input",
+    )
+    filter: dict[Name, Name | list[Name]] = Field(
+        {},
+        description="{field: pattern or list of patterns} that a row must match: {type: [GSM_*, "
+        "MATH_*]}",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="number of rows, the first that pass `filter`; all when null"
+    )
+
+
+class CalibrationRows(RowSource):
+    """Rows to calibrate on, in the place of the training rows.
+
+    A short name may stand for the section or for `path`: the fields that it means are then filled
+    in. A file or folder of such a name is given as `./name`.
+    """
+
+    text: Name | None = Field(
+        None,
+        description="field of plain text, in the place of instruction and answer: the rows are "
+        "joined and cut into blocks of data.max_length tokens",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_short_name(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"path": values}
+        if not isinstance(values, dict) or values.get("path") not in SHORT_NAMES:
+            return values
+        given = {name: value for name, value in values.items() if name != "path"}
+        return SHORT_NAMES[values["path"]] | given
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "CalibrationRows":
+        if self.text is None:
+            return self
+        for name in ("instruction", "answer", "input"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: plain text has none; leave it out, or leave text out")
+        return self
