@@ -30,12 +30,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of one token a byte, which begins a text with `<s>`."""
+    """A folder with a tokenizer of one token a byte, which begins a text with `<bos>`."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_byte_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(
