@@ -2,8 +2,10 @@
 
 Started again, it resumes after the last finished window. --after RUN measures instead what the
 training of a finished run did to the outputs: their effective ranks, before and after, on the run's
-calibration rows."""
+calibration rows. --compare A B prints the angles between the subspaces of two calibrations."""
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +21,8 @@ EXAMPLES = """\
   deepspeed launch/calibrate.py --recipe metamath --output calibrations/metamath
   deepspeed launch/calibrate.py --recipe metamath --set calibration.memory_gib=8 --output calibrations/metamath
   deepspeed launch/train.py --recipe metamath --set calibration.path=calibrations/metamath
-  python launch/calibrate.py --after runs/quickstart --engine single"""
+  python launch/calibrate.py --after runs/quickstart --engine single
+  python launch/calibrate.py --compare calibrations/own calibrations/wikitext2 --output angles"""
 
 
 def main() -> None:
@@ -33,7 +36,17 @@ def main() -> None:
         metavar="RUN",
         help="folder of a finished run to measure; no --recipe then",
     )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="CALIBRATION",
+        help="folders of two calibrations; writes the angles between them to --output",
+    )
     arguments = parser.parse_args()
+    if arguments.compare:
+        _compare(arguments)
+        return
     if arguments.after:
         if arguments.recipe or arguments.set or arguments.output:
             raise UserError(
@@ -47,6 +60,21 @@ def main() -> None:
             raise UserError(f"--{name}: is required")
     recipe, _ = cli.read_recipe_options(arguments)
     _calibrate(recipe, arguments.output, arguments.stall)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print the angles between two calibrations, and write them to --output."""
+    if arguments.recipe or arguments.set or arguments.after or arguments.engine:
+        raise UserError(
+            "--compare: the two folders say what is compared; only --output goes with it"
+        )
+    if arguments.output is None:
+        raise UserError("--output: is required; the angles and their figures are written there")
+    from launch.calibration.compare_calibrations import compare_calibrations
+
+    if int(os.environ.get("RANK", "0")) == 0:  # a launcher may start several
+        print(compare_calibrations(*arguments.compare, arguments.output), flush=True)
+        print(f"angles and figures: {arguments.output}", flush=True)
 
 
 def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from astra.adapter import load_adapter
-from astra.targets import find_targets, names_module
-from launch.calibration.report import group_by_kind
+from astra.targets import find_targets
+from launch.calibration.report import group_by_kind, place_module
 from launch.calibration.run import make_calibration
 from launch.calibration.store import is_finished, read_summary
 from launch.config.loading import read_stored_recipe, validate_recipe
@@ -184,7 +184,7 @@ def _write_comparison(folder: Path, targets: list[str]) -> None:
     before = read_summary(folder / "before")["modules"]
     after = read_summary(folder / "after")["modules"]
     modules = {}
-    for name in sorted(before, key=lambda name: _place_module(name, targets)):
+    for name in sorted(before, key=lambda name: place_module(name, targets)):
         modules[name] = {
             "size": before[name]["size"],
             "before": before[name]["effective_rank"],
@@ -193,14 +193,6 @@ def _write_comparison(folder: Path, targets: list[str]) -> None:
     changes = _get_changes(modules)
     plot_effective_ranks(group_by_layer(changes), folder / FIGURE)
     write_json(folder / Path(EFFECTIVE_RANKS).name, modules)
-
-
-def _place_module(name: str, targets: list[str]) -> tuple[list[int], int, str]:
-    """Return a sort key: the numbers in a module's name, then its kind's place in `targets`."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    kinds = (i for i, target in enumerate(targets) if names_module(target, name))
-    kind = next(kinds, len(targets))  # all-linear names none
-    return numbers, kind, name
 
 
 def read_effective_ranks(run: Path) -> dict[str, RankChange]:

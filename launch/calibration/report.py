@@ -10,6 +10,7 @@ from torch import Tensor
 
 from astra.eigen import Checks
 from astra.spectrum import summarise_spectrum
+from astra.targets import names_module
 from launch.calibration.store import SPECTRUM, read_solutions
 from launch.config.schema import Recipe
 from launch.run.plots import COLOURS, make_figure, save_figure
@@ -74,10 +75,10 @@ def write_report(
     write_json(folder / SPECTRUM, spectrum)
     plots = [
         _plot_spectra(spectra, modules, folder),
-        _plot_by_layer("effective_rank", modules, folder),
+        _plot_figure("effective_rank", modules, folder),
     ]
     if recipe.calibration.split_half:
-        plots.append(_plot_by_layer("largest_angle", modules, folder))
+        plots.append(_plot_figure("largest_angle", modules, folder))
     write_text(folder / "README.md", _write_page(modules, lines, plots, recipe))
     return lines
 
@@ -139,6 +140,14 @@ def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     return kinds
 
 
+def place_module(name: str, targets: list[str]) -> tuple[list[int], int, str]:
+    """Return a sort key: the numbers in a module's name, then its kind's place in `targets`."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    kinds = (i for i, target in enumerate(targets) if names_module(target, name))
+    kind = next(kinds, len(targets))  # all-linear names none
+    return numbers, kind, name
+
+
 def _plot_spectra(spectra: Mapping[str, Tensor], modules: Mapping[str, dict], folder: Path) -> Path:
     """Draw spectrum.png, with a panel for each kind of module."""
     kinds = group_by_kind(modules)
@@ -171,19 +180,25 @@ def _draw_spectra(axis: "Axes", spectra: Sequence[Tensor]) -> None:
         axis.semilogy(indices, shares[is_shown], color=colour, linewidth=0.8)
 
 
-def _plot_by_layer(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
-    """Draw the figure `key` of all modules by layer, with a line for each kind of module."""
+def _plot_figure(key: str, modules: Mapping[str, dict], folder: Path) -> Path:
+    """Draw the figure `key` of spectrum.json by layer."""
+    values = {name: module[key] for name, module in modules.items()}
+    return plot_by_layer(values, LAYER_LABELS[key], folder / f"{key}.png")
+
+
+def plot_by_layer(modules: Mapping[str, float], label: str, path: Path) -> Path:
+    """Draw a number of all modules by layer, with a line for each kind, and return `path`."""
     figure, axes = make_figure(1, 1, 6, 3.6)
     (axis,) = axes.flat
     axis.set_prop_cycle(color=COLOURS)
     for i, (kind, names) in enumerate(group_by_kind(modules).items()):
-        values = [modules[name][key] for name in names]
+        values = [modules[name] for name in names]
         axis.plot(values, marker=MARKERS[i % len(MARKERS)], markersize=4, label=kind)
-    axis.set(xlabel="layer", ylabel=LAYER_LABELS[key])
+    axis.set(xlabel="layer", ylabel=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    return save_figure(figure, folder / f"{key}.png")
+    return save_figure(figure, path)
 
 
 def _write_page(
@@ -197,7 +212,7 @@ def _write_page(
     for kind, names in group_by_kind(modules).items():
         row = [f"{kind} ({len(names)})"]
         for key, form in columns.values():
-            row.append(_format_range([modules[name][key] for name in names], form))
+            row.append(format_range([modules[name][key] for name in names], form))
         rows.append(row)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     pictures = "\n".join(f"![{plot.stem.replace('_', ' ')}]({plot.name})" for plot in plots)
@@ -217,7 +232,7 @@ eigenvalue r over eigenvalue r + 1; near 1 the tail's edge is hardly determined.
 """
 
 
-def _format_range(values: Iterable[float | None], form: str) -> str:
+def format_range(values: Iterable[float | None], form: str) -> str:
     """Return the least and the greatest of the values that are not None, or an empty text."""
     known = [value for value in values if value is not None]
     if not known:

@@ -177,7 +177,7 @@ def read_solution(
     """
     tensors: Solution = {}
     if dist.get_rank() == 0:
-        tensors = crop(_load_solution(folder, name))
+        tensors = crop(load_solution(folder, name))
     fields = [list(tensors)]
     dist.broadcast_object_list(fields)
     solution = {}
@@ -187,7 +187,23 @@ def read_solution(
     return solution
 
 
-def _load_solution(folder: Path, name: str) -> Solution:
+def list_modules(folder: Path) -> list[str]:
+    """Return the names of the modules that the calibration in `folder` has solved."""
+    return [name for name, _ in read_solutions(folder)]
+
+
+def read_manifest(folder: Path, option: str) -> dict:
+    """Read the manifest of a finished calibration. Raises UserError naming `option`."""
+    found = _read_json(folder / MANIFEST)
+    if found is None:
+        unfinished = (folder / UNFINISHED).is_file()
+        state = "is not finished; run launch/calibrate.py again" if unfinished else "has none"
+        raise UserError(f"{option}: {folder} {state}")
+    return found
+
+
+def load_solution(folder: Path, name: str) -> Solution:
+    """Load one module's whole solution. Raises UserError if the calibration has no such module."""
     prefix = f"{name}."
     for path in _list_windows(folder):
         with safe_open(path, framework="pt") as file:
@@ -202,11 +218,7 @@ def check_calibration(folder: Path, manifest: dict) -> None:
 
     The error names the first of COMPARED_FIELDS that differs, or a rank that does not fit.
     """
-    found = _read_json(folder / MANIFEST)
-    if found is None:
-        unfinished = (folder / UNFINISHED).is_file()
-        state = "is not finished; run launch/calibrate.py again" if unfinished else "has none"
-        raise UserError(f"calibration.path: {folder} {state}")
+    found = read_manifest(folder, "calibration.path")
     wanted = json.loads(json.dumps(manifest))
     for key, field in COMPARED_FIELDS.items():
         there, here = _get_value(found, key), _get_value(wanted, key)
@@ -214,7 +226,7 @@ def check_calibration(folder: Path, manifest: dict) -> None:
         if key == "data.tokens_sha256" and is_other and there != here:
             raise UserError(
                 f"calibration.data: the calibration in {folder} was made with other data "
-                f"({_describe_data(found)}, here {_describe_data(wanted)}); calibrate again, or "
+                f"({describe_data(found)}, here {describe_data(wanted)}); calibrate again, or "
                 "set the recipe to it"
             )
         if differs(there, here) if key == "base.config_sha256" else there != here:
@@ -232,7 +244,7 @@ def check_calibration(folder: Path, manifest: dict) -> None:
         )
 
 
-def _describe_data(manifest: dict) -> str:
+def describe_data(manifest: dict) -> str:
     """Name the examples that a manifest is of, and a part of their hash."""
     data = manifest["data"] or {"path": "none", "tokens_sha256": ""}
     what = "" if manifest.get(OTHER_DATA) else "the training rows "

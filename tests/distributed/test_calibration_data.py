@@ -159,3 +159,29 @@ def test_a_run_takes_a_calibration_of_its_data_and_no_other(
     assert done.returncode == 2
     assert "error: calibration.data: the calibration in " in done.stderr
     assert "here the training rows" in done.stderr
+
+
+def test_two_calibrations_are_compared_without_training(
+    launch: Callable, calibrations: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = calibrations[1]
+    pair = [folder / "astra-other", folder / "astra-text"]
+    done = launch("launch/calibrate.py", "--compare", *pair, "--output", tmp_path / "angles")
+    found = json.loads((tmp_path / "angles" / "angles.json").read_text())["B0"]
+    assert len(found) == 14
+    name = "model.layers.1.mlp.down_proj"
+    vectors = [read_calibration(path)[f"{name}.vectors"] for path in pair]
+    cosines = torch.linalg.svdvals(vectors[0].T @ vectors[1])
+    assert found[name]["overlap"] == pytest.approx(cosines.square().mean().item(), rel=1e-9)
+    assert "| down_proj (2) | 32 | 4 |" in done.stdout
+    # 80 outputs of 33 dimensions that the weight and bias reach: the tail is in the rest.
+    assert found["model.layers.0.mlp.gate_proj"]["largest_angle"] < 1e-4
+    # Two ranks find what one does.
+    pair[0] = calibrations[2] / "astra-text"
+    launch("launch/calibrate.py", "--compare", *pair, "--output", tmp_path / "ranks")
+    found = json.loads((tmp_path / "ranks" / "angles.json").read_text())["B0"]
+    assert max(module["largest_angle"] for module in found.values()) < 0.01
+    for line in ([*pair], [*pair, "--engine", "single", "--output", tmp_path / "x"]):
+        done = launch("launch/calibrate.py", "--compare", *line, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: --")
