@@ -473,6 +473,10 @@ class Recipe(Section):
             raise ValueError(
                 f"calibration.{field}: {name} has no use for it, only {only}; leave it out"
             )
+        if settings.path is not None and self.adapter.eigen_select == "haar":
+            raise ValueError(
+                "calibration.path: eigen_select haar takes no calibration; leave it out"
+            )
         if settings.data is not None:
             if self.statistic in (None, "weight"):
                 raise ValueError(f"calibration.data: {self.label} runs no examples; leave it out")

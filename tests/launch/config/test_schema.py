@@ -104,6 +104,10 @@ def test_exports_that_cannot_be_made_are_refused_before_the_run(
     [
         (["adapter.eigen_select=haar", "calibration.split_half=true"], "calibration.split_half: "),
         (
+            ["adapter.eigen_select=haar", "calibration.path=c"],
+            "calibration.path: eigen_select haar",
+        ),
+        (
             ["adapter.eigen_select=haar", "adapter.rank_allocation=effective_rank"],
             "adapter.rank_allocation: ",
         ),

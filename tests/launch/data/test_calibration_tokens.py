@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from launch.config.loading import dump_recipe, read_recipe
 from launch.config.schema import Recipe
+from launch.data import sources
 from launch.data.calibration_tokens import obtain_calibration_tokens
 from launch.data.preparation import prepare_tokens
 from launch.data.token_cache import obtain_tokens
@@ -137,6 +138,19 @@ def test_errors_name_the_fields_of_calibration_data(
     override = f"calibration.data={data}".replace("FOLDER", str(tmp_path))
     recipe = make_recipe(tmp_path, model, override)
     with pytest.raises(UserError, match=rf"^{message}"):
+        obtain_calibration_tokens(recipe.calibration_tokens, model)
+
+
+def test_a_path_that_is_nearly_a_short_name_says_so(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no such data set")
+
+    monkeypatch.setattr(sources, "snapshot_download", refuse)
+    recipe = make_recipe(tmp_path, model, "calibration.data=wikitext3")
+    message = r"^calibration\.data\.path: cannot load wikitext3 .*; did you mean wikitext2\?$"
+    with pytest.raises(UserError, match=message):
         obtain_calibration_tokens(recipe.calibration_tokens, model)
 
 
