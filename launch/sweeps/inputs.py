@@ -51,6 +51,11 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
         yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
     tokens = [weights, data.token_fields()]
     yield f"content of data.path {data.path}", tokens, results.data.tokens_sha256
+    rows = recipe.calibration_tokens
+    if rows is not None and results.calibration_data is not None:
+        fields = [weights, rows.token_fields()]
+        content = results.calibration_data.tokens_sha256
+        yield f"content of calibration.data {rows.path}", fields, content
     yield "dtype", [model.dtype], results.dtype
     for package in PACKAGES:
         version = getattr(results.conditions, package, None)  # not in every earlier record

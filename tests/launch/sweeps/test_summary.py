@@ -101,6 +101,21 @@ def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_p
         collect_groups(sweep)
 
 
+def test_runs_calibrated_on_other_content_are_not_mixed(tmp_path: Path) -> None:
+    rows = {
+        name: {"set": {"adapter.eigen_select": name, "calibration.data": "alpaca"}}
+        for name in ("smallest", "largest")
+    }
+    sweep = make_sweep(tmp_path, {name: [0.2] * 3 for name in rows}, rows=rows)
+    for number, cell in enumerate(sweep.list_cells()):
+        data = {"path": "p", "tokens_sha256": f"content {number}", "examples": 2, "tokens": 9}
+        for run in sweep.eval_runs(cell)["recipe"]:
+            write_results(sweep, run, make_results(0.2) | {"calibration_data": data})
+    message = "another content of calibration.data yahma/alpaca-cleaned than "
+    with pytest.raises(UserError, match=message):
+        collect_groups(sweep)
+
+
 @pytest.mark.parametrize(
     "missing",
     [{"other_text_source": None}, {"scores": {"gsm8k": make_score(0.3, data_sha256=None)}}],
