@@ -165,12 +165,12 @@ def _render_kinds(modules: Mapping[str, Comparison]) -> list[str]:
 
 
 def _render_layers(modules: Mapping[str, Comparison]) -> list[str]:
-    """Return a table with a row for each layer, a module's place among those of its kind."""
+    """Return a table with a row for each layer: a module's place, from 0, among those of its kind."""
     kinds = group_by_kind(modules)
     lines = [f"| layer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for layer in range(max(map(len, kinds.values()))):
         cells = []
         for names in kinds.values():
             cells.append(f"{modules[names[layer]].median_angle:.1f}" if layer < len(names) else "")
-        lines.append(f"| {layer + 1} | {' | '.join(cells)} |")
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
     return lines

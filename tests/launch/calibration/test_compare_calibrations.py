@@ -74,7 +74,7 @@ def test_angles_are_those_by_which_the_planes_were_turned(tmp_path: Path) -> Non
         overlap = sum(math.cos(math.radians(angle)) ** 2 for angle in degrees) / 2
         assert module["overlap"] == pytest.approx(overlap, abs=1e-12)
     assert "| q_proj (2) | 5 | 2 | 0.0 to 10.0 | 30.0 to 90.0 | 0.485 to 0.875 | 0.400 |" in page
-    assert "| 1 | 0.0 | 0.0 |\n| 2 | 10.0 |  |" in page
+    assert "| 0 | 0.0 | 0.0 |\n| 1 | 10.0 |  |" in page
     assert "3 examples of the training rows rows cdcdcdcd, seed 0" in page
     assert "3 examples of text efefefef, seed 0" in page
     assert "The seeds differ" not in page
