@@ -1,8 +1,10 @@
 """Print finished runs as a Markdown table, one row each, and draw their curves; or report a sweep.
 
 --table reports a sweep: its table and its figures. It takes the options of the launch/sweep.py that
-made the runs. What has not been run yet is left empty."""
+made the runs. What has not been run yet is left empty. --html makes one page of either, which needs
+no network: runs that are not finished are shown as far as they are."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from launch.runtime.errors import UserError
 EXAMPLES = """\
   python launch/report.py runs/quickstart runs/quickstart-lora
   python launch/report.py runs/*/ --figures runs
-  python launch/report.py --table miniature --write docs --figures docs"""
+  python launch/report.py runs/quickstart runs/quickstart-lora --html runs/quickstart.html
+  python launch/report.py --table miniature --write docs --figures docs --html docs/miniature.html"""
 
 
 def main() -> None:
@@ -35,24 +38,52 @@ def main() -> None:
         help="also write TABLE.md, TABLE.tex and TABLE.csv there",
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw the figures there")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write everything to a page, in the place of text"
+    )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.table):
         raise UserError("give either run folders or --table")
-    if arguments.table:
-        from launch.sweeps.report import report_sweep  # with SciPy and torch it takes seconds
-        from launch.sweeps.table import read_table
+    if arguments.html:
+        from launch.pages.render import check_path
 
-        sweep = read_table(arguments.table, arguments.set, arguments.output, arguments.keep)
-        report_sweep(sweep, arguments.write, arguments.figures)
+        check_path(arguments.html)  # before anything is written
+    if arguments.table:
+        report_table(arguments)
     elif arguments.write or arguments.set or arguments.output or arguments.keep:
         raise UserError("--write, --set, --output and --keep go with --table")
     else:
-        report_runs(arguments.runs, arguments.figures)
+        report_runs(arguments.runs, arguments.figures, arguments.html)
 
 
-def report_runs(folders: Sequence[Path], figures: Path | None) -> None:
-    """Print a table of finished runs, and draw their curves into the folder `figures`."""
-    print(runs_table(folders))
+def report_table(arguments: argparse.Namespace) -> None:
+    """Print a sweep's table; write it, its figures and its page where the options say."""
+    from launch.sweeps.report import report_sweep  # with SciPy and torch it takes seconds
+    from launch.sweeps.table import read_table
+
+    sweep = read_table(arguments.table, arguments.set, arguments.output, arguments.keep)
+    report_sweep(sweep, arguments.write, arguments.figures)
+    if arguments.html:
+        from launch.pages.sweep import write_sweep_page
+
+        write_sweep_page(sweep, arguments.table, arguments.html)
+        print(f"page: {arguments.html}")
+
+
+def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None) -> None:
+    """Write the page of some runs; without one, print a table of them. Draw their curves.
+
+    Args:
+        figures: folder for the curves; None for none.
+        page: file; None for none. With it the runs need not have finished.
+    """
+    if page is None:
+        print(runs_table(folders))
+    else:
+        from launch.pages.runs import write_runs_page
+
+        write_runs_page(folders, page)
+        print(f"page: {page}")
     if figures is None:
         return
     figures.mkdir(parents=True, exist_ok=True)

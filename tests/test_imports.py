@@ -18,6 +18,7 @@ PACKAGES = ("launch", "eval", "astra")
 ROOMS = [
     "commands",
     "pipeline",
+    "pages",
     "stages",
     "sweeps",
     "planning",

@@ -11,6 +11,7 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 from launch.runtime.locks import FolderLock
 
+BASELINE = "baseline"  # folder in the run folder: the responses of the base before training
 # Fields that say how a calibration is computed and not what, or nothing of it: a finished run may
 # have others too.
 OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")

@@ -1,8 +1,11 @@
 """One training step in numbers, as a line of metrics.jsonl holds it."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TypedDict
+
+from launch.runtime.errors import UserError
 
 METRICS = "metrics.jsonl"  # in the run folder
 
@@ -27,6 +30,21 @@ class Metrics(TypedDict):
 
 
 def read_metrics(folder: Path) -> list[Metrics]:
-    """Read the steps in the metrics.jsonl of a run folder."""
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """Read the steps in the metrics.jsonl of a run folder, without a last line that is half written.
+
+    Raises:
+        UserError: another line is not JSON; the message has its number.
+    """
+    path = folder / METRICS
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"line {number} of {path} is not JSON ({error}); mend or remove it"
+            ) from None
+    with contextlib.suppress(ValueError):  # a run is writing it, or a kill cut it short
+        steps.append(json.loads(last))
+    return steps

@@ -20,6 +20,7 @@ from launch.calibration.run import (
 from launch.calibration.store import read_seconds
 from launch.data.batches import collate_examples
 from launch.engines import make_engine
+from launch.run.folder import BASELINE
 from launch.run.results import RunFacts, Score, describe_source
 from launch.runtime import watchdog
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
@@ -121,7 +122,7 @@ def _measure_base(run: PreparedRun, loaded: RunModel) -> BaseMeasurements:
         logits = _compute_probe_logits(run, loaded)
         before = measure_predictions(engine, model, run.measured)
         if run.recipe.eval.baseline:
-            baseline = score_run(run, loaded, "scoring the base", None, run.folder / "baseline")
+            baseline = score_run(run, loaded, "scoring the base", None, run.folder / BASELINE)
     return BaseMeasurements(calibration, logits, before, baseline)
 
 

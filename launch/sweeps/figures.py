@@ -44,7 +44,7 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
         suffix = f"_{rate}" if len(rates) > 1 else ""
         for key, label in plots.METRIC_LABELS.items():
             path = _get_path(sweep, folder, key + suffix)
-            panels = _collect_curves(sweep, members, key, rate)
+            panels = collect_curves(sweep, members, key, rate)
             paths.append(draw_curves(panels, label, path, is_log=key == "grad_norm"))
 
     # Where learning rates are chosen, these are the rows at their own.
@@ -56,11 +56,11 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
             continue
         path = _get_path(sweep, folder, what)
         if sweep.table.vary:
-            lines = _collect_lines(first, column)
+            lines = collect_lines(first, column)
             field = sweep.table.vary.fields[0]
             paths.append(draw_scores_by_value(lines, field, column.title, path))
         else:
-            paths.append(draw_scores(_collect_points(finished, column), column.title, path))
+            paths.append(draw_scores(collect_points(finished, column), column.title, path))
 
     ranks = _collect_effective_ranks(sweep, first)
     if ranks:
@@ -73,7 +73,7 @@ def _get_path(sweep: Sweep, folder: Path, what: str) -> Path:
     return folder / f"{sweep.name}_{what}.png"
 
 
-def _collect_curves(
+def collect_curves(
     sweep: Sweep, groups: Sequence[Group], key: str, rate: Rate
 ) -> dict[str, dict[str, list[list[float]]]]:
     """Return the panels of a figure of the metric `key` by step, as title -> curves.
@@ -91,7 +91,7 @@ def _collect_curves(
     return panels
 
 
-def _collect_points(groups: Sequence[Group], column: Column) -> dict[str, dict[str, Point]]:
+def collect_points(groups: Sequence[Group], column: Column) -> dict[str, dict[str, Point]]:
     """Return the points of a figure of scores, as row -> learning rate -> mean."""
     rows: dict[str, dict[str, Point]] = {}
     for group in groups:
@@ -104,7 +104,7 @@ def _collect_points(groups: Sequence[Group], column: Column) -> dict[str, dict[s
     return rows
 
 
-def _collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[Any, Point]]:
+def collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[Any, Point]]:
     """Return the lines of a figure of scores by value, as row -> value -> mean."""
     lines: dict[str, dict[Any, Point]] = {}
     for group in groups:
@@ -174,10 +174,10 @@ def _draw_panel(axis: "Axes", part: Sequence[str], curves: Curves) -> None:
     """Draw the curves of one panel, those that are not in `part` in grey."""
     for name, runs in curves.items():
         if name not in part:
-            steps, mean, _, _ = _smooth_runs(runs)
+            steps, mean, _, _ = smooth_runs(runs)
             axis.plot(steps, mean, color=plots.GREY, linewidth=0.7, zorder=1)
     for index, name in enumerate(part):
-        steps, mean, low, high = _smooth_runs(curves[name])
+        steps, mean, low, high = smooth_runs(curves[name])
         style = plots.style_line(index)
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axis.plot(
@@ -192,7 +192,7 @@ def _draw_panel(axis: "Axes", part: Sequence[str], curves: Curves) -> None:
         )
 
 
-def _smooth_runs(
+def smooth_runs(
     runs: Sequence[Sequence[float]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Average each run's values over WINDOW steps.

@@ -57,6 +57,7 @@ class Entry(NamedTuple):
 
     text: str
     is_best: bool = False  # of its column in its block
+    value: float | None = None  # the number in the text, not rounded
 
 
 def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[Entry]]]:
@@ -94,11 +95,14 @@ def _build_row(
 ) -> list[Entry]:
     """Return a group's row of the table: its `columns`, then published scores of `benchmarks`."""
     at_edge = " (end of its grid)" if group.at_edge else ""
-    row = [Entry(group.label), Entry(f"{group.lr:g}{at_edge}"), Entry(_format_seeds(group))]
+    row = [Entry(group.label), Entry(f"{group.lr:g}{at_edge}", value=group.lr)]
+    row.append(Entry(_format_seeds(group), value=len(group.results)))
     for column, is_best in zip(columns, are_best, strict=True):
-        row.append(Entry(_format_point(group.estimate_column(column), column), is_best))
+        point = group.estimate_column(column)
+        row.append(Entry(_format_point(point, column), is_best, point and point.mean))
     for name in benchmarks:
-        row.append(Entry(f"{published[name].value:.2f}" if name in published else ""))
+        value = published[name].value if name in published else None
+        row.append(Entry("" if value is None else f"{value:.2f}", value=value))
     return row
 
 

@@ -1,0 +1,164 @@
+"""Charts of runs: metrics by step, scores with their intervals, spectra by layer."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from launch.calibration.report import LAYER_LABELS, group_by_kind
+from launch.pages.charts import (
+    MAX_POINTS,
+    Chart,
+    Figure,
+    add_intervals,
+    add_line,
+    add_ordered_line,
+    add_points,
+    average_points,
+    list_numbers,
+    make_figure,
+    make_rows_figure,
+    pick_ordered,
+)
+from launch.pages.records import RunRecord
+from launch.run.plots import METRIC_LABELS
+from launch.run.results import Score
+
+Spectra = Mapping[str, dict]
+"""Module -> its figures in a calibration's spectrum.json."""
+
+WHEN = ("before training", "after training")
+TITLES = {"loss": "Loss by step", "grad_norm": "Gradient norm by step"}
+
+
+def chart_metric(records: Sequence[RunRecord], key: str) -> Chart | None:
+    """Chart a field of metrics.jsonl by step, a line for each run; None where no run has a step.
+
+    The loss has held-out losses beside it, as points before and after training.
+    """
+    figure = make_figure("optimiser step", METRIC_LABELS[key], log_y=key == "grad_norm")
+    numbers, longest = {}, 1
+    for record in records:
+        values = [step.get(key) for step in record.steps]
+        if not values:
+            continue
+        size = math.ceil(len(values) / MAX_POINTS)
+        longest = max(longest, size)
+        steps = [step["step"] for step in record.steps][::size]
+        add_line(figure, record.name, steps, average_points(values, size))
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        numbers[record.name] = (values[0], min(known, default=None), values[-1])
+    if not figure.lines:
+        return None
+    list_numbers(figure, numbers, ["first step", "least", "last step"])
+    about = f"{METRIC_LABELS[key].capitalize()}, a line for each run."
+    if longest > 1:
+        about += f" Long runs: every point is the mean of up to {longest} steps."
+    if key == "loss" and _add_held_out(figure, records):
+        about += " Points: loss on held-out rows, before and after training."
+    return Chart(key.replace("_", "-"), TITLES[key], about, {"": figure})
+
+
+def _add_held_out(figure: Figure, records: Sequence[RunRecord]) -> bool:
+    """Add the held-out losses of runs; return whether there are any."""
+    found = False
+    for record in records:
+        if record.results is None or record.results.held_out is None:
+            continue
+        found = True
+        measured = record.results.held_out
+        losses = [measured.before.loss, measured.after.loss]
+        label = f"{record.name}, held-out"
+        add_points(figure, label, [0, record.results.steps], losses)
+    return found
+
+
+def chart_scores(records: Sequence[RunRecord]) -> Chart | None:
+    """Chart accuracies with their 95 % intervals, a choice for each benchmark."""
+    figures: dict[str, Figure] = {}
+    for benchmark in list_benchmarks(records):
+        figure = make_rows_figure("accuracy (%), with 95 % interval", len(records))
+        for when in WHEN:
+            rows = {}
+            for record in records:
+                score = get_scores(record, when).get(benchmark)
+                if score is not None:
+                    low, high = score.interval
+                    rows[record.name] = (100 * low, 100 * score.accuracy, 100 * high)
+            if rows:
+                add_intervals(figure, when, rows)
+        figures[benchmark] = figure
+    if not figures:
+        return None
+    about = "Strict grader's accuracy of each run with its 95 % interval."
+    return Chart("scores", "Scores", about, figures, "Benchmark")
+
+
+def list_benchmarks(records: Sequence[RunRecord]) -> list[str]:
+    """List the benchmarks that at least one run was scored on, before or after training."""
+    names = set()
+    for record in records:
+        if record.results is not None:
+            names |= {*record.results.baseline, *record.results.scores}
+    return sorted(names)
+
+
+def get_scores(record: RunRecord, when: str) -> dict[str, Score]:
+    """Return the scores of a run, at one of WHEN; none until it has finished."""
+    if record.results is None:
+        return {}
+    return record.results.baseline if when == WHEN[0] else record.results.scores
+
+
+def chart_layers(runs: Mapping[str, Spectra]) -> list[Chart]:
+    """Chart what calibrations saw, by the run's name: figures of modules by layer, eigenvalues."""
+    runs = {name: spectra for name, spectra in runs.items() if spectra}
+    charts = []
+    for key, label in LAYER_LABELS.items():
+        figures = {}
+        for name, modules in runs.items():
+            figure = _draw_layers(modules, key, label)
+            if figure is not None:
+                figures[name] = figure
+        if figures:
+            title = f"{label[0].upper()}{label[1:]} by layer"
+            about = f"{title}, a line for each kind of module, as the calibration saw it."
+            charts.append(Chart(key.replace("_", "-"), title, about, figures, "Run"))
+    spectra = {}
+    for run, modules in runs.items():
+        for kind, names in group_by_kind(modules).items():
+            choice = f"{run}: {kind}" if len(runs) > 1 else kind
+            spectra[choice] = _draw_spectra([modules[name] for name in names])
+    if spectra:
+        about = (
+            "Eigenvalues of the outputs' second moment over their trace, by index: "
+            "a line for each layer, from dark (the first) to light."
+        )
+        charts.append(Chart("spectra", "Spectra by layer", about, spectra, "Modules"))
+    return charts
+
+
+def _draw_layers(modules: Spectra, key: str, label: str) -> Figure | None:
+    """Draw a figure of every module by layer; None where the calibration has none."""
+    figure = make_figure("layer", label)
+    figure.layout["xaxis"]["dtick"] = 1 if len(modules) <= 100 else None
+    numbers = {}
+    for kind, names in group_by_kind(modules).items():
+        values = [modules[name].get(key) for name in names]
+        known = [value for value in values if value is not None]
+        if known:
+            add_line(figure, kind, list(range(len(names))), values)
+            numbers[kind] = (values[0], min(known), max(known), values[-1])
+    list_numbers(figure, numbers, ["first layer", "least", "greatest", "last layer"])
+    return figure if figure.lines else None
+
+
+def _draw_spectra(modules: Sequence[dict]) -> Figure:
+    """Draw the eigenvalues of the modules of one kind, a line for each layer."""
+    figure = make_figure("index, ascending", "share of trace", log_y=True, hover="closest")
+    figure.layout["yaxis"]["dtick"] = 1  # every decade: spectra span many
+    for layer, module in enumerate(modules):
+        curve, trace = module["curve"], module["trace"]
+        # The axis is logarithmic: zero eigenvalues are gaps.
+        shares = [value / trace if trace and value > 0 else None for value in curve["value"]]
+        colour = pick_ordered(layer, len(modules))
+        add_ordered_line(figure, f"layer {layer}", curve["index"], shares, colour)
+    return figure

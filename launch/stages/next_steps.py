@@ -1,0 +1,98 @@
+"""Commands for what people do with a run next: repeat, score, compare and serve it."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.config.schema import Eval, Recipe
+from launch.run.folder import BASELINE
+from launch.run.results import RunResults
+from launch.scoring.responses import GENERATIONS
+from launch.training.model_card import find_vllm_rank, list_exports
+
+PAGE = "page.html"  # of launch/report.py, in the run folder
+
+
+def list_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> dict[str, str]:
+    """Return what to do with a finished run, as label -> command for a shell.
+
+    A server's command is left out where none can serve what was exported (DoRA), and all of them
+    where the exported folders are gone.
+    """
+    exports = list_exports(folder, recipe.export)
+    if not exports:
+        return {}
+    steps = {
+        "score": make_score_command(folder, recipe, results, exports),
+        "compare": make_compare_command(folder),
+    }
+    serve = make_serve_command(folder, results, exports)
+    return steps | ({"serve": serve} if serve else {})
+
+
+def make_repeat_command(folder: Path, engine: str, world_size: int) -> str:
+    """Return the command that makes the run in `folder` again, in a new folder beside it."""
+    again = folder.with_name(f"{folder.resolve().name}-again")
+    recipe = folder / "recipe.yaml"
+    words = ["launch/train.py", "--recipe", str(recipe), "--output", str(again)]
+    return shlex.join([*choose_launcher(engine, world_size), *words])
+
+
+def choose_launcher(engine: str, world_size: int) -> list[str]:
+    """Return the words that start so many ranks on one machine."""
+    if world_size == 1:
+        return ["python"]
+    if engine.startswith("zero"):
+        return ["deepspeed", "--num_gpus", str(world_size)]
+    return ["torchrun", "--nproc_per_node", str(world_size)]
+
+
+def make_score_command(
+    folder: Path, recipe: Recipe, results: RunResults, exports: Sequence[str]
+) -> str:
+    """Return the command that scores what was exported, with the settings of the run's own scores."""
+    world_size = results.conditions.world_size
+    words = [*choose_launcher(recipe.engine, world_size), "launch/evaluate.py", "--model"]
+    if exports[0] == "model":
+        words.append(str(folder / "model"))
+    else:
+        words.append(results.base.name)
+        if results.base.revision not in (None, "main"):
+            words += ["--revision", results.base.revision]
+        words += ["--adapter", str(folder / exports[0])]
+    if recipe.engine in ("zero3", "fsdp"):
+        words += ["--engine", recipe.engine]
+    settings, defaults = recipe.eval, Eval()
+    for suite in settings.suites or ["gsm8k"]:
+        words += ["--suite", suite]
+    for name in ("data_dir", "limit", "prompt", "max_new_tokens", "batch_size"):
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, "--output", str(folder / "scores")])
+
+
+def make_compare_command(folder: Path) -> str:
+    """Return the command that compares the run with its base; with no base's responses, a page."""
+    if all((folder / part / GENERATIONS).is_file() for part in ("", BASELINE)):
+        return shlex.join(
+            ["python", "launch/evaluate.py", "--compare", str(folder / BASELINE), str(folder)]
+        )
+    return make_page_command([folder], folder / PAGE)
+
+
+def make_page_command(folders: Sequence[Path], path: Path) -> str:
+    """Return the command that makes the page of some runs."""
+    return shlex.join(["python", "launch/report.py", *map(str, folders), "--html", str(path)])
+
+
+def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]) -> str | None:
+    """Return vLLM's command for what was exported; None where it cannot serve that."""
+    for name in ("merged", "model"):
+        if name in exports:
+            return shlex.join(["vllm", "serve", str((folder / name).resolve())])
+    rank = find_vllm_rank(results.lora_rank) if "lora" in exports else None
+    if rank is None:
+        return None
+    words = ["vllm", "serve", results.base.name, "--enable-lora", "--max-lora-rank", str(rank)]
+    return shlex.join([*words, "--lora-modules", f"tuned={(folder / 'lora').resolve()}"])

@@ -1,0 +1,258 @@
+"""Proves what a page of results holds: valid HTML, the numbers of results.json, no text that escapes.
+
+Pages are made of run folders in the fixtures and of made sweeps; test_browser.py opens one. 5 s.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.pages.charts import MAX_POINTS, MAX_SHOWN, add_line, make_figure
+from launch.pages.generations import MAX_CHARACTERS, MAX_LENGTH, pack_responses
+from launch.pages.render import embed_json
+from launch.pages.runs import write_runs_page
+from launch.pages.sweep import write_sweep_page
+from launch.run.metrics import read_metrics
+from launch.runtime.errors import UserError
+from launch.sweeps.summary import collect_groups, list_columns
+from launch.sweeps.table import read_table
+from tests.support.html_pages import HtmlPage, read_page
+from tests.support.page_runs import make_run, make_running, write_lines
+from tests.support.runs import read_generations, read_results
+from tests.support.sweeps import TABLE, make_held_out, make_results, make_sweep, write_results
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!-- <script> -->",
+    "<img src=x onerror=alert(1)>",
+    "]]> {{ 7 * 7 }} {% raw %} ${alert(1)} &lt;b&gt;",
+    "\u2028\u2029\x00\x1b[31m \u202eover",
+    "\ud800 half a pair",
+]
+
+
+def get_chart(page: HtmlPage, name: str) -> dict:
+    """Return a chart of a page."""
+    (chart,) = [chart for chart in page.get_data("charts-data") if chart["name"] == name]
+    return chart
+
+
+def test_every_number_of_a_finished_run_is_that_of_its_results(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_runs_page([run], tmp_path / "page.html")
+    page, results = read_page(tmp_path / "page.html"), read_results(run)
+    row = page.read_table(0)["run"]
+    assert float(row["last loss"][1]) == results["final_loss"]
+    assert float(row["lr"][1]) == results["lr"]
+    assert [int(row[name][1]) for name in ("rank", "seed", "steps")] == [
+        results[name] for name in ("rank", "seed", "steps")
+    ]
+    assert float(row["calibration (s)"][1]) == results["seconds"]["calibration"]
+    assert float(row["training (s)"][1]) == results["seconds"]["training"]
+    score = results["scores"]["gsm8k"]
+    text, value = row["gsm8k after (%)"]
+    assert float(value) == score["accuracy"]
+    low, high = (100 * bound for bound in score["interval"])
+    assert text == f"{100 * score['accuracy']:.1f} ({low:.1f} to {high:.1f}, n = {score['n']})"
+
+    steps = read_metrics(run)
+    (figure,) = get_chart(page, "loss")["figures"].values()
+    assert figure["traces"][0]["x"] == [step["step"] for step in steps]
+    assert figure["traces"][0]["y"] == pytest.approx([step["loss"] for step in steps], rel=1e-6)
+    (figure,) = get_chart(page, "scores")["figures"].values()
+    after = figure["traces"][-1]
+    assert after["x"][0] + after["error_x"]["array"][0] == pytest.approx(high, rel=1e-6)
+    assert after["x"][0] - after["error_x"]["arrayminus"][0] == pytest.approx(low, rel=1e-6)
+
+    conditions = {row[0][0]: row[1][0] for row in page.tables[-1]}
+    assert conditions["base weights (SHA-256)"] == results["base"]["weights_sha256"]
+    assert conditions["torch"] == results["conditions"]["torch"]
+    modules = json.loads((run / "calibration" / "spectrum.json").read_text())["modules"]
+    figures = get_chart(page, "effective-rank")["figures"]["run"]
+    plotted = [value for trace in figures["traces"] for value in trace["y"]]
+    measured = [module["effective_rank"] for module in modules.values()]
+    assert sorted(plotted) == pytest.approx(sorted(measured), rel=1e-6)
+
+
+def test_hostile_responses_stay_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>", HOSTILE)
+    rows = read_generations(run)
+    rows[0] |= {"question": HOSTILE[0], "id": HOSTILE[0], "reference": HOSTILE[1]}
+    write_lines(run / "generations.jsonl", rows)
+    write_runs_page([run], tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    packed = page.get_data("generations-data")
+    outputs = [problem["responses"][0][2] for problem in packed["problems"]]
+    assert outputs[: len(HOSTILE)] == HOSTILE
+    # No tag of theirs is one of the page's.
+    assert not [tag for tag, attributes in page.tags if tag == "img" or "onerror" in attributes]
+    # Two blocks of data, plotly.js and page.js; the last two are all that may run.
+    assert len(page.scripts) == 4
+    policy = page.get_policy()
+    assert re.findall("'sha256-[^']+'", policy) == page.list_script_hashes()
+    assert policy.startswith("default-src 'none'; ")
+    assert "http" not in policy and "unsafe-eval" not in policy
+    asked = [a for _, attributes in page.tags for a in attributes if a in ("src", "srcset", "data")]
+    links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
+    assert not asked and all(link.startswith("#") for link in links)
+    targets = {attributes["id"] for _, attributes in page.tags if attributes.get("id")}
+    assert {link[1:] for link in links} <= targets
+
+
+def test_embedded_json_is_what_it_was_and_ends_no_script() -> None:
+    text = embed_json({"texts": HOSTILE, "n": [1.5, None, True]})
+    assert not set("<>&") & set(text) and text.isascii()
+    assert json.loads(text) == {"texts": HOSTILE, "n": [1.5, None, True]}
+    with pytest.raises(ValueError, match="JSON"):
+        embed_json(float("nan"))
+
+
+def test_a_running_run_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "done"), make_running(tmp_path / "running")]
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "recipe.yaml").write_text((runs[0] / "recipe.yaml").read_text())
+    (early / "state.json").write_text('{"state": "error", "error": "no <b>disk</b>"}')
+    write_runs_page([*runs, early], tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    table = page.read_table(0)
+    states = {name: row["state"][0] for name, row in table.items()}
+    assert states == {"done": "finished", "running": "running", "early": "error"}
+    assert table["running"]["steps"] == ("3 of 6", "3")
+    assert table["early"]["last loss"] == ("", None)
+    assert "early: no &lt;b&gt;disk&lt;/b&gt;" in page.text
+    (figure,) = get_chart(page, "loss")["figures"].values()
+    assert [len(trace["x"]) for trace in figure["traces"]] == [6, 3]
+    # Ungraded responses join the problems of the finished run.
+    packed = page.get_data("generations-data")
+    assert packed["sources"] == ["done", "running"]
+    grades = {tuple(response[3:5]) for response in packed["problems"][0]["responses"][1:]}
+    assert grades == {(None, None)}
+    # Once it has finished, the same call shows it whole.
+    (runs[1] / "results.json").write_text((runs[0] / "results.json").read_text())
+    write_runs_page([*runs, early], tmp_path / "page.html")
+    assert read_page(tmp_path / "page.html").read_table(0)["running"]["state"][0] == "finished"
+
+
+def test_a_folder_with_a_recipe_alone_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for path in run.iterdir():
+        if path.is_file() and path.name != "recipe.yaml":
+            path.unlink()
+    write_runs_page([run], tmp_path / "page.html")
+    assert read_page(tmp_path / "page.html").read_table(0)["run"]["state"][0] == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "recipe.yaml").unlink(), "is not the folder of a run"),
+        (lambda run: (run / "recipe.yaml").write_bytes(b"\xff"), "is not the folder of a run"),
+        (lambda run: (run / "results.json").write_text("{}"), "is not the folder of a finished"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), "line 1 of .*metrics.jsonl"),
+        (lambda run: (run / "generations.jsonl").write_text("[]\n"), "line 1 of .*generations"),
+    ],
+)
+def test_a_damaged_folder_is_named(damage: object, message: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    damage(run)
+    with pytest.raises(UserError, match=message):
+        write_runs_page([run], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_no_other_file_is_overwritten(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    before = (run / "results.json").read_bytes()
+    (tmp_path / "folder.html").mkdir()
+    for path, message in (
+        (run / "results.json", "end in .html"),
+        (tmp_path / "folder.html", "a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_runs_page([run], path)
+    assert (run / "results.json").read_bytes() == before
+    with pytest.raises(UserError, match="given twice"):
+        write_runs_page([run, run / ".." / "run"], tmp_path / "page.html")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / part / "run") for part in ("a", "b")]
+    write_runs_page(runs, tmp_path / "page.html")
+    assert list(read_page(tmp_path / "page.html").read_table(0)) == list(map(str, runs))
+
+
+def test_a_page_holds_a_bounded_number_of_characters() -> None:
+    row = {"suite": "gsm8k", "sample": 0, "strict": True, "literature": True}
+    long = [row | {"id": str(i), "output": "x" * (2 * MAX_LENGTH)} for i in range(3000)]
+    packed = pack_responses({"long": long, "short": [row | {"id": "0", "output": "y"}]})
+    responses = [
+        response for problem in packed.data["problems"] for response in problem["responses"]
+    ]
+    assert sum(len(response[2]) for response in responses) <= MAX_CHARACTERS
+    assert len(responses) == packed.count < len(long)
+    assert [response[0] for response in packed.data["problems"][0]["responses"]] == [0, 1]
+    left_out, cut = packed.notes
+    assert left_out.startswith(f"Left out: {len(long) + 1 - packed.count:,} responses of long")
+    assert cut.startswith(f"Responses cut after {MAX_LENGTH:,} characters: ")
+    assert responses[0][5].startswith("(cut after")
+
+
+def test_long_curves_are_averaged_and_the_page_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    count = 2 * MAX_POINTS + 1
+    steps = [{"step": i, "loss": float(i), "grad_norm": 1.0} for i in range(1, count + 1)]
+    write_lines(run / "metrics.jsonl", steps)
+    write_runs_page([run], tmp_path / "page.html")
+    chart = get_chart(read_page(tmp_path / "page.html"), "loss")
+    assert "mean of up to 3 steps" in chart["about"]
+    trace = chart["figures"][""]["traces"][0]
+    assert trace["y"][:2] == [2.0, 5.0] and len(trace["y"]) <= MAX_POINTS
+    assert trace["y"][-1] == pytest.approx(count - 0.5)  # the last point has two steps
+
+
+def test_no_two_lines_look_alike_and_the_first_are_shown() -> None:
+    figure = make_figure("x", "y")
+    for number in range(49):
+        add_line(figure, str(number), [0], [float("nan")])
+    looks = {(line["colour"], line["dash"], line["symbol"]) for line in figure.lines}
+    assert len(looks) == 49
+    assert [line["shown"] for line in figure.lines].count(True) == MAX_SHOWN
+    assert figure.traces[0]["y"] == [None]  # a gap: JSON has no NaN
+
+
+def test_a_table_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.21, None], "b": [0.8, 0.81, 0.83], "c": [None] * 3}
+    sweep = make_sweep(tmp_path, scores)
+    write_sweep_page(sweep, str(tmp_path / "t.yaml"), tmp_path / "page.html")
+    page, groups = read_page(tmp_path / "page.html"), collect_groups(sweep)
+    table = page.read_table(0)
+    for group in groups:
+        for column in list_columns(sweep, groups):
+            point = group.estimate_column(column)
+            value = table[group.label][column.title][1]
+            assert (value and float(value)) == (point and point.mean), column.title
+    assert table["c"]["seeds"] == ("0 of 3", "0")
+    every = page.read_table(1)
+    assert len(every) == 9
+    assert sum(row["state"][0] == "finished" for row in every.values()) == 5
+    assert "launch/sweep.py --table" in page.text
+
+
+def test_the_chart_of_rates_shows_what_chose_them(tmp_path: Path) -> None:
+    rates = {"grid": [1e-4, 2e-4, 4e-4], "seed": 0, "common": 2e-4}
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps(TABLE | {"learning_rates": rates, "set": {"data.held_out": 8}}))
+    sweep = read_table(str(path), (), tmp_path / "runs")
+    (cell, *_) = sweep.list_cells()
+    losses = {1e-4: 0.5, 2e-4: 0.25, 4e-4: float("nan")}
+    for rate, run in sweep.tuning_runs(cell).items():
+        write_results(sweep, run, make_results(0.5, held_out=make_held_out(losses[rate])))
+    write_sweep_page(sweep, str(path), tmp_path / "page.html")
+    chart = get_chart(read_page(tmp_path / "page.html"), "rates")
+    (figure,) = chart["figures"].values()
+    (trace,) = figure["traces"]
+    assert (trace["x"], trace["y"]) == ([1e-4, 2e-4], [0.5, 0.25])
+    assert figure["numbers"][1] == [cell.label, "0.0002", "0.25"]
