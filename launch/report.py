@@ -15,7 +15,7 @@ if not __package__:  # run as a script: imports are to be looked up from the rep
 from launch import cli
 from launch.run.metrics import read_metrics
 from launch.run.plots import plot_runs
-from launch.run.results import read_run_results, runs_table
+from launch.run.results import find_run_results, read_run_results, runs_table
 from launch.runtime.entry import run_command
 from launch.runtime.errors import UserError
 
@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw the figures there")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write everything to a page, in the place of text"
+        "--html", type=Path, metavar="FILE", help="also write everything to one page"
     )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.table):
@@ -71,24 +71,28 @@ def report_table(arguments: argparse.Namespace) -> None:
 
 
 def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None) -> None:
-    """Write the page of some runs; without one, print a table of them. Draw their curves.
+    """Print a table of finished runs; draw their curves, and write their page.
 
     Args:
         figures: folder for the curves; None for none.
-        page: file; None for none. With it the runs need not have finished.
+        page: file; None for none. With a page, runs that have not finished are left out of the
+            table, which the page shows as far as they are.
     """
-    if page is None:
-        print(runs_table(folders))
-    else:
+    finished = folders
+    if page is not None:
+        finished = [folder for folder in folders if find_run_results(folder) is not None]
+    if finished:
+        print(runs_table(finished))
+    if page is not None:
         from launch.pages.runs import write_runs_page
 
         write_runs_page(folders, page)
         print(f"page: {page}")
-    if figures is None:
+    if figures is None or not finished:
         return
     figures.mkdir(parents=True, exist_ok=True)
     steps = {}
-    for folder in folders:
+    for folder in finished:
         label = f"{folder.resolve().name} ({read_run_results(folder).label})"
         steps[label] = read_metrics(folder)
     paths = plot_runs(steps, figures)

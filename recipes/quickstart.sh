@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain a small base (once), train Astra and plain LoRA on it at the same learning rate, and
-# print both rows:
+# print both rows, and make a page of them:
 #   bash recipes/quickstart.sh
 #   RUNS=trials bash recipes/quickstart.sh --set train.max_steps=50
 # Arguments go to launch/train.py. Run folders are in $RUNS (default runs). LAUNCH is the launcher;
@@ -13,4 +13,5 @@ LAUNCH="${LAUNCH:-deepspeed --quiet --num_gpus $ranks}"
 $LAUNCH "$launch/train.py" --recipe quickstart --output "$runs/quickstart" "$@"
 $LAUNCH "$launch/train.py" --recipe quickstart --set adapter.method=lora --set eval.baseline=false \
     --output "$runs/quickstart-lora" "$@"
-python "$launch/report.py" "$runs/quickstart" "$runs/quickstart-lora" --figures "$runs/quickstart-figures"
+python "$launch/report.py" "$runs/quickstart" "$runs/quickstart-lora" --figures "$runs/quickstart-figures" \
+    --html "$runs/quickstart.html"

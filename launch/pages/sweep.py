@@ -28,8 +28,7 @@ from launch.run.plots import METRIC_LABELS
 from launch.sweeps.figures import WINDOW, collect_curves, collect_lines, collect_points, smooth_runs
 from launch.sweeps.render import RATES, build_blocks, list_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
-from launch.sweeps.table import Cell as TableCell
-from launch.sweeps.table import Run, Sweep
+from launch.sweeps.table import KEPT, Run, Sweep
 
 
 class ShownRun(NamedTuple):
@@ -96,7 +95,7 @@ def _list_runs(sweep: Sweep) -> list[RunRecord]:
 
 
 def _read_run(sweep: Sweep, run: Run, name: str) -> RunRecord:
-    return make_record(sweep.folder / run.name, name, dump_recipe(run.recipe))
+    return make_record(sweep.find_folder(run), name, dump_recipe(run.recipe))
 
 
 def _choose_shown_runs(sweep: Sweep, groups: Sequence[Group]) -> list[ShownRun]:
@@ -130,8 +129,10 @@ def _chart_rates(sweep: Sweep) -> Chart | None:
     figure = make_figure("learning rate", "held-out loss", log_x=True)
     numbers, rates = {}, set()
     for cell in sweep.list_cells():
-        losses = _read_tuning_losses(sweep, cell)
-        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        known = {}
+        for rate, loss in sweep.measure_rates(cell).items():
+            if loss is not None and math.isfinite(loss):
+                known[rate] = loss
         if not known:
             continue
         label = cell.label if cell.value is None else f"{cell.label} {cell.value}"
@@ -148,16 +149,6 @@ def _chart_rates(sweep: Sweep) -> Chart | None:
         "decides. A rate at which the run diverged, or has not ended, has no point."
     )
     return Chart("rates", "Held-out loss by learning rate", about, {"": figure})
-
-
-def _read_tuning_losses(sweep: Sweep, cell: TableCell) -> dict[float, float | None]:
-    """Return the held-out loss of each run that chooses the cell's rate, None where there is none."""
-    losses: dict[float, float | None] = {}
-    for rate, run in sorted(sweep.tuning_runs(cell).items()):
-        results = make_record(sweep.folder / run.name, run.name, dump_recipe(run.recipe)).results
-        loss = None if results is None or results.held_out is None else results.held_out.after.loss
-        losses[rate] = loss if loss is not None and math.isfinite(loss) else None
-    return losses
 
 
 def _chart_scores(sweep: Sweep, groups: Sequence[Group]) -> Chart | None:
@@ -236,6 +227,8 @@ def _list_commands(sweep: Sweep, source: str, path: Path) -> dict[str, str]:
     for override in sweep.overrides:
         options += ["--set", override]
     options += ["--output", str(sweep.folder)]
+    if sweep.kept != KEPT / sweep.name:
+        options += ["--keep", str(sweep.kept)]
     return {
         "The missing runs": shlex.join(["python", "launch/sweep.py", *options]),
         "This page again": shlex.join(
