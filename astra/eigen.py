@@ -77,6 +77,8 @@ def draw_directions(size: int, count: int, generator: torch.Generator) -> Tensor
     """Return Gaussian columns, (size, count), fp64, on the CPU."""
     # Drawn column by column: a larger `count` only appends columns, so the null vectors for a
     # smaller r are the first of those for a larger r, and a calibration for one serves the other.
+    # (Exactly so where `size` is a multiple of 16: of other amounts torch.randn draws the last 16
+    # numbers anew, which gives other null vectors, as good.)
     return torch.randn(count, size, generator=generator, dtype=torch.float64).T
 
 
