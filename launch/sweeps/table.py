@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -68,6 +68,9 @@ class LearningRates(Section):
         "is there",
     )
     seed: int = Field(ge=0, description="of the runs it is chosen by, by their held-out loss")
+    set: dict[Name, Any] = Field(
+        {}, description="overrides of the runs that choose, field: value, such as fewer rows"
+    )
     neighbours: bool = Field(
         False, description="run every seed at the rates next to a row's own too"
     )
@@ -174,27 +177,40 @@ class Sweep:
             return make_grid(rates.grid, factor)
         return [float(f"{rate * factor:.{SIGNIFICANT_DIGITS}g}") for rate in rates.grid]
 
-    def make_run(self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]) -> Run:
+    def make_run(
+        self,
+        cell: Cell,
+        lr: float | None,
+        seed: int,
+        benchmarks: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
+    ) -> Run:
         """Resolve the recipe of a run and name its folder.
 
         Of two settings of a field the later one wins: seed, table, row, command line, varied value,
-        learning rate, benchmarks.
+        learning rate, benchmarks, `settings`.
 
         Args:
             lr: None for the recipe's or the row's.
             benchmarks: that the run is scored on.
+            settings: overrides of this run, field: value.
 
         Raises:
             UserError: what `read_recipe` finds wrong in the recipe.
         """
         # Resolving a recipe takes milliseconds, and a sweep asks for all runs whenever one ends.
-        key = json.dumps([cell, lr, seed, list(benchmarks)])
+        key = json.dumps([cell, lr, seed, list(benchmarks), settings or {}])
         if key not in self._runs:
-            self._runs[key] = self._resolve_run(cell, lr, seed, benchmarks)
+            self._runs[key] = self._resolve_run(cell, lr, seed, benchmarks, settings or {})
         return self._runs[key]
 
     def _resolve_run(
-        self, cell: Cell, lr: float | None, seed: int, benchmarks: Sequence[str]
+        self,
+        cell: Cell,
+        lr: float | None,
+        seed: int,
+        benchmarks: Sequence[str],
+        settings: Mapping[str, Any],
     ) -> Run:
         """Do what `make_run` says."""
         row, vary = self.table.rows[cell.label], self.table.vary
@@ -203,6 +219,7 @@ class Sweep:
         if lr is not None:
             last["train.lr"] = lr
         last["eval.suites"] = list(benchmarks)
+        last |= settings
         overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
         recipe = read_recipe(source, overrides)
@@ -257,7 +274,8 @@ class Sweep:
 
         It is scored on no benchmark, so no benchmark score can influence the choice.
         """
-        return self.make_run(cell, rate, self.table.learning_rates.seed, [])
+        settings = self.table.learning_rates
+        return self.make_run(cell, rate, settings.seed, [], settings.set)
 
     def tuning_runs(self, cell: Cell) -> dict[float, Run]:
         """Return the runs that choose the cell's learning rate, as known so far, by rate."""
