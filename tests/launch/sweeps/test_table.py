@@ -176,3 +176,19 @@ def test_a_table_may_extend_another_but_not_itself(tmp_path: Path) -> None:
     assert list(child.table.rows) == ["astra", "lora"]
     with pytest.raises(UserError, match="extends itself"):
         read_small_table(tmp_path, extends=str(tmp_path / "child.yaml"))
+
+
+def test_the_runs_that_choose_a_rate_have_settings_of_their_own(tmp_path: Path) -> None:
+    rates = {"grid": [1e-3, 1e-2], "seed": 0, "common": 1e-3, "set": {"data.limit": 50}}
+    sweep = read_small_table(tmp_path, "data.limit=90", learning_rates=rates)
+    assert {run.recipe.data.limit for run in sweep.tuning_runs(LORA).values()} == {50}
+    [common] = sweep.eval_runs(LORA).values()
+    assert {run.recipe.data.limit for run in common} == {90}
+    # the same rate and seed with other settings is another run
+    assert len({run.name for run in sweep.list_runs(LORA)}) == 4
+
+
+def test_a_wrong_setting_of_the_runs_that_choose_is_refused_before_a_run(tmp_path: Path) -> None:
+    rates = {"grid": [1e-3], "seed": 0, "set": {"data.limitt": 50}}
+    with pytest.raises(UserError, match=r"^rows\.astra: data\.limitt: unknown key; did you mean"):
+        read_small_table(tmp_path, learning_rates=rates)
