@@ -51,7 +51,7 @@ def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -
     runs = []
     for cell in sweep.list_cells():
         runs += sweep.list_runs(cell)
-    assert len(runs) >= 9
+    assert len(runs) >= 2
     assert len({run.name for run in runs}) == len(runs)
 
 
