@@ -26,6 +26,7 @@ from launch.runtime.locks import FolderLock
 from launch.scoring.held_out import measure_predictions
 from launch.stages.export import export_run, export_small
 from launch.stages.initialise import initialise_run, load_run_model, restore_run
+from launch.stages.next_steps import describe_next_steps
 from launch.stages.prepare import prepare_run
 from launch.stages.results import make_results, write_run_results
 from launch.stages.score import score_run
@@ -118,3 +119,4 @@ def run_stages(
     if dist.get_rank() == 0:
         print_rank0(runs_table([folder]))
     print_rank0(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  to load: {exported}")
+    print_rank0(describe_next_steps(folder, run.recipe, results))

@@ -270,8 +270,9 @@ def _make_solver(recipe: Recipe, device: torch.device) -> Callable[[ModuleProble
     return solve_with_cores
 
 
-def _show_calibration_progress(items: list, description: str) -> object:
-    return show_progress(items, len(items), description, dist.get_rank())
+def _show_calibration_progress(items: list, name: str) -> object:
+    unit = {"calibrate": "batches", "solve": "rounds"}[name]
+    return show_progress(items, len(items), name, dist.get_rank(), unit)
 
 
 def _count_reachable_outputs(linear: nn.Linear) -> int:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from tqdm import tqdm
 
 from launch.config.schema import Data
 from launch.data.hub_layout import list_data_files
 from launch.data.layout import Split, find_split
 from launch.data.readers import GZIPPED, READERS, UnreadableError
 from launch.models.files import find_commit, is_hub_id
+from launch.run.progress import Progress, has_terminal
 from launch.runtime.errors import UserError
 
 
@@ -244,20 +244,22 @@ def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) 
 
 @contextlib.contextmanager
 def show_rows(split: Split, data: Data, name: str) -> Iterator[Callable[[Chunk], None]]:
-    """Show a progress bar on a terminal, and yield what moves it on to the end of a chunk.
+    """Show the progress of reading rows, and yield what moves it on to the end of a chunk.
+
+    Rank 0 calls it.
 
     Raises:
         UserError: a file cannot be read.
     """
-    is_shown = sys.stderr.isatty()
     total = data.limit
-    if is_shown:  # the rows are counted by reading them all
+    if has_terminal():  # the rows are counted by reading them all
         count = sum(1 for _ in iterate_rows(split, data, ()))
         total = count if total is None else min(total, count)
-    with tqdm(total=total, desc=name, unit=" rows", disable=not is_shown) as bar:
+    with Progress(name, total, rank=0, unit="rows") as progress:
 
         def advance(chunk: Chunk) -> None:
-            bar.update((chunk.position if data.limit is None else chunk.selected) - bar.n)
+            reached = chunk.position if data.limit is None else chunk.selected
+            progress.advance(reached - progress.done)
 
         yield advance
 

@@ -130,7 +130,7 @@ def make_quickstart(folder: Path, device: torch.device) -> None:
     state = make_train_state(engine, model, PRETRAINING)
     metrics = train(state, tokens, steps, PRETRAINING, device)
     loss = 0.0
-    for step in show_progress(metrics, STEPS, "pretrain", dist.get_rank()):
+    for step in show_progress(metrics, STEPS, "pretrain", dist.get_rank(), "steps"):
         loss = step["loss"]
     watchdog.set_phase("writing the quickstart")
     run_on_rank0(lambda: _write_quickstart(folder, model, tokenizer_model, loss))

@@ -7,6 +7,7 @@ meets outside of them reaches the others through the watchdog (launch.runtime.en
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from launch.runtime import compat, watchdog
 from launch.runtime.devices import choose_device, identify_gpu, require_own_gpu
@@ -172,9 +174,10 @@ def stop_process_group() -> None:
 
 
 def print_rank0(text: str) -> None:
-    """Print on rank 0, at once."""
+    """Print on rank 0, at once, above a live line of progress if there is one."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:

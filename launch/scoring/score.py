@@ -223,7 +223,13 @@ def _get_responses(
 
     parts = make_responses(benchmark, missing) if missing else []
     for part in show_progress_of_parts(
-        parts, len(responses), len(requests), benchmark.name, dist.get_rank(), describe_accuracy
+        parts,
+        len(responses),
+        len(requests),
+        benchmark.name,
+        dist.get_rank(),
+        describe_accuracy,
+        "responses",
     ):
         for i, output in part.items():
             response = Response(output or "", output is None, missing[i].sha256)
@@ -261,7 +267,9 @@ def _grade_remaining(
     remaining = [request for request in requests if request.key not in grades]
     if remaining:
         graded = _grade_requests(benchmark, remaining, responses, settings)
-        grades.update(show_progress(graded, len(remaining), f"grade {benchmark.name}", 0))
+        grades.update(
+            show_progress(graded, len(remaining), f"grade {benchmark.name}", 0, "responses")
+        )
 
 
 def _make_rows(

@@ -16,18 +16,26 @@ PAGE = "page.html"  # of launch/report.py, in the run folder
 def list_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> dict[str, str]:
     """Return what to do with a finished run, as label -> command for a shell.
 
-    A server's command is left out where none can serve what was exported (DoRA), and all of them
-    where the exported folders are gone.
+    A server's command is left out where none can serve what was exported (DoRA). Benchmarks and
+    servers of text are for causal models; and where the exported folders are gone, only the page
+    can be made.
     """
     exports = list_exports(folder, recipe.export)
-    if not exports:
-        return {}
+    if not exports or recipe.task.has_head:
+        return {"compare": make_compare_command(folder)}
     steps = {
         "score": make_score_command(folder, recipe, results, exports),
         "compare": make_compare_command(folder),
     }
     serve = make_serve_command(folder, results, exports)
     return steps | ({"serve": serve} if serve else {})
+
+
+def describe_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> str:
+    """Return the lines that a run ends with: what to do next, as commands."""
+    steps = list_next_steps(folder, recipe, results)
+    width = max(map(len, steps))
+    return "\n".join(["next:", *(f"  {label:{width}}  {steps[label]}" for label in steps)])
 
 
 def make_repeat_command(folder: Path, engine: str, world_size: int) -> str:

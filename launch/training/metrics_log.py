@@ -1,14 +1,11 @@
 """metrics.jsonl: every training step, written and shown as it comes."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
 from launch.run.metrics import METRICS, Metrics
+from launch.run.progress import Progress
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.files import write_text
 
@@ -34,7 +31,6 @@ def log_steps(
     Raises:
         UserError: the file cannot be written.
     """
-    terminal = sys.stderr.isatty()
     every = max(1, total // 10)
     path = folder / METRICS
     run_on_rank0(lambda: write_text(path, "".join(json.dumps(step) + "\n" for step in done)))
@@ -44,8 +40,7 @@ def log_steps(
         if failures:
             raise failures[0]
 
-    show_bar = rank == 0 and terminal
-    with tqdm(total=total, initial=len(done), desc="train", disable=not show_bar) as bar:
+    with Progress("train", total, rank, "steps", done=len(done)) as progress:
         for step in metrics:
             if rank == 0:
                 try:
@@ -54,22 +49,17 @@ def log_steps(
                     log(step)
                 except OSError as error:
                     failures.append(error)
-                bar.update()
-                bar.set_postfix_str(f"loss {step['loss']:.4f}, {format_speed(step)}")
-                number = step["step"]
-                if not terminal and (number % every == 0 or number in (1, total)):
-                    print(_format_step(step, total), flush=True)
+            progress.advance(text=_describe_step(step))
             if step["step"] % every == 0 or step["step"] == total:
                 run_on_rank0(raise_failure)
             yield step
 
 
-def _format_step(step: Metrics, total: int) -> str:
-    """Format one step as a line of a log."""
-    left = timedelta(seconds=round(step["seconds_left"]))
+def _describe_step(step: Metrics) -> str:
+    """Describe what a step gave, for the line that shows the progress."""
     return (
-        f"train: {step['step']}/{total} loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} "
-        f"lr {step['lr']:.2e}, {format_speed(step)}, {left} left"
+        f"loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} lr {step['lr']:.2e}, "
+        f"{format_speed(step)}"
     )
 
 

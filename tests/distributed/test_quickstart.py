@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.html_pages import read_page
 from tests.support.runs import read_results
 
 TIME_LIMIT = 8 * 60  # seconds
@@ -32,5 +33,10 @@ def test_quickstart_raises_exact_match_by_30_points_within_8_minutes(
     conditions = (results["method"], results["eigen_select"], results["engine"])
     assert conditions == ("astra", "smallest", "zero3")
     assert "| run | astra smallest | 8 | 0.005 | 42 | 200 |" in done.stdout
+    # The run names what to do next. The page of it has its score.
+    assert f"python launch/evaluate.py --compare {tmp_path / 'run'}/baseline" in done.stdout
+    launch("launch/report.py", tmp_path / "run", "--html", tmp_path / "page.html")
+    row = read_page(tmp_path / "page.html").read_table(0)["run"]
+    assert float(row["gsm8k after (%)"][1]) == after["accuracy"]
     manifest = json.loads(next((tmp_path / "cache").glob("quickstart-*/manifest.json")).read_text())
     assert 1_000_000 <= manifest["parameters"] <= 3_000_000
