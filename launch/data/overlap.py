@@ -50,7 +50,7 @@ class _Tally:
 
 
 def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
-    """Compare the rows that a recipe selects with benchmarks. Shows a progress bar.
+    """Compare the rows that a recipe selects with benchmarks. Shows the progress.
 
     Rows are streamed: memory grows with the benchmarks alone.
 
@@ -90,7 +90,7 @@ def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
 
 
 def _stream_rows(split: Split, recipe: Recipe) -> Iterator[Row]:
-    """Yield the good rows that a recipe selects, with a progress bar."""
+    """Yield the good rows that a recipe selects, while their progress is shown."""
     with show_rows(split, recipe.data, "overlap") as advance:
         for chunk in select_rows(split, recipe.data):
             yield from chunk.rows

@@ -199,7 +199,7 @@ def _get_responses(
 ) -> tuple[dict[ResponseKey, Response], dict[ResponseKey, Grades]]:
     """Get the responses to all `requests`, and write those that were missing. Collective.
 
-    Answers are graded as they arrive, for the accuracy that the progress bar shows. Programs take
+    Answers are graded as they arrive, for the accuracy that is shown beside the progress. Programs take
     seconds each, for which generation would wait: they are graded at the end, and so are the
     responses of earlier starts.
 
@@ -263,7 +263,7 @@ def _grade_remaining(
     grades: dict[ResponseKey, Grades],
     settings: Eval,
 ) -> None:
-    """Add to `grades` those of the responses that have none yet, with a progress bar."""
+    """Add to `grades` those of the responses that have none yet, while the progress is shown."""
     remaining = [request for request in requests if request.key not in grades]
     if remaining:
         graded = _grade_requests(benchmark, remaining, responses, settings)

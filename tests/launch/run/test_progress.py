@@ -74,8 +74,9 @@ def test_quick_steps_do_not_fill_a_log(clock: Clock, capsys: pytest.CaptureFixtu
             stage.advance()
     lines = read_lines(capsys)
     assert [line.split(",")[0] for line in lines] == [
-        "solve: 40/100",
-        "solve: 80/100",
+        "solve: 32/100",
+        "solve: 64/100",
+        "solve: 96/100",
         "solve: 100/100 in 0:00:06",
     ]
 
