@@ -199,8 +199,8 @@ def _get_responses(
 ) -> tuple[dict[ResponseKey, Response], dict[ResponseKey, Grades]]:
     """Get the responses to all `requests`, and write those that were missing. Collective.
 
-    Answers are graded as they arrive, for the accuracy that is shown beside the progress. Programs take
-    seconds each, for which generation would wait: they are graded at the end, and so are the
+    Answers are graded as they arrive, for the accuracy that is shown beside the progress. Programs
+    take seconds each, for which generation would wait: they are graded at the end, and so are the
     responses of earlier starts.
 
     Returns:
