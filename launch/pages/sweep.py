@@ -25,8 +25,9 @@ from launch.pages.records import RunRecord, make_record, read_responses, read_sp
 from launch.pages.render import Page, write_page
 from launch.pages.tables import Cell, Table, tabulate_conditions, tabulate_runs
 from launch.run.plots import METRIC_LABELS
+from launch.sweeps.blocks import RATES, build_blocks
 from launch.sweeps.figures import WINDOW, collect_curves, collect_lines, collect_points, smooth_runs
-from launch.sweeps.render import RATES, build_blocks, list_notes
+from launch.sweeps.render import list_notes, list_recipe_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
 from launch.sweeps.table import KEPT, Run, Sweep
 
@@ -61,7 +62,7 @@ def make_sweep_page(sweep: Sweep, source: str, path: Path) -> Page:
         spectra[name] = read_spectra(record.folder)
         responses |= read_responses(record.folder, name)
     num_done = sum(record.results is not None for record in runs)
-    notes = list_notes(sweep, groups)
+    notes = [*list_recipe_notes(sweep), *list_notes(sweep, groups)]
     notes.append("Spectra, responses and conditions are those of the first run of each row.")
     return Page(
         title=f"Table: {sweep.name}",

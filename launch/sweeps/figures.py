@@ -1,4 +1,4 @@
-"""Draw a table's figures: metrics by step, scores, scores against what varies, effective ranks."""
+"""Draw a table's figures: losses by rate, metrics by step, scores, scores against what varies, effective ranks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,9 @@ from launch.calibration.effective_rank import (
 )
 from launch.run import plots
 from launch.run.metrics import read_metrics
-from launch.sweeps.render import RATES
+from launch.sweeps.blocks import RATES
+from launch.sweeps.curves import collect_rate_curves
+from launch.sweeps.rate_figure import draw_rate_curves
 from launch.sweeps.summary import Column, Group, Point, list_columns
 from launch.sweeps.table import Rate, Sweep, list_benchmarks
 
@@ -34,11 +36,14 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
     Returns:
         The paths of the figures.
     """
-    finished = [group for group in groups if group.results]
-    if not finished:
-        return []
-    rates = list(dict.fromkeys(group.rate for group in finished))
+    curves = collect_rate_curves(sweep)
     paths = []
+    if curves:
+        paths.append(draw_rate_curves(curves, _get_path(sweep, folder, "rates")))
+    finished = [g for g in groups if g.results and g.rate not in ("below", "above")]
+    if not finished:
+        return paths
+    rates = list(dict.fromkeys(group.rate for group in finished))
     for rate in rates:
         members = [group for group in finished if group.rate == rate]
         suffix = f"_{rate}" if len(rates) > 1 else ""

@@ -2,29 +2,22 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 
-from launch.sweeps.summary import (
-    Column,
-    Group,
-    Point,
-    Published,
-    find_best,
-    find_published,
-    list_columns,
-)
-from launch.sweeps.table import Rate, Sweep, list_benchmarks
+from launch.run.results import RunResults, find_run_results
+from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
+from launch.sweeps.curves import collect_rate_curves, list_missing
+from launch.sweeps.significance import compare_groups, describe_power
+from launch.sweeps.summary import Group, find_published, list_columns
+from launch.sweeps.table import LearningRates, Sweep, list_benchmarks
 
-RATES: dict[Rate, str] = {
-    "recipe": "at the recipe's learning rate",
-    "own": "each at its own learning rate",
-    "common": "all at one learning rate",
-}
 TEST_NOTE = (
-    "Mean over seeds, and half of its 95 % interval (Student's t). Bold: best of its block, where "
-    "a two-sided test against the next best gives p < 0.05 (paired t-test over common seeds, else "
-    "Welch's), without correction for the number of columns. An empty cell has not been run."
+    "Mean over seeds, and half of its 95 % interval (Student's t). Bold: best of its block, where it "
+    "differs from the next best: two-sided paired t-test over common seeds, p < 0.05 after Holm's "
+    "correction for all pairs of rows of the block, each column by itself. An empty cell has not "
+    "been run."
 )
 LATEX_PACKAGES = (
     "% needs \\usepackage{booktabs}; \\resizebox, of graphicx, makes a wide tabular fit"
@@ -37,6 +30,18 @@ LATEX_SPECIAL = {
     ">": "$>$",
     "±": r"$\pm$",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
+RATES_HEAD = ("row", "value", "rate", "loss", "best", "fresh_mean", "fresh_half")
+TESTS_HEAD = (
+    "block",
+    "column",
+    "first",
+    "second",
+    "difference",
+    "half",
+    "pairs",
+    "p",
+    "p_holm",
+)
 CSV_HEAD = (
     "row",
     "value",
@@ -52,109 +57,32 @@ CSV_HEAD = (
 )
 
 
-class Entry(NamedTuple):
-    """The text in one place of a rendered table."""
-
-    text: str
-    is_best: bool = False  # of its column in its block
-    value: float | None = None  # the number in the text, not rounded
-
-
-def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[Entry]]]:
-    """Return the blocks of the table, one for each learning rate and varied value.
-
-    Returns:
-        Heading -> rows of entries. The first row holds the titles.
-    """
-    columns = list_columns(sweep, groups)
-    published = find_published(groups, list_benchmarks(sweep.table))
-    benchmarks = []  # those that have a published score, each a column
-    for name in list_benchmarks(sweep.table):
-        if any(name in scores for scores in published.values()):
-            benchmarks.append(name)
-    titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
-    titles += [f"{name} published (%)" for name in benchmarks]
-    # A mean is compared with those of its own block only.
-    blocks = {}
-    for heading, members in _group_by_heading(sweep, groups).items():
-        best = [find_best([groups[i] for i in members], column) for column in columns]
-        rows = [[Entry(title) for title in titles]]
-        for place, i in enumerate(members):
-            are_best = [index == place for index in best]
-            rows.append(_build_row(groups[i], columns, are_best, benchmarks, published.get(i, {})))
-        blocks[heading] = rows
-    return blocks
-
-
-def _build_row(
-    group: Group,
-    columns: Sequence[Column],
-    are_best: Sequence[bool],
-    benchmarks: Sequence[str],
-    published: dict[str, Published],
-) -> list[Entry]:
-    """Return a group's row of the table: its `columns`, then published scores of `benchmarks`."""
-    at_edge = " (end of its grid)" if group.at_edge else ""
-    row = [Entry(group.label), Entry(f"{group.lr:g}{at_edge}", value=group.lr)]
-    row.append(Entry(_format_seeds(group), value=len(group.results)))
-    for column, is_best in zip(columns, are_best, strict=True):
-        point = group.estimate_column(column)
-        row.append(Entry(_format_point(point, column), is_best, point and point.mean))
-    for name in benchmarks:
-        value = published[name].value if name in published else None
-        row.append(Entry("" if value is None else f"{value:.2f}", value=value))
-    return row
-
-
-def _group_by_heading(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[int]]:
-    """Return the indices of the groups of each block, by its heading."""
-    vary = sweep.table.vary
-    found: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        rate = RATES[group.rate]
-        heading = f"{vary.fields[0]} = {group.value}, {rate}" if vary else rate
-        found.setdefault(heading[0].upper() + heading[1:], []).append(i)
-    return found
-
-
-def _format_seeds(group: Group) -> str:
-    """Return how many seeds have finished, of how many where some have not."""
-    text = str(len(group.results))
-    if len(group.results) != group.num_wanted:
-        text += f" of {group.num_wanted}"
-    if group.num_diverged:
-        text += f", {group.num_diverged} diverged"
-    return text
-
-
-def _format_point(point: Point | None, column: Column) -> str:
-    """Return a mean, with its interval where the column's numbers are compared."""
-    if point is None:
-        return ""
-    if point.half is None or column.better is None:
-        return f"{point.mean:{column.form}}"
-    return f"{point.mean:{column.form}} ± {point.half:{column.form}}"
-
-
 def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
-    """List the notes under the table: the test, conditions, sources of published numbers."""
+    """List the notes under the table: what is missing, the tests, conditions, sources."""
     notes = [TEST_NOTE]
+    missing = list_missing(sweep)
+    if missing:
+        notes.append(f"Not run yet: {'. '.join(missing)}.")
+    tests = count_tests(sweep, groups)
+    if tests is not None:
+        notes.append(describe_power(*tests))
     rates = sweep.table.learning_rates
     if rates:
-        notes.append(
-            "A row's own learning rate has the least held-out loss of its grid on seed "
-            f"{rates.seed}; no score counts."
-        )
+        notes.append(describe_choice(rates))
+    runs = _list_all_results(sweep)
     sizes, machines, revisions = set(), set(), set()
-    for group in groups:
-        for results in group.results.values():
-            sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
-            conditions = results.conditions
-            machines.add(f"{conditions.world_size} x {conditions.device}")
-            revisions.add(conditions.git_revision or "no revision")
-    if revisions:  # at least one run has finished
+    for results in runs:
+        sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
+        conditions = results.conditions
+        machines.add(f"{conditions.world_size} x {conditions.device}")
+        revisions.add(conditions.git_revision or "no revision")
+    if runs:
+        hours = sum(results.seconds.whole for results in runs) / 3600
         held_for = "; ".join([*sorted(sizes), *sorted(machines)])
-        notes.append(f"{held_for}; revision {', '.join(sorted(revisions))}.")
+        notes.append(
+            f"{held_for}; revision {', '.join(sorted(revisions))}; {len(runs)} finished runs, "
+            f"{hours:.1f} hours in all."
+        )
     sources = set()
     for scores in find_published(groups, list_benchmarks(sweep.table)).values():
         sources |= {score.source for score in scores.values()}
@@ -163,20 +91,63 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def render_markdown(sweep: Sweep, groups: Sequence[Group]) -> str:
-    """Render the table in Markdown, block after block."""
+def describe_choice(rates: LearningRates) -> str:
+    """Say how each row's own rate was chosen."""
+    text = "A row's own learning rate has the least held-out loss"
+    if rates.extend:
+        text += " of a grid at four rates a decade, extended while the best was at an end"
+    else:
+        text += " of its grid"
+    return f"{text}, on seed {rates.seed}; no score counts. Fresh: the other seeds."
+
+
+def list_recipe_notes(sweep: Sweep) -> list[str]:
+    """List the notes that the finished runs carry, each once, in their order."""
+    notes = [results.note for results in _list_all_results(sweep) if results.note]
+    return list(dict.fromkeys(notes))
+
+
+def _list_all_results(sweep: Sweep) -> list[RunResults]:
+    """Return the results of every finished run of the table, each once."""
+    runs = {run.name: run for cell in sweep.list_cells() for run in sweep.list_runs(cell)}
+    found = [find_run_results(sweep.find_folder(run)) for run in runs.values()]
+    return [results for results in found if results is not None]
+
+
+def render_markdown(
+    sweep: Sweep, groups: Sequence[Group], figures: Mapping[str, str] | None = None
+) -> str:
+    """Render the table in Markdown, block after block, and the figures and the command under it.
+
+    Args:
+        figures: path, as seen from the page -> what the figure shows.
+    """
 
     def render_entry(entry: Entry) -> str:
         text = entry.text.replace("|", "\\|")
         return f"**{text}**" if entry.is_best else text
 
     lines = [f"# {sweep.name}", ""]
+    for note in list_recipe_notes(sweep):
+        lines += [f"**Note.** {note}", ""]
     for heading, (titles, *rows) in build_blocks(sweep, groups).items():
         lines += [f"{heading}:", ""]
         for row in (titles, [Entry("---")] * len(titles), *rows):
             lines.append(f"| {' | '.join(map(render_entry, row))} |")
         lines.append("")
-    return "\n".join([*lines, *list_notes(sweep, groups)]) + "\n"
+    lines += ["\n\n".join(list_notes(sweep, groups)), ""]
+    for path, what in (figures or {}).items():
+        lines += [f"![{what}]({path})", ""]
+    lines += ["Made by:", "", "```bash", _render_command(sweep), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _render_command(sweep: Sweep) -> str:
+    """Return the command that makes the table's runs."""
+    words = ["python", "launch/sweep.py", "--table", sweep.name]
+    for override in sweep.overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def render_latex(sweep: Sweep, groups: Sequence[Group]) -> str:
@@ -194,7 +165,8 @@ def render_latex(sweep: Sweep, groups: Sequence[Group]) -> str:
         lines += [f"{' & '.join(map(render_entry, row))} \\\\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}", "\\par"]
     lines.append("{\\footnotesize")
-    lines += [f"\\noindent {escape_latex(note)}\\par" for note in list_notes(sweep, groups)]
+    notes = [*list_recipe_notes(sweep), *list_notes(sweep, groups)]
+    lines += [f"\\noindent {escape_latex(note)}\\par" for note in notes]
     lines.append("}")
     return "\n".join(lines) + "\n"
 
@@ -224,4 +196,41 @@ def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
             value = "" if group.value is None else group.value
             line = [group.label, value, group.rate, group.lr, column.title, point.mean, low, high]
             writer.writerow([*line, len(group.get_values(column)), *score])
+    return file.getvalue()
+
+
+def render_rates_csv(sweep: Sweep) -> str:
+    """Render a line for each learning rate of each row: its loss, and that of the fresh seeds."""
+    lines = []
+    for curve in collect_rate_curves(sweep):
+        value = "" if curve.cell.value is None else curve.cell.value
+        for rate, loss in curve.losses.items():
+            text = "" if loss is None else "diverged" if math.isinf(loss) else loss
+            fresh, half = curve.fresh.get(rate, ("", ""))
+            is_best = int(rate == curve.own)
+            lines.append([curve.cell.label, value, rate, text, is_best, fresh, half or ""])
+    return _write_csv(RATES_HEAD, lines)
+
+
+def render_tests_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
+    """Render a line for each test of two rows, in every column that is compared."""
+    lines = []
+    columns = [column for column in list_columns(sweep, groups) if column.better is not None]
+    for heading, members in list_row_blocks(sweep, groups).items():
+        for column in columns:
+            for comparison in compare_groups(members, column):
+                labels = [members[i].label for i in (comparison.first, comparison.second)]
+                numbers = [*comparison.difference, comparison.num_pairs]
+                lines.append(
+                    [heading, column.title, *labels, *numbers, comparison.p, comparison.adjusted]
+                )
+    return _write_csv(TESTS_HEAD, lines)
+
+
+def _write_csv(head: Sequence[str], lines: Iterable[Sequence]) -> str:
+    """Return a CSV file's text."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(lines)
     return file.getvalue()

@@ -1,10 +1,18 @@
 """Report a sweep: its table on the screen and in files, and its figures."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.runtime.files import write_text
 from launch.sweeps.figures import draw_figures
-from launch.sweeps.render import render_csv, render_latex, render_markdown
+from launch.sweeps.render import (
+    render_csv,
+    render_latex,
+    render_markdown,
+    render_rates_csv,
+    render_tests_csv,
+)
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Sweep
 
@@ -14,20 +22,33 @@ def report_sweep(sweep: Sweep, texts: Path | None, figures: Path | None) -> None
 
     Args:
         texts: folder into which the table is also written as Markdown, LaTeX and CSV.
-        figures: folder into which the figures are drawn.
+        figures: folder into which the figures are drawn. The Markdown file shows them.
 
     Raises:
         UserError: runs that should have the same inputs were made with different ones.
     """
     groups = collect_groups(sweep)
-    table = render_markdown(sweep, groups)
-    print(table)
-    if texts:
-        texts.mkdir(parents=True, exist_ok=True)
-        write_text(texts / f"{sweep.name}.md", table)
-        write_text(texts / f"{sweep.name}.tex", render_latex(sweep, groups))
-        write_text(texts / f"{sweep.name}.csv", render_csv(sweep, groups))
+    print(render_markdown(sweep, groups))
+    paths = []
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
         paths = draw_figures(sweep, groups, figures)
         print("figures: " + " ".join(map(str, paths)))
+    if texts:
+        texts.mkdir(parents=True, exist_ok=True)
+        page = render_markdown(sweep, groups, _link_figures(sweep, paths, texts))
+        write_text(texts / f"{sweep.name}.md", page)
+        write_text(texts / f"{sweep.name}.tex", render_latex(sweep, groups))
+        write_text(texts / f"{sweep.name}.csv", render_csv(sweep, groups))
+        write_text(texts / f"{sweep.name}_tests.csv", render_tests_csv(sweep, groups))
+        if sweep.table.learning_rates:
+            write_text(texts / f"{sweep.name}_rates.csv", render_rates_csv(sweep))
+
+
+def _link_figures(sweep: Sweep, paths: Sequence[Path], texts: Path) -> dict[str, str]:
+    """Return path from the folder `texts` -> what the figure shows."""
+    links = {}
+    for path in paths:
+        what = path.stem.removeprefix(f"{sweep.name}_").replace("_", " ")
+        links[Path(os.path.relpath(path, texts)).as_posix()] = what
+    return links

@@ -1,11 +1,4 @@
-"""Group a table's runs over seeds, with means, their intervals, and a test of the best mean.
-
-Means have 95 % intervals of Student's t over the seeds. The best mean of a column is marked only
-where a two-sided test of it against the next best gives p < 0.05: a paired t-test where both groups
-have the same seeds (runs of one seed share the order of the training data), Welch's t-test
-otherwise. One seed decides nothing, and neither do differences without spread: few seeds with
-coarse scores give equal ones by chance.
-"""
+"""Group a table's runs over seeds, with means and their 95 % intervals of Student's t."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +13,6 @@ from launch.run.results import Prediction, RunResults, find_run_results
 from launch.runtime.units import GIB
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.table import TABLES, Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
-
-SIGNIFICANCE_LEVEL = 0.05
-ROUNDING = 1e-9  # relative: numbers that are no further apart are equal
 
 
 class Point(NamedTuple):
@@ -88,49 +78,6 @@ def estimate_mean(values: Sequence[float]) -> Point | None:
         return Point(mean, None)
     quantile = stats.t.ppf(0.975, len(values) - 1)
     return Point(mean, float(quantile * stats.sem(values)))
-
-
-def means_differ(first: dict[int, float], second: dict[int, float]) -> bool:
-    """Return whether the means of two groups (seed -> number) differ significantly.
-
-    The module's docstring names the test.
-    """
-    if min(len(first), len(second)) < 2:
-        return False
-    values = [list(first.values()), list(second.values())]
-    size = max(map(abs, values[0] + values[1]))
-    if first.keys() == second.keys():
-        differences = [first[seed] - second[seed] for seed in first]
-        if not _has_spread(differences, size):
-            return False
-        test = stats.ttest_1samp(differences, 0)
-    else:
-        if not any(_has_spread(sample, size) for sample in values):
-            return False
-        test = stats.ttest_ind(*values, equal_var=False)
-    return bool(test.pvalue < SIGNIFICANCE_LEVEL)
-
-
-def _has_spread(sample: Sequence[float], size: float) -> bool:
-    """Return whether numbers differ by more than the rounding of numbers as large as `size`."""
-    return max(sample) - min(sample) > ROUNDING * size
-
-
-def find_best(groups: Sequence[Group], column: Column) -> int | None:
-    """Return the index of the group whose mean is best and differs from the next best, if any."""
-    if column.better is None:
-        return None
-    means = {}
-    for i, group in enumerate(groups):
-        point = group.estimate_column(column)
-        if point is not None and math.isfinite(point.mean):  # NaN has no place in an order
-            means[i] = point.mean
-    if len(means) < 2:
-        return None
-    ascending = sorted(means, key=means.get)
-    first, second = ascending[:2] if column.better == "low" else ascending[:-3:-1]
-    values = [groups[i].get_values(column) for i in (first, second)]
-    return first if means_differ(*values) else None
 
 
 def collect_groups(sweep: Sweep) -> list[Group]:
@@ -222,7 +169,7 @@ def _get_other_text(results: RunResults, when: Literal["before", "after"]) -> Pr
     return results.other_text.before if when == "before" else results.other_text.after
 
 
-def _get_held_out_loss(results: RunResults) -> float | None:
+def get_held_out_loss(results: RunResults) -> float | None:
     """Return a run's held-out loss after training."""
     return None if results.held_out is None else results.held_out.after.loss
 
@@ -238,7 +185,7 @@ def _get_peak_memory(results: RunResults) -> float | None:
 
 
 OTHER_COLUMNS = [
-    Column("held-out loss", _get_held_out_loss, ".4f", "low"),
+    Column("held-out loss", get_held_out_loss, ".4f", "low"),
     Column("other-text loss before", lambda r: _get_other_text_loss(r, "before"), ".3f"),
     Column("other-text loss after", lambda r: _get_other_text_loss(r, "after"), ".3f", "low"),
     Column(

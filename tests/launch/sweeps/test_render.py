@@ -17,8 +17,9 @@ SOURCE = "the READMEs of PEFT's CorDA example and of CorDA"
 
 
 def read_rows(markdown: str) -> dict[str, dict[str, str]]:
-    """Return the rows of a table with one block: label -> title -> text."""
-    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    """Return the rows of a table's first block: label -> title -> text."""
+    first_block = "| row |" + markdown.split("| row |")[1].split("\n\n")[0]
+    lines = first_block.splitlines()
     titles, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
 
@@ -29,7 +30,10 @@ def test_bold_only_where_the_difference_is_significant(tmp_path: Path) -> None:
     best = read_rows(shown)["b"]
     assert best["gsm8k (%)"] == "**81.3 ± 3.8**"
     assert best["held-out loss"] == "**0.1867 ± 0.0379**"  # the least
-    assert shown.count("**") == 4
+    first_block = shown.split("Differences, ")[0]
+    assert first_block.count("**") == 4
+    tests = shown.split("Differences, at the recipe's learning rate:")[1]
+    assert "| held-out loss | b - c | **-0.3067 ± 0.0143** | 3 | 0.000118 | **0.000354** |" in tests
 
     (tmp_path / "close").mkdir()
     scores = {"a_1": [0.2, 0.5, 0.8], "b": [0.8, 0.3, 0.6], "c": [0.5, 0.2, 0.6]}
@@ -67,7 +71,7 @@ def test_latex_shows_what_is_special_to_it(tmp_path: Path) -> None:
     assert r"a\_1 & 2e-05 & 3 & 20.3 $\pm$ 1.4 &" in shown
     assert r"\textbf{81.3 $\pm$ 3.8}" in shown
     widths = {line.count(" & ") for line in shown.splitlines() if line.endswith(r"\\")}
-    assert len(widths) == 1
+    assert widths == {5, 16}  # of the rows, and of the tests between them
 
 
 def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Path) -> None:
@@ -86,6 +90,6 @@ def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Pat
         for rank in (2, 128)
     ]
     below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
-    assert "gives p $<$ 0.05 (paired t-test" in below
+    assert "paired t-test over common seeds, p $<$ 0.05 after" in below
     assert rf"Published: {SOURCE}.\par" in below
     assert "\n".join(typeset).count("{") == "\n".join(typeset).count("}")

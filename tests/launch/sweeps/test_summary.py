@@ -3,7 +3,6 @@
 Needs nothing; takes 10 seconds.
 """
 
-import math
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,11 @@ from launch.runtime.errors import UserError
 from launch.sweeps.summary import (
     collect_groups,
     estimate_mean,
-    find_best,
-    list_columns,
-    means_differ,
 )
 from launch.sweeps.table import read_table
 from tests.support.sweeps import (
     TABLE,
     make_data,
-    make_held_out,
     make_results,
     make_score,
     make_sweep,
@@ -39,40 +34,6 @@ def test_interval_of_a_mean() -> None:
     assert point.half == pytest.approx(4.302653 * 0.0556776 / 3**0.5, rel=1e-5)
     assert estimate_mean([0.5]) == (0.5, None)
     assert estimate_mean([]) is None
-
-
-def test_same_seeds_are_compared_in_pairs_and_others_by_welch() -> None:
-    first, second = {1: 50.0, 2: 60.0, 3: 70.0}, {1: 48.0, 2: 58.1, 3: 67.9}
-    assert stats.ttest_rel([*first.values()], [*second.values()]).pvalue < 0.05
-    assert stats.ttest_ind([*first.values()], [*second.values()], equal_var=False).pvalue > 0.5
-    assert means_differ(first, second)
-    assert not means_differ(first, {4: 48.0, 5: 58.1, 6: 67.9})
-    assert means_differ({1: 50.0, 2: 50.1}, {3: 20.0, 4: 20.1})
-
-
-def test_one_seed_or_no_difference_decides_nothing() -> None:
-    assert not means_differ({1: 90.0}, {1: 10.0})
-    assert not means_differ({1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0})
-
-
-def test_differences_without_spread_decide_nothing() -> None:
-    coarse_with_the_same_gap = {1: 50.5, 2: 60.5}, {1: 50.0, 2: 60.0}
-    same_but_for_rounding = {1: 0.3, 2: 0.8}, {1: 0.2, 2: 0.7}
-    assert not means_differ(*coarse_with_the_same_gap)
-    assert not means_differ(*same_but_for_rounding)
-    assert not means_differ({1: 50.5, 2: 50.5}, {3: 50.0, 4: 50.0})
-    assert means_differ({1: 50.0, 2: 60.0, 3: 70.0}, {1: 40.0, 2: 50.1, 3: 60.0})
-
-
-def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
-    scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
-    sweep = make_sweep(tmp_path, scores)
-    for run in sweep.eval_runs(sweep.list_cells()[2])["recipe"]:
-        write_results(sweep, run, make_results(0.5, held_out=make_held_out(math.nan)))
-    groups = collect_groups(sweep)
-    columns = {column.title: column for column in list_columns(sweep, groups)}
-    orders = groups, groups[::-1], groups[1:]
-    assert [find_best(order, columns["held-out loss"]) for order in orders] == [1, 1, None]
 
 
 @pytest.mark.parametrize(

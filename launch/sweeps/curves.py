@@ -1,0 +1,115 @@
+"""The curve of each row over learning rates: what was measured at every rate, and around the best."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launch.run.results import find_run_results
+from launch.sweeps.rates import find_neighbours
+from launch.sweeps.summary import Point, estimate_mean, get_held_out_loss
+from launch.sweeps.table import Cell, Rate, Sweep, has_ended
+
+
+class RatePoint(NamedTuple):
+    """What is known of one learning rate of a row."""
+
+    rate: float
+    loss: float | None  # held-out, on the seed that chooses; infinite if diverged, None if not run
+    fresh: Point | None = None  # mean over the fresh seeds that were run at this rate
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """The held-out loss of a row by learning rate."""
+
+    cell: Cell
+    losses: dict[float, float | None]  # see Sweep.measure_rates
+    own: float | None  # the best rate; None until it is known
+    fresh: dict[float, Point]  # rate -> mean held-out loss over fresh seeds
+
+    @property
+    def label(self) -> str:
+        """The row, with its value where something varies."""
+        return name_cell(self.cell)
+
+    def list_neighbours(self) -> list[RatePoint | None]:
+        """Return the next lower rate, the best and the next higher; None where there is none."""
+        if self.own is None:
+            return [None, None, None]
+        below, above = find_neighbours(list(self.losses), self.own)
+        points: list[RatePoint | None] = []
+        for rate in (below, self.own, above):
+            known = None if rate is None else (rate, self.losses[rate], self.fresh.get(rate))
+            points.append(known and RatePoint(*known))
+        return points
+
+
+def name_cell(cell: Cell) -> str:
+    """Return the name of a cell: its row, with its value where something varies."""
+    return cell.label if cell.value is None else f"{cell.label} {cell.value}"
+
+
+def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
+    """Return the curve of every cell that has begun; none where rates are not chosen."""
+    curves = []
+    for cell in sweep.list_cells() if sweep.table.learning_rates else []:
+        losses = sweep.measure_rates(cell)
+        if any(loss is not None for loss in losses.values()):
+            own = sweep.tuned_lr(cell)
+            curves.append(RateCurve(cell, losses, own, _collect_fresh(sweep, cell)))
+    return curves
+
+
+def _collect_fresh(sweep: Sweep, cell: Cell) -> dict[float, Point]:
+    """Return the mean held-out loss over fresh seeds, by learning rate."""
+    fresh = {}
+    for runs in sweep.eval_runs(cell).values():
+        results = [find_run_results(sweep.find_folder(run)) for run in runs]
+        losses = [get_held_out_loss(found) for found in results if found is not None]
+        point = estimate_mean([loss for loss in losses if loss is not None])
+        if point is not None:
+            fresh[runs[0].recipe.train.lr] = point
+    return fresh
+
+
+def list_missing(sweep: Sweep) -> list[str]:
+    """Name what has not been run yet of every cell, as `row: what`."""
+    missing = []
+    for cell in sweep.list_cells():
+        parts = []
+        if sweep.table.learning_rates:
+            rates = [rate for rate, loss in sweep.measure_rates(cell).items() if loss is None]
+            if rates:
+                seed = sweep.table.learning_rates.seed
+                parts.append(f"rate {', '.join(f'{rate:g}' for rate in rates)} on seed {seed}")
+            if sweep.tuned_lr(cell) is None:
+                parts.append("its own rate on every seed")
+        for rate, runs in sweep.eval_runs(cell).items():
+            seeds = []
+            for run in runs:
+                if not has_ended(sweep.find_folder(run)):
+                    seeds.append(run.recipe.train.seed)
+            if seeds:
+                parts.append(f"{_name_rate(rate)}seed {', '.join(map(str, seeds))}")
+        if parts:
+            missing.append(f"{name_cell(cell)}: {'; '.join(parts)}")
+    return missing
+
+
+def _name_rate(rate: Rate) -> str:
+    """Return where a missing seed is missing, with a space behind it."""
+    names = {"own": "at its own rate, ", "common": "at the common rate, ", "recipe": ""}
+    return names.get(rate, f"next {rate}, ")
+
+
+def format_loss(point: RatePoint | None) -> str:
+    """Return a rate with its loss: `0.001: 0.7312; fresh 0.7350 ± 0.0041`."""
+    if point is None:
+        return ""
+    text = "not run" if point.loss is None else f"{point.loss:.4f}"
+    if point.loss is not None and not math.isfinite(point.loss):
+        text = "diverged"
+    if point.fresh is not None:
+        half = "" if point.fresh.half is None else f" ± {point.fresh.half:.4f}"
+        text += f"; fresh {point.fresh.mean:.4f}{half}"
+    return f"{point.rate:g}: {text}"

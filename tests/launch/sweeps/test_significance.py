@@ -1,0 +1,96 @@
+"""Proves which rows of a table are said to differ: tests in pairs, and Holm's correction.
+
+Needs nothing; takes 5 seconds.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from launch.sweeps.significance import (
+    adjust_holm,
+    compare_groups,
+    compare_pairs,
+    describe_power,
+    find_best,
+)
+from launch.sweeps.summary import collect_groups, list_columns
+from tests.support.sweeps import make_held_out, make_results, make_sweep, write_results
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        # By hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04, which may not be below the one before.
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        # By hand, as R's p.adjust(method = "holm") documents its steps: 5, 4, 3, 2 and 1 times.
+        ([0.01, 0.02, 0.03, 0.04, 0.05], [0.05, 0.08, 0.09, 0.09, 0.09]),
+        ([0.6, 0.7], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holms_correction_on_worked_values(p_values: list[float], adjusted: list[float]) -> None:
+    assert adjust_holm(p_values) == pytest.approx(adjusted)
+
+
+def test_common_seeds_are_compared_in_pairs() -> None:
+    first, second = {1: 50.0, 2: 60.0, 3: 70.0}, {3: 67.9, 1: 48.0, 2: 58.1}
+    # By hand: differences 2, 1.9, 2.1, so t = 2 / (0.1 / sqrt(3)) with 2 degrees of freedom.
+    p = 2 * stats.t.sf(2 / (0.1 / 3**0.5), 2)
+    assert compare_pairs(first, second) == pytest.approx(p)
+    assert p < 0.001
+    assert stats.ttest_ind([*first.values()], [*second.values()]).pvalue > 0.5
+    assert compare_pairs(first, second | {4: 0.0}) == pytest.approx(p)
+    assert compare_pairs(first, {4: 48.0, 5: 58.1, 6: 67.9}) is None
+
+
+def test_one_seed_or_no_difference_decides_nothing() -> None:
+    assert compare_pairs({1: 90.0}, {1: 10.0}) is None
+    assert compare_pairs({1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0}) is None
+    assert compare_pairs({1: 5.0, 2: math.nan}, {1: 5.0, 2: 6.0}) is None
+    coarse_with_the_same_gap = {1: 50.5, 2: 60.5}, {1: 50.0, 2: 60.0}
+    same_but_for_rounding = {1: 0.3, 2: 0.8}, {1: 0.2, 2: 0.7}
+    assert compare_pairs(*coarse_with_the_same_gap) is None
+    assert compare_pairs(*same_but_for_rounding) is None
+
+
+def test_the_best_is_bold_only_after_correction(tmp_path: Path) -> None:
+    """Alone p is 0.034 for a against b, of three tests 0.034 x 3 at least."""
+    scores = {"a_1": [0.50, 0.52, 0.54], "b": [0.45, 0.48, 0.51], "c": [0.3, 0.45, 0.2]}
+    sweep = make_sweep(tmp_path, scores)
+    groups = collect_groups(sweep)
+    column = list_columns(sweep, groups)[0]
+    comparisons = compare_groups(groups, column)
+    assert [(c.first, c.second, c.num_pairs) for c in comparisons] == [
+        (0, 1, 3),
+        (0, 2, 3),
+        (1, 2, 3),
+    ]
+    first = comparisons[0]
+    assert first.difference.mean == pytest.approx(4)
+    assert first.p == pytest.approx(stats.ttest_rel([50, 52, 54], [45, 48, 51]).pvalue)
+    assert first.p < 0.05 < first.adjusted == pytest.approx(3 * first.p)
+    assert find_best(groups, column) is None
+    assert find_best(groups[:2], column) == 0  # of one test
+
+
+def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
+    sweep = make_sweep(tmp_path, scores)
+    for run in sweep.eval_runs(sweep.list_cells()[2])["recipe"]:
+        write_results(sweep, run, make_results(0.5, held_out=make_held_out(math.nan)))
+    groups = collect_groups(sweep)
+    columns = {column.title: column for column in list_columns(sweep, groups)}
+    orders = groups, groups[::-1], groups[1:]
+    assert [find_best(order, columns["held-out loss"]) for order in orders] == [1, 1, None]
+
+
+def test_what_few_pairs_can_show_is_said() -> None:
+    text = describe_power(3, 10)
+    # t(0.975, 2) = 4.303 and t(0.9975, 2) = 14.09, each over the root of 3; 2 / 2^3.
+    assert "above 2.5 times its standard deviation" in text
+    assert "above 8.1 times for the first of 10 corrected tests" in text
+    assert "cannot go below p = 0.25" in text
