@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from launch.sweeps.curves import RateCurve, collect_rate_curves, format_loss
+from launch.sweeps.published import Published, find_published, list_shown
 from launch.sweeps.significance import (
     SIGNIFICANCE_LEVEL,
     Comparison,
@@ -11,7 +12,7 @@ from launch.sweeps.significance import (
     find_best,
     order_groups,
 )
-from launch.sweeps.summary import Column, Group, Point, Published, find_published, list_columns
+from launch.sweeps.summary import Column, Group, Point, list_columns
 from launch.sweeps.table import Rate, Sweep, list_benchmarks
 
 RATES: dict[Rate, str] = {
@@ -43,9 +44,9 @@ def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[E
     """
     columns = list_columns(sweep, groups)
     published = find_published(groups, list_benchmarks(sweep.table))
-    benchmarks = []  # those that have a published score, each a column
-    for name in list_benchmarks(sweep.table):
-        if any(name in scores for scores in published.values()):
+    benchmarks = []  # those that have a published score of a row's protocol, each a column
+    for name in [*list_benchmarks(sweep.table), "mean"]:
+        if any(name in entry.scores for found in published for entry in list_shown(found)):
             benchmarks.append(name)
     titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
     titles += [f"{name} published (%)" for name in benchmarks]
@@ -57,8 +58,8 @@ def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[E
         rows = [[Entry(title) for title in titles]]
         for place, group in enumerate(members):
             are_best = [index == place for index in best]
-            scores = published.get(places[id(group)], {})
-            rows.append(_build_row(group, columns, are_best, benchmarks, scores))
+            shown = list_shown(published[places[id(group)]])
+            rows.append(_build_row(group, columns, are_best, benchmarks, shown))
         blocks[heading] = rows
         compared = _build_tests(members, _choose_tested(sweep, columns))
         if len(compared) > 1:
@@ -132,7 +133,7 @@ def _build_row(
     columns: Sequence[Column],
     are_best: Sequence[bool],
     benchmarks: Sequence[str],
-    published: dict[str, Published],
+    published: Sequence[Published],
 ) -> list[Entry]:
     """Return a group's row of the table: its `columns`, then published scores of `benchmarks`."""
     at_edge = " (end of its grid)" if group.at_edge else ""
@@ -142,8 +143,10 @@ def _build_row(
         point = group.estimate_column(column)
         row.append(Entry(_format_point(point, column), is_best, point and point.mean))
     for name in benchmarks:
-        value = published[name].value if name in published else None
-        row.append(Entry("" if value is None else f"{value:.2f}", value=value))
+        # Sources may differ: every value is shown.
+        values = [entry.scores[name] for entry in published if name in entry.scores]
+        text = "; ".join(f"{value:.2f}" for value in values)
+        row.append(Entry(text, value=values[0] if values else None))
     return row
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from launch.run.results import RunResults, find_run_results
 from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
 from launch.sweeps.curves import collect_rate_curves, list_missing
+from launch.sweeps.published import describe_hidden, find_published, list_shown
 from launch.sweeps.significance import compare_groups, describe_power
-from launch.sweeps.summary import Group, find_published, list_columns
+from launch.sweeps.summary import Group, list_columns
 from launch.sweeps.table import LearningRates, Sweep, list_benchmarks
 
 TEST_NOTE = (
@@ -60,16 +61,16 @@ CSV_HEAD = (
 def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     """List the notes under the table: what is missing, the tests, conditions, sources."""
     notes = [TEST_NOTE]
+    runs = _list_all_results(sweep)
     missing = list_missing(sweep)
     if missing:
-        notes.append(f"Not run yet: {'. '.join(missing)}.")
+        notes.append(f"Not run yet: {'. '.join(missing) if runs else 'everything'}.")
     tests = count_tests(sweep, groups)
     if tests is not None:
         notes.append(describe_power(*tests))
     rates = sweep.table.learning_rates
     if rates:
         notes.append(describe_choice(rates))
-    runs = _list_all_results(sweep)
     sizes, machines, revisions = set(), set(), set()
     for results in runs:
         sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
@@ -83,11 +84,13 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             f"{held_for}; revision {', '.join(sorted(revisions))}; {len(runs)} finished runs, "
             f"{hours:.1f} hours in all."
         )
-    sources = set()
-    for scores in find_published(groups, list_benchmarks(sweep.table)).values():
-        sources |= {score.source for score in scores.values()}
+    found = find_published(groups, list_benchmarks(sweep.table))
+    sources = [entry.describe() for row in found for entry in list_shown(row)]
     if sources:
-        notes.append(f"Published: {'; '.join(sorted(sources))}.")
+        notes.append(f"Published, of the same protocol: {'; '.join(dict.fromkeys(sources))}.")
+    hidden = describe_hidden(found)
+    if hidden:
+        notes.append(f"Published, of another protocol and not shown: {'; '.join(hidden)}.")
     return notes
 
 
@@ -192,7 +195,9 @@ def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
             if point.half is not None:
                 low, high = point.mean - point.half, point.mean + point.half
             benchmark = column.title.removesuffix(" (%)")
-            score = published.get(i, {}).get(benchmark, ("", ""))
+            shown = [entry for entry in list_shown(published[i]) if benchmark in entry.scores]
+            scores = "; ".join(f"{entry.scores[benchmark]:g}" for entry in shown)
+            score = [scores, "; ".join(entry.source for entry in shown)]
             value = "" if group.value is None else group.value
             line = [group.label, value, group.rate, group.lr, column.title, point.mean, low, high]
             writer.writerow([*line, len(group.get_values(column)), *score])

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from scipy import stats
 
+from launch.config.schema import Recipe
 from launch.run.results import Prediction, RunResults, find_run_results
 from launch.runtime.units import GIB
 from launch.sweeps.inputs import check_inputs
-from launch.sweeps.table import TABLES, Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
+from launch.sweeps.table import Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
 
 
 class Point(NamedTuple):
@@ -31,13 +31,6 @@ class Column(NamedTuple):
     better: Literal["high", "low"] | None = None  # None: neither is better
 
 
-class Published(NamedTuple):
-    """A published score."""
-
-    value: float  # percent
-    source: str
-
-
 @dataclass(frozen=True)
 class Group:
     """The runs of one cell at one learning rate, over seeds."""
@@ -52,8 +45,7 @@ class Group:
     results: dict[int, RunResults]  # by seed, of the finished runs
     folders: dict[int, Path]  # by seed, of all runs
     method: str  # with its variant
-    rank: int
-    model: str
+    recipe: Recipe  # of the first seed's run
 
     def get_values(self, column: Column) -> dict[int, float]:
         """Return the column's number of every run that has it, by seed."""
@@ -116,8 +108,7 @@ def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Gr
         results=results,
         folders=folders,
         method=recipe.label,
-        rank=recipe.adapter.rank,
-        model=recipe.model.name,
+        recipe=recipe,
     )
 
 
@@ -202,33 +193,3 @@ OTHER_COLUMNS = [
     Column("training (s)", lambda r: r.seconds.training, ".1f"),
     Column("peak memory (GiB)", _get_peak_memory, ".2f"),
 ]
-
-
-def find_published(
-    groups: Sequence[Group], benchmarks: Sequence[str]
-) -> dict[int, dict[str, Published]]:
-    """Find the published scores for the model, method and rank of each group.
-
-    Returns:
-        Index of a group -> benchmark -> score. Groups without any are left out.
-    """
-    entries = yaml.safe_load((TABLES / "published.yaml").read_text(encoding="utf-8"))
-    found: dict[int, dict[str, Published]] = {}
-    for i, group in enumerate(groups):
-        for entry in entries:
-            if (
-                _strip_model_name(entry["model"]) == _strip_model_name(group.model)
-                and entry["method"] == group.method
-                and entry["rank"] == group.rank
-            ):
-                scores = found.setdefault(i, {})
-                for benchmark, value in entry["scores"].items():
-                    if benchmark in benchmarks:
-                        scores[benchmark] = Published(value, entry["source"])
-    return found
-
-
-def _strip_model_name(model: str) -> str:
-    """Return a model's name in lower case, without owner, folder or format."""
-    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
-    return name.removesuffix("-hf").removeprefix("meta-")

@@ -15,10 +15,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from launch.run import plots
 from launch.runtime.errors import UserError
 from launch.sweeps import jobs
+from launch.sweeps.curves import collect_rate_curves, format_loss
+from launch.sweeps.rate_figure import draw_rate_curves
 from launch.sweeps.rates import choose_next_rate, find_step, make_grid, make_rate
+from launch.sweeps.render import render_markdown, render_rates_csv
 from launch.sweeps.report import report_sweep
+from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell, Sweep, read_table
 from tests.support.sweeps import make_results
 
@@ -261,6 +266,45 @@ def test_a_sweep_starts_from_kept_runs_and_the_report_is_the_same_from_them_alon
     assert {path.name for path in files} == {"results.json", "metrics.jsonl", "state.json"}
     (diverged,) = kept.rglob("state.json")
     assert set(json.loads(diverged.read_text())) == {"state", "error"}  # not the host
+
+
+def test_a_report_has_the_curve_the_best_and_its_neighbours(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.set_up(best=1.9e-3, diverges_from=3e-3)
+    sweep = trainer.read_table()
+    assert trainer.run(sweep, num_slots=3) == 0
+    (curve,) = collect_rate_curves(sweep)
+    assert [format_loss(point).split(":")[0] for point in curve.list_neighbours()] == [
+        "0.001",
+        "0.00178",
+        "0.00316",
+    ]
+    shown = render_markdown(sweep, collect_groups(sweep))
+    line = next(line for line in shown.splitlines() if line.startswith("| lora | 0.001: "))
+    loss = 1 + math.log10(1.9e-3 / 1.78e-3) ** 2
+    assert f"| 0.00178: {loss:.4f}; fresh {loss + 0.002:.4f} ± " in line
+    assert line.endswith("| 0.00316: diverged |")
+
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
+    draw_rate_curves([curve], trainer.folder / "rates.png")
+    whole, near = figures[0].axes
+    assert whole.get_xscale() == near.get_xscale() == "log"
+    line, best, diverged = whole.lines
+    assert line.get_xdata().tolist() == [3.16e-4, 5.62e-4, 1e-3, 1.78e-3]
+    assert best.get_xydata().tolist() == [[1.78e-3, pytest.approx(loss)]]
+    assert diverged.get_xdata().tolist() == [3.16e-3]
+    assert [text.get_text() for text in near.texts] == ["lora"]
+    lines = render_rates_csv(sweep).splitlines()
+    assert [line.split(",")[2] for line in lines[1:]] == [
+        "0.000316",
+        "0.000562",
+        "0.001",
+        "0.00178",
+        "0.00316",
+    ]
+    assert lines[-1] == "lora,,0.00316,diverged,0,,"
 
 
 def test_rates_are_named_alike_wherever_they_come_from() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from launch.sweeps.render import escape_latex, render_csv, render_latex, render_markdown
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell
-from tests.support.sweeps import make_sweep
+from tests.support.sweeps import make_results, make_sweep, write_results
 
 SCORES = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
-SOURCE = "the READMEs of PEFT's CorDA example and of CorDA"
+SOURCE = "PEFT, examples/corda_finetuning/README.md"
 
 
 def read_rows(markdown: str) -> dict[str, dict[str, str]]:
@@ -52,14 +52,17 @@ def test_a_missing_cell_is_empty(tmp_path: Path) -> None:
     assert {row[title] for row in (a, b, c) for title in ("math (%)", "mean (%)")} == {""}
     assert (a["peak memory (GiB)"], b["peak memory (GiB)"]) == ("3.00", "")
     # a_1 is lora of rank 128 on Llama-2-7b.
-    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == ("42.68", "")
+    assert (a["gsm8k published (%)"], b["gsm8k published (%)"]) == (
+        "42.68; 42.30; 42.68",
+        "",
+    )
 
     lines = list(csv.DictReader(io.StringIO(render_csv(sweep, groups))))
     assert {line["row"] for line in lines} == {"a_1", "c"}
     (line,) = (line for line in lines if (line["row"], line["column"]) == ("a_1", "gsm8k (%)"))
     numbers = (line["mean"], line["low"], line["n"], line["published"])
-    assert numbers == ("20.0", "", "1", "42.68")
-    assert line["source"] == SOURCE
+    assert numbers == ("20.0", "", "1", "42.68; 42.3; 42.68")
+    assert line["source"].startswith(f"{SOURCE}; PiSSA's paper")
     assert {line["source"] for line in lines if not line["published"]} == {""}
 
 
@@ -91,5 +94,29 @@ def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Pat
     ]
     below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
     assert "paired t-test over common seeds, p $<$ 0.05 after" in below
-    assert rf"Published: {SOURCE}.\par" in below
+    assert (
+        r"Published, of another protocol and not shown: PEFT, examples/corda\_finetuning" in below
+    )
     assert "\n".join(typeset).count("{") == "\n".join(typeset).count("}")
+
+
+def test_what_has_not_been_run_is_named(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.3, None], "b": [0.3, 0.3, 0.3], "c": [None] * 3}
+    sweep = make_sweep(tmp_path, scores)
+    shown = render_markdown(sweep, collect_groups(sweep))
+    assert "Not run yet: a_1: seed 3. c: seed 1, 2, 3." in shown
+    nothing = make_sweep(tmp_path, dict.fromkeys(scores, [None] * 3), set={"train.epochs": 2})
+    assert "Not run yet: everything." in render_markdown(nothing, collect_groups(nothing))
+
+
+def test_a_note_of_the_runs_and_the_command_stand_in_every_report(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, SCORES)
+    run = sweep.eval_runs(sweep.list_cells()[0])["recipe"][0]
+    write_results(sweep, run, make_results(0.2, note="The base is a stand-in."))
+    groups = collect_groups(sweep)
+    shown = render_markdown(sweep, groups, {"t_loss.png": "loss"})
+    assert shown.startswith("# t\n\n**Note.** The base is a stand-in.\n")
+    assert r"\noindent The base is a stand-in.\par" in render_latex(sweep, groups)
+    command = "```bash\npython launch/sweep.py --table t\n```"
+    assert shown.endswith(f"![loss](t_loss.png)\n\nMade by:\n\n{command}\n")
+    assert "9 finished runs" in shown
