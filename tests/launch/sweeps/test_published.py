@@ -100,4 +100,4 @@ def test_every_published_score_has_its_whole_protocol_and_its_source() -> None:
             assert {"calibration", "gsm8k", "math", "humaneval", "commonsense"} >= scores.keys()
             if method.startswith("corda"):
                 assert scores["calibration"] == ("own" if method == "corda ipm" else "nq_open")
-    assert sum(len(entry["scores"]) for entry in entries) == 42
+    assert sum(len(entry["scores"]) for entry in entries) == 39

@@ -94,9 +94,7 @@ def test_latex_typesets_headings_before_the_blocks_and_notes_after(tmp_path: Pat
     ]
     below = "\n".join(typeset[typeset.index(r"\end{tabular}", begins[-1]) :])
     assert "paired t-test over common seeds, p $<$ 0.05 after" in below
-    assert (
-        r"Published, of another protocol and not shown: PEFT, examples/corda\_finetuning" in below
-    )
+    assert r"Published, of the same protocol: PEFT, examples/corda\_finetuning" in below
     assert "\n".join(typeset).count("{") == "\n".join(typeset).count("}")
 
 
