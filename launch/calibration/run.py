@@ -91,7 +91,7 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
     print_rank0(
         run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
     )
-    engine = make_engine(recipe.engine, device, inputs.dtype)
+    engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
     else:

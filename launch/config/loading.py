@@ -33,6 +33,7 @@ ADDED_FIELDS = (
     "adapter.exclude",
     "adapter.start",
     "train.lr_ratio",
+    "shard_within",
     "calibration.data",
     "task",
     "train.head_lr",

@@ -403,6 +403,11 @@ class Recipe(Section):
         description="a sentence that stands in the results, the model card and every report: what "
         "must be known of the run beside its fields",
     )
+    shard_within: Literal["all", "node"] = Field(
+        "all",
+        description="fsdp, zero3: the base is sharded over all ranks, or over each node's, which "
+        "takes more memory and gathers no frozen weight from another node",
+    )
     tracking: list[Literal["tensorboard", "wandb"]] = Field(
         [],
         description="where metrics also go; each needs its package (wandb is offline without "
@@ -450,6 +455,14 @@ class Recipe(Section):
                 raise ValueError(
                     f"{field}: is for causal tasks only, not for {self.task.kind}; leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shard_within(self) -> "Recipe":
+        if self.shard_within == "node" and self.engine not in ("fsdp", "zero3"):
+            raise ValueError(
+                f"shard_within: node is for engines fsdp and zero3, not {self.engine}; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,14 +6,22 @@ A new engine is one file here and one line in `make_engine`.
 import torch
 
 from launch.engines.base import Engine
+from launch.engines.nodes import choose_nodes
 
 
-def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """Make the engine that a recipe calls `name`. Needs a started process group.
+def make_engine(
+    name: str, device: torch.device, dtype: torch.dtype, shard_within: str = "all"
+) -> Engine:
+    """Make the engine that a recipe calls `name`. Needs a started process group. Collective.
 
     Args:
         dtype: of the frozen base and of its forward passes.
+        shard_within: the recipe's field; `node` for fsdp and zero3 only.
+
+    Raises:
+        UserError: on every rank, if the ranks are not placed as `shard_within` needs it.
     """
+    nodes = choose_nodes(name) if shard_within == "node" else None
     # fp32 products on GPUs: with a bf16 base they are an adapter's, for which TF32's 11 significant
     # bits are more than enough. An fp32 base keeps fp32.
     torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
@@ -26,11 +34,11 @@ def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
         case "fsdp":
             from launch.engines.fsdp import FsdpEngine
 
-            return FsdpEngine(device, dtype)
+            return FsdpEngine(device, dtype, nodes)
         case _:  # the others are DeepSpeed's, one for each file in ds_configs/
             from launch.engines.zero import ZeroEngine
 
-            return ZeroEngine(name, device, dtype)
+            return ZeroEngine(name, device, dtype, node_size=len(nodes[0]) if nodes else None)
 
 
 __all__ = ["Engine", "make_engine"]

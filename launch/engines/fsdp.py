@@ -1,6 +1,6 @@
 """PyTorch FSDP2 (`fully_shard`): each decoder layer is a unit, and each rank reads only its rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +18,7 @@ from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
 from launch.models.check import CheckedModel, read_config
 from launch.runtime import compat
+from launch.runtime.distributed import FOREVER
 from launch.runtime.errors import UserError
 
 
@@ -26,9 +27,30 @@ class FsdpEngine(TorchWeights):
 
     sharded, reentrant = True, False
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        nodes: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Take over all ranks. Collective.
+
+        Args:
+            nodes: the ranks of each node, equally many, if each node is to hold a whole model
+                (HSDP). None: all ranks hold one model.
+        """
         self.device, self.dtype = device, dtype
-        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        if nodes is None:
+            # One dimension: ranks that share a model.
+            self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+            self.shard_mesh = self.mesh
+        else:
+            # FSDP2 sums gradients over a node's ranks, each of which keeps its shard, and then over
+            # the nodes. Ranks may be placed on nodes in any order.
+            self.mesh = DeviceMesh(device.type, list(nodes), mesh_dim_names=("replicate", "shard"))
+            self.shard_mesh = self.mesh["shard"]
+            for name in self.mesh.mesh_dim_names:
+                compat.set_group_timeout(self.mesh.get_group(name), FOREVER)
 
     def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         self.checked = checked
@@ -70,7 +92,8 @@ class FsdpEngine(TorchWeights):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> TorchTrainState:
         # FSDP2 averages gradients over ranks in each backward pass, so micro batches add up.
-        return TorchTrainState(model, optimizer, max_grad_norm)
+        num_replicas = self.mesh.size() // self.shard_mesh.size()
+        return TorchTrainState(model, optimizer, max_grad_norm, num_replicas)
 
     def _shard(self, model: nn.Module) -> None:
         """Shard `model`, whose parameters have no storage yet, with the adapters in it.
@@ -142,7 +165,8 @@ class FsdpEngine(TorchWeights):
             return tensor
         shard = tensor.to_local()
         # fully_shard splits dimension 0 as torch.chunk does: ceil(size / world) rows a rank.
-        start = dist.get_rank() * -(-tensor.shape[0] // self.mesh.size())
+        mesh = self.shard_mesh
+        start = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())
         if len(shard):
             shard.copy_(values[start : start + len(shard)])
         return tensor

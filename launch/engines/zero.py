@@ -111,11 +111,27 @@ def _cut_shard(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 class ZeroEngine(ZeroWeights):
-    """See engines.base.Engine. `name` is that of a file in ds_configs/."""
+    """See engines.base.Engine."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        node_size: int | None = None,
+    ) -> None:
+        """Take over all ranks. Collective.
+
+        Args:
+            name: that of a file in ds_configs/.
+            node_size: ranks of each node, if each node is to hold a copy of the frozen base, besides
+                the shards of all ranks (ZeRO++'s hpZ). Rank i is on node i // node_size.
+        """
         self.device, self.dtype = device, dtype
         self.config = read_deepspeed_config(name)
+        self.node_size = node_size
+        if node_size is not None:
+            self.config["zero_optimization"]["zero_hpz_partition_size"] = node_size
         # DeepSpeed requires it, but only its own log uses it.
         self.config["train_micro_batch_size_per_gpu"] = 1
         self.sharded = self.config["zero_optimization"]["stage"] == 3
@@ -131,6 +147,7 @@ class ZeroEngine(ZeroWeights):
         with compat.deepspeed_device(device):
             deepspeed.init_distributed(verbose=False)
         compat.set_group_timeout(compat.get_deepspeed_group(), FOREVER)
+        compat.forget_node_group()
 
     def _use_bf16(self, enabled: bool) -> None:
         """Set the dtype of the weights, and fp32 for sums of gradients."""
@@ -152,6 +169,8 @@ class ZeroEngine(ZeroWeights):
                 str(checked.folder), dtype=self.dtype, local_files_only=True, use_safetensors=True
             )
         self.base = model
+        if self.node_size is not None:
+            compat.set_group_timeout(compat.get_node_group(), FOREVER)
         if self.sharded:
             self._gather_by_layer(model)
         return (model if self.sharded else model.to(self.device)).requires_grad_(full)

@@ -20,6 +20,7 @@ OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")
 FREE_TO_CHANGE = (
     *OF_COMPUTATION,
     "engine",
+    "shard_within",
     "eval",
     "data.prepared",  # the tokens themselves are compared
     "data.on_bad_row",

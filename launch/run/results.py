@@ -180,6 +180,7 @@ class RunResults(Record):
     logit_drift: float  # largest change of a logit at step 0, over the largest logit
     residual_rounding: float  # largest |s B0 A0 + W_res - W| / |W| of a module
     engine: str
+    shard_within: str = "all"
     dtype: str
     seconds: Seconds
     calibration_data: CalibrationData | None = None  # see RunFacts

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import re
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -140,6 +140,15 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 
 
 # torch.nn and torch.compile
+
+
+def compute_norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Compute the 2-norm of each tensor, scalars, in one kernel for many of them on a GPU.
+
+    `torch.nn.utils.get_total_norm` calls the same function, but returns one norm of all. No upstream
+    report found (2026-11).
+    """
+    return torch._foreach_norm(tensors, 2.0)
 
 
 def undo_compile(module: nn.Module) -> None:
@@ -536,6 +545,27 @@ def get_deepspeed_group() -> dist.ProcessGroup:
     from deepspeed.utils import groups
 
     return groups._get_data_parallel_group()
+
+
+def get_node_group() -> dist.ProcessGroup | None:
+    """Return the process group of this node's ranks that DeepSpeed has made for hpZ, if any.
+
+    See `get_deepspeed_group`.
+    """
+    from deepspeed.utils import groups
+
+    return groups._get_zero_param_intra_parallel_group()
+
+
+def forget_node_group() -> None:
+    """Let DeepSpeed make hpZ's group anew, or none, for the next model that is loaded.
+
+    It keeps the first one for ever: a second `zero.Init` with hpZ fails, as the group is there
+    (deepspeedai/DeepSpeed#4901; #8361 is to mend it), and an engine without hpZ would use it.
+    """
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def remove_deepspeed_hooks(model: nn.Module) -> None:

@@ -243,6 +243,14 @@ def run_on_each_node(function: Callable[[], T]) -> list[T]:
     return [outcomes[owner][0] for owner in owners]
 
 
+def find_nodes() -> list[list[int]]:
+    """Return the ranks of each node, in ascending order; rank 0's node first. Collective."""
+    nodes: dict[int, list[int]] = {}
+    for rank, owner in enumerate(_find_node_owners()):
+        nodes.setdefault(owner, []).append(rank)
+    return list(nodes.values())
+
+
 def _find_node_owners() -> list[int]:
     """Return, by rank, the global rank of its node's local rank 0. Collective."""
     places: list = [None] * dist.get_world_size()

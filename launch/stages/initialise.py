@@ -49,7 +49,7 @@ def load_run_model(run: PreparedRun, device: torch.device) -> RunModel:
         lora_ranks = RunFacts.model_validate(run.saved.facts).ranks
     else:
         lora_ranks = _allocate_lora_ranks(run, device)
-    engine = make_engine(recipe.engine, device, run.inputs.dtype)
+    engine = make_engine(recipe.engine, device, run.inputs.dtype, recipe.shard_within)
     base = engine.load_model(run.inputs.model, full=recipe.adapter.method_record.trains_all)
     apply_kernels(base, recipe)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
@@ -68,7 +68,7 @@ def _allocate_lora_ranks(run: PreparedRun, device: torch.device) -> dict[str, in
         return None
     path = recipe.calibration.path
     source = Path(path).expanduser() if path else run.folder / CALIBRATION
-    engine = make_engine(recipe.engine, device, run.inputs.dtype)
+    engine = make_engine(recipe.engine, device, run.inputs.dtype, recipe.shard_within)
     calibrate_base(recipe, run.inputs, engine, source)
     return allocate_lora_ranks(recipe, source)
 

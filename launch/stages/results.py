@@ -87,6 +87,8 @@ def _collect_optional(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
         optional["lr_ratio"] = recipe.train.lr_ratio
     if facts.decided:
         optional["decided"] = facts.decided
+    if recipe.shard_within != "all":
+        optional["shard_within"] = recipe.shard_within
     if recipe.note:
         optional["note"] = recipe.note
     return optional

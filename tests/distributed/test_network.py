@@ -1,8 +1,9 @@
-"""Cut the link between two hosts in the middle of a training, mend it, and start again.
+"""Train on two hosts, and cut the link between them in the middle of it, mend it, and start again.
 
 Proves that both hosts end, name the rank that they lost, and resume to the result of an undisturbed
-run on one host. The hosts are network namespaces, which need root and the `ip` command (Debian:
-iproute2). About 40 s an engine.
+run on one host; and that two hosts that hold the base each (`shard_within: node`) train what one host
+does. The hosts are network namespaces, which need root and the `ip` command (Debian: iproute2). About
+40 s an engine.
 
 FSDP2 under torchrun runs always. ZeRO-3 under `deepspeed --hostfile` is left to `make test-full`:
 what finds the cut is the same watchdog, and test_faults.py kills ranks and launchers of ZeRO-3.
@@ -19,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.support.paths import WORKERS
-from tests.support.processes import Run
-from tests.support.runs import find_newest_step, read_steps, runs_are_equal
+from tests.support.cases import NO_SCORES
+from tests.support.paths import ROOT, WORKERS
+from tests.support.processes import Run, make_set_options
+from tests.support.runs import find_newest_step, read_losses, read_steps, runs_are_equal
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -80,20 +84,20 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def make_commands(
-    engine: str, hosts: list[Host], options: list[object], folder: Path
+    engine: str, hosts: list[Host], script: list[object], folder: Path, ranks: int = 1
 ) -> list[list[str]]:
-    """Return the command of each host, with one rank on each."""
+    """Return the command of each host, which starts `ranks` processes of `script` on it."""
     port = str(random.randrange(20000, 60000))
     if engine == "zero3":
         hostfile = folder / "hostfile"
-        hostfile.write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+        hostfile.write_text("".join(f"{host.address} slots={ranks}\n" for host in hosts))
         launcher = [BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh"]
     else:
-        launcher = [BIN / "torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
+        launcher = [BIN / "torchrun", "--nnodes", "2", "--nproc_per_node", str(ranks)]
     commands = []
     for node, host in enumerate(hosts):
         place = ["--node_rank", node, "--master_addr", hosts[0].address, "--master_port", port]
-        words = [*launcher, *place, WORKERS / "fault.py", "none", *options]
+        words = [*launcher, *place, *script]
         commands.append(host.wrap([str(word) for word in words]))
     return commands
 
@@ -108,10 +112,10 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_resume(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
-    options = [*arguments, "--engine", engine, "--output", folder]
+    script = [WORKERS / "fault.py", "none", *arguments, "--engine", engine, "--output", folder]
 
     def start(name: str) -> list[Run]:
-        commands = make_commands(engine, hosts, options, tmp_path)
+        commands = make_commands(engine, hosts, script, tmp_path)
         return [start_run(line, tmp_path / f"{name}-{node}") for node, line in enumerate(commands)]
 
     runs = start("cut")
@@ -137,3 +141,36 @@ def test_a_cut_link_ends_both_hosts_and_mended_they_resume(
         assert run.launcher.returncode == 0, run.read_output()[-3000:]
     assert f"resuming after step {saved} of 12" in mended[0].read_output()
     assert runs_are_equal(folder, undisturbed(engine))  # which ran on one host
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_hosts_that_hold_the_base_each_train_what_one_host_does(
+    engine: str,
+    hosts: list[Host],
+    launch: Callable,
+    start_run: Callable[..., Run],
+    recipe: Path,
+    tmp_path: Path,
+) -> None:
+    options = ["--recipe", recipe, *make_set_options([NO_SCORES]), "--engine", engine]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("launch/train.py", *options, "--output", one, ranks=4)
+    script = [ROOT / "launch" / "train.py", *options, "--output", two]
+    script += make_set_options(["shard_within=node"])
+    commands = make_commands(engine, hosts, script, tmp_path, ranks=2)
+    runs = [start_run(line, tmp_path / f"log-{node}") for node, line in enumerate(commands)]
+    for run in runs:
+        run.wait()
+        assert run.launcher.returncode == 0, run.read_output()[-3000:]
+    assert "each of 2 nodes holds the base, a shard on each of its 2 ranks" in runs[0].read_output()
+    if engine == "zero3":
+        assert runs_are_equal(two, one)
+    else:  # gradients are summed on each host first: another order of the same four numbers
+        assert read_losses(two) == pytest.approx(read_losses(one), rel=1e-6)
+        found, wanted = (
+            load_file(run / "lora" / "adapter_model.safetensors") for run in (two, one)
+        )
+        for name, value in wanted.items():
+            scale = value.abs().max()
+            torch.testing.assert_close(found[name] / scale, value / scale, rtol=0, atol=2e-5)

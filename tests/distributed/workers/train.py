@@ -1,11 +1,13 @@
-"""One rank of several runs of train.py's main path, one after another: `train.py RECIPE CASES`.
+"""One rank of several runs of train.py's main path: `train.py RECIPE CASES [NODE_SIZE]`.
 
-CASES is a JSON file, [[settings, run folder], ...]. Starting a process costs more than a run of the
-tests' tiny model.
+CASES is a JSON file, [[settings, run folder], ...], of runs that are made one after another: to
+start a process costs more than a run of the tests' tiny model. With NODE_SIZE, rank i is on node
+i // NODE_SIZE, as far as the launcher's variables say it.
 """
 
 import gc
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,11 @@ from launch.runtime.locks import FolderLock
 from tests.support.worker import read_arguments, skip_plots
 
 
-def main(recipe_path: str, cases: str) -> None:
+def main(recipe_path: str, cases: str, node_size: str | None = None) -> None:
     """Train every case."""
+    if node_size is not None:
+        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % int(node_size))
+        os.environ["LOCAL_WORLD_SIZE"] = node_size
     device = start_process_group()
     skip_plots()
     for settings, folder in json.loads(Path(cases).read_text()):
