@@ -44,3 +44,15 @@ def choose_nodes(engine: str) -> list[list[int]] | None:
         f"{sizes[0]} ranks"
     )
     return nodes
+
+
+def count_sharing_ranks(engine: str) -> int:
+    """Return how many ranks would hold as much of the base each with `shard_within: all`.
+
+    Rounded down. Collective; to be called for `shard_within: node`.
+    """
+    nodes = find_nodes()
+    node_size, world_size = min(map(len, nodes)), sum(map(len, nodes))
+    if engine == "zero3" and len(nodes) > 1:  # 1 / node_size beside 1 / world_size
+        return max(1, node_size * world_size // (node_size + world_size))
+    return node_size

@@ -9,6 +9,7 @@ from astra.errors import AstraError
 from launch.calibration.store import is_finished, read_memory_record
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
+from launch.engines.nodes import count_sharing_ranks
 from launch.models.check import read_config
 from launch.planning.estimate import RESERVE, estimate_calibration_needs
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
@@ -57,7 +58,10 @@ def _choose_memory(
     """
     # The least of all ranks: all have the same windows.
     free = -all_reduce_max(-float(measure_free_memory(device)), device)
-    taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device))
+    world_size = dist.get_world_size()
+    if recipe.shard_within == "node":
+        world_size = count_sharing_ranks(recipe.engine)
+    taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device, world_size))
     if problem is not None:
         return None, f"{FIELD}: auto is no limit, as there is no estimate: {problem}"
     # What was decided once fits while the reserve is not used up.
@@ -71,7 +75,9 @@ def _choose_memory(
     )
 
 
-def _estimate_taken(recipe: Recipe, inputs: Inputs, device: torch.device) -> tuple[int, str | None]:
+def _estimate_taken(
+    recipe: Recipe, inputs: Inputs, device: torch.device, world_size: int
+) -> tuple[int, str | None]:
     """Estimate the bytes that the model and a forward pass take on each rank. Rank 0 calls it.
 
     Returns:
@@ -79,7 +85,7 @@ def _estimate_taken(recipe: Recipe, inputs: Inputs, device: torch.device) -> tup
     """
     try:
         config = read_config(inputs.model_path)
-        needs = estimate_calibration_needs(config, recipe, inputs.dtype, dist.get_world_size())
+        needs = estimate_calibration_needs(config, recipe, inputs.dtype, world_size)
     except AstraError:
         raise  # targets or ranks that do not fit the model
     except Exception as error:  # noqa: BLE001

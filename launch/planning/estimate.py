@@ -154,6 +154,8 @@ def estimate_run(
     Raises:
         AstraError: targets, ranks or calibration.memory_gib do not fit the model.
     """
+    if recipe.shard_within == "node":
+        raise AstraError("shard_within: the planner computes all alone; set shard_within=all")
     fake = _make_fake_model(config, recipe, dtype, world_size)
     with compat.make_fake_mode():
         # Attention takes a costlier path with meta tensors than with the CPU tensors of this mode.
