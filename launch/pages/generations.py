@@ -28,14 +28,14 @@ def pack_responses(sources: Mapping[str, Sequence[dict]]) -> Packed:
         sources: name, such as that of a run -> rows of its generations.jsonl.
     """
     problems: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    budget = MAX_CHARACTERS // max(1, len(sources))  # each source has the same share
+    budgets = _share_out({name: sum(map(_count, rows)) for name, rows in sources.items()})
     count, num_cut, left_out = 0, 0, {}
     for number, (source, rows) in enumerate(sources.items()):
         used = 0
         for place, row in enumerate(rows):
             output = str(row.get("output", ""))
-            used += min(len(output), MAX_LENGTH) + 100  # of its other fields
-            if used > budget:
+            used += _count(row)
+            if used > budgets[source]:
                 left_out[source] = len(rows) - place
                 break
             num_cut += len(output) > MAX_LENGTH
@@ -54,6 +54,21 @@ def pack_responses(sources: Mapping[str, Sequence[dict]]) -> Packed:
         )
     entries = [entry for entries in problems.values() for entry in entries]
     return Packed({"sources": list(sources), "problems": entries}, count, notes)
+
+
+def _count(row: dict) -> int:
+    """Return the characters that a response takes on the page, those of its other fields counted."""
+    return min(len(str(row.get("output", ""))), MAX_LENGTH) + 100
+
+
+def _share_out(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Share MAX_CHARACTERS out: evenly, but what a small source leaves goes to the larger ones."""
+    left, budgets = MAX_CHARACTERS, {}
+    ascending = sorted(sizes, key=sizes.get)
+    for place, name in enumerate(ascending):
+        budgets[name] = min(sizes[name], left // (len(ascending) - place))
+        left -= budgets[name]
+    return budgets
 
 
 def _find_problem(

@@ -194,6 +194,8 @@ def test_a_page_holds_a_bounded_number_of_characters() -> None:
     assert sum(len(response[2]) for response in responses) <= MAX_CHARACTERS
     assert len(responses) == packed.count < len(long)
     assert [response[0] for response in packed.data["problems"][0]["responses"]] == [0, 1]
+    # The short source leaves nearly all of its share to the long one.
+    assert packed.count > 0.99 * MAX_CHARACTERS / (MAX_LENGTH + 100)
     left_out, cut = packed.notes
     assert left_out.startswith(f"Left out: {len(long) + 1 - packed.count:,} responses of long")
     assert cut.startswith(f"Responses cut after {MAX_LENGTH:,} characters: ")
