@@ -33,8 +33,10 @@ EOS = "eos"  # the key of the end-of-sequence token among encoded samples
 def choose_prompt(recipe: Recipe) -> str | None:
     """Return the template of a sample's text, which is part of what decides a calibration.
 
-    None for plain text, which has none.
+    None for plain text, which has none, and for messages, whose template decided the tokens.
     """
+    if recipe.calibration.data is None and recipe.data.messages is not None:
+        return None
     if recipe.calibration.data is not None and recipe.calibration.data.text is not None:
         return None
     return REFERENCE_PROMPT if recipe.calibration.statistics == "reference" else ALPACA_PROMPT

@@ -35,6 +35,9 @@ ADDED_FIELDS = (
     "train.lr_ratio",
     "shard_within",
     "calibration.data",
+    "data.messages",
+    "data.chat_template",
+    "data.train_on",
     "task",
     "train.head_lr",
 )

@@ -104,6 +104,32 @@ class Data(RowSource):
         description="number of rows, the last ones, that are not trained on, for a held-out loss",
     )
 
+    messages: Name | None = Field(
+        None,
+        description="field with a list of messages, in the place of instruction and answer: role "
+        "and content, or ShareGPT's from and value; rendered by the chat template",
+    )
+    chat_template: Name | None = Field(
+        None, description="file with the chat template (Jinja); the tokenizer's own when null"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="which of the assistant's messages are learnt"
+    )
+
+    @model_validator(mode="after")
+    def _check_messages(self) -> "Data":
+        if self.messages is None:
+            for name in ("chat_template", "train_on"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}: is for data.messages, which is not set; leave it out"
+                    )
+            return self
+        for name in ("instruction", "answer", "input"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: messages have none; leave it out, or leave messages out")
+        return self
+
     @property
     def text_field(self) -> str | None:
         """The field of plain text; None where rows have an instruction and an answer."""
@@ -113,9 +139,12 @@ class Data(RowSource):
         """Return the fields that change the tokens' bytes. Not on_bad_row: bad rows are never in.
 
         `filter` is called `keep`, its old name: the fields are stored with tokens, and are part
-        of the name under which tokens are cached.
+        of the name under which tokens are cached. Of a chat template its text counts, not its path.
         """
-        fields = self.model_dump(exclude={"prepared", "on_bad_row", "packing", "held_out"})
+        excluded = {"prepared", "on_bad_row", "packing", "held_out", "chat_template"}
+        if self.messages is None:
+            excluded |= {"messages", "train_on"}
+        fields = self.model_dump(exclude=excluded)
         return {"keep" if name == "filter" else name: value for name, value in fields.items()}
 
 
@@ -502,6 +531,21 @@ class Recipe(Section):
                 "calibration.batch_size: the reference statistics take one example at a time; set "
                 "it to 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_messages(self) -> "Recipe":
+        if self.data.messages is not None:
+            if self.task.has_head:
+                raise ValueError(
+                    f"data.messages: is for causal tasks only, not for {self.task.kind}; leave it "
+                    "out"
+                )
+            if self.calibration.statistics == "reference":
+                raise ValueError(
+                    "calibration.statistics: the reference statistics are of an instruction and an "
+                    "answer, not of data.messages; set exact"
+                )
         return self
 
     @model_validator(mode="after")

@@ -84,9 +84,7 @@ def _find_loss_indices(
             start = number * width
         for i, piece in enumerate(sequence_pieces):
             if examples is not None:
-                # The first token of a sequence has no token before it that could predict it.
-                answer = max(1, int(tokens.prompt_lengths[examples[i]]))
-                indices.append(torch.arange(start + answer - 1, start + len(piece) - 1))
+                indices.append(start - 1 + tokens.find_trained(examples[i]))
             start += len(piece)
     return torch.cat(indices)
 
@@ -126,6 +124,12 @@ def collate_examples(
     starts = [0 if example is None else int(tokens.prompt_lengths[example]) for example in examples]
     token_mask = columns < torch.tensor(lengths)[:, None]
     is_answer = token_mask & (columns >= torch.tensor(starts)[:, None])
+    if tokens.is_trained is not None:
+        masks = []
+        for piece, example in zip(pieces, examples, strict=True):
+            start = tokens.offsets[filler if example is None else example]
+            masks.append(tokens.is_trained[start : start + len(piece)])
+        is_answer &= nn.utils.rnn.pad_sequence(masks, batch_first=True).bool()
     labels = input_ids.masked_fill(~is_answer, IGNORED)
     batch = Batch(input_ids=input_ids.to(device), token_mask=token_mask.to(device))
     return batch, labels.to(device)

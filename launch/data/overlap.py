@@ -9,6 +9,7 @@ text, without what the prompt puts around it, is a question too, and all its 13-
 rewording is not found.
 """
 
+import contextlib
 import re
 import unicodedata
 from collections import Counter
@@ -21,8 +22,9 @@ from typing import NamedTuple
 from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import Problem
 from launch.config.schema import Recipe
+from launch.data.chat.messages import MessagesError, read_messages
 from launch.data.layout import Split
-from launch.data.sources import Row, fetch_source, load_split, select_rows, show_rows
+from launch.data.sources import Conversation, Row, fetch_source, load_split, select_rows, show_rows
 
 GRAM = 13  # words; as GPT-3's authors took (Brown et al. 2020, appendix C)
 MAX_SHARED = 3  # problems that may share a 13-gram; one that more share is a phrase
@@ -93,8 +95,22 @@ def _stream_rows(split: Split, recipe: Recipe) -> Iterator[Row]:
     """Yield the good rows that a recipe selects, while their progress is shown."""
     with show_rows(split, recipe.data, "overlap") as advance:
         for chunk in select_rows(split, recipe.data):
-            yield from chunk.rows
+            for row in chunk.rows:
+                if isinstance(row, Row):
+                    yield row
+                    continue
+                with contextlib.suppress(MessagesError):  # such a row is not trained on
+                    yield _join_messages(row, recipe.data.messages)
             advance(chunk)
+
+
+def _join_messages(row: Conversation, field: str) -> Row:
+    """Return a conversation as a row: the user's first message, and all the others as the answer."""
+    messages, _ = read_messages(row.messages, field)
+    texts = [message["content"] for message in messages]
+    roles = [message["role"] for message in messages]
+    question = texts.pop(roles.index("user")) if "user" in roles else ""
+    return Row(row.number, question, input="", answer="\n".join(texts))
 
 
 def _tally_row(

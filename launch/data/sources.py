@@ -51,6 +51,13 @@ class Row(NamedTuple):
     answer: str
 
 
+class Conversation(NamedTuple):
+    """A row with messages, which launch.data.chat checks."""
+
+    number: int  # in the split, from 1
+    messages: object  # the value of the field data.messages
+
+
 class BadRow(NamedTuple):
     """A row that cannot be trained on."""
 
@@ -64,7 +71,7 @@ class Chunk(NamedTuple):
 
     position: int  # rows of the split read so far
     selected: int  # of them, rows that pass the filter
-    rows: list[Row]
+    rows: list[Row] | list[Conversation]
     bad: list[BadRow]
 
 
@@ -188,6 +195,8 @@ def _list_columns(data: Data) -> dict[str, list[str]]:
     """Return the columns that each field of the recipe names."""
     if data.text_field is not None:
         return {"data.text": [data.text_field], "data.filter": list(data.filter)}
+    if data.messages is not None:
+        return {"data.messages": [data.messages], "data.filter": list(data.filter)}
     return {
         "data.instruction": [data.instruction],
         "data.answer": [data.answer],
@@ -222,7 +231,7 @@ def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) 
     fields = [field for of_key in _list_columns(data).values() for field in of_key]
     source = islice(iterate_rows(split, data, fields), position, None)
     while data.limit is None or selected < data.limit:
-        rows: list[Row] = []
+        rows: list[Row] | list[Conversation] = []
         bad: list[BadRow] = []
         begun_at = position
         for row in islice(source, CHUNK):
@@ -231,10 +240,10 @@ def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) 
                 continue
             selected += 1
             checked = _check_row(position, row, data)
-            if isinstance(checked, Row):
-                rows.append(checked)
-            else:
+            if isinstance(checked, BadRow):
                 bad.append(checked)
+            else:
+                rows.append(checked)
             if selected == data.limit:
                 break
         if position == begun_at:
@@ -275,8 +284,10 @@ def _passes_filter(row: dict[str, Any], patterns: dict[str, list[str]]) -> bool:
     return True
 
 
-def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | BadRow:
-    """Return a row's texts, or what is wrong with it."""
+def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | Conversation | BadRow:
+    """Return a row's texts, or what is wrong with it; the messages of one are checked later."""
+    if data.messages is not None:
+        return Conversation(number, row.get(data.messages))
     if data.text_field is not None:
         return _check_text(number, row.get(data.text_field), data.text_field)
     texts = {field: row.get(field) for field in (data.instruction, data.answer)}

@@ -1,10 +1,11 @@
 """Tokenised rows on disk: written once, in steps that a kill does not undo, and memory-mapped.
 
-A folder of tokens holds three raw files and two JSON files:
+A folder of tokens holds raw files and two JSON files:
 
     tokens.bin          int32, the examples one after another
     offsets.bin         int64, (examples + 1,): where each example begins, and the end
     answer_starts.bin   int64, (examples,): each example's prompt length (see TokenSet)
+    trained.bin         int8, only of messages: 1 for each token that the loss counts
     manifest.json       written last: what the tokens were made from, counts, sizes and hashes
     progress.json       only while the tokens are made: up to where the files are whole
 """
@@ -13,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from eval.tasks.base import ALPACA_PROMPT
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
+from launch.data.chat.template import ChatTemplate, hash_template, load_template
+from launch.data.chat.tokenize import tokenize_conversations
 from launch.data.earlier_tokens import find_doubt
 from launch.data.hub_layout import list_data_files
 from launch.data.prompts import ALPACA_INPUT_PROMPT
@@ -53,6 +56,7 @@ from launch.runtime.locks import hold_lock
 FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
+CHAT_DTYPES = DTYPES | {"trained": torch.int8}  # of messages
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 TOO_LONG, CUT = "no answer token within max_length", "answer cut at max_length"
 SPECIAL = "text that became special tokens"
@@ -69,7 +73,7 @@ class TokenFolder(NamedTuple):
         """Map the tokens into memory. `obtain_tokens` has checked the files' sizes."""
         sizes = _count_numbers(self.manifest)
         tensors = {}
-        for name, dtype in DTYPES.items():
+        for name, dtype in list_dtypes(self.manifest["made_from"]).items():
             path = str(self.folder / _file_name(name))
             tensors[name] = torch.from_file(path, shared=False, size=sizes[name], dtype=dtype)
         return TokenSet(
@@ -79,7 +83,13 @@ class TokenFolder(NamedTuple):
             num_truncated=self.manifest["cut"],
             num_dropped=sum(self.manifest["dropped"].values()),
             num_special=self.manifest.get("special", 0),  # earlier versions did not count them
+            is_trained=tensors.get("trained"),
         )
+
+
+def list_dtypes(made_from: dict) -> dict[str, torch.dtype]:
+    """Return the dtype of each raw file of tokens that were made from `made_from`."""
+    return CHAT_DTYPES if made_from["data"].get("messages") else DTYPES
 
 
 def obtain_tokens(data: Data, model_path: Path) -> TokenFolder:
@@ -164,6 +174,10 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
         "tokenizer": hash_tokenizer(model_path),
         "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
     }
+    if data.messages is not None:
+        del origin["prompts"]
+        origin["chat_template"] = hash_template(data, load_tokenizer(model_path))
+        origin["libraries"]["jinja2"] = version("jinja2")
     if source is not None:
         origin["source"] = identify_source(source)
     return origin
@@ -240,17 +254,17 @@ def _write_tokens(
     """Write the files chunk by chunk, and the manifest."""
     tally = _read_tally(folder, wanted, option)
     split = load_split(data, source)
-    special = find_special_tokens(tokenizer)
+    tokenize_chunk = _make_tokenize_chunk(tokenizer, data)
     with contextlib.ExitStack() as stack:
         files = {}
-        for name in DTYPES:
+        for name in list_dtypes(wanted):
             files[name] = stack.enter_context((folder / _file_name(name)).open("ab"))
         _truncate_files(files, tally)
         advance = stack.enter_context(show_rows(split, data, "tokenise"))
         for chunk in select_rows(split, data, tally["read"], tally["selected"]):
             watchdog.heartbeat()
-            for name, values in _tokenize_chunk(chunk, tokenizer, special, data, tally).items():
-                files[name].write(torch.tensor(values, dtype=DTYPES[name]).numpy())
+            for name, values in tokenize_chunk(chunk, tally).items():
+                files[name].write(torch.tensor(values, dtype=CHAT_DTYPES[name]).numpy())
                 files[name].flush()
                 os.fsync(files[name].fileno())
             write_json(folder / PROGRESS, tally)
@@ -266,7 +280,7 @@ def _truncate_files(files: dict, tally: dict) -> None:
     sizes = _count_numbers(tally)
     begun = bool(tally["read"])
     for name, file in files.items():
-        file.truncate(sizes[name] * DTYPES[name].itemsize if begun else 0)
+        file.truncate(sizes[name] * CHAT_DTYPES[name].itemsize if begun else 0)
     if not begun:
         files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
 
@@ -274,11 +288,12 @@ def _truncate_files(files: dict, tally: dict) -> None:
 def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> None:
     """Check the files' lengths, and write the manifest that marks the folder as finished."""
     files = {}
-    for name, size in _count_numbers(tally).items():
+    sizes = _count_numbers(tally)
+    for name, dtype in list_dtypes(tally["made_from"]).items():
         path = folder / _file_name(name)
         sync_file(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        if files[path.name]["bytes"] != size * DTYPES[name].itemsize:
+        if files[path.name]["bytes"] != sizes[name] * dtype.itemsize:
             raise UserError(
                 f"{option}: {path} is not as long as what was written: another process writes "
                 f"there too, on a file system without locks; stop it, delete {folder} and prepare "
@@ -292,6 +307,17 @@ def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> Non
     }
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
+
+
+def _make_tokenize_chunk(
+    tokenizer: PreTrainedTokenizerBase, data: Data
+) -> Callable[[Chunk, dict], dict[str, list[int]]]:
+    """Make the function that returns what a chunk adds to each file, and adds it to a tally."""
+    if data.messages is None:
+        special = find_special_tokens(tokenizer)
+        return lambda chunk, tally: _tokenize_chunk(chunk, tokenizer, special, data, tally)
+    template = load_template(data, tokenizer)
+    return lambda chunk, tally: _tokenize_chat_chunk(chunk, template, data, tally)
 
 
 def _tokenize_chunk(
@@ -312,27 +338,65 @@ def _tokenize_chunk(
     else:
         tokenized = zip(chunk.rows, tokenize_rows(chunk.rows, tokenizer), strict=True)
     for row, (ids, prompt_length) in tokenized:
-        length = min(len(ids), data.max_length)
-        if prompt_length >= length:
-            what = f"its prompt alone has {prompt_length} tokens, data.max_length is {length}"
-            bad.append(BadRow(row.number, TOO_LONG, what))
+        fault = _check_length(row.number, len(ids), prompt_length, data, tally)
+        if fault is not None:
+            bad.append(fault)
             continue
-        if len(ids) > length:
-            cut = BadRow(row.number, CUT, f"its answer is cut, {len(ids)} tokens to {length}")
-            if data.on_cut == "drop":
-                bad.append(cut)
-                continue
-            tally["cut"] += 1
-            _name_row(tally, cut)
         if special.occur_in(ids):
             tally["special"] += 1
             _name_row(tally, BadRow(row.number, SPECIAL, f"it holds {SPECIAL}"))
-        _add_example(added, tally, ids[:length], prompt_length)
+        _add_example(added, tally, ids[: data.max_length], prompt_length)
+    _add_chunk(chunk, bad, tally)
+    return added
+
+
+def _tokenize_chat_chunk(
+    chunk: Chunk, template: ChatTemplate, data: Data, tally: dict
+) -> dict[str, list[int]]:
+    """Return what a chunk of messages adds to each file, and add it to `tally`."""
+    added: dict[str, list[int]] = {name: [] for name in CHAT_DTYPES}
+    bad = list(chunk.bad)
+    for row, found in tokenize_conversations(chunk.rows, template, data.messages, data.train_on):
+        if isinstance(found, BadRow):
+            bad.append(found)
+            continue
+        ids, is_trained = found
+        prompt_length = is_trained.index(1)
+        fault = _check_length(row.number, len(ids), prompt_length, data, tally)
+        if fault is not None:
+            bad.append(fault)
+            continue
+        ids, is_trained = ids[: data.max_length], is_trained[: data.max_length]
+        _add_example(added, tally, ids, prompt_length)
+        added["trained"] += is_trained
+        tally["answer_tokens"] += sum(is_trained) - (len(ids) - prompt_length)
+    _add_chunk(chunk, bad, tally)
+    return added
+
+
+def _check_length(
+    number: int, length: int, prompt_length: int, data: Data, tally: dict
+) -> BadRow | None:
+    """Return why a row is left out for its length; note in `tally` one that is cut and kept."""
+    limit = min(length, data.max_length)
+    if prompt_length >= limit:
+        what = f"its prompt alone has {prompt_length} tokens, data.max_length is {limit}"
+        return BadRow(number, TOO_LONG, what)
+    if length > limit:
+        cut = BadRow(number, CUT, f"its answer is cut, {length} tokens to {limit}")
+        if data.on_cut == "drop":
+            return cut
+        tally["cut"] += 1
+        _name_row(tally, cut)
+    return None
+
+
+def _add_chunk(chunk: Chunk, bad: Sequence[BadRow], tally: dict) -> None:
+    """Note in `tally` that a chunk was read, and its bad rows."""
     for row in bad:
         tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
         _name_row(tally, row)
     tally |= {"read": chunk.position, "selected": chunk.selected}
-    return added
 
 
 def _add_example(
@@ -353,6 +417,7 @@ def _count_numbers(tally: dict) -> dict[str, int]:
         "tokens": tally["tokens"],
         "offsets": tally["kept"] + 1,
         "answer_starts": tally["kept"],
+        "trained": tally["tokens"],
     }
 
 
@@ -373,7 +438,7 @@ def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
         _require_same_origin(folder, tally, wanted, option)
         return tally
     # What a kill before the first chunk may leave.
-    ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, DTYPES)}
+    ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, CHAT_DTYPES)}
     others = {file.name for file in folder.iterdir()} - ours
     if others:
         raise UserError(

@@ -24,6 +24,9 @@ class TokenSet:
     num_truncated: int  # examples whose answer was cut at max_length
     num_dropped: int  # rows left out because they are bad, or no answer token fits max_length
     num_special: int = 0  # examples in whose text the tokenizer finds special tokens
+    # Of messages: (all tokens,), int8, 1 where the loss counts a token. None where it counts all from
+    # the prompt's end on.
+    is_trained: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -34,8 +37,21 @@ class TokenSet:
 
     def count_answer_tokens(self, examples: Sequence[int]) -> int:
         """Count the tokens of `examples` that the loss counts."""
+        if self.is_trained is not None:
+            return sum(len(self.find_trained(example)) for example in examples)
         index = torch.as_tensor(examples)
         return int((self.lengths()[index] - self.prompt_lengths[index]).sum())
+
+    def find_trained(self, example: int) -> Tensor:
+        """Return the places of the tokens of an example that the loss counts, int64, in order.
+
+        The first token of an example has none before it that could predict it.
+        """
+        start, end = self.offsets[example : example + 2].tolist()
+        first = max(1, int(self.prompt_lengths[example]))
+        if self.is_trained is None:
+            return torch.arange(first, end - start)
+        return first + self.is_trained[start + first : end].nonzero()[:, 0]
 
 
 def make_text_set(pieces: Sequence[Sequence[int]]) -> TokenSet:
@@ -68,6 +84,7 @@ def split_held_out(tokens: TokenSet, num_held_out: int) -> tuple[TokenSet, Token
         tokens=tokens.tokens[:edge],
         offsets=tokens.offsets[: num_training + 1],
         prompt_lengths=tokens.prompt_lengths[:num_training],
+        is_trained=None if tokens.is_trained is None else tokens.is_trained[:edge],
     )
     held_out = TokenSet(
         tokens=tokens.tokens[edge:],
@@ -75,5 +92,6 @@ def split_held_out(tokens: TokenSet, num_held_out: int) -> tuple[TokenSet, Token
         prompt_lengths=tokens.prompt_lengths[num_training:],
         num_truncated=0,
         num_dropped=0,
+        is_trained=None if tokens.is_trained is None else tokens.is_trained[edge:],
     )
     return training, held_out

@@ -1,0 +1,142 @@
+"""Lists of messages as data sets have them, under the names that chat templates take.
+
+OpenAI's rows name `role` and `content`, ShareGPT's `from` and `value`. The keys of each message say
+which it is.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from launch.data.sources import EMPTY, NOT_TEXT, NOT_UNICODE, show_value
+
+NOT_MESSAGES = "not a list of messages"
+UNKNOWN_ROLE = "a role that is not known"
+NO_ANSWER = "without an assistant's message"
+UNSUPPORTED = "with what is not supported"
+# ShareGPT's names of roles -> those of chat templates.
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OPENAI, SHAREGPT = "role and content (OpenAI's names)", "from and value (ShareGPT's names)"
+
+Message = dict[str, Any]
+
+
+class MessagesError(ValueError):
+    """A row whose messages cannot be trained on."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason  # the kind of fault, by which bad rows are counted
+        self.what = what  # what is wrong with this row, for people
+
+
+def read_messages(value: object, field: str) -> tuple[list[Message], str]:
+    """Read the value of a row's field as messages with `role` and a `content` of text.
+
+    Parts of text are joined by line ends, and arguments of tool calls that are JSON in text are
+    parsed, as servers of models do before they render them. Keys whose value is null are left out.
+
+    Returns:
+        The messages, and the names that they had, OPENAI or SHAREGPT.
+
+    Raises:
+        MessagesError: the value is no list of messages, or one of them cannot be trained on.
+    """
+    if not isinstance(value, list):
+        _refuse(NOT_MESSAGES, f"field {field!r} is {show_value(value)}, {NOT_MESSAGES}")
+    if not value:
+        _refuse(EMPTY, f"field {field!r} has no messages")
+    _require_plain_values(value, field)
+    messages, names = [], OPENAI
+    for number, given in enumerate(value, start=1):
+        message, names = _read_message(given, f"message {number} of field {field!r}")
+        messages.append(message)
+    if all(message["role"] != "assistant" for message in messages):
+        _refuse(NO_ANSWER, f"field {field!r} has no assistant's message to learn")
+    return messages, names
+
+
+def _refuse(reason: str, what: str) -> NoReturn:
+    raise MessagesError(reason, what)
+
+
+def _require_plain_values(value: list, field: str) -> None:
+    """Raise MessagesError if there is something that JSON cannot spell, or invalid Unicode."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        _refuse(NOT_UNICODE, f"field {field!r} holds text that is {NOT_UNICODE}")
+    except (TypeError, ValueError, RecursionError):
+        _refuse(NOT_TEXT, f"field {field!r} holds values that are {NOT_TEXT}")
+
+
+def _read_message(given: object, where: str) -> tuple[Message, str]:
+    """Return one message under OpenAI's names, and the names that it had."""
+    if not isinstance(given, dict):
+        _refuse(NOT_MESSAGES, f"{where} is {show_value(given)}, not an object")
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.get("weight", 1) != 1:
+        _refuse(UNSUPPORTED, f"{where} has weight {given['weight']}; only 1 is supported")
+    if "role" in given:
+        names, known = OPENAI, {role: role for role in ROLES}
+        role, content = given["role"], given.get("content")
+        others = {key: value for key, value in given.items() if key not in ("role", "weight")}
+    elif "from" in given:
+        names, known = SHAREGPT, SHAREGPT_ROLES
+        role, content, others = given["from"], given.get("value"), {}
+    else:
+        has = ", ".join(given) or "no keys"
+        _refuse(NOT_MESSAGES, f"{where} has {has}; it needs role and content, or from and value")
+    if not isinstance(role, str) or role not in known:
+        _refuse(UNKNOWN_ROLE, f"{where} has role {show_value(role)}; known: {', '.join(known)}")
+    message = {"role": known[role], **others}
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_read_call(call, where) for call in message["tool_calls"]]
+    message["content"] = _read_content(content, message, where)
+    return message, names
+
+
+def _read_content(content: object, message: Message, where: str) -> str:
+    """Return the text of a message; that of an assistant's tool calls may be missing."""
+    is_call = message["role"] == "assistant" and bool(message.get("tool_calls"))
+    if content is None and is_call:
+        return ""
+    if isinstance(content, list):
+        content = "\n".join(_read_part(part, where) for part in content)
+    if not isinstance(content, str):
+        _refuse(NOT_TEXT, f"{where} is {show_value(content)}, {NOT_TEXT}")
+    if message["role"] in ("user", "assistant") and not content.strip() and not is_call:
+        _refuse(EMPTY, f"{where} is {show_value(content)}, {EMPTY}")
+    return content
+
+
+def _read_part(part: object, where: str) -> str:
+    """Return the text of one part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        shown = f"type {kind}" if isinstance(kind, str) else show_value(part)
+        _refuse(UNSUPPORTED, f"{where} has a part of {shown}; only text is supported")
+    return part["text"]
+
+
+def _read_call(call: object, where: str) -> dict:
+    """Return a tool call whose arguments are an object, as templates write it."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        _refuse(UNSUPPORTED, f"{where} has a tool call without the name of a function")
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        _refuse(UNSUPPORTED, f"{where} has a tool call whose arguments are not JSON")
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function

@@ -1,0 +1,193 @@
+"""Rows with messages that are clumsy or hostile: read as they are meant, or refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.config.loading import validate_section
+from launch.config.schema import Data
+from launch.data.chat.messages import OPENAI, SHAREGPT, MessagesError, read_messages
+from launch.data.chat.template import ChatTemplate, load_template
+from launch.data.chat.tokenize import tokenize_conversations
+from launch.data.sources import BadRow, Conversation
+from launch.runtime.errors import UserError
+from tests.support.chat import CASES, CHATML, PHI3, QWEN3_CASE, TemplateCase, make_chat_tokenizer
+
+DATA = Data(path="x", messages="chat")
+USER = {"role": "user", "content": "one?"}
+ANSWER = {"role": "assistant", "content": "three"}
+CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def load(case: TemplateCase) -> ChatTemplate:
+    return load_template(DATA, make_chat_tokenizer(case))
+
+
+def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") -> str | None:
+    """Return what is wrong with a row, or None."""
+    [(_, found)] = tokenize_conversations([Conversation(7, messages)], template, "chat", train_on)
+    assert not isinstance(found, BadRow) or found.number == 7
+    return found.what if isinstance(found, BadRow) else None
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        (None, "field 'chat' is None, not a list of messages"),
+        ("[]", "field 'chat' is '[]', not a list of messages"),
+        ([], "field 'chat' has no messages"),
+        (["one"], "message 1 of field 'chat' is 'one', not an object"),
+        ([{"text": "one"}], "message 1 of field 'chat' has text; it needs role and content"),
+        (
+            [USER, {"role": "bot", "content": "x"}],
+            "message 2 of field 'chat' has role 'bot'; known",
+        ),
+        ([{"from": "judge", "value": "x"}], "message 1 of field 'chat' has role 'judge'; known"),
+        ([USER], "field 'chat' has no assistant's message to learn"),
+        ([USER, {"role": "assistant", "content": None}], "message 2 of field 'chat' is None, not"),
+        (
+            [USER, {"role": "assistant", "content": " \n"}],
+            r"message 2 of field 'chat' is ' \n', em",
+        ),
+        ([{"role": "user"}, ANSWER], "message 1 of field 'chat' is None, not text"),
+        ([USER, {"role": "assistant", "content": 3}], "message 2 of field 'chat' is 3, not text"),
+        ([USER, {**ANSWER, "weight": 0}], "message 2 of field 'chat' has weight 0; only 1"),
+        ([USER, {**ANSWER, "content": "\ud83d"}], "field 'chat' holds text that is not valid"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],
+            "message 1 of field 'chat' has a part of type image_url; only text",
+        ),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
+            "message 2 of field 'chat' has a tool call without the name",
+        ),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            "message 2 of field 'chat' has a tool call whose arguments are not JSON",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_learnt_from_is_named(messages: object, fault: str) -> None:
+    with pytest.raises(MessagesError) as raised:
+        read_messages(messages, "chat")
+    assert raised.value.what.startswith(fault)
+
+
+def test_both_names_are_read_and_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    openai = [
+        {"role": "system", "content": "be", "name": None},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {"role": "assistant", "content": "three", "weight": 1},
+    ]
+    messages, names = read_messages(openai, "chat")
+    assert names == OPENAI
+    called = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert messages == [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": "one\ntwo"},
+        {"role": "assistant", "tool_calls": [called], "content": ""},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "assistant", "content": "three"},
+    ]
+    roles = ["system", "human", "gpt", "tool", "gpt"]
+    sharegpt = [{"from": role, "value": role} for role in roles]
+    messages, names = read_messages(sharegpt, "chat")
+    assert names == SHAREGPT
+    known = ["system", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in messages] == known
+    assert [message["content"] for message in messages] == roles
+
+
+def test_what_the_template_refuses_or_leaves_out_is_said_in_its_words() -> None:
+    gemma, chatml, qwen = (load(CASES[name]) for name in ("gemma", "chatml", "qwen2"))
+    system = {"role": "system", "content": "be brief"}
+    assert "(System role not supported)" in find_fault(gemma, [system, USER, ANSWER])
+    assert "roles must alternate" in find_fault(gemma, [USER, USER, ANSWER])
+    assert "roles must alternate" in find_fault(gemma, [USER, ANSWER, ANSWER])
+    assert find_fault(chatml, [system, system, USER, ANSWER]) is None  # rendered as they are
+    assert find_fault(chatml, [USER, USER, ANSWER, ANSWER]) is None
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    tool = {"role": "tool", "content": "3"}
+    assert find_fault(qwen, [USER, call, tool, tool, ANSWER]) is None
+    fault = find_fault(chatml, [USER, call, tool, ANSWER])
+    assert fault == "the chat template leaves out the tool calls of message 2"
+    developer = {"role": "developer", "content": "be brief"}
+    fault = find_fault(qwen, [developer, USER, ANSWER])
+    assert fault == "the chat template leaves out the content of message 1 (role developer)"
+
+
+def test_a_template_that_renders_earlier_turns_otherwise_is_refused_but_for_the_last() -> None:
+    template = load(QWEN3_CASE)
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthree"}
+    assert find_fault(template, [USER, thought]) is None
+    fault = find_fault(template, [USER, thought, USER, thought])
+    assert fault.startswith("the chat template renders message 2 otherwise")
+    assert find_fault(template, [USER, thought, USER, thought], "last") is None
+    [(_, tokens)] = tokenize_conversations(
+        [Conversation(1, [USER, thought, USER, thought])], template, "chat", "last"
+    )
+    start = tokens.is_trained.index(1)
+    text = template.tokenizer.decode(tokens.ids[start : start + sum(tokens.is_trained)])
+    assert text == "<think>\nhm\n</think>\n\nthree<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            CHATML.replace("{% if add_generation_prompt %}", "{% if false %}"),
+            "does not take add_gen",
+        ),
+        (CHATML.replace("<|im_end|>", "\n"), "ends no answer by a special token"),
+        (
+            CHATML.replace("assistant\n' }}{% endif", "model\n' }}{% endif"),
+            "renders an answer other",
+        ),
+        (CHATML + "{{ strftime_now('%d %b') }}", "writes today's date"),
+        (CHATML + "{% if", "the chat template refuses it"),
+        (PHI3.replace("message['content']", "message['text']"), "the chat template refuses it"),
+    ],
+)
+def test_a_template_whose_turns_cannot_be_found_is_refused(template: str, fault: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.name: ") as raised:
+        load(CASES["chatml"]._replace(template=template))
+    assert fault in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_named_file_is_taken_for_the_tokenizers_own_template(tmp_path: Path) -> None:
+    tokenizer = make_chat_tokenizer(CASES["chatml"])
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHATML.replace("helpful", "blunt"))
+    named = load_template(DATA.model_copy(update={"chat_template": str(path)}), tokenizer)
+    assert "blunt" in named.render([USER])
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"data\.messages: the tokenizer .* has no chat template"):
+        load_template(DATA, tokenizer)
+    missing = DATA.model_copy(update={"chat_template": str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"data\.chat_template: cannot read"):
+        load_template(missing, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"messages": "chat", "answer": "output"}, "answer: messages have none"),
+        ({"chat_template": "x.jinja"}, "chat_template: is for data.messages"),
+        ({"train_on": "last"}, "train_on: is for data.messages"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields: dict, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        validate_section(Data, path="x", **fields)
+
+
+def test_a_default_recipe_stores_its_tokens_under_the_fields_that_it_had() -> None:
+    assert not {"messages", "chat_template", "train_on"} & set(Data(path="x").token_fields())
+    fields = json.dumps(DATA.token_fields())
+    assert "train_on" in fields
+    assert "chat_template" not in fields  # its text counts, not its path
