@@ -35,6 +35,7 @@ FIELDS = (  # of a recipe's section `eval`, whose options these are too
     "data_dir",
     "limit",
     "prompt",
+    "chat_template",
     "max_new_tokens",
     "batch_size",
     "samples",

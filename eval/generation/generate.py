@@ -59,6 +59,7 @@ def generate_responses(
     stops: Sequence[str] = (),
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
+    more_end_tokens: Sequence[int] = (),
 ) -> Iterator[dict[int, str | None]]:
     """Generate the response to each prompt up to the end of sequence or a stop. Collective.
 
@@ -78,6 +79,8 @@ def generate_responses(
         stops: texts that end a response; they and what follows are cut off.
         temperature: 0 is greedy; else each prompt's tokens are drawn with its own seed.
         seeds: one for each prompt; needed if the temperature is above 0.
+        more_end_tokens: that end a response beside those of the tokenizer, the config and the
+            generation settings, such as a chat template's end of turn.
 
     Yields:
         {index of a prompt: its response} of those that have ended since the last yield; equal on
@@ -92,7 +95,7 @@ def generate_responses(
         yield dict.fromkeys(overlong, None)
     schedule = _make_schedule(prompts, num_positions, max_new_tokens, world_size)
     decoder = make_decoder(model, num_positions, device, temperature, seeds)
-    end_tokens = find_end_tokens(model, tokenizer)
+    end_tokens = [*find_end_tokens(model, tokenizer), *more_end_tokens]
     batch: RunningBatch | None = None
     tokens: dict[int, list[int]] = {}  # new tokens of the prompts that this rank runs
     while schedule.waiting or any(schedule.running):

@@ -38,6 +38,7 @@ ADDED_FIELDS = (
     "data.messages",
     "data.chat_template",
     "data.train_on",
+    "eval.chat_template",
     "task",
     "train.head_lr",
 )

@@ -363,9 +363,13 @@ class Eval(Section):
         None,
         description="text outside the task, JSONL with a field text or .txt, to measure forgetting",
     )
-    prompt: Literal["recipe", "literature"] = Field(
+    prompt: Literal["recipe", "chat", "literature"] = Field(
         "recipe",
-        description="the training prompt, or each benchmark's published one with its stop strings",
+        description="Alpaca's prompt, as in training; the question as a user's message in the chat "
+        "template; or each benchmark's published prompt with its stop strings",
+    )
+    chat_template: Name | None = Field(
+        None, description="file with the template of prompt chat; the tokenizer's own when null"
     )
     max_new_tokens: int | None = Field(
         None,
@@ -387,6 +391,12 @@ class Eval(Section):
         False, description="run generated programs even where no sandbox works"
     )
     baseline: bool = Field(False, description="also score the base model before training")
+
+    @model_validator(mode="after")
+    def _check_chat_template(self) -> "Eval":
+        if self.chat_template is not None and self.prompt != "chat":
+            raise ValueError("chat_template: is for prompt chat; leave it out, or set prompt=chat")
+        return self
 
     @model_validator(mode="after")
     def _check_samples(self) -> "Eval":
@@ -545,6 +555,16 @@ class Recipe(Section):
                 raise ValueError(
                     "calibration.statistics: the reference statistics are of an instruction and an "
                     "answer, not of data.messages; set exact"
+                )
+            if self.eval.suites and self.eval.prompt == "recipe":
+                raise ValueError(
+                    "eval.prompt: recipe is Alpaca's prompt, by which data.messages are not trained; "
+                    "set chat"
+                )
+            if self.eval.prompt == "chat" and self.eval.chat_template != self.data.chat_template:
+                raise ValueError(
+                    "eval.chat_template: is not data.chat_template, by which messages are trained; "
+                    "set it to the same"
                 )
         return self
 

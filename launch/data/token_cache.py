@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.tasks.base import ALPACA_PROMPT
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
-from launch.data.chat.template import ChatTemplate, hash_template, load_template
+from launch.data.chat.template import ChatTemplate, hash_template, load_template, read_template
 from launch.data.chat.tokenize import tokenize_conversations
 from launch.data.earlier_tokens import find_doubt
 from launch.data.hub_layout import list_data_files
@@ -176,7 +176,9 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
     }
     if data.messages is not None:
         del origin["prompts"]
-        origin["chat_template"] = hash_template(data, load_tokenizer(model_path))
+        origin["chat_template"] = hash_template(
+            read_template(data.chat_template, load_tokenizer(model_path))
+        )
         origin["libraries"]["jinja2"] = version("jinja2")
     if source is not None:
         origin["source"] = identify_source(source)
@@ -316,7 +318,7 @@ def _make_tokenize_chunk(
     if data.messages is None:
         special = find_special_tokens(tokenizer)
         return lambda chunk, tally: _tokenize_chunk(chunk, tokenizer, special, data, tally)
-    template = load_template(data, tokenizer)
+    template = load_template(data.chat_template, tokenizer)
     return lambda chunk, tally: _tokenize_chat_chunk(chunk, template, data, tally)
 
 

@@ -45,7 +45,7 @@ class Score(GraderScore):
     """The strict grader's score of one benchmark, with the literature's and the conditions of both."""
 
     literature: GraderScore
-    prompt: str  # "recipe" or "literature"; empty where stored responses were graded again
+    prompt: str  # "recipe", "chat" or "literature"; empty where stored responses were graded again
     grader: str = "strict"
     data_sha256: str | None = None  # of the problems
     # Ids of problems whose prompt was too long for the model; left out where there are none.

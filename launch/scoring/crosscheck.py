@@ -253,6 +253,9 @@ def _compare_model(
     if results.url is not None:
         print("the responses came from a server: the model itself is not run again")
         return []
+    if results.settings["prompt"] == "chat":
+        print("the prompt was a chat template's: the model itself is not run again")
+        return []
     model = _find_model(results, revision)
     folder = folder / "model"
     response_tasks, likelihood_tasks = {}, {}  # lm-eval's name of a task -> benchmark

@@ -8,6 +8,7 @@ from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
 from launch.run.results import Score
 from launch.runtime import watchdog
+from launch.runtime.errors import UserError
 from launch.scoring.requests import Request, get_new_tokens, get_stops
 from launch.scoring.score import score_responses
 
@@ -31,6 +32,7 @@ def evaluate_server(
 
     Raises:
         EvalError: the server refuses, or does not answer.
+        UserError: the prompt is chat.
     """
 
     def make_responses(
@@ -47,6 +49,11 @@ def evaluate_server(
             concurrency=concurrency,
         )
 
+    if settings.prompt == "chat":
+        raise UserError(
+            "--prompt: chat is rendered by the tokenizer's template, which a server does not show; "
+            "score the model with --backend transformers"
+        )
     # A server does not say which weights it has: a name and an address are all there is.
     identity = {"base": {"name": model, "weights_sha256": None}, "url": url}
     watchdog.set_phase("scoring", timed=True)

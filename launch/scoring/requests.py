@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
+from launch.data.chat.template import ChatTemplate
+from launch.data.chat.tokenize import ask
 from launch.data.prompts import format_prompt
 from launch.scoring.responses import ResponseKey
 
@@ -28,12 +30,29 @@ class Request(NamedTuple):
 
 
 def make_requests(
-    benchmark: Benchmark, problems: Sequence[Problem], settings: Eval
+    benchmark: Benchmark,
+    problems: Sequence[Problem],
+    settings: Eval,
+    template: ChatTemplate | None = None,
 ) -> list[Request]:
-    """Make the requests of one benchmark: all samples of a problem, then those of the next."""
-    format_question = (
-        format_prompt if settings.prompt == "recipe" else benchmark.format_literature_prompt
-    )
+    """Make the requests of one benchmark: all samples of a problem, then those of the next.
+
+    Args:
+        template: for prompt chat.
+
+    Raises:
+        MessagesError: the chat template refuses a question.
+    """
+    match settings.prompt:
+        case "recipe":
+            format_question = format_prompt
+        case "chat":
+
+            def format_question(question: str) -> str:
+                return template.render(ask(question), generate=True)
+
+        case _:
+            format_question = benchmark.format_literature_prompt
     requests = []
     for problem in problems:
         prompt = format_question(problem.question)

@@ -20,6 +20,8 @@ from eval.sandbox.box import choose_box
 from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import Benchmark, Grader, Problem
 from launch.config.schema import Eval
+from launch.data.chat.template import ChatTemplate, hash_template, load_template
+from launch.data.chat.tokenize import encode_question
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
 from launch.models.check import check_token_ids, get_num_positions, get_num_rows
@@ -89,12 +91,21 @@ def score_benchmarks(
     """
     model.eval()
     # generation_config.json names some of them too.
-    identity = identity | {"end_tokens": find_end_tokens(model, tokenizer)}
+    end_tokens = find_end_tokens(model, tokenizer)
+    template, more_end_tokens = None, []
+    if settings.prompt == "chat":
+        template = load_template(settings.chat_template, tokenizer, "eval.chat_template")
+        more_end_tokens = [template.end_token]
+        end_tokens = list(dict.fromkeys([*end_tokens, *more_end_tokens]))
+    identity = identity | {"end_tokens": end_tokens}
 
     def make_responses(
         benchmark: Benchmark, requests: list[Request]
     ) -> Iterable[dict[int, str | None]]:
-        prompts = encode_texts(tokenizer, [request.prompt for request in requests])
+        if template is None:
+            prompts = encode_texts(tokenizer, [request.prompt for request in requests])
+        else:
+            prompts = [encode_question(request.problem.question, template) for request in requests]
         largest = max((max(ids) for ids in prompts if ids), default=0)
         check_token_ids(largest, get_num_rows(model), tokenizer, "model")
         return generate_responses(
@@ -109,9 +120,10 @@ def score_benchmarks(
             stops=get_stops(benchmark, settings),
             temperature=settings.temperature,
             seeds=[request.seed for request in requests],
+            more_end_tokens=more_end_tokens,
         )
 
-    return score_responses(make_responses, problems, settings, folder, identity)
+    return score_responses(make_responses, problems, settings, folder, identity, template)
 
 
 def score_responses(
@@ -120,6 +132,7 @@ def score_responses(
     settings: Eval,
     folder: Path,
     identity: dict,
+    template: ChatTemplate | None = None,
 ) -> dict[str, Score]:
     """Get the responses to every benchmark and grade them. Collective.
 
@@ -129,11 +142,13 @@ def score_responses(
 
     Args:
         identity: what the responses depend on besides `settings`: model, adapter, dtype.
+        template: for prompt chat.
 
     Returns:
         Name of the benchmark -> its score. Beyond the fields of Score it has max_new_tokens,
-        temperature, empty (number of empty responses), seconds and, of programs, isolation:
-        what isolated them -> number of programs.
+        temperature, empty (number of empty responses), seconds, of prompt chat
+        chat_template_sha256 and end_of_turn and, of programs, isolation: what isolated them ->
+        number of programs.
 
     Raises:
         UserError: a line of generations.jsonl is no response.
@@ -142,7 +157,7 @@ def score_responses(
         return {}
     made_with = identity | {field: getattr(settings, field) for field in DECODING}
     requests = {
-        name: make_requests(BENCHMARKS[name], of_benchmark, settings)
+        name: make_requests(BENCHMARKS[name], of_benchmark, settings, template)
         for name, of_benchmark in problems.items()
     }
     wanted = {}
@@ -150,6 +165,12 @@ def score_responses(
         wanted[request.key] = Wanted(request.sha256, request.problem.question)
     kept = run_on_rank0(lambda: open_responses(folder, made_with, wanted))
     scores: dict[str, Score] = {}
+    chat = {}
+    if template is not None:
+        chat = {
+            "chat_template_sha256": hash_template(template.text),
+            "end_of_turn": template.end_of_turn,
+        }
     # Of generations.jsonl, with grades. Only rank 0, which writes them, has them.
     rows: list[dict] = []
     for name, of_benchmark in problems.items():
@@ -169,6 +190,7 @@ def score_responses(
         scores[name] = Score(
             **totals,
             **_count_responses(requests[name], responses),
+            **chat,
             prompt=settings.prompt,
             max_new_tokens=get_new_tokens(benchmark, settings),
             temperature=settings.temperature,

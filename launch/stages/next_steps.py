@@ -71,9 +71,12 @@ def make_score_command(
     if recipe.engine in ("zero3", "fsdp"):
         words += ["--engine", recipe.engine]
     settings, defaults = recipe.eval, Eval()
+    if recipe.data.messages is not None and settings.prompt == "recipe":  # has no suites
+        chat = {"prompt": "chat", "chat_template": recipe.data.chat_template}
+        settings = settings.model_copy(update=chat)
     for suite in settings.suites or ["gsm8k"]:
         words += ["--suite", suite]
-    for name in ("data_dir", "limit", "prompt", "max_new_tokens", "batch_size"):
+    for name in ("data_dir", "limit", "prompt", "chat_template", "max_new_tokens", "batch_size"):
         value = getattr(settings, name)
         if value != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -17,7 +17,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from launch.config.schema import Data
 from launch.data.chat.messages import Message, MessagesError
 from launch.data.tokenize import find_special_tokens
 from launch.runtime.errors import UserError
@@ -112,20 +111,24 @@ class ChatTemplate:
         return ends[-1] if ends and not text[ends[-1] :].strip() else None
 
 
-def load_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """Load data.chat_template, or the tokenizer's own, and check it on two messages.
+def load_template(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, field: str = "data.chat_template"
+) -> ChatTemplate:
+    """Load the template at `path`, or the tokenizer's own when None, and check it on two messages.
+
+    Args:
+        field: of the recipe, which names `path`.
 
     Raises:
         UserError: there is none, or turns and their ends cannot be found in what it renders.
     """
-    field = "model.name" if data.chat_template is None else "data.chat_template"
     if not tokenizer.is_fast:
-        raise UserError("model.name: data.messages needs a fast tokenizer; this one has none")
-    text = read_template(data, tokenizer)
+        raise UserError(f"{field}: chat templates need a fast tokenizer; the model has none")
+    text = read_template(path, tokenizer, field)
     if "strftime_now" in text and "date_string" not in text:
         raise UserError(
-            f"{field}: its chat template writes today's date, so tokens would change by the day; "
-            "give a copy with a fixed date as data.chat_template"
+            f"{field}: the chat template writes today's date, so tokens would change by the day; "
+            "give a copy with a fixed date"
         )
     ids = find_special_tokens(tokenizer).ids
     spelled = sorted((tokenizer.convert_ids_to_tokens(i) for i in ids), key=len, reverse=True)
@@ -141,44 +144,43 @@ def load_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> ChatTemplat
     lead, found, tail = whole[len(before) :].partition(_ANSWER)
     if not whole.startswith(before) or not found:
         raise UserError(
-            f"{field}: its chat template renders an answer otherwise than the generation prompt "
-            "begins; give one that fits as data.chat_template"
+            f"{field}: the chat template renders an answer otherwise than the generation prompt "
+            "begins; give one that fits"
         )
     if lead.strip() and before == bare:
         raise UserError(
-            f"{field}: its chat template does not take add_generation_prompt, so an answer's header "
-            "is not told from the answer; give one that does as data.chat_template"
+            f"{field}: the chat template does not take add_generation_prompt, so an answer's header "
+            "is not told from the answer; give one that does"
         )
     end = special.match(tail.lstrip())
     if end is None:
         raise UserError(
-            f"{field}: its chat template ends no answer by a special token, so where to stop could "
-            "not be learnt; give one that does as data.chat_template"
+            f"{field}: the chat template ends no answer by a special token, so where to stop could "
+            "not be learnt; give one that does"
         )
     return ChatTemplate(text, tokenizer, special, ids, end.group())
 
 
-def read_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Read the text of data.chat_template, or of the tokenizer's own. Raises UserError."""
-    if data.chat_template is not None:
+def read_template(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, field: str = "data.chat_template"
+) -> str:
+    """Read the text of the template at `path`, or of the tokenizer's own. Raises UserError."""
+    if path is not None:
         try:
-            return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+            return Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"data.chat_template: cannot read {data.chat_template}: {error}"
-            ) from None
+            raise UserError(f"{field}: cannot read {path}: {error}") from None
     try:
         return tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            "data.messages: the tokenizer of model.name has no chat template; name a file in "
-            "data.chat_template"
+            f"{field}: the tokenizer has no chat template of its own; name a file"
         ) from None
 
 
-def hash_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of the template's text. Raises UserError."""
-    return hashlib.sha256(read_template(data, tokenizer).encode()).hexdigest()
+def hash_template(text: str) -> str:
+    """Return the SHA-256 of a template's text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _render(

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from launch.data.chat.messages import MessagesError, read_messages
+from launch.data.chat.messages import Message, MessagesError, read_messages
 from launch.data.chat.template import UNCLEAR, ChatTemplate, Span
 from launch.data.sources import BadRow, Conversation
 
@@ -74,6 +74,18 @@ def tokenize_conversations(
             yield row, tokens
         else:
             yield row, BadRow(row.number, UNCLEAR, "no token of it is the assistant's")
+
+
+def encode_question(question: str, template: ChatTemplate) -> list[int]:
+    """Tokenise a user's message with the header of the answer to come. Raises MessagesError."""
+    messages = _mark(ask(question), template.special)
+    ids, _ = _encode_marked(template.render(messages, generate=True), template)
+    return ids
+
+
+def ask(question: str) -> list[Message]:
+    """Return the messages of one question."""
+    return [{"role": "user", "content": question}]
 
 
 def _render_row(

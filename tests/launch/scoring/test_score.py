@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MptConfig, MptForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS, Problem
@@ -19,10 +19,12 @@ from launch.config.schema import Eval
 from launch.run.results import Score
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
+from launch.scoring import score as scoring
 from launch.scoring.requests import Request
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
 from launch.scoring.score import score_benchmarks, score_responses
 from launch.scoring.score_table import render_scores
+from tests.support.chat import CASES, make_chat_tokenizer
 from tests.support.generation import make_tokenizer
 
 IDENTITY = {"base": {"name": "model", "weights_sha256": "0"}, "dtype": "float32"}
@@ -197,6 +199,52 @@ def test_a_context_under_any_name_is_kept_to(tmp_path: Path) -> None:
     )["gsm8k"]
     assert found.overlong == ["long"]
     assert "end_tokens" in json.loads((tmp_path / "generation.json").read_text())
+
+
+def test_a_chat_prompt_is_the_templates_and_a_response_ends_at_its_end_of_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3's turns end in <|eot_id|>, which its tokenizer does not call the end of sequence."""
+    tokenizer = make_chat_tokenizer(CASES["llama3"])
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert end != tokenizer.eos_token_id
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    question = "one? <|eot_id|>"  # in a question it is text
+    messages = [{"role": "user", "content": question}]
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, sanitize_control_tokens=True
+    )["input_ids"]
+    with torch.no_grad():  # the first token of the response is made the end of turn
+        first = int(model(torch.tensor([expected])).logits[0, -1].argmax())
+        model.lm_head.weight[[first, end]] = model.lm_head.weight[[end, first]]
+    prompts = []
+    generate = scoring.generate_responses
+
+    def keep_prompts(*arguments: object, **options: object) -> Iterator[dict[int, str | None]]:
+        prompts.extend(arguments[2])
+        yield from generate(*arguments, **options)
+
+    monkeypatch.setattr(scoring, "generate_responses", keep_prompts)
+    engine = SimpleNamespace(device=torch.device("cpu"), sharded=False)
+    settings = Eval(suites=["gsm8k"], max_new_tokens=4, prompt="chat")
+    problems = {"gsm8k": [Problem("gsm8k/0", question, "3")]}
+    found = score_benchmarks(engine, model, tokenizer, problems, settings, tmp_path, IDENTITY)
+    assert prompts == [expected]
+    assert [row["output"] for row in read_generations(tmp_path / GENERATIONS)] == [""]
+    recorded = found["gsm8k"].model_dump()
+    assert (recorded["prompt"], recorded["end_of_turn"]) == ("chat", "<|eot_id|>")
+    template = hashlib.sha256(CASES["llama3"].template.encode()).hexdigest()
+    assert recorded["chat_template_sha256"] == template
+    assert json.loads((tmp_path / "generation.json").read_text())["end_tokens"] == [1, end]
 
 
 def test_responses_to_other_prompts_are_set_aside(

@@ -7,17 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from launch.config.schema import Data
 from launch.data.chat.template import ChatTemplate, load_template
 from launch.data.chat.tokenize import ChatTokens, tokenize_conversations
 from launch.data.sources import BadRow, Conversation
 from tests.support.chat import CASES, CHATML, TemplateCase, make_chat_tokenizer
 
 TOKENIZERS = {name: make_chat_tokenizer(case) for name, case in CASES.items()}
-TEMPLATES = {
-    name: load_template(Data(path="x", messages="messages"), tokenizer)
-    for name, tokenizer in TOKENIZERS.items()
-}
+TEMPLATES = {name: load_template(None, tokenizer) for name, tokenizer in TOKENIZERS.items()}
 PIECES = ["the ", "one", "é", "\n", " ", "🙂", "<|im_end|>", "</s>", "<|eot_id|>", "<end_of_turn>"]
 PIECES += ["<|im_start|>user\n", "[/INST]", "<", "|", "x"]
 CONTENTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
@@ -97,7 +93,7 @@ def test_marks_of_the_template_give_the_mask_of_transformers(
         )
     assert marked != case.template
     tokenizer = make_chat_tokenizer(case._replace(template=marked))
-    template = load_template(Data(path="x", messages="messages"), tokenizer)
+    template = load_template(None, tokenizer)
     messages = data.draw(conversations(case))
     contents = " ".join(message["content"] for message in messages)
     if template.special.search(contents):

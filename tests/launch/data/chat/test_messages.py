@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.loading import validate_section
+from launch.config.loading import read_recipe, validate_section
 from launch.config.schema import Data
 from launch.data.chat.messages import OPENAI, SHAREGPT, MessagesError, read_messages
 from launch.data.chat.template import ChatTemplate, load_template
@@ -21,7 +21,7 @@ CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": 
 
 
 def load(case: TemplateCase) -> ChatTemplate:
-    return load_template(DATA, make_chat_tokenizer(case))
+    return load_template(None, make_chat_tokenizer(case))
 
 
 def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") -> str | None:
@@ -153,7 +153,7 @@ def test_a_template_that_renders_earlier_turns_otherwise_is_refused_but_for_the_
     ],
 )
 def test_a_template_whose_turns_cannot_be_found_is_refused(template: str, fault: str) -> None:
-    with pytest.raises(UserError, match=r"^model\.name: ") as raised:
+    with pytest.raises(UserError, match=r"^data\.chat_template: ") as raised:
         load(CASES["chatml"]._replace(template=template))
     assert fault in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -163,12 +163,12 @@ def test_a_named_file_is_taken_for_the_tokenizers_own_template(tmp_path: Path) -
     tokenizer = make_chat_tokenizer(CASES["chatml"])
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML.replace("helpful", "blunt"))
-    named = load_template(DATA.model_copy(update={"chat_template": str(path)}), tokenizer)
+    named = load_template(str(path), tokenizer)
     assert "blunt" in named.render([USER])
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"data\.messages: the tokenizer .* has no chat template"):
-        load_template(DATA, tokenizer)
-    missing = DATA.model_copy(update={"chat_template": str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"data\.chat_template: the tokenizer has no chat template"):
+        load_template(None, tokenizer)
+    missing = str(tmp_path / "none")
     with pytest.raises(UserError, match=r"data\.chat_template: cannot read"):
         load_template(missing, tokenizer)
 
@@ -184,6 +184,25 @@ def test_a_named_file_is_taken_for_the_tokenizers_own_template(tmp_path: Path) -
 def test_fields_that_do_not_go_together_are_refused(fields: dict, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         validate_section(Data, path="x", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        (["eval.suites=[gsm8k]"], "^eval.prompt: recipe is Alpaca's prompt"),
+        (
+            ["eval.prompt=chat", "eval.chat_template=x"],
+            "^eval.chat_template: is not data.chat_temp",
+        ),
+        (["eval.chat_template=x"], "^eval.chat_template: is for prompt chat"),
+        (["calibration.statistics=reference"], "^calibration.statistics: the reference"),
+    ],
+)
+def test_training_and_evaluation_take_the_same_prompt(fields: list[str], fault: str) -> None:
+    settings = ["eval.suites=[]", "data.messages=chat", *fields]
+    with pytest.raises(UserError, match=fault):
+        read_recipe("metamath", settings)
+    read_recipe("metamath", ["data.messages=chat", "eval.suites=[gsm8k]", "eval.prompt=chat"])
 
 
 def test_a_default_recipe_stores_its_tokens_under_the_fields_that_it_had() -> None:
