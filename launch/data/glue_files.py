@@ -166,7 +166,7 @@ def _require_columns(path: Path, task: str, header: list[str], wanted: list[str]
         folder = GLUE[task].folder
         raise UnreadableError(
             f"{path}: its first line has no column {missing[0]!r}, as GLUE's {folder} has; "
-            f"give the folder {folder}, or set data.config to the task of these files"
+            f"give the folder {folder}, or set task.name or data.config to the task of these files"
         )
 
 

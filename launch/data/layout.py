@@ -71,8 +71,9 @@ def find_split(path: Path, split: str, config: str | None) -> Split:
     """
     if path.is_file():
         what = f"{path}, a single file,"
+        reader = _require_reader(path)
         _refuse_config(config, what)
-        return _cut_parts({TRAIN: Part((path,), _require_reader(path))}, split, what)
+        return _cut_parts({TRAIN: Part((path,), reader)}, split, what)
     if _is_saved(path) or (path / "dataset_dict.json").is_file():
         _refuse_config(config, f"{path}, a folder of save_to_disk,")
         return _find_saved_split(path, split)
@@ -100,7 +101,7 @@ def _require_reader(path: Path) -> Reader:
         if path.suffix.lower() == ".tsv":
             hint = (
                 "; TSV files differ in how they quote: convert it to CSV or JSONL. Of GLUE's own "
-                "files give the folder, and set data.config to the task, such as mrpc"
+                "files give the folder, and set task.name or data.config to the task, such as mrpc"
             )
         raise UnreadableError(f"{path} is none of {ENDINGS}{hint}")
     if path.stat().st_size == 0:
@@ -220,7 +221,7 @@ def _make_part(path: Path, split: str, files: Sequence[Path]) -> Part:
         elif file.suffix.lower() in UNREAD:
             remedy = "convert it, or move it away"
             if file.suffix.lower() == ".tsv":
-                remedy += "; of GLUE's own files, set data.config to the task, such as mrpc"
+                remedy += "; of GLUE's own files, set task.name or data.config to the task"
             if not file.is_file():  # on the hub alone
                 remedy = "fetch the data set into a folder of your own, and convert it there"
             raise UnreadableError(

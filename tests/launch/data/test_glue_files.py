@@ -138,7 +138,11 @@ def test_microsofts_pairs_are_dealt_by_glues_list(tmp_path: Path) -> None:
     [
         ("test", "mrpc", r"GLUE's mrpc, whose test rows have no labels\) has no split 'test'"),
         ("train", "rte", r"train\.tsv: its first line has no column 'sentence1'"),
-        ("train", None, r"train\.tsv is among the files .* set data\.config to the task"),
+        (
+            "train",
+            None,
+            r"train\.tsv is among the files .* set task\.name or data\.config to the task",
+        ),
         ("train", "mrcp", "no configuration 'mrcp'"),
     ],
 )
@@ -148,6 +152,12 @@ def test_what_is_not_there_is_refused(
     write_tsv(tmp_path / "train.tsv", "mrpc", LINES["mrpc"])
     with pytest.raises(UnreadableError, match=fault):
         list_rows(find_split(tmp_path, split, task))
+
+
+def test_a_single_tsv_file_is_refused_with_a_hint(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "train.tsv", "mrpc", LINES["mrpc"])
+    with pytest.raises(UnreadableError, match=r"Of GLUE's own files give the folder"):
+        find_split(file, "train", "mrpc")
 
 
 def test_a_folder_without_the_task_is_refused(tmp_path: Path) -> None:
