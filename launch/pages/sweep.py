@@ -26,6 +26,7 @@ from launch.pages.render import Page, write_page
 from launch.pages.tables import Cell, Table, tabulate_conditions, tabulate_runs
 from launch.run.plots import METRIC_LABELS
 from launch.sweeps.blocks import RATES, build_blocks
+from launch.sweeps.curves import collect_rate_curves
 from launch.sweeps.figures import WINDOW, collect_curves, collect_lines, collect_points, smooth_runs
 from launch.sweeps.render import list_notes, list_recipe_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
@@ -125,26 +126,25 @@ def _make_charts(sweep: Sweep, groups: Sequence[Group], spectra: dict[str, Spect
 
 def _chart_rates(sweep: Sweep) -> Chart | None:
     """Chart the held-out loss by learning rate, a line for each cell; None where none was chosen."""
-    if sweep.table.learning_rates is None:
-        return None
     figure = make_figure("learning rate", "held-out loss", log_x=True)
     numbers, rates = {}, set()
-    for cell in sweep.list_cells():
+    for curve in collect_rate_curves(sweep):
         known = {}
-        for rate, loss in sweep.measure_rates(cell).items():
+        for rate, loss in curve.losses.items():
             if loss is not None and math.isfinite(loss):
                 known[rate] = loss
         if not known:
             continue
-        label = cell.label if cell.value is None else f"{cell.label} {cell.value}"
-        add_line(figure, label, list(known), list(known.values()), max_markers=0)
+        add_line(figure, curve.label, list(known), list(known.values()), max_markers=0)
         rates |= known.keys()
-        own = sweep.tuned_lr(cell)
-        numbers[label] = (own, None if own is None else known[own])
+        fresh = curve.fresh.get(curve.own)
+        numbers[curve.label] = (curve.own, known.get(curve.own), fresh and fresh.mean)
     if not figure.lines:
         return None
     set_ticks(figure, sorted(rates))
-    list_numbers(figure, numbers, ["own learning rate", "its held-out loss"])
+    list_numbers(
+        figure, numbers, ["own learning rate", "its held-out loss", "mean over fresh seeds"]
+    )
     about = (
         f"Held-out loss at each learning rate, seed {sweep.table.learning_rates.seed}; the least "
         "decides. A rate at which the run diverged, or has not ended, has no point."

@@ -257,4 +257,4 @@ def test_the_chart_of_rates_shows_what_chose_them(tmp_path: Path) -> None:
     (figure,) = chart["figures"].values()
     (trace,) = figure["traces"]
     assert (trace["x"], trace["y"]) == ([1e-4, 2e-4], [0.5, 0.25])
-    assert figure["numbers"][1] == [cell.label, "0.0002", "0.25"]
+    assert figure["numbers"][1] == [cell.label, "0.0002", "0.25", ""]
