@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -248,6 +248,27 @@ def read_attention(config: PretrainedConfig) -> str:
     found (2026-11).
     """
     return config._attn_implementation
+
+
+@contextmanager
+def without_packing_check(active: bool) -> Iterator[None]:
+    """Within the context, let transformers take every sequence for a single one, if `active`.
+
+    It would look for packed ones in the position ids, on the device, and the host would wait for a
+    GPU in every forward pass (masking_utils.find_packed_sequence_indices, transformers 5.23). There
+    is no public way to say that there are none. No upstream report found (2026-11).
+
+    Args:
+        active: nothing is packed, and position ids are left to the model; then the function would
+            return None too.
+    """
+    own = masking_utils.find_packed_sequence_indices
+    if active:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
 
 
 # transformers: what loading a model's files would do

@@ -17,6 +17,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from launch.runtime import compat
+
 # Logits held at once: 16 MiB in fp32, which a CPU's caches like, and 128 MiB, enough to keep a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 2**22, 2**25
 
@@ -61,9 +63,10 @@ class AnswerLoss(nn.Module):
             A scalar, fp32; 0 for n = 0.
         """
         # Every weight is used once in a pass, so a cache of cast ones would only hold memory.
-        with torch.autocast(
+        autocast = torch.autocast(
             input_ids.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
-        ):
+        )
+        with autocast, compat.without_packing_check(position_ids is None):
             return self._compute(input_ids, loss_indices, targets, position_ids)
 
     def _compute(

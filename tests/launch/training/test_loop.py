@@ -31,6 +31,7 @@ from launch.training.loss import AnswerLoss
 from launch.training.metrics_log import format_speed, log_steps
 from launch.training.profiling import TABLE, TRACE, profile_steps
 from launch.training.trainable import group_parameters
+from tests.support.waits import record_waits
 
 CPU = torch.device("cpu")
 SETTINGS = Train(global_batch=6, micro_batch=2, lr=0.01, checkpoint_every=4)
@@ -109,6 +110,30 @@ def test_metrics_say_what_a_step_did(
     assert "% of the device's 2)" in format_speed(found[0])
     unknown = next(start(steps))
     assert (unknown["tflops"], unknown["utilisation"]) == (None, None)
+
+
+def test_what_a_step_waits_for_is_named(start: Callable, tokens: TokenSet) -> None:
+    """A read that is new here may wait for a GPU in every step, or in every micro batch.
+
+    `tests/support/waits.py` simulates the GPU: it sees every read of a tensor's values.
+    """
+    training = start(steps_of(tokens))
+    next(training)
+    with record_waits() as seen:
+        next(training)
+    of_the_host = {  # lengths and tokens, which are never on a GPU
+        "__int__ token_set.py:count_answer_tokens",
+        "__int__ token_set.py:find_trained",
+        "tolist token_set.py:find_trained",
+        "__index__ batches.py:_example_tokens",
+        "__int__ batches.py:_find_loss_indices",
+        "__bool__ order.py:plan_micro_batches",
+        "__int__ loop.py:finish_step",
+    }
+    of_cpus = {"item optimizer.py:_get_value"}  # AdamW is fused on GPUs, and counts there
+    waits = {place: count for place, count in seen.items() if place not in of_the_host | of_cpus}
+    # The numbers of a step, of 3 micro batches; on a GPU those of the step before.
+    assert waits == {"tolist loop.py:finish_step": 1}
 
 
 def test_packed_steps_lose_what_padded_ones_lose(start: Callable, tokens: TokenSet) -> None:
