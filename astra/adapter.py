@@ -49,6 +49,7 @@ def attach_adapters(
     rslora: bool = False,
     dora: bool = False,
     exclude: Sequence[str] = (),
+    head: Sequence[str] = (),
 ) -> PeftModel:
     """Return `model` with PEFT's LoRA layers at `targets`; initialise_layers sets their values.
 
@@ -59,6 +60,8 @@ def attach_adapters(
         dora: train a magnitude for each row, and take only the row's direction from W + dW (arXiv
             2402.09353).
         exclude: what targets name but gets no adapter (astra.targets).
+        head: parameters of a new head, which are trained whole, beside the adapters, in fp32 or in
+            the base's dtype. In PEFT's config they are the modules_to_save.
 
     Raises:
         AstraError: find_targets or PEFT refuses a target, or a rank is above the smaller side of
@@ -92,14 +95,45 @@ def attach_adapters(
         use_rslora=rslora,
         use_dora=dora,
     )
+    if head:
+        config.task_type = None  # PEFT would keep two copies of the head
     try:
-        return get_peft_model(model, config)
+        attached = get_peft_model(model, config)
     except ValueError as error:  # of a module that PEFT knows to be wrong for an adapter
         refused = re.search(r"Module '([\w.]+)'", str(error))
         hint = f"leave {refused[1]} out, or exclude it" if refused else "choose other targets"
         raise AstraError(
             f"PEFT refuses it: {str(error).splitlines()[0]}; {hint}", "targets"
         ) from None
+    if head:
+        config.task_type = "SEQ_CLS"
+        config.modules_to_save = list(dict.fromkeys(_name_saved_module(name) for name in head))
+        for name in head:
+            model.get_parameter(name).requires_grad_(True)
+    return attached
+
+
+def _name_saved_module(name: str) -> str:
+    """Return the module that PEFT saves for a parameter: its pooler, or the part below the model.
+
+    PEFT takes the names for ends of names, and adds `classifier` and `score` by itself.
+    """
+    parts = name.split(".")
+    if "pooler" in parts:
+        return ".".join(parts[: parts.index("pooler") + 1])
+    return parts[0]
+
+
+def get_head_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Return the trained parameters outside of the adapters, a new head's, by name in the base."""
+    of_adapters = set()
+    for layer in get_lora_layers(model).values():
+        of_adapters |= {id(parameter) for parameter in layer.parameters()}
+    named = {}
+    for name, parameter in model.get_base_model().named_parameters():
+        if parameter.requires_grad and id(parameter) not in of_adapters:
+            named[name] = parameter
+    return named
 
 
 def get_lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
@@ -198,22 +232,33 @@ def read_magnitudes(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[s
     return magnitudes
 
 
+def read_head(model: PeftModel, weights: Weights) -> dict[str, Tensor]:
+    """Return the whole parameters of a new head, on the CPU; empty without one. Collective."""
+    head = {}
+    for name, parameter in get_head_parameters(model).items():
+        head[name] = weights.read(parameter).cpu()
+    return head
+
+
 def save_adapter(
     folder: Path,
     config: LoraConfig,
     base: str,
     factors: Mapping[str, Factors],
     magnitudes: Mapping[str, Tensor] | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `factors` to `folder` in PEFT's format, for the base model `base`.
 
-    `config` is written as it is, but for `init_lora_weights`: that is PEFT's default, because PEFT
+    `head`, parameters of the base by name, is written as the modules that PEFT saves beside the
+    factors. `config` is written as it is, but for `init_lora_weights`: that is PEFT's default, because PEFT
     changes the base when it loads a config that names a data-driven initialisation.
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = base
     config.init_lora_weights = True
     config.inference_mode = True
+    config.modules_to_save = config.modules_to_save if head else None
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tensors = {}
@@ -222,6 +267,8 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
     for name, magnitude in (magnitudes or {}).items():
         tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.contiguous()
+    for name, value in (head or {}).items():
+        tensors[f"{PREFIX}{name}"] = value.contiguous()
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 

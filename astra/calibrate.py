@@ -113,7 +113,7 @@ def calibrate_modules(
     ranks and windows change the order of fp64 additions, and nothing else.
 
     Args:
-        model: a causal language model, called with input_ids.
+        model: a causal language model, called with input_ids, or a sequence classifier.
         linears: name -> module, at least one, in the same order on every rank.
         parts: this rank's batches, on the model's device: one list for all samples, two for halves,
             none for a method that needs the weights only.
@@ -121,7 +121,7 @@ def calibrate_modules(
         plan: from windows.make_plan.
         solver: called on a module's owner alone.
         lora_ranks: module name -> r.
-        loss: needed if the plan's statistic is "gradient"; then every batch has `labels`.
+        loss: needed if the plan's statistic is "gradient"; then every batch has labels.
         reduction: whether every rank gets the sums over all ranks, or the owners alone.
         solve_device: where modules are solved; where the weights are read to by default.
         start: index of the first window, for a caller that has the solutions of the earlier ones.

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from astra.moments import Batch
 from astra.windows import Window
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, input_ids, labels) -> the loss summed over the labels that are not -100."""
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) -> the loss summed over the batch's labels that are not -100, or over its rows."""
 
 
 @dataclass
 class Gradient:
-    """fp64 sums over the tokens whose loss is summed: those with a label that is not -100."""
+    """fp64 sums over the tokens whose loss is summed: those with a label that is not -100.
+
+    Of rows with labels, over the rows.
+    """
 
     total: Tensor  # (d_out, d_in), dL/dW, where L is the loss summed over these tokens
-    count: Tensor  # (), number of these tokens
+    count: Tensor  # (), number of these tokens, or rows
 
     @classmethod
     def zeros(cls, linear: nn.Linear, device: torch.device) -> "Gradient":
@@ -60,19 +63,26 @@ def sum_gradients(
 
     Runs a whole forward and backward pass for each batch. Collective for a sharded model. For the
     arguments see calibrate.calibrate_modules. Padding adds nothing, because no token with a label
-    attends to it.
+    attends to it, nor does a row's head.
     """
     names = [name for group in window.groups for name in group.modules]
     device = batches[0]["input_ids"].device
     sums = {name: Gradient.zeros(linears[name], device) for name in names}
     with _accumulate_gradients(model, linears, sums), torch.enable_grad():
         for batch in progress(batches, "calibrate"):
-            labels = batch["labels"]
-            loss(model, batch["input_ids"], labels).backward()
+            loss(model, batch).backward()
+            num_labels = _count_labels(batch)
             for gradient in sums.values():
-                # The logits at token t predict label t + 1, so the first label is not used.
-                gradient.count += (labels[:, 1:] != -100).sum()
+                gradient.count += num_labels
     return list(sums.values())
+
+
+def _count_labels(batch: Batch) -> Tensor:
+    """Count the labels whose loss is summed."""
+    if "row_labels" in batch:
+        return batch["token_mask"].any(1).sum()
+    # The logits at token t predict label t + 1, so the first label is not used.
+    return (batch["labels"][:, 1:] != -100).sum()
 
 
 @contextmanager

@@ -45,13 +45,16 @@ class Batch(TypedDict):
     """One right-padded calibration batch; every tensor is (sequences, tokens).
 
     An attention mask is rarely needed: in a causal model no real token attends to the padding that
-    follows it.
+    follows it. An encoder's tokens would, so rows with labels always have one.
     """
 
     input_ids: Tensor  # int64
     token_mask: Tensor  # bool: the tokens to sum over; False at padding and in dummy sequences
     attention_mask: NotRequired[Tensor]  # 0 at padding; needed if token_mask is True at padding
     labels: NotRequired[Tensor]  # for gradients: token ids where the loss is summed, else -100
+    token_type_ids: NotRequired[Tensor]  # int64; where the model takes them
+    # (sequences,): classes or numbers. A batch with them is a sequence classifier's.
+    row_labels: NotRequired[Tensor]
 
 
 @dataclass
@@ -131,8 +134,19 @@ class Group(NamedTuple):
     size: int  # d of its Moment; 0 if its sums are not a Moment
 
 
+def get_row_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return the arguments of a sequence classifier's forward pass."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "token_type_ids" in batch:
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    return inputs
+
+
 def run_forward(model: nn.Module, batch: Batch) -> None:
     """Run one forward pass for its hooks alone; logits are computed for the last token only."""
+    if "row_labels" in batch:
+        model(**get_row_inputs(batch))
+        return
     model(
         input_ids=batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
@@ -187,9 +201,12 @@ def _find_shared_inputs(
     shared: list[list[str]] = []
     seen: set[str] = set()
     last_input: Tensor | None = None
+    runs_on_positions = runs_on_relative_positions(model)
 
     def record_input(name: str, module: nn.Linear, x: Tensor) -> None:
         nonlocal last_input
+        if name in seen and runs_on_positions:
+            return
         if name in seen:
             raise AstraError(
                 f"{name} runs more than once in a forward pass; leave it out", "targets"
@@ -207,6 +224,14 @@ def _find_shared_inputs(
     if not_run:
         raise AstraError(f"{min(not_run)} does not run in a forward pass; leave it out", "targets")
     return shared
+
+
+def runs_on_relative_positions(model: nn.Module) -> bool:
+    """Return whether modules run once more on embeddings of relative positions, after the tokens.
+
+    DeBERTa-v3's query_proj and key_proj do. Those embeddings are no tokens, and are not counted.
+    """
+    return bool(getattr(getattr(model, "config", None), "share_att_key", False))
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
@@ -255,12 +280,17 @@ def accumulate_moments(
     for group, moment in zip(groups, moments, strict=True):
         firsts[group.modules[0]] = (group, moment)
     flat_mask: Tensor | None = None
+    done: set[str] = set()  # modules whose tokens of this pass are added
 
     def set_token_mask(token_mask: Tensor) -> None:
         nonlocal flat_mask
         flat_mask = token_mask.flatten()
+        done.clear()
 
     def add(name: str, module: nn.Linear, x: Tensor) -> None:
+        if name in done:  # see runs_on_relative_positions; find_groups refuses any other module
+            return
+        done.add(name)
         inputs = x.reshape(-1, x.shape[-1])
         if len(inputs) != flat_mask.numel():
             raise AstraError(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from torch.nn.functional import pad
 
 from astra.adapter import Factors, save_adapter
@@ -70,19 +71,24 @@ def pad_to_one_rank(factors: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def save_plain_lora(
-    folder: Path, config: LoraConfig, base: str, factors: Mapping[str, Factors]
+    folder: Path,
+    config: LoraConfig,
+    base: str,
+    factors: Mapping[str, Factors],
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write factors of one rank and of scale 1 to `folder` in PEFT's format.
 
     Args:
         config: of the training, for the targets.
         base: name of the base model.
+        head: see `save_adapter`.
     """
     plain = copy.deepcopy(config)
     plain.r = plain.lora_alpha = len(next(iter(factors.values())).a)
     plain.rank_pattern, plain.alpha_pattern = {}, {}
     plain.use_rslora = False
-    save_adapter(folder, plain, base, factors)
+    save_adapter(folder, plain, base, factors, head=head)
 
 
 class Truncation(NamedTuple):

@@ -8,7 +8,8 @@ A target is one of these:
     all-linear                   PEFT's word: every linear module but the output head
 
 Ends of names and all-linear stay within the text decoder, since rows of text do not reach the rest,
-such as the tower of a model that also takes images. Full names and patterns reach every module.
+such as the tower of a model that also takes images. Full names and patterns reach every module, but
+for the head and the pooler of a model for sequence classification.
 """
 
 import fnmatch
@@ -92,6 +93,7 @@ def match_targets(
     return TargetMatch(linears, skipped)
 
 
+OF_CLASSIFIER = "of the classifier's head or pooler, which get no adapter"
 OUTSIDE = "outside of the text decoder"
 
 
@@ -134,10 +136,13 @@ def _find_reasons(model: nn.Module) -> dict[str, str]:
             num_users[id(parameter)] = num_users.get(id(parameter), 0) + 1
     inside = {id(module) for module in _get_decoder(model).modules()}
     head, renamed = _find_head(model), _find_renamed(model)
+    of_classifier = _find_classifier(model)
     reasons = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             reasons[name] = f"a {type(module).__name__}, not a linear layer"
+        elif id(module) in of_classifier:
+            reasons[name] = OF_CLASSIFIER
         elif num_users[id(module.weight)] > 1:
             reasons[name] = "tied to another module"
         elif name.rsplit(".", 1)[-1] in renamed:
@@ -145,6 +150,18 @@ def _find_reasons(model: nn.Module) -> dict[str, str]:
         elif id(module) not in inside and name != head:
             reasons[name] = OUTSIDE
     return reasons
+
+
+def _find_classifier(model: nn.Module) -> set[int]:
+    """Return the ids of the modules of a classifier's head and pooler; empty for other models."""
+    if "ForSequenceClassification" not in type(model).__name__:
+        return set()
+    inside = {id(module) for module in model.base_model.modules()}
+    found = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside or "pooler" in name.split("."):
+            found.add(id(module))
+    return found
 
 
 def _get_decoder(model: nn.Module) -> nn.Module:

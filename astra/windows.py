@@ -255,6 +255,12 @@ class _StandIn(nn.Module):
         return self.replacement.to(hidden_states.device)
 
 
+def _require_tensor(_layer: nn.Module, _inputs: tuple, output: object) -> None:
+    """Raise AstraError if a layer returns more than a hidden state, which no stand-in would."""
+    if not isinstance(output, Tensor):
+        raise AstraError("this model's layers do not pass on one tensor; set no limit", "memory")
+
+
 @contextmanager
 def skip_layers_outside(
     layers: nn.ModuleList | None, window: range, hidden_state: Tensor | None
@@ -276,6 +282,7 @@ def skip_layers_outside(
         yield hidden_states_after
         return
     originals = list(layers)
+    checks = [originals[i].register_forward_hook(_require_tensor) for i in window]
     stand_ins = {i: _StandIn(layer) for i, layer in enumerate(originals) if i not in window}
     if hidden_state is not None:
         stand_ins[window.start - 1].replacement = hidden_state
@@ -286,6 +293,8 @@ def skip_layers_outside(
     finally:
         for i in stand_ins:
             layers[i] = originals[i]
+        for check in checks:
+            check.remove()
     if window.stop in stand_ins:
         # A copy even from CPU to CPU: the tensor belongs to the model, which may reuse it.
         hidden_state_after = stand_ins[window.stop].received.to("cpu", copy=True)

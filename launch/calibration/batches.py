@@ -1,6 +1,7 @@
 """The examples that a calibration runs, in batches.
 
-`exact`: prompt, answer and end of sequence as in training; every real token counts.
+`exact`: prompt, answer and end of sequence as in training; every real token counts. Of rows with
+labels, the texts with the tokenizer's special tokens.
 
 `reference`: as the authors' code has them (LyoAI/Astra, dataset/loader.py and astra.py): another
 prompt, no end of sequence after the answer, padded with it to the maximum length, the last token
@@ -16,7 +17,7 @@ from torch import Tensor
 from astra.moments import Batch
 from eval.tasks.base import ALPACA_PROMPT
 from launch.config.schema import Recipe
-from launch.data.batches import collate_examples
+from launch.data.batches import collate_examples, collate_rows
 from launch.data.inputs import Inputs
 from launch.data.order import sample_examples, shard_batches
 from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
@@ -127,9 +128,19 @@ def _make_batches(
 ) -> list[Batch]:
     batches = []
     for examples in shard_batches(samples, dist.get_rank(), dist.get_world_size(), size):
+        if inputs.calibration.tokens.labels is not None:
+            batches.append(_make_row_batch(inputs, examples, device))
+            continue
         batch, labels = collate_examples(inputs.calibration.tokens, examples, device)
         batches.append(batch | {"labels": labels})
     return batches
+
+
+def _make_row_batch(inputs: Inputs, examples: list[int | None], device: torch.device) -> Batch:
+    """Make a batch of rows with labels. All tokens of the rows count, [CLS] and [SEP] too."""
+    rows = collate_rows(inputs.calibration.tokens, examples).to(device)
+    is_real = rows.attention_mask.bool() & rows.weights.bool()[:, None]
+    return Batch(**rows.inputs(), token_mask=is_real, row_labels=rows.labels)
 
 
 def _encode_reference(recipe: Recipe, inputs: Inputs, samples: list[int]) -> dict:

@@ -121,6 +121,10 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     """
     _find_export(run)
     recipe = read_stored_recipe(run / "recipe.yaml")
+    if recipe.task.has_head:
+        raise UserError(
+            f"--after: {run} is a {recipe.task.kind}, and only causal runs are measured again"
+        )
     if recipe.model.new_weights:
         raise UserError(
             f"--after: {run} drew {recipe.model.new_weights[0]} (model.new_weights), so its base is "

@@ -36,7 +36,6 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.methods.base import crop_solution
-from launch.models.check import read_config
 from launch.run.folder import make_folder
 from launch.run.progress import show_progress
 from launch.run.provenance import describe_conditions, dtype_name
@@ -46,7 +45,8 @@ from launch.runtime.errors import UserError
 from launch.runtime.locks import FolderLock
 from launch.runtime.units import GIB
 from launch.training.loss import label_loss
-from launch.training.trainable import describe_trainable
+from launch.training.row_loss import row_label_loss
+from launch.training.trainable import describe_model, draw_new_weights
 
 TIE_BREAK = (
     "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
@@ -88,9 +88,7 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
         folder: opened by `open_calibration_folder`.
     """
     check_samples(recipe, inputs)
-    print_rank0(
-        run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
-    )
+    print_rank0(run_on_rank0(lambda: describe_model(inputs.model, recipe.adapter)))
     engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
@@ -118,6 +116,7 @@ def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
     engine.materialize(base)
+    draw_new_weights(base, inputs.model, recipe.train.seed, engine)
     with engine.inference_mode(base):
         make_calibration(recipe, inputs, engine, base, linears, folder)
     return True
@@ -201,7 +200,7 @@ def make_calibration(
         engine,
         plan,
         _make_solver(recipe, engine.device),
-        loss=label_loss,
+        loss=row_label_loss if recipe.task.has_head else label_loss,
         lora_ranks=lora_ranks,
         reduction=recipe.calibration.reduction,
         solve_device=solve_device,
@@ -346,6 +345,15 @@ def make_factor_source(
     return make_factors
 
 
+def _describe_head(recipe: Recipe) -> dict:
+    """Describe what of a new head decides a calibration; nothing of a causal task."""
+    if not recipe.task.has_head:
+        return {}
+    # Gradients pass through the head, which is drawn from this seed.
+    seed = recipe.train.seed if recipe.statistic == "gradient" else None
+    return {"task": recipe.task.kind, "head_seed": seed}
+
+
 def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:
     """Describe how the calibration is made, as the manifest has it.
 
@@ -384,6 +392,7 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "targets": adapter.targets,
         # Left out where there is none, as in calibrations that are older than the field.
         **({"exclude": adapter.exclude} if adapter.exclude else {}),
+        **_describe_head(recipe),
         **of_data,
         **of_subspace,
         "conditions": conditions,

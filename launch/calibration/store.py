@@ -56,6 +56,8 @@ COMPARED_FIELDS = {
     "scaling": "adapter.alpha",
     "targets": "adapter.targets",
     "exclude": "adapter.exclude",
+    "task": "task.kind",
+    "head_seed": "train.seed",
 }
 
 

@@ -483,6 +483,7 @@ class Recipe(Section):
             "data.packing": self.data.packing,
             "data.prepared": self.data.prepared is not None,
             "data.input": self.data.input is not None,
+            "data.messages": self.data.messages is not None,
             "eval.suites": bool(self.eval.suites),
             "eval.other_text": self.eval.other_text is not None,
             "eval.baseline": self.eval.baseline,

@@ -1,4 +1,8 @@
-"""Examples as the tensors of one forward pass, padded or packed, and made ahead of their use."""
+"""Examples as the tensors of one forward pass, padded or packed, and made ahead of their use.
+
+Rows with labels (data.task_rows) are padded on the right with the tokenizer's padding token, and an
+attention mask leaves the padding out: an encoder's tokens would see it otherwise.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +49,94 @@ class TrainBatch:
             function(self.targets),
             position_ids,
         )
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Return the arguments of AnswerLoss.forward."""
+        return self.input_ids, self.loss_indices, self.targets, self.position_ids
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """One batch of rows with labels, as training.row_loss.RowLoss takes it."""
+
+    input_ids: Tensor  # (rows, tokens), int64, padded on the right
+    attention_mask: Tensor  # (rows, tokens), int64: 0 at padding
+    token_type_ids: Tensor | None  # (rows, tokens), int64; where the model takes them
+    labels: Tensor  # (rows,): int64 places in task.labels, or fp32 numbers
+    weights: Tensor  # (rows,), fp64: 0 for a row that fills a batch up, else 1
+
+    def to(self, device: torch.device) -> "RowBatch":
+        """Copy to `device`, without waiting for the copy."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "RowBatch":
+        """Copy to page-locked memory, from which a copy to a GPU runs in the background."""
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "RowBatch":
+        return RowBatch(
+            *(value if value is None else function(value) for value in self.arguments())
+        )
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Return the arguments of RowLoss.forward."""
+        return (
+            self.input_ids,
+            self.attention_mask,
+            self.token_type_ids,
+            self.labels,
+            self.weights,
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of the model's forward pass."""
+        return select_row_inputs(self.input_ids, self.attention_mask, self.token_type_ids)
+
+
+def select_row_inputs(
+    input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the arguments of a model for sequence classification."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return inputs if token_type_ids is None else inputs | {"token_type_ids": token_type_ids}
+
+
+def collate_rows(tokens: TokenSet, examples: Sequence[int | None]) -> RowBatch:
+    """Make the batch of rows with labels, on the CPU.
+
+    None fills a batch up: it repeats a row of the batch, or row 0, and has weight 0.
+    """
+    filler = next((example for example in reversed(examples) if example is not None), 0)
+    chosen = [filler if example is None else example for example in examples]
+    pieces = [_example_tokens(tokens, example).long() for example in chosen]
+    masks = [torch.ones_like(piece) for piece in pieces]
+    types = None
+    if tokens.token_types is not None:
+        spans = [slice(*tokens.offsets[example : example + 2]) for example in chosen]
+        types = _pad([tokens.token_types[span].long() for span in spans])
+    labels = tokens.labels[torch.tensor(chosen)]
+    return RowBatch(
+        input_ids=_pad(pieces, tokens.pad_token),
+        attention_mask=_pad(masks),
+        token_type_ids=types,
+        labels=labels.long() if tokens.has_classes else labels.float(),
+        weights=torch.tensor([float(i is not None) for i in examples], dtype=torch.float64),
+    )
+
+
+def _pad(rows: list[Tensor], value: int = 0) -> Tensor:
+    """Pad rows on the right: (rows, tokens)."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def make_model_inputs(
+    tokens: TokenSet, examples: Sequence[int], device: torch.device
+) -> dict[str, Tensor | bool]:
+    """Make the arguments of the model's forward pass on a batch of `examples`."""
+    if tokens.labels is not None:
+        return collate_rows(tokens, examples).to(device).inputs()
+    batch, _ = collate_examples(tokens, examples, device)
+    return {"input_ids": batch["input_ids"], "use_cache": False}
 
 
 def collate_sequences(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from launch.config.schema import Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_tokens
+from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, split_held_out
 from launch.models.check import (
@@ -19,6 +20,7 @@ from launch.models.check import (
     read_config,
 )
 from launch.models.files import fetch_model, find_commit, hash_weights, load_tokenizer
+from launch.models.head import Head
 from launch.models.identity import hash_config
 from launch.runtime.distributed import run_on_each_node
 from launch.runtime.errors import UserError
@@ -39,6 +41,7 @@ class Inputs:
     model: CheckedModel  # in this node's folder
     dtype: torch.dtype  # of the base
     tokens: TokenSet  # to train on
+    dev: dict[str, TokenSet]  # name of a score -> development rows (task.dev)
     held_out: TokenSet | None  # the last data.held_out examples, which are not in `tokens`
     base: dict  # name, revision and hash of the base model, as results.json has them
     data: dict  # path, counts and hash of the tokens, as results.json has them
@@ -48,6 +51,11 @@ class Inputs:
     def model_path(self) -> Path:
         """The base's folder on this node."""
         return self.model.folder
+
+    @property
+    def head(self) -> Head | None:
+        """The new head that the run puts on the base; None for a causal task."""
+        return self.model.head
 
 
 def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
@@ -60,8 +68,6 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         UserError: on every rank, for whatever any node finds wrong, or if the data or the weights
             differ between nodes.
     """
-    if recipe.task.has_head:
-        raise UserError(f"task.kind: {recipe.task.kind} is not trained yet; set causal")
     nodes = run_on_each_node(lambda: _prepare_node(recipe))
     first = nodes[0]
     for node in nodes:
@@ -81,6 +87,7 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         model=here["model"],
         dtype=resolve_dtype(recipe.model.dtype, device),
         tokens=training,
+        dev={name: rows.open_tokens() for name, rows in here["dev"].items()},
         held_out=held_out,
         base=first["base"],
         data=first["data"],
@@ -96,16 +103,21 @@ def _prepare_node(recipe: Recipe) -> dict:
     """Prepare this node, and describe the result in values that ranks can exchange."""
     model_path = fetch_model(recipe.model.name, recipe.model.revision)
     check_max_length(recipe.data.max_length, read_config(model_path), recipe.model.name)
-    model = check_model(model_path, new_weights=recipe.model.new_weights)
-    tokens = obtain_tokens(recipe.data, model_path)
-    data = _describe_tokens(tokens, recipe.data)
+    dev: dict[str, RowFolder] = {}
+    if recipe.task.has_head:
+        model, tokens, dev = prepare_rows(recipe, model_path)
+    else:
+        model = check_model(model_path, new_weights=recipe.model.new_weights)
+        tokens = obtain_tokens(recipe.data, model_path)
+    data = _describe_tokens(tokens, recipe.data) | describe_dev(dev)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_tokens is not None:
         calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
         calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_tokens)
-    for made in filter(None, (tokens, calibration_tokens)):
+    tokenizer = load_tokenizer(model_path, needs_end=not recipe.task.has_head)
+    for made in filter(None, (tokens, calibration_tokens, *dev.values())):
         largest = int(made.open_tokens().tokens.max())
-        check_token_ids(largest, model.num_embeddings, load_tokenizer(model_path))
+        check_token_ids(largest, model.num_embeddings, tokenizer)
     model_commit = find_commit(model_path)
     return {
         "host": socket.gethostname(),
@@ -119,12 +131,13 @@ def _prepare_node(recipe: Recipe) -> dict:
         },
         "tokens": tokens,
         "data": data,
+        "dev": dev,
         "calibration_tokens": calibration_tokens,
         "calibration_data": calibration_data,
     }
 
 
-def _describe_tokens(tokens: TokenFolder, data: Data) -> dict:
+def _describe_tokens(tokens: TokenFolder | RowFolder, data: Data) -> dict:
     """Describe the tokens of `data` as results.json has them."""
     manifest = tokens.manifest
     commit = manifest["made_from"]["source"].get("commit")
@@ -137,6 +150,15 @@ def _describe_tokens(tokens: TokenFolder, data: Data) -> dict:
         "dropped": manifest["dropped"],
         "tokens_sha256": manifest["tokens_sha256"],
     }
+
+
+def refuse_bf16_head(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Raise UserError for a new head on a bfloat16 base under ZeRO-3, which DeepSpeed does not take."""
+    if recipe.task.has_head and dtype == torch.bfloat16 and recipe.engine.startswith("zero3"):
+        raise UserError(
+            f"engine: {recipe.engine} does not train a new head on a bfloat16 base yet; set "
+            "engine=fsdp, zero2 or single, or model.dtype=float32"
+        )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ from launch.models.check import (
     read_config,
 )
 from launch.models.files import fetch_model, load_tokenizer
+from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 
 OVERLAP, REPORT = "overlap.json", "report.md"
@@ -36,6 +37,11 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
             something else.
         EvalError: a benchmark cannot be read.
     """
+    if recipe.task.has_head:
+        raise UserError(
+            f"task.kind: tokens are prepared for causal tasks, not for {recipe.task.kind}; train.py "
+            "prepares and caches such rows"
+        )
     model_path = fetch_model(recipe.model.name, recipe.model.revision, weights=False)
     config = read_config(model_path)
     check_max_length(recipe.data.max_length, config, recipe.model.name)

@@ -71,8 +71,30 @@ class Chunk(NamedTuple):
 
     position: int  # rows of the split read so far
     selected: int  # of them, rows that pass the filter
-    rows: list[Row] | list[Conversation]
+    rows: list  # of Row, Conversation, or what else RowForm.check gives
     bad: list[BadRow]
+
+
+class RowForm(NamedTuple):
+    """What is read of a row, and how it is checked."""
+
+    columns: dict[str, list[str]]  # field of the recipe -> fields of a row that it names
+    check: Callable[[int, dict[str, Any]], Any]  # (number from 1, row) -> good row, or BadRow
+
+
+def make_causal_form(data: Data) -> RowForm:
+    """Make the form of rows with an instruction and an answer, or plain text; good ones are a Row."""
+    columns = {
+        "data.instruction": [data.instruction],
+        "data.answer": [data.answer],
+        "data.filter": list(data.filter),
+        "data.input": [data.input] if data.input else [],
+    }
+    if data.text_field is not None:
+        columns = {"data.text": [data.text_field], "data.filter": list(data.filter)}
+    if data.messages is not None:
+        columns = {"data.messages": [data.messages], "data.filter": list(data.filter)}
+    return RowForm(columns, lambda number, row: _check_row(number, row, data))
 
 
 def fetch_source(data: Data) -> Path:
@@ -137,8 +159,11 @@ def limit_identity(source: dict, recorded: dict) -> dict:
     return {"files": files}
 
 
-def load_split(data: Data, path: Path) -> Split:
-    """Find the rows of data.split at `path`, and check that they have the fields `data` names.
+def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
+    """Find the rows of data.split at `path`, and check that they have the fields of `form`.
+
+    Args:
+        form: that of `make_causal_form` when None.
 
     Raises:
         UserError: a file or folder cannot be read, or no row has a field.
@@ -150,7 +175,7 @@ def load_split(data: Data, path: Path) -> Split:
         raise UserError(f"data.path: {where}{error}") from None
     if split.note is not None:
         _announce(f"data.path: {data.path}: {split.note}")
-    _require_fields(split, data)
+    _require_fields(split, data, form or make_causal_form(data))
     return split
 
 
@@ -173,13 +198,13 @@ def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iter
         ) from None
 
 
-def _require_fields(split: Split, data: Data) -> None:
-    """Raise UserError if no row has one of the fields that `data` names.
+def _require_fields(split: Split, data: Data, form: RowForm) -> None:
+    """Raise UserError if no row has one of the fields of `form`.
 
     Rows may lack a field, so the rows are read up to the first that has the last field.
     """
     missing = {}
-    for key, fields in _list_columns(data).items():
+    for key, fields in form.columns.items():
         missing |= dict.fromkeys(fields, key)
     known: dict[str, None] = {}
     for row in iterate_rows(split, data, None):
@@ -191,20 +216,6 @@ def _require_fields(split: Split, data: Data) -> None:
         _refuse_field(list(known), field, key, data.path)
 
 
-def _list_columns(data: Data) -> dict[str, list[str]]:
-    """Return the columns that each field of the recipe names."""
-    if data.text_field is not None:
-        return {"data.text": [data.text_field], "data.filter": list(data.filter)}
-    if data.messages is not None:
-        return {"data.messages": [data.messages], "data.filter": list(data.filter)}
-    return {
-        "data.instruction": [data.instruction],
-        "data.answer": [data.answer],
-        "data.filter": list(data.filter),
-        "data.input": [data.input] if data.input else [],
-    }
-
-
 def _refuse_field(known: list[str], field: str, key: str, path: str) -> None:
     near = difflib.get_close_matches(field, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -213,7 +224,13 @@ def _refuse_field(known: list[str], field: str, key: str, path: str) -> None:
     )
 
 
-def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) -> Iterator[Chunk]:
+def select_rows(
+    split: Split,
+    data: Data,
+    position: int = 0,
+    selected: int = 0,
+    form: RowForm | None = None,
+) -> Iterator[Chunk]:
     """Yield the rows that pass the filter, the first data.limit of them, in order, by chunks.
 
     Bad rows count towards the limit.
@@ -221,17 +238,19 @@ def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) 
     Args:
         position: where a killed start is resumed: rows of the split read before.
         selected: of them, rows that passed the filter.
+        form: that of `make_causal_form` when None.
 
     Raises:
         UserError: a file cannot be read.
     """
+    form = form or make_causal_form(data)
     patterns = {}
     for field, wanted in data.filter.items():
         patterns[field] = [wanted] if isinstance(wanted, str) else wanted
-    fields = [field for of_key in _list_columns(data).values() for field in of_key]
+    fields = [field for of_key in form.columns.values() for field in of_key]
     source = islice(iterate_rows(split, data, fields), position, None)
     while data.limit is None or selected < data.limit:
-        rows: list[Row] | list[Conversation] = []
+        rows = []
         bad: list[BadRow] = []
         begun_at = position
         for row in islice(source, CHUNK):
@@ -239,7 +258,7 @@ def select_rows(split: Split, data: Data, position: int = 0, selected: int = 0) 
             if not _passes_filter(row, patterns):
                 continue
             selected += 1
-            checked = _check_row(position, row, data)
+            checked = form.check(position, row)
             if isinstance(checked, BadRow):
                 bad.append(checked)
             else:

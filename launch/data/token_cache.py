@@ -219,26 +219,29 @@ def make_tokens(
     return tokens
 
 
-def check_refused_rows(manifest: dict, data: Data) -> None:
+def check_refused_rows(manifest: dict, data: Data, cut: str = CUT) -> None:
     """Raise UserError if there are rows that data.on_bad_row or data.on_cut says to refuse.
 
     The error names the first of them and the counts.
+
+    Args:
+        cut: the manifest's reason for rows that data.on_cut is about.
     """
     refused = dict(manifest["dropped"]) if data.on_bad_row == "refuse" else {}
-    refused.pop(CUT, None)
+    refused.pop(cut, None)
     if data.on_cut == "refuse" and manifest["cut"]:
-        refused[CUT] = manifest["cut"]
+        refused[cut] = manifest["cut"]
     if not refused:
         return
     named = [(*manifest["examples"][reason][0], reason) for reason in refused]
     row, what, reason = min(named)  # the lowest row number
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
     remedies = []
-    if CUT in refused:
+    if cut in refused:
         remedies.append("data.on_cut=keep or drop")
-    if refused.keys() - {CUT}:
+    if refused.keys() - {cut}:
         remedies.append("data.on_bad_row=drop")
-    field = "data.max_length" if reason in (CUT, TOO_LONG) else "data.path"
+    field = "data.max_length" if reason in (cut, TOO_LONG) else "data.path"
     raise UserError(
         f"{field}: row {row} of {data.path}: {what}; in all {counts}, of {manifest['selected']} "
         f"rows: mend them, or set {' and '.join(remedies)}"

@@ -14,8 +14,8 @@ class TokenSet:
     """Tokenised examples, one after another in one tensor on the CPU.
 
     In training the tensors are memory-mapped files, so no rank holds a copy of its own. Example i
-    is `tokens[offsets[i] : offsets[i + 1]]`: a prompt and an answer. The loss counts the tokens of
-    the answer.
+    is `tokens[offsets[i] : offsets[i + 1]]`: a prompt and an answer, of which the loss counts the
+    answer's tokens; or, with `labels`, the texts of a row, which the loss counts once.
     """
 
     tokens: Tensor  # (all tokens,), int32
@@ -27,6 +27,12 @@ class TokenSet:
     # Of messages: (all tokens,), int8, 1 where the loss counts a token. None where it counts all from
     # the prompt's end on.
     is_trained: Tensor | None = None
+    labels: Tensor | None = None  # (examples,), fp64: places in task.labels, or numbers
+    has_classes: bool = False  # whether labels are places in task.labels
+    token_types: Tensor | None = (
+        None  # as tokens, int8: 1 in a pair's second text; if models take it
+    )
+    pad_token: int = 0  # id that fills up rows with labels
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -36,7 +42,9 @@ class TokenSet:
         return self.offsets.diff()
 
     def count_answer_tokens(self, examples: Sequence[int]) -> int:
-        """Count the tokens of `examples` that the loss counts."""
+        """Count what the loss counts of `examples`: their answers' tokens, or labels."""
+        if self.labels is not None:
+            return len(examples)
         if self.is_trained is not None:
             return sum(len(self.find_trained(example)) for example in examples)
         index = torch.as_tensor(examples)
@@ -78,20 +86,20 @@ def split_held_out(tokens: TokenSet, num_held_out: int) -> tuple[TokenSet, Token
         raise UserError(
             f"data.held_out: {num_held_out} of {len(tokens)} rows leave none to train on; lower it"
         )
-    edge = tokens.offsets[num_training]
-    training = replace(
+    training = _cut_examples(tokens, 0, num_training)
+    held_out = _cut_examples(tokens, num_training, len(tokens))
+    return training, replace(held_out, num_truncated=0, num_dropped=0, num_special=0)
+
+
+def _cut_examples(tokens: TokenSet, start: int, stop: int) -> TokenSet:
+    """Return the examples from `start` to before `stop`."""
+    first, end = tokens.offsets[start], tokens.offsets[stop]
+    return replace(
         tokens,
-        tokens=tokens.tokens[:edge],
-        offsets=tokens.offsets[: num_training + 1],
-        prompt_lengths=tokens.prompt_lengths[:num_training],
-        is_trained=None if tokens.is_trained is None else tokens.is_trained[:edge],
+        tokens=tokens.tokens[first:end],
+        offsets=tokens.offsets[start : stop + 1] - first,
+        prompt_lengths=tokens.prompt_lengths[start:stop],
+        is_trained=None if tokens.is_trained is None else tokens.is_trained[first:end],
+        labels=None if tokens.labels is None else tokens.labels[start:stop],
+        token_types=None if tokens.token_types is None else tokens.token_types[first:end],
     )
-    held_out = TokenSet(
-        tokens=tokens.tokens[edge:],
-        offsets=tokens.offsets[num_training:] - edge,
-        prompt_lengths=tokens.prompt_lengths[num_training:],
-        num_truncated=0,
-        num_dropped=0,
-        is_trained=None if tokens.is_trained is None else tokens.is_trained[edge:],
-    )
-    return training, held_out

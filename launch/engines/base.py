@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from astra.weights import Weights
-from launch.models.check import CheckedModel
+from launch.models.check import CheckedModel, read_config
+from launch.runtime.compat import choose_auto_class
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments of a parameter
@@ -21,6 +22,18 @@ STATE_KINDS = ("trained", *MOMENTS)  # of a parameter in training: its value and
 def read_deepspeed_config(engine: str) -> dict:
     """Read the DeepSpeed configuration of one of its engines, ds_configs/<engine>.json."""
     return json.loads((CONFIGS / f"{engine}.json").read_text(encoding="utf-8"))
+
+
+def load_pretrained(checked: CheckedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checked model by transformers; the values of its new weights are left to the caller."""
+    config = read_config(checked.folder, head=checked.head)
+    # A causal model's config is read by from_pretrained itself, which completes it.
+    options = {} if checked.head is None else {"config": config}
+    model = choose_auto_class(config).from_pretrained(
+        str(checked.folder), dtype=dtype, local_files_only=True, use_safetensors=True, **options
+    )
+    model.config.problem_type = config.problem_type
+    return model
 
 
 class TrainState(Protocol):
@@ -86,7 +99,7 @@ class Engine(Weights, Protocol):
     """Which of PyTorch's two forms of gradient checkpointing works with this engine."""
 
     def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
-        """Load the causal language model that `check_model` has checked.
+        """Load the model that `check_model` has checked.
 
         Args:
             full: whether all parameters are to be trained. Forward and backward passes are in the

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
@@ -60,9 +60,9 @@ class FsdpEngine(TorchWeights):
         else:
             dtype = self.dtype
             self.policy = MixedPrecisionPolicy()  # base and adapters keep their own dtypes
-        config = read_config(checked.folder)
+        config = read_config(checked.folder, head=checked.head)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
-            self.base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.base = compat.choose_auto_class(config).from_config(config, dtype=dtype)
         self.base.tie_weights()  # without storage each module was given a weight of its own
         compat.keep_in_fp32(self.base, dtype)
         # Parameters are found by module later: adapters will wrap modules and so change their

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from astra.weights import TorchWeights
-from launch.engines.base import MOMENTS
+from launch.engines.base import MOMENTS, load_pretrained
 from launch.models.check import CheckedModel
 from launch.runtime import compat
 
@@ -130,10 +130,7 @@ class SingleEngine(TorchWeights):
 
     def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         dtype = torch.float32 if full else self.dtype
-        model = AutoModelForCausalLM.from_pretrained(
-            str(checked.folder), dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        model = model.to(self.device)
+        model = load_pretrained(checked, dtype).to(self.device)
         if dtype != self.dtype:
             model.forward = torch.autocast(self.device.type, self.dtype)(model.forward)
         return model.requires_grad_(full)

@@ -20,11 +20,11 @@ from deepspeed.utils import (
     set_z3_leaf_module,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from astra.weights import TorchWeights
-from launch.engines.base import MOMENTS, read_deepspeed_config
+from launch.engines.base import MOMENTS, load_pretrained, read_deepspeed_config
 from launch.models.check import CheckedModel
 from launch.runtime import compat
 from launch.runtime.distributed import FOREVER
@@ -165,9 +165,7 @@ class ZeroEngine(ZeroWeights):
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
         with compat.deepspeed_device(self.device):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(checked.folder), dtype=self.dtype, local_files_only=True, use_safetensors=True
-            )
+            model = load_pretrained(checked, self.dtype)
         self.base = model
         if self.node_size is not None:
             compat.set_group_timeout(compat.get_node_group(), FOREVER)

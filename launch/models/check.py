@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from launch.models.head import Head, find_head_names, is_encoder, is_of_other_head
 from launch.models.weight_files import StoredTensor, WeightFiles, find_weight_files
 from launch.runtime import compat
 from launch.runtime.errors import UserError
@@ -36,21 +37,46 @@ TORCH_DTYPES = {
 QUANTIZATION = ("quantization_config", "compression_config")  # in a config, at any depth
 # The names of a config for the number of positions; most have the first, also as an alias.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Kinds of models whose first position is the padding token's id + 1.
+SHIFTED_POSITIONS = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
 ROWS = 4096  # of two tied matrices that are compared at once
 
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model whose files hold every weight of its architecture, and nothing else."""
+    """A model whose files hold every weight of its architecture, and nothing else.
+
+    With a head, every weight but the head's, and of another head at most.
+    """
 
     folder: Path
     files: tuple[Path, ...]  # that hold the weights; others in the folder are not read
     new_weights: tuple[str, ...]  # parameters that the files lack, which the run draws
     num_embeddings: int  # rows of the input embedding: token ids are below it
+    head: Head | None = None  # that the run puts on the base; None for a causal language model
+    unused: tuple[str, ...] = ()  # tensors in the files that are another head's
+
+    def get_head(self) -> tuple[str, ...]:
+        """Return the names of the new head's parameters; empty without one."""
+        return () if self.head is None else self.new_weights
 
 
 def check_model(
-    folder: Path, field: str = "model.name", new_weights: Sequence[str] = ()
+    folder: Path,
+    field: str = "model.name",
+    new_weights: Sequence[str] = (),
+    head: Head | None = None,
 ) -> CheckedModel:
     """Check that transformers would find every weight of the model in `folder`, and no others.
 
@@ -60,11 +86,13 @@ def check_model(
     Args:
         field: what a message begins with, the recipe field or option that names the folder.
         new_weights: parameters that are to be missing: the run draws them.
+        head: the new head of a model for sequence classification, whose parameters are to be
+            missing.
 
     Raises:
         UserError: whatever would make a run train something else than the files hold.
     """
-    config = read_config(folder, field)
+    config = read_config(folder, field, head)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{field}: {folder} also holds an adapter (adapter_config.json), which transformers "
@@ -73,12 +101,15 @@ def check_model(
     weights = find_weight_files(folder, config, field)
     tensors = weights.read_headers(field)
     model = make_meta_model(config, field)
-    _check_loading(model, weights, tensors, new_weights, field)
-    return CheckedModel(folder, weights.files, tuple(new_weights), get_num_rows(model))
+    new_weights, unused = _check_loading(model, weights, tensors, new_weights, head, field)
+    num_rows = get_num_rows(model)
+    return CheckedModel(folder, weights.files, new_weights, num_rows, head, unused)
 
 
-def read_config(folder: Path, field: str = "model.name") -> PretrainedConfig:
-    """Read the config in a model's folder.
+def read_config(
+    folder: Path, field: str = "model.name", head: Head | None = None
+) -> PretrainedConfig:
+    """Read the config in a model's folder, for a causal language model or for one with `head`.
 
     Raises:
         UserError: it cannot be read, or the model is quantised.
@@ -90,6 +121,9 @@ def read_config(folder: Path, field: str = "model.name") -> PretrainedConfig:
             f"{field}: cannot use the config.json of {folder}: {_shorten(error)}"
         ) from None
     check_config(config, field)
+    config.problem_type = None
+    if head is not None:
+        head.fill_config(config)
     return config
 
 
@@ -107,17 +141,23 @@ def check_config(config: PretrainedConfig, field: str = "model.name") -> None:
 
 
 def make_meta_model(config: PretrainedConfig, field: str = "model.name") -> PreTrainedModel:
-    """Make the causal language model of `config` without storage.
+    """Make the model of a config from `read_config` without storage.
 
     Raises:
-        UserError: transformers has none for this config.
+        UserError: transformers has none for this config; or it is an encoder's, without a head.
     """
+    if config.problem_type is None and is_encoder(config):
+        raise UserError(
+            f"{field}: {config.model_type} is an encoder, whose tokens see those that follow, so it "
+            "cannot learn to predict them; set task.kind to classification or regression, or "
+            "choose a decoder"
+        )
+    kind = "model for sequence classification" if config.problem_type else "causal language model"
     try:
         return compat.make_meta_model(config)
     except Exception as error:  # noqa: BLE001 (a model's own code may raise anything)
         raise UserError(
-            f"{field}: transformers cannot make a causal language model of this config.json: "
-            f"{_shorten(error)}"
+            f"{field}: transformers cannot make a {kind} of this config.json: {_shorten(error)}"
         ) from None
 
 
@@ -130,7 +170,9 @@ def get_num_positions(config: PretrainedConfig) -> int | None:
         for name in POSITIONS:
             value = getattr(part, name, None)
             if isinstance(value, int) and value > 0:
-                return value
+                # RoBERTa and its kin count positions from behind the padding token's id.
+                shifted = config.model_type in SHIFTED_POSITIONS
+                return value - (config.pad_token_id or 0) - 1 if shifted else value
     return None
 
 
@@ -165,13 +207,13 @@ def get_num_rows(model: nn.Module) -> int:
     return compat.get_full_shape(model.get_input_embeddings().weight)[0]
 
 
-def draw_weight(folder: Path, name: str, seed: int) -> Tensor:
+def draw_weight(folder: Path, name: str, seed: int, head: Head | None = None) -> Tensor:
     """Draw the values of a parameter that the files lack, fp32, on the CPU.
 
     They have the distribution that transformers gives to this module, and depend on nothing but
     (seed, name) and the config: every engine and world size has the same.
     """
-    return compat.draw_parameter(make_meta_model(read_config(folder)), name, seed)
+    return compat.draw_parameter(make_meta_model(read_config(folder, head=head)), name, seed)
 
 
 def get_num_embeddings(config: PretrainedConfig) -> int:
@@ -184,9 +226,14 @@ def _check_loading(
     weights: WeightFiles,
     tensors: Mapping[str, StoredTensor],
     new_weights: Sequence[str],
+    head: Head | None,
     field: str,
-) -> None:
-    """Raise UserError if loading `tensors` into `model` would leave anything over or unset."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Raise UserError if loading `tensors` into `model` would leave anything over or unset.
+
+    Returns:
+        The parameters that the run draws, and the tensors of other heads, which are not used.
+    """
     steps = compat.plan_reading(model, tensors)
     _check_dtypes(steps, tensors, field)
     forms = {}
@@ -201,12 +248,17 @@ def _check_loading(
             f"{field}: the files' tensors for {name}{_count_others(report.failed)} do not fit "
             f"together: {reason}; get the whole model again"
         )
-    missing = report.missing - set(new_weights)
+    unused: tuple[str, ...] = ()
+    if head is not None:
+        new_weights = find_head_names(model, report.missing)
+        unused = tuple(sorted(n for n in report.unexpected if is_of_other_head(n, model)))
+        _require_new_head(model, report.missing, field)
+    missing, unexpected = report.missing - set(new_weights), report.unexpected - set(unused)
     if missing:
-        raise UserError(f"{field}: {_describe_missing(missing, report.unexpected, field)}")
-    if report.unexpected:
+        raise UserError(f"{field}: {_describe_missing(missing, unexpected, field)}")
+    if unexpected:
         raise UserError(
-            f"{field}: the files hold {_pick(report.unexpected)}{_count_others(report.unexpected)}, "
+            f"{field}: the files hold {_pick(unexpected)}{_count_others(unexpected)}, "
             f"for which {type(model).__name__} of this config.json has no place; correct "
             "config.json, or remove it from the files"
         )
@@ -225,6 +277,18 @@ def _check_loading(
     except UserError as error:
         raise UserError(f"{field}: {error}; copy or download the model again") from None
     _check_ties(model, steps, tensors, field)
+    return tuple(new_weights), unused
+
+
+def _require_new_head(model: PreTrainedModel, missing: Collection[str], field: str) -> None:
+    """Raise UserError if the files hold a head, or a part of one, for sequence classification."""
+    prefix = f"{model.base_model_prefix}."
+    for name, _ in model.named_parameters():
+        if not name.startswith(prefix) and name not in missing:
+            raise UserError(
+                f"{field}: the files hold {name}, a head whose outputs may be others than "
+                "task.labels; the run draws a new head: remove it from the files"
+            )
 
 
 def _check_dtypes(

@@ -94,8 +94,11 @@ def fetch_config(name: str, revision: str) -> PretrainedConfig:
         ) from None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, needs_end: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a model's folder.
+
+    Args:
+        needs_end: whether it must have an end-of-sequence token, as for generating text.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
@@ -106,7 +109,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"model.name: cannot load the tokenizer in {folder}: {str(error)[:200]}"
         ) from None
-    if tokenizer.eos_token_id is None:
+    if needs_end and tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name: the tokenizer in {folder} has no end-of-sequence token; set one"
         )

@@ -40,6 +40,11 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
             f"engine: single trains in one process, not {options.world_size}; set engine=zero3 or "
             "--gpus 1"
         )
+    if recipe.task.has_head:
+        raise UserError(
+            f"task.kind: plans are for causal tasks, not for {recipe.task.kind}; as a bound, plan "
+            "a decoder's recipe without its task section"
+        )
     config = _load_config(recipe)
     check_config(config)
     check_max_length(recipe.data.max_length, config, recipe.model.name)

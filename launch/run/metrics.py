@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from launch.runtime.errors import UserError
 
@@ -14,12 +14,12 @@ class Metrics(TypedDict):
     """One optimiser step, a line of metrics.jsonl."""
 
     step: int  # from 1
-    loss: float  # mean over the step's answer tokens, nats
+    loss: float  # mean over the step's answer tokens or, with labels, its rows; nats
     grad_norm: float  # before clipping
     lr: float
-    tokens: int  # answer tokens of the step, over all ranks
+    tokens: int  # answer tokens of the step or, with labels, its rows; over all ranks
     all_tokens: int  # prompt and answer tokens of the step, over all ranks
-    tokens_per_second: float  # answer tokens, per device
+    tokens_per_second: float  # of `tokens`, per device
     all_tokens_per_second: float  # per device
     tflops: float | None  # 1e12 FLOP per second and device, as launch/training/flops.py counts them
     utilisation: float | None  # tflops over the device's peak; None if one of them is unknown
@@ -27,6 +27,8 @@ class Metrics(TypedDict):
     data_wait: float  # seconds of the step in which rank 0 waited for a batch
     seconds: float  # spent in training steps so far, over all starts of the run
     seconds_left: float  # at the mean pace of the run's steps
+    epoch: NotRequired[float]  # epochs done; only of steps after which development rows are scored
+    dev: NotRequired[dict[str, dict[str, float]]]  # name of the score -> metric -> value
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

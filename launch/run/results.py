@@ -52,6 +52,43 @@ class Score(GraderScore):
     overlong: list[str] | None = None
 
 
+class TaskRecord(Record):
+    """The task of a run with a new head."""
+
+    kind: str  # classification or regression
+    labels: list[str]  # by output of the head; empty for a regression
+    # By which a decoder's head finds a row's last token; None for an encoder, whose config has it.
+    pad_token: int | None
+
+
+class EpochScore(Record):
+    """The score of development rows after one epoch."""
+
+    epoch: float  # epochs done
+    step: int
+    values: dict[str, float]  # metric -> value, fractions; epochs are compared by the first
+    intervals: dict[str, tuple[float, float]] | None = None  # 95 %, by bootstrap over rows
+
+
+class TaskScore(Record):
+    """The scores of development rows (task.dev), after the last epoch and after the best one.
+
+    The best epoch is chosen by these very rows, so its score is too high on average.
+    """
+
+    metric: str  # by which epochs are compared
+    n: int  # rows
+    last: EpochScore
+    best: EpochScore
+    epochs: list[EpochScore]
+    data_sha256: str | None = None  # as Score has it; the run's `data` has the rows' hash
+
+    @property
+    def accuracy(self) -> float:
+        """The last epoch's value of `metric`."""
+        return self.last.values[self.metric]
+
+
 class Base(Record):
     """The base model."""
 
@@ -77,8 +114,9 @@ class Prediction(Record):
     """How well a model predicts given tokens."""
 
     loss: float  # mean over the tokens, nats
-    accuracy: float  # fraction of the tokens that have the largest logit
-    tokens: int
+    # Fraction of the tokens that have the largest logit, or of the rows; None for a regression.
+    accuracy: float | None
+    tokens: int  # or rows with labels
 
 
 class BeforeAfter(Record):
@@ -171,7 +209,9 @@ class RunResults(Record):
     lr_ratio: float = 1.0  # B's learning rate over that of all else
     seed: int
     steps: int
-    final_loss: float  # of the last step, nats per answer token
+    task: TaskRecord | None = None  # None for a causal task
+    head_lr: float | None = None  # learning rate of the new head; None where it is lr
+    final_loss: float  # of the last step, nats per answer token or, with labels, the mean over rows
     held_out: BeforeAfter | None = None
     other_text: BeforeAfter | None = None
     other_text_source: dict[str, str] | None = None  # path and sha256
@@ -186,7 +226,8 @@ class RunResults(Record):
     calibration_data: CalibrationData | None = None  # see RunFacts
     decided: dict[str, Any] = {}  # recipe field that was `auto` -> what was decided
     baseline: dict[str, Score]  # benchmark -> score of the base
-    scores: dict[str, Score]  # benchmark -> score after training
+    # Benchmark -> score after training; or name of development rows -> their scores by epoch.
+    scores: dict[str, Score | TaskScore]
     conditions: Conditions
 
     @property
@@ -243,6 +284,18 @@ def _read(folder: Path, kind: type[RecordT], what: str) -> RecordT:
         raise UserError(f"{folder} is not the folder of {what}: {reason}") from None
 
 
+def describe_task_score(score: TaskScore) -> str:
+    """Describe scores of development rows in a line: of the last epoch, then of the best."""
+    parts = []
+    for when, epoch in (("last", score.last), ("best", score.best)):
+        shown = f"{score.metric} {epoch.values[score.metric]:.4f}"
+        if epoch.intervals is not None:
+            low, high = epoch.intervals[score.metric]
+            shown += f" ({low:.4f} to {high:.4f})"
+        parts.append(f"{when} epoch {epoch.epoch:.4g}: {shown}")
+    return f"{'; '.join(parts)}; n = {score.n}"
+
+
 def runs_table(folders: Sequence[Path]) -> str:
     """Render finished runs as a Markdown table, one row each.
 
@@ -265,8 +318,10 @@ def runs_table(folders: Sequence[Path]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: Score | TaskScore | None) -> str:
     if score is None:
         return ""
+    if isinstance(score, TaskScore):
+        return describe_task_score(score)
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}, n = {score.n})"

@@ -26,7 +26,13 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -232,13 +238,18 @@ def replace_tensors(model: nn.Module) -> None:
 
 
 def list_layer_classes(model: PreTrainedModel) -> Collection[str]:
-    """Return the class names of the model's decoder layers, the units of sharding and compiling.
+    """Return the class names of the model's layers, the units of sharding and compiling.
 
-    transformers has the names for device maps, which must not split such a module.
+    transformers has the names for device maps, which must not split such a module. Models that have
+    none, such as DeBERTa, are split by the longest list of modules.
     huggingface/transformers#24568 asked to shard by them; no report for a public name found
     (2026-11).
     """
-    return model._no_split_modules
+    if model._no_split_modules:
+        return model._no_split_modules
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=len, default=[])
+    return {type(layer).__name__ for layer in longest}
 
 
 def read_attention(config: PretrainedConfig) -> str:
@@ -327,16 +338,26 @@ def resolve_weight_files(
     return [*paths, *extra], metadata and dict(metadata["weight_map"])
 
 
-def make_meta_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make the causal language model of `config` without storage, outside of any ZeRO context.
+def choose_auto_class(config: PretrainedConfig) -> type:
+    """Return transformers' class that makes the model of a config as launch.models gives it.
 
-    It has the dtype of the config, unless `dtype` is given.
+    A config with a `problem_type` is one of launch.models.head.
+    """
+    return AutoModelForSequenceClassification if config.problem_type else AutoModelForCausalLM
+
+
+def make_meta_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make the model of `config` without storage, outside of any ZeRO context.
+
+    It is a causal language model or, by `choose_auto_class`, one with a new head. It has the dtype
+    of the config, unless `dtype` is given.
 
     While an HfDeepSpeedConfig is alive, `from_config` shards what it makes. No upstream report
     found (2026-11).
     """
     with without_zero3(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+        auto_class = choose_auto_class(config)
+        return auto_class.from_config(config, **({"dtype": dtype} if dtype else {}))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from launch.data.batches import IGNORED, collate_examples
@@ -21,6 +21,7 @@ from launch.run.results import Prediction
 from launch.runtime.compat import count_elements
 from launch.runtime.distributed import all_reduce_sum
 from launch.runtime.errors import UserError
+from launch.scoring.development import predict_rows
 from launch.training.flops import read_peak_memory
 
 # Examples of one forward pass. Fixed, so that neither a setting nor the world size changes which
@@ -76,7 +77,7 @@ def _read_texts(path: Path) -> tuple[bytes, list[str]]:
 
 @torch.no_grad()
 def measure_prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> Prediction:
-    """Measure how well `model` predicts the answer tokens of `tokens`. Collective.
+    """Measure how well `model` predicts the answer tokens, or labels, of `tokens`. Collective.
 
     Args:
         model: able to run forward passes: within the engine's `inference_mode`, or in training.
@@ -84,6 +85,8 @@ def measure_prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> Pr
     Returns:
         Mean loss and accuracy over all ranks' tokens; the sums over tokens are in fp64.
     """
+    if tokens.labels is not None:
+        return _measure_rows(predict_rows(engine, model, tokens), tokens)
     loss = num_correct = num_tokens = 0.0
     examples = range(len(tokens))
     for batch in shard_batches(examples, dist.get_rank(), dist.get_world_size(), BATCH_SIZE):
@@ -99,6 +102,17 @@ def measure_prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> Pr
     return Prediction(
         loss=loss / num_tokens, accuracy=num_correct / num_tokens, tokens=int(num_tokens)
     )
+
+
+def _measure_rows(outputs: Tensor, tokens: TokenSet) -> Prediction:
+    """Measure how well the outputs of a head predict the labels of all rows."""
+    labels = tokens.labels.long() if tokens.has_classes else tokens.labels
+    if tokens.has_classes:
+        losses = F.cross_entropy(outputs, labels, reduction="none")
+        accuracy = (outputs.argmax(1) == labels).double().mean().item()
+    else:
+        losses, accuracy = (outputs[:, 0] - labels).square(), None
+    return Prediction(loss=losses.mean().item(), accuracy=accuracy, tokens=len(tokens))
 
 
 def measure_predictions(

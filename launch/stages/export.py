@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 
-from astra.adapter import ADAPTER, Factors
+from astra.adapter import ADAPTER, Factors, read_head
 from launch.config.schema import Export
-from launch.data.batches import collate_examples
+from launch.data.batches import make_model_inputs
 from launch.run.metrics import Metrics
 from launch.run.plots import plot_runs
 from launch.run.results import SmallExport
@@ -87,11 +87,11 @@ def rehearse_small(
     # Compiled layers would be compiled once more for it.
     if held_out is None or run.recipe.train.compile:
         return
-    batch, _ = collate_examples(held_out, [dist.get_rank() % len(held_out)], device)
+    inputs = make_model_inputs(held_out, [dist.get_rank() % len(held_out)], device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16_products(model))
     model.eval()
     with without_products(layers, dropped, device), autocast:
-        model(input_ids=batch["input_ids"], use_cache=False)
+        model(**inputs)
     model.train()
 
 
@@ -111,6 +111,7 @@ def save_small(
         loaded.model.peft_config[ADAPTER],
         run.inputs.base,
         initial,
+        read_head(loaded.model, loaded.engine),
         run.recipe.export.rank,
         keep_dropped,
     )

@@ -18,7 +18,7 @@ from launch.calibration.run import (
     obtain_calibration,
 )
 from launch.calibration.store import read_seconds
-from launch.data.batches import collate_examples
+from launch.data.batches import make_model_inputs
 from launch.engines import make_engine
 from launch.run.folder import BASELINE
 from launch.run.results import RunFacts, Score, describe_source
@@ -53,7 +53,7 @@ def load_run_model(run: PreparedRun, device: torch.device) -> RunModel:
     base = engine.load_model(run.inputs.model, full=recipe.adapter.method_record.trains_all)
     apply_kernels(base, recipe)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    model = attach_trainable(base, recipe.adapter, lora_ranks)
+    model = attach_trainable(base, recipe.adapter, lora_ranks, run.inputs.model.get_head())
     return RunModel(engine, base, model, find_lora_layers(model))
 
 
@@ -140,14 +140,16 @@ def _measure_drift(run: PreparedRun, loaded: RunModel, base_logits: Tensor) -> f
 
 @torch.no_grad()
 def _compute_probe_logits(run: PreparedRun, loaded: RunModel) -> Tensor:
-    """Compute the logits of one training example of this rank, (1, tokens, vocabulary), fp32.
+    """Compute the logits of one training example of this rank, fp32.
+
+    They are (1, tokens, vocabulary), or (1, outputs) of a new head.
 
     Collective where the model is sharded.
     """
     tokens = run.inputs.tokens
     example = dist.get_rank() % len(tokens)
-    batch, _ = collate_examples(tokens, [example], loaded.engine.device)
-    return loaded.model(input_ids=batch["input_ids"], use_cache=False).logits.float()
+    inputs = make_model_inputs(tokens, [example], loaded.engine.device)
+    return loaded.model(**inputs).logits.float()
 
 
 def restore_run(run: PreparedRun, loaded: RunModel) -> RunFacts:

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.calibration.batches import check_samples
 from launch.config.schema import Recipe
-from launch.data.inputs import Inputs, prepare_inputs, resolve_dtype
+from launch.data.inputs import Inputs, prepare_inputs, refuse_bf16_head, resolve_dtype
 from launch.data.order import describe_idle_ranks, plan_steps
 from launch.data.token_set import TokenSet
-from launch.models.check import check_token_ids, read_config
+from launch.models.check import check_token_ids
 from launch.models.files import load_tokenizer
 from launch.planning.budget import decide_memory
 from launch.quickstart.base import resolve_quickstart
@@ -29,7 +29,7 @@ from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import require_kernels
 from launch.training.loop import describe_low_rates
 from launch.training.trackers import require_trackers
-from launch.training.trainable import describe_trainable
+from launch.training.trainable import describe_model
 
 
 def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -> PreparedRun:
@@ -43,11 +43,15 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     model_name, settings = recipe.model.name, recipe.train
     run_on_rank0(lambda: require_trackers(recipe.tracking))
     dtype = resolve_dtype(recipe.model.dtype, device)
+    refuse_bf16_head(recipe, dtype)
     run_on_each_node(lambda: require_kernels(recipe, device, dtype))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
     check_samples(recipe, inputs)
-    tokens, tokenizer = inputs.tokens, load_tokenizer(inputs.model_path)
+    tokens, tokenizer = (
+        inputs.tokens,
+        load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head),
+    )
     problems = read_problems(recipe.eval)
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
     checkpoints = CheckpointStore(folder, settings.keep)
@@ -56,9 +60,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
     )
     steps = list(steps)
-    print_rank0(
-        run_on_rank0(lambda: describe_trainable(read_config(inputs.model_path), recipe.adapter))
-    )
+    print_rank0(run_on_rank0(lambda: describe_model(inputs.model, recipe.adapter)))
     _print_rows(recipe, inputs, steps)
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:
@@ -94,12 +96,15 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
     """Print what is trained on, and what about it may surprise."""
     tokens, world_size = inputs.tokens, dist.get_world_size()
     dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
+    cut = "truncated to" if recipe.task.has_head else "cut at"
     print_rank0(
-        f"{len(tokens)} rows ({tokens.num_truncated} cut at {recipe.data.max_length} tokens, "
+        f"{len(tokens)} rows ({tokens.num_truncated} {cut} {recipe.data.max_length} tokens, "
         f"{tokens.num_dropped} dropped{dropped}), {len(steps)} steps of "
         f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
         f"{recipe.train.micro_batch}"
     )
+    for name, rows in inputs.dev.items():
+        print_rank0(f"development: {name}, {len(rows)} rows ({rows.num_truncated} truncated)")
     if tokens.num_special:
         print_rank0(
             f"{tokens.num_special} rows hold text that became special tokens, since this tokenizer "

@@ -67,8 +67,13 @@ class BaseMeasurements:
 
 def get_input_hashes(inputs: Inputs) -> dict[str, str]:
     """Return the hashes of the base, its config and the examples, by the fields that name them."""
+    dev = {
+        f"task.dev, {name}": rows["tokens_sha256"]
+        for name, rows in inputs.data.get("dev", {}).items()
+    }
     return {
         "model.name": inputs.base["weights_sha256"],
         CONFIG: inputs.base["config_sha256"],
         "data.path": inputs.data["tokens_sha256"],
+        **dev,
     }

@@ -8,12 +8,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.config.schema import Recipe
+from launch.models.check import read_config
+from launch.models.head import is_encoder
 from launch.run.folder import write_state
 from launch.run.metrics import Metrics
 from launch.run.provenance import describe_conditions, dtype_name
-from launch.run.results import Prediction, RunFacts, RunResults, Score, SmallExport, write_results
+from launch.run.results import (
+    Prediction,
+    RunFacts,
+    RunResults,
+    Score,
+    SmallExport,
+    TaskRecord,
+    write_results,
+)
 from launch.runtime.distributed import run_on_rank0, try_or_say
+from launch.scoring.development import summarise_epochs
 from launch.scoring.held_out import count_trained_parameters, gather_peak_memory
 from launch.stages.records import CONFIG, PreparedRun, RunModel
 from launch.training.export import read_plain_rank
@@ -37,6 +47,7 @@ def make_results(
         small: of lora_small/; None where it was not asked for.
     """
     recipe, adapter, device = run.recipe, run.recipe.adapter, loaded.engine.device
+    dev = run.inputs.dev
     has_adapters = bool(loaded.lora_layers)
     has_eigen_select = adapter.method_record.variant == "eigen_select"
     conditions = describe_conditions(dist.get_world_size(), device)
@@ -64,7 +75,7 @@ def make_results(
         steps=len(run.steps),
         final_loss=history[-1]["loss"],
         **measured,
-        **_collect_optional(recipe, facts),
+        **_collect_optional(run, facts),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),
@@ -74,13 +85,15 @@ def make_results(
         dtype=dtype_name(run.inputs.dtype),
         seconds=_measure_seconds(run, facts, history),
         baseline=facts.baseline,
-        scores=scores,
+        scores=scores
+        | run_on_rank0(lambda: summarise_epochs(history, dev, recipe.task, run.folder)),
         conditions=conditions,
     )
 
 
-def _collect_optional(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
+def _collect_optional(run: PreparedRun, facts: RunFacts) -> dict[str, Any]:
     """Return the keys of results.json that are left out where there is nothing to say."""
+    recipe = run.recipe
     # Not known of a run of an earlier version.
     optional = facts.model_dump(include={"calibration_data"}, exclude_unset=True)
     if recipe.train.lr_ratio != 1:
@@ -89,6 +102,10 @@ def _collect_optional(recipe: Recipe, facts: RunFacts) -> dict[str, Any]:
         optional["decided"] = facts.decided
     if recipe.shard_within != "all":
         optional["shard_within"] = recipe.shard_within
+    if recipe.task.has_head:
+        optional["task"] = _describe_task(run)
+    if recipe.train.head_lr is not None:
+        optional["head_lr"] = recipe.train.head_lr
     if recipe.note:
         optional["note"] = recipe.note
     return optional
@@ -101,6 +118,13 @@ def _measure_seconds(run: PreparedRun, facts: RunFacts, history: list[Metrics]) 
         "training": history[-1]["seconds"],
         "total": time.monotonic() - run.started,
     }
+
+
+def _describe_task(run: PreparedRun) -> TaskRecord:
+    """Return the record of the run's new head."""
+    task, base = run.recipe.task, run.inputs.model
+    pad_token = None if is_encoder(read_config(base.folder)) else base.head.pad_token
+    return TaskRecord(kind=task.kind, labels=task.labels, pad_token=pad_token)
 
 
 def write_run_results(run: PreparedRun, results: RunResults) -> None:

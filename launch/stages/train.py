@@ -3,6 +3,9 @@
 "Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
+from collections.abc import Iterator, Mapping
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
@@ -13,6 +16,7 @@ from launch.run.metrics import Metrics
 from launch.run.results import RunFacts
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.scoring.development import find_epoch_ends, score_epochs, score_sets
 from launch.stages.export import rehearse_small
 from launch.stages.records import PreparedRun, RunModel
 from launch.training.checkpoint import restore_training
@@ -24,7 +28,7 @@ from launch.training.kernels import (
     uncompile_layers,
 )
 from launch.training.loop import make_train_state, train
-from launch.training.loss import in_bf16
+from launch.training.loss import AnswerLoss, in_bf16
 from launch.training.merged_export import describe_merged, save_merged
 from launch.training.metrics_log import log_steps
 from launch.training.model_export import describe_weights
@@ -35,6 +39,7 @@ from launch.training.rehearsal import (
     refuse_unsaveable,
     require_space,
 )
+from launch.training.row_loss import RowLoss
 from launch.training.trackers import open_trackers
 from launch.training.trainable import export_trained, find_trained_parameters
 
@@ -117,7 +122,9 @@ def train_model(
     if _wants_gradient_checkpointing(recipe, engine.device):
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     compiled = compile_layers(loaded.base) if settings.compile else []
-    state = make_train_state(engine, model, settings)
+    loss = RowLoss(model) if recipe.task.has_head else AnswerLoss(model)
+    state = make_train_state(engine, model, settings, loss, run.inputs.model.get_head())
+    ends = find_epoch_ends(len(run.inputs.tokens), run.steps) if run.inputs.dev else {}
     if run.saved is not None:
         restore_training(run.saved, find_trained_parameters(model), state, engine.device)
     watchdog.set_phase("training", timed=True, in_steps=True)
@@ -131,13 +138,17 @@ def train_model(
         packing=choose_packing(recipe, loaded.base),
         flop_counts=count_training_flops(loaded.base),
         peak_flops=peak_flops,
+        pauses=ends,
     )
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
+    if ends:
+        training = _score_on_the_way(run, loaded, training, history, ends)
     last_saved = num_done
     with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
         rank, earlier = dist.get_rank(), tuple(history)
-        for metrics in log_steps(training, earlier, total, run.folder, rank, log):
+        unit = "rows" if recipe.task.has_head else "answer tokens"
+        for metrics in log_steps(training, earlier, total, run.folder, rank, log, unit):
             history.append(metrics)
             step = metrics["step"]
             if step == num_done + 1:
@@ -149,6 +160,20 @@ def train_model(
         save_checkpoint(run, loaded, state, initial, facts, history)
     model.gradient_checkpointing_disable()
     uncompile_layers(compiled)
+
+
+def _score_on_the_way(
+    run: PreparedRun,
+    loaded: RunModel,
+    training: Iterator[Metrics],
+    history: list[Metrics],
+    ends: Mapping[int, float],
+) -> Iterator[Metrics]:
+    """Yield the steps of `training`, with scores of the development rows at the ends of epochs."""
+    engine, model = loaded.engine, loaded.model
+    task, folder = run.recipe.task, run.folder
+    score_epoch = partial(score_sets, engine, model, run.inputs.dev, task, folder, history)
+    return score_epochs(training, ends, model, score_epoch)
 
 
 def _wants_gradient_checkpointing(recipe: Recipe, device: torch.device) -> bool:

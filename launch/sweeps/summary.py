@@ -150,7 +150,9 @@ def _get_other_text_loss(results: RunResults, when: Literal["before", "after"]) 
 def _get_other_text_accuracy(results: RunResults, when: Literal["before", "after"]) -> float | None:
     """Return a run's accuracy on the other text before or after training, in percent."""
     prediction = _get_other_text(results, when)
-    return None if prediction is None else 100 * prediction.accuracy
+    if prediction is None or prediction.accuracy is None:
+        return None
+    return 100 * prediction.accuracy
 
 
 def _get_other_text(results: RunResults, when: Literal["before", "after"]) -> Prediction | None:

@@ -28,6 +28,7 @@ def save_adapters(
     initial: Mapping[str, Factors],
     trained: Mapping[str, Factors],
     magnitudes: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
 ) -> None:
     """Write the trained adapter in PEFT's format. Rank 0 calls it.
 
@@ -39,9 +40,10 @@ def save_adapters(
             checked when it is loaded.
         initial, trained: factors by module name.
         magnitudes: DoRA's by module name; empty for the others.
+        head: the trained parameters of a new head, by name; empty without one.
     """
     on_residual = starts_on_residual(initial)
-    save_adapter(folder / "adapter", config, base["name"], trained, magnitudes)
+    save_adapter(folder / "adapter", config, base["name"], trained, magnitudes, head)
     note_base(folder / "adapter", base, "residual" if on_residual else "original")
     if on_residual:
         save_adapter(folder / "astra_init", config, base["name"], initial)
@@ -49,7 +51,7 @@ def save_adapters(
         (folder / "adapter" / "README.md").write_text(RESIDUAL_WARNING + "\n", encoding="utf-8")
     if not magnitudes:
         plain = to_plain_lora(trained, initial if on_residual else {}, get_scaling(config))
-        save_plain_lora(folder / "lora", config, base["name"], plain)
+        save_plain_lora(folder / "lora", config, base["name"], plain, head)
         note_base(folder / "lora", base, "original")
 
 

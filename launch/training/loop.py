@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.config.schema import Train
-from launch.data.batches import TrainBatch, collate_sequences, prefetch
+from launch.data.batches import RowBatch, TrainBatch, collate_rows, collate_sequences, prefetch
 from launch.data.order import Packing, plan_micro_batches
 from launch.data.token_set import TokenSet
 from launch.engines.base import Engine, TrainState
@@ -139,14 +139,24 @@ def describe_low_rates(steps: int, settings: Train) -> str | None:
     )
 
 
-def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> TrainState:
+def make_train_state(
+    engine: Engine,
+    model: nn.Module,
+    settings: Train,
+    loss: nn.Module | None = None,
+    head: Collection[str] = (),
+) -> TrainState:
     """Make AdamW over all trained parameters of `model`, in groups of one learning rate. Collective.
 
+    Args:
+        loss: wraps `model` and computes its loss, AnswerLoss when None.
+        head: names of a new head's parameters, which have train.head_lr.
+
     Returns:
-        The engine's state, whose `model` computes the loss of `model`, see AnswerLoss.
+        The engine's state, whose `model` is the loss.
     """
     groups = []
-    for group in group_parameters(model, settings):
+    for group in group_parameters(model, settings, head):
         groups.append({"params": group.parameters, "rate_factor": group.rate_factor})
     optimizer = torch.optim.AdamW(
         groups,
@@ -154,7 +164,7 @@ def make_train_state(engine: Engine, model: nn.Module, settings: Train) -> Train
         weight_decay=settings.weight_decay,
         fused=engine.device.type == "cuda",  # one kernel for all parameters
     )
-    return engine.make_trainable(AnswerLoss(model), optimizer, settings.max_grad_norm)
+    return engine.make_trainable(loss or AnswerLoss(model), optimizer, settings.max_grad_norm)
 
 
 def train(
@@ -167,6 +177,7 @@ def train(
     packing: Packing | None = None,
     flop_counts: FlopCounts | None = None,
     peak_flops: float | None = None,
+    pauses: Collection[int] = (),
 ) -> Iterator[Metrics]:
     """Run one optimiser step for each item of `steps` after those in `history`. Collective.
 
@@ -183,6 +194,7 @@ def train(
         packing: None where every example is a sequence of its own.
         flop_counts: counts a step's FLOPs for the metrics; None leaves them out.
         peak_flops: FLOP/s that one device can do at most.
+        pauses: other steps, from 1, after which the loop waits, since the caller uses the model.
 
     Yields:
         The metrics of each step.
@@ -217,9 +229,8 @@ def train(
                 batch, is_last = next(batches)
                 data_wait += time.perf_counter() - asked
                 batch = batch.to(device)
-                summed_loss = state.model(  # an AnswerLoss: it returns the loss, no logits
-                    batch.input_ids, batch.loss_indices, batch.targets, batch.position_ids
-                )
+                # An AnswerLoss or a RowLoss: it returns the loss, no logits.
+                summed_loss = state.model(*batch.arguments())
                 state.backward(summed_loss * (world_size / num_answer_tokens), is_last)
                 step_sums[0] += summed_loss.detach()
 
@@ -241,7 +252,8 @@ def train(
             # Log. On a GPU the newest step stays unread while the next one is launched.
             is_checkpoint = (index + 1) % settings.checkpoint_every == 0
             is_first = index == len(history)  # the caller then tries to save
-            wait = device.type != "cuda" or is_checkpoint or is_first or index + 1 == len(steps)
+            is_pause = index + 1 == len(steps) or index + 1 in pauses
+            wait = device.type != "cuda" or is_checkpoint or is_first or is_pause
             while unread:
                 # finish_step may set recorder.stopping; then the newest step is read as well.
                 if len(unread) == 1 and not (wait or recorder.stopping):
@@ -260,13 +272,16 @@ def _make_batches(
     micro_batch: int,
     packing: Packing | None,
     device: torch.device,
-) -> Iterator[tuple[TrainBatch, bool]]:
+) -> Iterator[tuple[TrainBatch | RowBatch, bool]]:
     """Yield this rank's micro batches of `steps`, on the CPU, and whether each is its step's last."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for examples in steps:
         planned = plan_micro_batches(examples, lengths, rank, world_size, micro_batch, packing)
         for number, sequences in enumerate(planned, start=1):
-            batch = collate_sequences(tokens, sequences, packing)
+            if tokens.labels is not None:  # packing is for causal tasks
+                batch = collate_rows(tokens, [None if s is None else s[0] for s in sequences])
+            else:
+                batch = collate_sequences(tokens, sequences, packing)
             if device.type == "cuda":
                 batch = batch.pin_memory()
             yield batch, number == len(planned)

@@ -17,6 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from astra.moments import Batch
 from launch.runtime import compat
 
 # Logits held at once: 16 MiB in fp32, which a CPU's caches like, and 128 MiB, enough to keep a GPU busy.
@@ -195,17 +196,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def label_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+def label_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the sum of AnswerLoss.forward from the logits of every token.
 
     For a calibration, which may observe the head, so the head must run as it is.
 
     Args:
-        input_ids, labels: (examples, tokens), int64; labels of -100 do not count, as PyTorch's
-            cross-entropy has it.
+        batch: with `labels`; those of -100 do not count, as PyTorch's cross-entropy has it.
     """
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    return _cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
 def chunked_cross_entropy(

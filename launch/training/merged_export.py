@@ -55,7 +55,7 @@ def save_merged(
     unfinished = folder / UNFINISHED
     run_on_rank0(lambda: remove_merged(folder))
     write_weights(unfinished, base, weights, read, rehearsal)
-    run_on_rank0(lambda: write_config(inputs.model_path, unfinished, inputs.dtype))
+    run_on_rank0(lambda: write_config(inputs.model_path, unfinished, inputs.dtype, inputs.head))
     run_on_rank0(lambda: unfinished.rename(folder / FOLDER))
 
 

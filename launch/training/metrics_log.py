@@ -17,6 +17,7 @@ def log_steps(
     folder: Path,
     rank: int,
     log: Callable[[Metrics], None] = lambda _: None,
+    unit: str = "answer tokens",
 ) -> Iterator[Metrics]:
     """Yield the steps of a training; rank 0 writes each to metrics.jsonl and shows it. Collective.
 
@@ -27,6 +28,7 @@ def log_steps(
         done: the steps of earlier starts, which stand first in the file.
         total: steps of the whole run.
         log: what rank 0 also calls with each step.
+        unit: of what the loss counts.
 
     Raises:
         UserError: the file cannot be written.
@@ -49,21 +51,21 @@ def log_steps(
                     log(step)
                 except OSError as error:
                     failures.append(error)
-            progress.advance(text=_describe_step(step))
+            progress.advance(text=_describe_step(step, unit))
             if step["step"] % every == 0 or step["step"] == total:
                 run_on_rank0(raise_failure)
             yield step
 
 
-def _describe_step(step: Metrics) -> str:
+def _describe_step(step: Metrics, unit: str) -> str:
     """Describe what a step gave, for the line that shows the progress."""
     return (
         f"loss {step['loss']:.4f} grad_norm {step['grad_norm']:.3f} lr {step['lr']:.2e}, "
-        f"{format_speed(step)}"
+        f"{format_speed(step, unit)}"
     )
 
 
-def format_speed(step: Metrics) -> str:
+def format_speed(step: Metrics, unit: str = "answer tokens") -> str:
     """Format what a step made of each device."""
     flops = ""
     if step["tflops"] is not None:
@@ -73,7 +75,7 @@ def format_speed(step: Metrics) -> str:
             flops += f" ({step['utilisation']:.0%} of the device's {peak:.4g})"
         flops += ", "
     return (
-        f"{step['tokens_per_second']:.0f} answer tokens/s and "
-        f"{step['all_tokens_per_second']:.0f} in all a device, {flops}"
+        f"{step['tokens_per_second']:.0f} {unit}/s and "
+        f"{step['all_tokens_per_second']:.0f} {'tokens/s' if unit == 'rows' else 'in all'} a device, {flops}"
         f"{step['peak_memory_gib']:.3g} GiB, data wait {step['data_wait']:.2f} s"
     )

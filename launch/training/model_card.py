@@ -4,7 +4,13 @@ import shlex
 from pathlib import Path
 
 from launch.config.schema import Export, Recipe
-from launch.run.results import RunResults, Score, describe_source
+from launch.run.results import (
+    RunResults,
+    Score,
+    TaskScore,
+    describe_source,
+    describe_task_score,
+)
 
 # Of the folders that a run may export. The first that is there is the one to load.
 CONTENTS = {
@@ -30,7 +36,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
     return f"""# {recipe.model.name}, fine-tuned: {results.label}
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
-{recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f} nats per answer token.
+{recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
 {_render_source(results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 {_render_note(results)}
 {_render_scores(results)}
@@ -40,6 +46,13 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 `recipe.yaml` makes this run again; `results.json` has the numbers with their conditions, `metrics.jsonl` every step.
 Base weights: SHA-256 {results.base.weights_sha256}.
 """
+
+
+def _name_unit(results: RunResults) -> str:
+    """Return the unit of the loss."""
+    if results.task is None:
+        return " nats per answer token"
+    return ", the mean squared error" if results.task.kind == "regression" else " nats per row"
 
 
 def list_exports(folder: Path, wanted: Export) -> list[str]:
@@ -63,7 +76,14 @@ def _render_note(results: RunResults) -> str:
 def _render_scores(results: RunResults) -> str:
     """Render the scores before and after training as a Markdown table; empty if there are none."""
     rows = [_render_row(name, "before", score) for name, score in results.baseline.items()]
-    rows += [_render_row(name, "after", score) for name, score in results.scores.items()]
+    of_tasks = []
+    for name, score in results.scores.items():
+        if isinstance(score, TaskScore):
+            of_tasks.append(f"Development rows {name}: {describe_task_score(score)}.\n")
+        else:
+            rows.append(_render_row(name, "after", score))
+    if of_tasks:
+        return "\n".join(of_tasks)
     if not rows:
         return ""
     head = ["| benchmark | training | accuracy (%) | 95 % interval | n |", "|---|---|---|---|---|"]
@@ -101,9 +121,16 @@ def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
     }
     table = "\n".join(f"| `{name}/` | {texts[name].format(**values)} |" for name in exports)
     loaded = "model" if "model" in exports else base
+    kind, options = "AutoModelForCausalLM", ""
+    if results.task is not None:
+        kind = "AutoModelForSequenceClassification"
+        if "model" not in exports:
+            options = f", num_labels={max(1, len(results.task.labels))}"
+            if results.task.pad_token is not None:
+                options += f", pad_token_id={results.task.pad_token}"
     code = [
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{loaded}")',
+        f"from transformers import {kind}",
+        f'model = {kind}.from_pretrained("{loaded}"{options})',
     ]
     if "model" not in exports:
         code.insert(0, "from peft import PeftModel")
@@ -144,6 +171,12 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
     if results.small is not None:
         loras["lora_small"] = results.small.rank
     lines = []
+    if results.task is not None:  # servers of text have no use for it
+        return f"""Upload it, from this folder:
+
+```bash
+hf upload USER/NAME {exports[0]} .
+```"""
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:

@@ -21,6 +21,7 @@ from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.models.check import read_config
 from launch.models.files import FILES
+from launch.models.head import Head
 from launch.models.weight_files import find_weight_files
 from launch.run.provenance import dtype_name
 from launch.runtime import compat
@@ -47,7 +48,7 @@ def save_model(
     """
     read = partial(read_weight, model, engine)
     write_weights(folder, model, describe_weights(model, inputs.dtype), read, rehearsal)
-    run_on_rank0(lambda: write_config(inputs.model_path, folder, inputs.dtype))
+    run_on_rank0(lambda: write_config(inputs.model_path, folder, inputs.dtype, inputs.head))
 
 
 def describe_weights(model: PreTrainedModel, dtype: torch.dtype) -> Description:
@@ -166,8 +167,10 @@ def _group_by_layer(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
+def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None = None) -> None:
     """Copy all files of the base's folder but its weights, and name the dtype. Rank 0 calls it.
+
+    A new head is named too.
 
     Raises:
         UserError: transformers would not find the weights that lie in `folder`.
@@ -183,5 +186,18 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # older files' name of dtype
     config.pop("transformers_weights", None)  # the name of the base's own file of weights
+    if head is not None:
+        config |= _describe_head(base, head)
     write_json(folder / "config.json", config | {"dtype": dtype_name(dtype)})
-    find_weight_files(folder, read_config(folder, "export"), "export")
+    find_weight_files(folder, read_config(folder, "export", head), "export")
+
+
+def _describe_head(base: Path, head: Head) -> dict:
+    """Return the fields of config.json by which transformers makes a base with its new head."""
+    config = read_config(base, head=head)
+    fields = {"architectures": [type(compat.make_meta_model(config)).__name__]}
+    fields["id2label"] = {str(i): label for i, label in config.id2label.items()}
+    fields["label2id"] = config.label2id
+    fields["problem_type"] = config.problem_type
+    fields["pad_token_id"] = config.pad_token_id
+    return fields

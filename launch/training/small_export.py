@@ -36,6 +36,7 @@ def save_small_lora(
     config: LoraConfig,
     base: dict,
     initial: Mapping[str, Factors],
+    head: Mapping[str, Tensor],
     rank: int,
     keep_dropped: bool,
 ) -> tuple[SmallExport, dict[str, Factors]]:
@@ -47,6 +48,7 @@ def save_small_lora(
         config: of the training.
         base: name and weights_sha256 of the base.
         initial: on rank 0, A0 and B0 by module name.
+        head: the trained parameters of a new head, by name; empty without one.
         keep_dropped: whether to return what is left out.
 
     Returns:
@@ -75,7 +77,7 @@ def save_small_lora(
 
     def write() -> SmallExport:
         kept = {name: found.kept for name, found in cut.items()}
-        save_plain_lora(folder / FOLDER, config, base["name"], kept)
+        save_plain_lora(folder / FOLDER, config, base["name"], kept, head)
         note_base(folder / FOLDER, base, "original")
         return _sum_errors(cut, rank)
 

@@ -83,7 +83,10 @@ def _open_tensorboard(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
 
         def log_step(step: Metrics) -> None:
             for key, value in step.items():
-                if key != "step" and value is not None:
+                if key == "dev":
+                    for name, metric, score in _list_scores(value):
+                        writer.add_scalar(f"dev/{name}/{metric}", score, step["step"])
+                elif key != "step" and value is not None:
                     writer.add_scalar(f"train/{key}", value, step["step"])
 
         yield log_step
@@ -114,10 +117,21 @@ def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
         ) from None
 
     def log_step(step: Metrics) -> None:
-        run.log({f"train/{key}": value for key, value in step.items()}, step=step["step"])
+        logged = {f"train/{key}": value for key, value in step.items() if key != "dev"}
+        for name, metric, score in _list_scores(step.get("dev", {})):
+            logged[f"dev/{name}/{metric}"] = score
+        run.log(logged, step=step["step"])
 
     with run:
         yield log_step
+
+
+def _list_scores(dev: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
+    """List the scores of development rows: name, metric, value."""
+    scores = []
+    for name, values in dev.items():
+        scores += [(name, metric, value) for metric, value in values.items()]
+    return scores
 
 
 def _is_reachable() -> bool:

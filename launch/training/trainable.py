@@ -1,11 +1,12 @@
 """What is trained: adapters in the base, or all of its parameters. All that differs is here."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -15,16 +16,19 @@ from astra.adapter import (
     ADAPTER,
     Factors,
     attach_adapters,
+    get_head_parameters,
     get_lora_layers,
     get_trained_parameters,
     read_factors,
+    read_head,
     read_magnitudes,
 )
 from astra.targets import abbreviate_name, match_targets
 from launch.config.schema import Adapter, Train
 from launch.data.inputs import Inputs
 from launch.engines import Engine
-from launch.models.check import CheckedModel, draw_weight, make_meta_model
+from launch.models.check import CheckedModel, draw_weight, make_meta_model, read_config
+from launch.models.head import is_of_pooler
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
@@ -34,16 +38,21 @@ NUM_SKIPPED = 8  # kinds of modules without an adapter that a run names
 
 
 def attach_trainable(
-    base: PreTrainedModel, settings: Adapter, lora_ranks: dict[str, int] | None = None
+    base: PreTrainedModel,
+    settings: Adapter,
+    lora_ranks: dict[str, int] | None = None,
+    head: Sequence[str] = (),
 ) -> nn.Module:
     """Return the model that is trained: `base` with PEFT's layers at the targets, or itself.
 
     Args:
         lora_ranks: of every module, where they are not all alike.
+        head: parameters of a new head, `CheckedModel.new_weights`.
     """
     method = settings.method_record
     if method.trains_all:
         return base
+    keep_head_in_fp32(base, head)
     return attach_adapters(
         base,
         settings.targets,
@@ -54,10 +63,41 @@ def attach_trainable(
         rslora=method.use_rslora,
         dora=method.use_dora,
         exclude=settings.exclude,
+        head=head,
     )
 
 
-def describe_trainable(config: PretrainedConfig, settings: Adapter) -> str:
+def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
+    """Give a new head's parameters fp32 on a base in bf16, and its modules inputs in fp32.
+
+    ZeRO-3 is left alone: it holds them in the base's dtype, and steps fp32 copies.
+    """
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in head):
+        module = base.get_submodule(owner)
+        if base.dtype == torch.float32 or any(map(compat.is_zero_parameter, module.parameters())):
+            continue
+        module.float()
+        module.register_forward_pre_hook(
+            lambda _, inputs: tuple(value.float() for value in inputs)  # hidden states alone
+        )
+
+
+def describe_model(checked: CheckedModel, settings: Adapter) -> str:
+    """Check what would be trained of a checked model, and describe it; see `describe_trainable`."""
+    config = read_config(checked.folder, head=checked.head)
+    lines = [describe_trainable(config, settings, checked.get_head())]
+    if checked.unused:
+        kinds = dict.fromkeys(name.split(".")[0] for name in checked.unused)
+        lines.append(
+            f"not used: {len(checked.unused)} tensors of another head in the files "
+            f"({', '.join(kinds)})"
+        )
+    return "\n".join(lines)
+
+
+def describe_trainable(
+    config: PretrainedConfig, settings: Adapter, head: Sequence[str] = ()
+) -> str:
     """Check what would be trained of a model of `config`, and describe it in a line or two.
 
     Nothing is loaded: the adapters are attached to a model without storage.
@@ -67,16 +107,18 @@ def describe_trainable(config: PretrainedConfig, settings: Adapter) -> str:
     """
     base = make_meta_model(config)
     num_base = sum(parameter.numel() for parameter in base.parameters())
+    num_head = sum(base.get_parameter(name).numel() for name in head)
+    new = [_describe_head(base, head)] if head else []
     if settings.method_record.trains_all:
-        return f"trained: all {num_base:,} parameters"
+        return "\n".join([f"trained: all {num_base:,} parameters", *new])
     match = match_targets(base, settings.targets, settings.exclude)
     lora_ranks = None
     if settings.rank_allocation != "uniform":  # the ranks follow later, and fit
         lora_ranks = {}
         for name, linear in match.linears.items():
             lora_ranks[name] = min(settings.rank, *linear.weight.shape)
-    model = attach_trainable(base, settings, lora_ranks)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = attach_trainable(base, settings, lora_ranks, head)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - num_head
     kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in match.linears)
     lines = [
         f"adapted: {len(match.linears)} modules ({', '.join(kinds)}) with {num_trained:,} "
@@ -84,7 +126,20 @@ def describe_trainable(config: PretrainedConfig, settings: Adapter) -> str:
     ]
     if match.skipped:
         lines.append(f"not adapted, though a target names it: {_describe_skipped(match.skipped)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *new])
+
+
+def _describe_head(base: PreTrainedModel, head: Sequence[str]) -> str:
+    """Say which parameters are new, and whether a pooler stays as it is."""
+    num_head = sum(base.get_parameter(name).numel() for name in head)
+    outputs = ", ".join(str(name) for name in base.config.id2label.values())
+    line = (
+        f"new head: {', '.join(head)}, {num_head:,} parameters that the files lack, drawn from "
+        f"train.seed and trained whole; outputs: {outputs}"
+    )
+    poolers = {name.rpartition(".")[0] for name, _ in base.named_parameters() if is_of_pooler(name)}
+    frozen = sorted(poolers - {name.rpartition(".")[0] for name in head})
+    return f"{line}; {', '.join(frozen)} is the base's" if frozen else line
 
 
 def _describe_skipped(skipped: Mapping[str, str]) -> str:
@@ -101,11 +156,13 @@ def draw_new_weights(
     """Draw the parameters that the base's files lack, alike on all engines. Collective.
 
     Args:
-        base: materialized, and trained whole.
+        base: materialized. It is trained whole, or what is drawn is its new head.
         seed: train.seed.
     """
     for name in checked.new_weights:
-        engine.write(base.get_parameter(name), draw_weight(checked.folder, name, seed))
+        engine.write(
+            base.get_parameter(name), draw_weight(checked.folder, name, seed, checked.head)
+        )
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -120,7 +177,7 @@ def find_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     FSDP2 puts other parameters in the places of the model's own.
     """
     if isinstance(model, PeftModel):
-        return get_trained_parameters(get_lora_layers(model))
+        return get_trained_parameters(get_lora_layers(model)) | get_head_parameters(model)
     return dict(model.named_parameters())
 
 
@@ -131,7 +188,9 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
 
 
-def group_parameters(model: nn.Module, settings: Train) -> list[ParameterGroup]:
+def group_parameters(
+    model: nn.Module, settings: Train, head: Collection[str] = ()
+) -> list[ParameterGroup]:
     """Group the trained parameters by learning rate: each is in exactly one group.
 
     `factors` names what has a rate of its own, by `_get_kind`; all else has train.lr. What has the
@@ -139,12 +198,14 @@ def group_parameters(model: nn.Module, settings: Train) -> list[ParameterGroup]:
     the bit. To be called when `find_trained_parameters` may be.
     """
     factors = {"B": settings.lr_ratio}  # LoRA+, arXiv 2402.12354
+    if settings.head_lr is not None:
+        factors["head"] = settings.head_lr / settings.lr
     named = find_trained_parameters(model)
     if {*map(id, named.values())} != {id(p) for p in model.parameters() if p.requires_grad}:
         raise ValueError("what is trained is not what find_trained_parameters names")
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        factor = factors.get(_get_kind(model, name), 1.0)
+        factor = factors.get("head" if name in head else _get_kind(model, name), 1.0)
         groups.setdefault(factor, []).append(parameter)
     return [ParameterGroup(factor, parameters) for factor, parameters in groups.items()]
 
@@ -198,6 +259,9 @@ def export_trained(
         initial = {name: factors for name, factors in initial.items() if name in layers}
     trained = read_factors(layers, engine)
     magnitudes = read_magnitudes(layers, engine)
+    head = read_head(model, engine)
     config = model.peft_config[ADAPTER]
-    run_on_rank0(lambda: save_adapters(folder, config, inputs.base, initial, trained, magnitudes))
+    run_on_rank0(
+        lambda: save_adapters(folder, config, inputs.base, initial, trained, magnitudes, head)
+    )
     return folder / ("adapter" if magnitudes else "lora")

@@ -32,11 +32,10 @@ def batches_of(size: int) -> list[Batch]:
     return made
 
 
-def loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    labels = batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum")
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -56,9 +55,7 @@ def test_gradients_are_those_of_autograd_for_any_batch_size(
 
     model.requires_grad_(True)
     tokens = sum(len(row) - 3 for batch in batches_of(1) for row in batch["input_ids"])
-    (
-        sum(loss(model, batch["input_ids"], batch["labels"]) for batch in batches_of(1)) / tokens
-    ).backward()
+    (sum(loss(model, batch) for batch in batches_of(1)) / tokens).backward()
     for group, gradient in zip(window.groups, found, strict=True):
         (name,) = group.modules
         assert gradient.count == tokens

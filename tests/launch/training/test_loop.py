@@ -91,7 +91,7 @@ def test_metrics_say_what_a_step_did(
     assert [step["step"] for step in found] == list(range(1, 8))
     assert found[-1]["loss"] < found[0]["loss"]
     for step, rows in zip(found, steps, strict=True):
-        assert step.keys() == Metrics.__annotations__.keys()
+        assert step.keys() == Metrics.__required_keys__
         assert step["tokens"] == tokens.count_answer_tokens(rows)
         assert step["all_tokens"] == sum(6 + row for row in rows)
         assert step["all_tokens_per_second"] / step["tokens_per_second"] == pytest.approx(
@@ -294,7 +294,7 @@ def test_a_tracker_goes_on_where_it_was(
         with trackers.open_trackers(recipe(tracking=[name]), tmp_path, first - 1) as log:
             for step in range(first, first + 3):
                 log(
-                    dict.fromkeys(Metrics.__annotations__, float(step))
+                    dict.fromkeys(Metrics.__required_keys__, float(step))
                     | {"step": step, "utilisation": None}
                 )
     if name == "tensorboard":

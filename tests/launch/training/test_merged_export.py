@@ -53,7 +53,7 @@ def test_a_merged_model_computes_what_the_adapter_does(
             if parameter.requires_grad:
                 parameter += 0.1 * torch.rand_like(parameter)
         wanted = model(input_ids=IDS).logits
-    inputs = SimpleNamespace(model_path=base, dtype=torch.float32)
+    inputs = SimpleNamespace(model_path=base, dtype=torch.float32, head=None)
     save_merged(tmp_path, model, TorchWeights(), inputs)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / FOLDER).eval()
     found, files = (load_file(f / "model.safetensors") for f in (tmp_path / FOLDER, base))
@@ -77,7 +77,10 @@ def test_bf16_is_rounded_once_from_fp64(tmp_path: Path) -> None:
     for layer in layers.values():
         layer.lora_B["default"].weight.data.normal_(std=0.1)
     save_merged(
-        tmp_path, model, TorchWeights(), SimpleNamespace(model_path=base, dtype=torch.bfloat16)
+        tmp_path,
+        model,
+        TorchWeights(),
+        SimpleNamespace(model_path=base, dtype=torch.bfloat16, head=None),
     )
     found, files = (load_file(f / "model.safetensors") for f in (tmp_path / FOLDER, base))
     for key, value in found.items():
@@ -94,7 +97,7 @@ def test_a_rehearsal_writes_every_name_and_merges_one_layer(tmp_path: Path) -> N
     make_model("mixtral").save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
     model = attach_adapters(model, ["q_proj", "o_proj"], 4, 6, 0.0)
-    inputs = SimpleNamespace(model_path=base, dtype=torch.float32)
+    inputs = SimpleNamespace(model_path=base, dtype=torch.float32, head=None)
     save_merged(tmp_path, model, TorchWeights(), inputs, rehearsal=True)
     found, files = (load_file(f / "model.safetensors") for f in (tmp_path / FOLDER, base))
     assert found.keys() == files.keys()
@@ -109,7 +112,7 @@ def test_merged_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make_model("llama").save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False)
     model = attach_adapters(model, ["q_proj"], 4, 6, 0.0)
-    inputs = SimpleNamespace(model_path=base, dtype=torch.float32)
+    inputs = SimpleNamespace(model_path=base, dtype=torch.float32, head=None)
     save_merged(tmp_path, model, TorchWeights(), inputs)
     (tmp_path / FOLDER / "stale.json").write_text("{}")
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):

@@ -61,7 +61,12 @@ def test_an_export_has_the_names_of_the_base_and_the_trained_values(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    save_model(export, model, TorchWeights(), SimpleNamespace(model_path=base, dtype=torch.float32))
+    save_model(
+        export,
+        model,
+        TorchWeights(),
+        SimpleNamespace(model_path=base, dtype=torch.float32, head=None),
+    )
     assert read_header(export) == read_header(base)
     with torch.no_grad():
         assert torch.equal(load(export)(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -81,7 +86,7 @@ def test_weights_are_converted_where_an_error_of_rank_0_reaches_the_others(
 ) -> None:
     model = make_model("mixtral")
     model.save_pretrained(tmp_path / "base")
-    inputs = SimpleNamespace(model_path=tmp_path / "base", dtype=torch.float32)
+    inputs = SimpleNamespace(model_path=tmp_path / "base", dtype=torch.float32, head=None)
 
     def refuse(_model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if any(weight.is_meta for weight in weights.values()):
@@ -109,7 +114,10 @@ def test_everything_but_weights_is_copied(tmp_path: Path) -> None:
     export.mkdir()
     stale.write_text("")
     save_model(
-        export, model, TorchWeights(), SimpleNamespace(model_path=base, dtype=torch.bfloat16)
+        export,
+        model,
+        TorchWeights(),
+        SimpleNamespace(model_path=base, dtype=torch.bfloat16, head=None),
     )
     found = {str(path.relative_to(export)) for path in export.rglob("*") if path.is_file()}
     assert found == {*kept, "config.json", "model.safetensors"}
@@ -128,7 +136,12 @@ def test_a_base_that_names_its_file_of_weights_is_exported_under_the_usual_name(
     (base / "config.json").write_text(
         json.dumps(config | {"transformers_weights": "own.safetensors"})
     )
-    save_model(export, model, TorchWeights(), SimpleNamespace(model_path=base, dtype=torch.float32))
+    save_model(
+        export,
+        model,
+        TorchWeights(),
+        SimpleNamespace(model_path=base, dtype=torch.float32, head=None),
+    )
     with torch.no_grad():
         assert torch.equal(load(export)(input_ids=IDS).logits, model(input_ids=IDS).logits)
 

@@ -65,7 +65,7 @@ def save(run: Path, model: nn.Module, state: TrainState, rehearsal: bool) -> Reh
     initial = read_factors(find_lora_layers(model), TorchWeights())
     parameters = find_trained_parameters(model)
     base = {"name": "base", "weights_sha256": ""}
-    inputs = SimpleNamespace(model_path=run / "base", dtype=torch.float32, base=base)
+    inputs = SimpleNamespace(model_path=run / "base", dtype=torch.float32, base=base, head=None)
     found, folder = None, run
     if rehearsal:
         found = store.rehearse(parameters, initial, state, {"drift": 0.0}, [])
