@@ -233,12 +233,13 @@ def planned(folder: Path, engine: str, ranks: int) -> dict:
     from transformers import AutoConfig
 
     from launch.planning.estimate import estimate_run
+    from launch.planning.machine import make_machine
 
     config = AutoConfig.from_pretrained(folder / "base")
     found = estimate_run(
         config,
         recipe_of(folder, engine),
-        world_size=ranks,
+        make_machine(None, ranks),
         dtype=torch.float32,
         checkpointing=False,
         steps=2,

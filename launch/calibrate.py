@@ -83,6 +83,7 @@ def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
     from launch.calibration.run import calibrate_alone, open_calibration_folder
     from launch.data.inputs import prepare_inputs
     from launch.planning.budget import decide_memory
+    from launch.planning.decisions import decide_run
     from launch.quickstart.base import resolve_quickstart
     from launch.runtime import watchdog
     from launch.runtime.distributed import start_process_group, stop_process_group
@@ -92,6 +93,8 @@ def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
     watchdog.set_phase("reading the inputs")
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
+    if recipe.engine == "auto":  # the one that trains it; checkpointing is of no use here
+        recipe, _ = decide_run(recipe, inputs, device, {})
     recipe, _ = decide_memory(recipe, inputs, device, output)
     calibrate_alone(recipe, inputs, output, device)
     stop_process_group()

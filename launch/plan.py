@@ -2,7 +2,7 @@
 
 Needs only the model's config: no weights are fetched and no GPU is needed. Every example is taken
 to be data.max_length tokens long, so memory is an upper bound and so, where examples are shorter,
-is time. Exit code 1: the run does not fit."""
+is time. The engines are compared and one is recommended. Exit code 1: the run does not fit."""
 
 import sys
 from pathlib import Path
@@ -15,8 +15,9 @@ from launch.planning.options import add_plan_options, read_plan_options
 from launch.runtime.entry import run_command
 
 EXAMPLES = """\
-  python launch/plan.py --recipe metamath --gpus 8 --gpu-memory 80
-  python launch/plan.py --recipe metamath --set model.name=/models/llama-70b --gpus 64 --gpu-memory 80
+  python launch/plan.py --recipe metamath --gpus 8 --gpu-name H100
+  python launch/plan.py --recipe metamath --engine auto --gpus 4 --gpu-name "A100 40GB"
+  python launch/plan.py --recipe metamath --set model.name=/models/llama-70b --gpus 64 --gpu-name H100 --network 100
   python launch/train.py --plan --recipe metamath --gpus 4 --gpu-memory 24 --engine fsdp"""
 
 

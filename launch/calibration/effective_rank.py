@@ -114,7 +114,7 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
 
     Args:
         run: folder of a finished run, of any method.
-        engine: that runs the model; the recipe's when None.
+        engine: that runs the model; the one that trained it when None or `auto`.
 
     Raises:
         UserError: `run` is not the folder of a finished run, or its base has no outputs.
@@ -144,6 +144,8 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     }
     if engine:
         values["engine"] = engine
+    if values["engine"] == "auto":
+        values["engine"] = read_run_results(run).engine
     return validate_recipe(values)
 
 

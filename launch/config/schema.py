@@ -324,7 +324,7 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="recompute activations: less memory, a third more time; auto is true on GPUs "
-        "only",
+        "where a step would not fit without it, and false on CPUs",
     )
     compile: bool = Field(
         False, description="compile the model's layers (torch.compile); not with zero3"
@@ -432,10 +432,11 @@ class Recipe(Section):
     train: Train = Train()
     eval: Eval = Eval()
     export: Export = Export()
-    engine: Literal["zero3", "zero3_offload", "fsdp", "zero2", "single"] = Field(
+    engine: Literal["zero3", "zero3_offload", "fsdp", "zero2", "single", "auto"] = Field(
         "zero3",
         description="zero3 and fsdp shard everything; zero3_offload also keeps the shards in the "
-        "CPUs' memory; zero2 keeps the base whole on each rank; single is one process",
+        "CPUs' memory; zero2 keeps the base whole on each rank; single is one process; auto is what "
+        "launch/plan.py recommends for this machine",
     )
     note: Name | None = Field(
         None,

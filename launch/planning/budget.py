@@ -11,7 +11,8 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines.nodes import count_sharing_ranks
 from launch.models.check import read_config
-from launch.planning.estimate import RESERVE, estimate_calibration_needs
+from launch.planning.estimate import estimate_calibration_needs
+from launch.planning.machine import RESERVE
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
@@ -91,9 +92,9 @@ def _estimate_taken(
     except Exception as error:  # noqa: BLE001
         # Any model may fail to run on fake tensors, and none needs to: this is an estimate.
         return 0, " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    taken = needs.held_bytes + needs.pass_bytes
+    taken = needs.taken_bytes
     if device.type == "cpu":
-        taken += needs.hidden_states  # on GPUs they are in other memory than the sums
+        taken += needs.batch.hidden_states  # on GPUs they are in other memory than the sums
     return taken, None
 
 

@@ -1,11 +1,24 @@
 """Count the bytes and the arithmetic of tensor operations while they run on fake tensors."""
 
 import weakref
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from launch.runtime import compat
+
+# They name memory, and do not touch it.
+_UNTOUCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
+class Operation(NamedTuple):
+    """What one operation does to the device that runs it."""
+
+    flops: int  # of matrix products and attention; 0 for everything else
+    traffic: int  # bytes of the tensors that it reads and writes, each once
+    is_bf16: bool  # whether its products are of bf16
 
 
 class CountingMode(compat.DispatchMode):
@@ -19,23 +32,36 @@ class CountingMode(compat.DispatchMode):
         super().__init__()
         self.alive = 0  # bytes of the tensors made within the context that still exist
         self.peak = 0  # the largest value of `alive`
-        self.flops = 0  # of matrix products and attention
+        self.operations: Counter[Operation] = Counter()  # -> how many of them ran
         self._known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Run an operation and count it. PyTorch calls this for every operation in the context."""
-        given = {compat.identify_storage(tensor) for tensor in compat.find_tensors(args, kwargs)}
+        inputs = compat.find_tensors(args, kwargs)
+        given = {compat.identify_storage(tensor) for tensor in inputs}
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.overloadpacket in compat.FLOPS:
-            self.flops += compat.FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
-        for tensor in compat.find_tensors(out):
-            # A view, or the output of an in-place operation, has the storage of an input.
-            if compat.identify_storage(tensor) not in given:
-                self._count_storage(tensor)
+        outputs = compat.find_tensors(out)
+        # A view, or the output of an in-place operation, has the storage of an input.
+        made = [tensor for tensor in outputs if compat.identify_storage(tensor) not in given]
+        for tensor in made:
+            self._count_storage(tensor)
+        moves = bool(made) or compat.changes_its_inputs(func)
+        if moves and func.overloadpacket.__name__ not in _UNTOUCHED:
+            flops = 0
+            if func.overloadpacket in compat.FLOPS:
+                flops = compat.FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+            traffic = sum(map(_count_touched, (*inputs, *outputs)))
+            is_bf16 = any(tensor.dtype == torch.bfloat16 for tensor in outputs)
+            self.operations[Operation(flops, traffic, is_bf16)] += 1
         return out
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all matrix products and attention so far."""
+        return sum(one.flops * count for one, count in self.operations.items())
 
     def _count_storage(self, tensor: Tensor) -> None:
         """Count the storage of a new tensor, once, until it is freed."""
@@ -50,6 +76,11 @@ class CountingMode(compat.DispatchMode):
     def _subtract_bytes(self, size: int) -> None:
         """Count a storage that has been freed."""
         self.alive -= size
+
+
+def _count_touched(tensor: Tensor) -> int:
+    """Return the bytes of memory behind a tensor: an expanded one repeats few of them."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def discard_gradients(model: nn.Module) -> None:

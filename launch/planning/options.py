@@ -3,69 +3,81 @@
 import argparse
 from dataclasses import dataclass
 
+from launch.planning.machine import (
+    DEFAULT_GPU,
+    EFFICIENCY,
+    NETWORK,
+    NODE_SIZE,
+    NUM_CORES,
+    Machine,
+    make_machine,
+)
 from launch.runtime.errors import UserError
 from launch.runtime.gpus import GPUS
 
-H100 = GPUS["H100"]
+# Options that set a field of the machine or its GPU: option -> (field, what it is).
+FIELDS = {
+    "tflops": ("bf16_tflops", "peak of a GPU in bf16, TFLOP/s"),
+    "fp64-tflops": ("fp64_tflops", "peak of a GPU in fp64, TFLOP/s"),
+    "bandwidth": ("bandwidth", "of a GPU's memory, GB/s"),
+    "link": ("nvlink", "between the GPUs of a node, GB/s in one direction"),
+    "network": ("network", f"of a node, GB/s in one direction (default {NETWORK:g})"),
+    "efficiency": ("efficiency", f"share of the peaks that is reached (default {EFFICIENCY:g})"),
+}
+COUNTS = {
+    "gpus-per-node": ("node_size", f"GPUs of a node (default {NODE_SIZE})"),
+    "cores": ("num_cores", f"CPU cores for each GPU (default {NUM_CORES})"),
+}
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The GPUs that a run is planned for."""
+    """The machine that a run is planned for, and its rows."""
 
-    world_size: int  # GPUs in all, with a rank each
-    gpu_memory: float | None  # GiB of each; None: whether the run fits is not judged
-    tflops: float  # peak of a GPU in the base's dtype
-    fp64_tflops: float  # peak of a GPU in fp64
-    efficiency: float  # share of the peaks that is reached
-    num_rows: int | None  # training rows, where the recipe does not limit them
+    machine: Machine
+    num_rows: int | None = None  # training rows, where the recipe does not limit them
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `read_plan_options` reads."""
-    options = parser.add_argument_group("the machine that is planned for")
+    options = parser.add_argument_group(
+        "the machine that is planned for",
+        f"What --gpu-name gives can also be given, or changed, by hand. Without it rates are an "
+        f"{DEFAULT_GPU}'s. Known: {', '.join(sorted(GPUS))}.",
+    )
     options.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="ranks in all (default %(default)s)"
     )
+    options.add_argument("--gpu-name", metavar="NAME", help="such as H100, or A100 80GB")
     options.add_argument(
         "--gpu-memory",
         type=float,
         metavar="GIB",
-        help="GiB of each GPU; without it nothing is judged",
+        help="GiB of each GPU; without it and --gpu-name whether the run fits is not judged",
     )
+    for name, (_, text) in FIELDS.items():
+        options.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    for name, (_, text) in COUNTS.items():
+        options.add_argument(f"--{name}", type=int, metavar="N", help=text)
     options.add_argument(
-        "--tflops",
-        type=float,
-        default=H100.bf16_tflops,
-        help="peak of a GPU in the base's dtype (default %(default)s, an H100's)",
-    )
-    options.add_argument(
-        "--fp64-tflops",
-        type=float,
-        default=H100.fp64_tflops,
-        help="peak in fp64 (default %(default)s, an H100's)",
-    )
-    options.add_argument(
-        "--efficiency",
-        type=float,
-        default=0.4,
-        help="share of the peak that is reached (default %(default)s)",
-    )
-    options.add_argument(
-        "--rows", type=int, help="training rows, where the recipe has no data.limit"
+        "--rows", type=int, metavar="N", help="training rows, where the recipe has no data.limit"
     )
 
 
 def read_plan_options(arguments: argparse.Namespace) -> PlanOptions:
     """Check and return the options of `add_plan_options`. Raises UserError naming the option."""
-    for name in ("gpus", "tflops", "fp64_tflops", "efficiency"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: must be above 0")
-    return PlanOptions(
-        world_size=arguments.gpus,
-        gpu_memory=arguments.gpu_memory,
-        tflops=arguments.tflops,
-        fp64_tflops=arguments.fp64_tflops,
-        efficiency=arguments.efficiency,
-        num_rows=arguments.rows,
+    others = {}
+    for name in ("gpus", "gpu-memory", "rows", *FIELDS, *COUNTS):
+        value = getattr(arguments, name.replace("-", "_"))
+        if value is None:
+            continue
+        if not 0 < value < float("inf"):  # not NaN either
+            raise UserError(f"--{name}: {value:g} is not a number above 0")
+        if name in FIELDS or name in COUNTS:
+            others[(FIELDS | COUNTS)[name][0]] = value
+    if others.get("efficiency", 1) > 1:
+        raise UserError(f"--efficiency: {others['efficiency']:g} is a share, at most 1")
+    machine = make_machine(
+        arguments.gpu_name, arguments.gpus, memory=arguments.gpu_memory, **others
     )
+    return PlanOptions(machine, arguments.rows)

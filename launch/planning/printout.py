@@ -1,6 +1,5 @@
-"""Print what a run would take, and whether it fits."""
+"""Print what a run would take, whether it fits, and which engine suits it."""
 
-import math
 import sys
 import warnings
 
@@ -12,19 +11,28 @@ from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
 from launch.models.check import check_config, check_max_length
 from launch.models.files import fetch_config
-from launch.planning.estimate import Estimate, estimate_run
+from launch.planning.engines import (
+    compare_engines,
+    estimate_auto,
+    fits,
+    list_checkpointing,
+    recommend_engine,
+    render_comparison,
+)
+from launch.planning.estimate import Estimate
+from launch.planning.machine import Machine, describe_machine
+from launch.planning.model import run_without_numbers
 from launch.planning.options import PlanOptions
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_TRAIN_PROBLEMS
 from launch.run.provenance import dtype_name
 from launch.runtime.errors import UserError
-from launch.runtime.gpus import SLOW_FP64_TFLOPS
 from launch.runtime.units import GIB
 from launch.training.trainable import describe_trainable
 
 
 def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
-    """Print memory, arithmetic, time and files of a run.
+    """Print memory, arithmetic, time and files of a run, and compare the engines.
 
     Returns:
         Whether the run fits into the GPUs' memory; True where that is not given.
@@ -35,9 +43,10 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     """
     # From inside transformers, at every call.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if recipe.engine == "single" and options.world_size > 1:
+    machine = options.machine
+    if recipe.engine == "single" and machine.world_size > 1:
         raise UserError(
-            f"engine: single trains in one process, not {options.world_size}; set engine=zero3 or "
+            f"engine: single trains in one process, not {machine.world_size}; set engine=zero3 or "
             "--gpus 1"
         )
     if recipe.task.has_head:
@@ -52,27 +61,34 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
     name = recipe.model.name
     print(f"planning {name}: running its layers without numbers", file=sys.stderr, flush=True)
-    estimate = estimate_run(
-        config,
-        recipe,
-        world_size=options.world_size,
-        dtype=dtype,
-        checkpointing=recipe.train.gradient_checkpointing is not False,
-        steps=steps,
-        gpu_memory=options.gpu_memory,
+    run = run_without_numbers(config, recipe, dtype, machine.world_size, list_checkpointing(recipe))
+    estimates = compare_engines(run, recipe, machine, steps)
+    recommended = recommend_engine(estimates, machine)
+    estimate = recommended.estimate
+    if recipe.engine != "auto":
+        estimate = estimates.get(recipe.engine)
+        estimate = estimate or estimate_auto(run, recipe, recipe.engine, machine, steps)
+    print(
+        f"{name}, {estimate.engine} on {machine.world_size} ranks, {dtype_name(dtype)} base, "
+        f"gradient checkpointing {'on' if estimate.checkpointing else 'off'}"
     )
-    print(f"{name}, {recipe.engine} on {options.world_size} ranks, {dtype_name(dtype)} base")
     print(
         f"parameters: {estimate.parameters / 1e9:.3f} B of the base, "
         f"{estimate.trainable / 1e6:.2f} M trainable"
     )
     print(describe_trainable(config, recipe.adapter))
+    print(describe_machine(machine))
+    if dtype == torch.bfloat16 and machine.gpu.bf16_tflops is None:
+        print("  no bf16 in hardware: its products are taken at fp32's rate, which is a best case")
     _print_memory(estimate)
-    _print_arithmetic(estimate, steps, options)
+    _print_time(estimate, machine)
     print("\nfiles, GiB:")
     for contents, size in estimate.files.items():
         print(f"  {size / GIB:8.3g}  {contents}")
-    return _print_verdict(estimate, options)
+    print(f"\nengines, for a step of {recipe.train.global_batch} examples:")
+    print(render_comparison(estimates, machine))
+    print(f"recommended: engine={recommended.estimate.engine}: {recommended.reason}")
+    return _print_verdict(estimate, machine)
 
 
 def _load_config(recipe: Recipe) -> PretrainedConfig:
@@ -113,30 +129,38 @@ def _print_memory(estimate: Estimate) -> None:
         )
 
 
-def _print_arithmetic(estimate: Estimate, steps: int, options: PlanOptions) -> None:
-    """Print the floating-point operations over all ranks, and the time that they take."""
-    rate, fp64_rate = (
-        tflops * options.efficiency * 1e12 * options.world_size
-        for tflops in (options.tflops, options.fp64_tflops)
+def _print_time(estimate: Estimate, machine: Machine) -> None:
+    """Print the floating-point operations over all ranks, and the time of each stage."""
+    print(
+        f"\nfloating-point operations, and time with {machine.efficiency:.0%} of the peaks, without "
+        "loading, saving and scoring:"
     )
-    peaks = f"{options.tflops:g} and {options.fp64_tflops:g} TFLOP/s"
-    print(f"\nfloating-point operations, and time at {options.efficiency:.0%} of {peaks}:")
-    lines = {
-        "calibration, forward passes": (estimate.calibration.flops, rate),
-        "calibration, sums (fp64)": (estimate.sum_flops, fp64_rate),
-        "calibration, solving (fp64)": (estimate.solve_flops, fp64_rate),
-        f"training, {steps:>7} steps": (estimate.training.flops, rate),
-    }
-    for label, (flops, flops_per_second) in lines.items():
-        print(f"  {label:<29} {flops:10.3e}  {_format_time(flops / flops_per_second)}")
-    if options.fp64_tflops < SLOW_FP64_TFLOPS and estimate.solve_flops:
-        # Both sides are shared by the ranks.
-        cores = estimate.solve_core_seconds / (estimate.solve_flops / fp64_rate)
-        cores = math.ceil(cores / options.world_size)
-        print(
-            f"GPUs this slow in fp64 leave the solving to CPUs with {cores} cores or more a rank, "
-            "which are sooner"
-        )
+    if estimate.calibration_time is not None:
+        time = estimate.calibration_time
+        _print_stage("calibration, passes", estimate.calibration.flops, time.passes)
+        _print_stage("calibration, sums (fp64)", estimate.sum_flops, time.sums)
+        _print_stage("calibration, adding up", None, time.reduction, "over the ranks")
+        _print_stage("calibration, solving (fp64)", estimate.solve_flops, time.solving, time.solver)
+    step = estimate.step_time
+    parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in step.micro_batch.items())
+    _print_stage(
+        f"training, {estimate.steps:>7} steps",
+        estimate.training.flops,
+        estimate.steps * step.seconds,
+        f"bound by the {step.bound}",
+    )
+    print(
+        f"  a step takes {step.seconds:.3g} s: {step.num_micro_batches} micro batches at the slowest "
+        f"of {parts} s, and {step.after:.2g} s for the optimiser"
+    )
+    hours = estimate.seconds / 3600
+    print(f"  in all {hours:.3g} h, {hours * machine.world_size:.3g} GPU hours")
+
+
+def _print_stage(label: str, flops: float | None, seconds: float, remark: str = "") -> None:
+    """Print a stage's operations and time in a row."""
+    count = " " * 10 if flops is None else f"{flops:10.3e}"
+    print(f"  {label:<28} {count}  {_format_time(seconds)}  {remark}".rstrip())
 
 
 def _format_time(seconds: float) -> str:
@@ -146,29 +170,32 @@ def _format_time(seconds: float) -> str:
     return f"{hours:3d} h {minutes:02d} min {seconds:02d} s"
 
 
-def _print_verdict(estimate: Estimate, options: PlanOptions) -> bool:
+def _print_verdict(estimate: Estimate, machine: Machine) -> bool:
     """Print whether the run fits, and if not what would make it fit."""
-    if options.gpu_memory is None:
+    if machine.usable is None:
+        return True
+    peak, usable = estimate.peak / GIB, machine.usable / GIB
+    if fits(estimate, machine):
+        print(f"\n{estimate.engine} fits: at most {peak:.3g} of the {usable:.3g} GiB to be filled")
         return True
     stages = estimate.get_stages()
-    short = [name for name, stage in stages.items() if stage.peak > options.gpu_memory * GIB]
-    if not short:
-        peak = max(stage.peak for stage in stages.values())
-        print(f"\nit fits: at most {peak / GIB:.3g} of {options.gpu_memory:g} GiB")
-        return True
-    advice = _suggest_change(estimate, short, options.gpu_memory)
-    print(f"\nit does not fit in {options.gpu_memory:g} GiB: {', '.join(short)}; {advice}")
+    short = [name for name, stage in stages.items() if stage.peak > machine.usable]
+    advice = _suggest_change(estimate, short, machine.usable)
+    print(
+        f"\n{estimate.engine} does not fit in {machine.memory:g} GiB, of which {usable:.3g} are to "
+        f"be filled: {', '.join(short)}; {advice}"
+    )
     return False
 
 
-def _suggest_change(estimate: Estimate, short: list[str], gpu_memory: float) -> str:
+def _suggest_change(estimate: Estimate, short: list[str], usable: float) -> str:
     """Return what would make the stages `short` fit."""
     if short == ["calibration"]:
         others = estimate.calibration.peak - estimate.windows.peak_bytes
-        left = gpu_memory * GIB - max(others, 0)
+        left = usable - max(others, 0)
         if left > estimate.windows.working_bytes:  # else even one layer does not fit
             return f"set calibration.memory_gib={int(left / GIB * 10) / 10}"
     return (
-        "more GPUs, engine=fsdp or zero3, a smaller train.micro_batch or data.max_length, or a "
-        "smaller rank"
+        "more GPUs, another engine, a smaller train.micro_batch or data.max_length, or a smaller "
+        "rank"
     )

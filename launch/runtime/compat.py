@@ -214,6 +214,11 @@ def identify_storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def changes_its_inputs(operation: Any) -> bool:
+    """Return whether an ATen operation writes into an input. Its schema is private to torch."""
+    return operation._schema.is_mutable
+
+
 def replace_tensors(model: nn.Module) -> None:
     """Put new CPU tensors, without values, in the places of the parameters and buffers of `model`.
 

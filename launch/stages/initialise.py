@@ -164,4 +164,7 @@ def restore_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
     draw_new_weights(loaded.base, run.inputs.model, run.recipe.train.seed, loaded.engine)
     read_initial = make_initial_reader(run.saved, loaded.engine.device)
     initialise_layers(loaded.lora_layers, read_initial, loaded.engine)
-    return RunFacts.model_validate(run.saved.facts)
+    facts = RunFacts.model_validate(run.saved.facts)
+    if run.decided == facts.decided:
+        return facts
+    return facts.model_copy(update={"decided": run.decided})

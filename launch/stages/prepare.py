@@ -5,6 +5,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from launch.data.token_set import TokenSet
 from launch.models.check import check_token_ids
 from launch.models.files import load_tokenizer
 from launch.planning.budget import decide_memory
+from launch.planning.decisions import CHECKPOINTING, ENGINE, decide_run
 from launch.quickstart.base import resolve_quickstart
+from launch.run.results import RunFacts
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
@@ -30,6 +33,8 @@ from launch.training.kernels import require_kernels
 from launch.training.loop import describe_low_rates
 from launch.training.trackers import require_trackers
 from launch.training.trainable import describe_model
+
+DECIDED_AGAIN = (ENGINE, CHECKPOINTING)  # at a resume, by `decide_run`
 
 
 def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -> PreparedRun:
@@ -65,9 +70,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:
         print_rank0(low_rates)
-    decided = {}
-    if saved is None:  # else the calibration is done
-        recipe, decided = decide_memory(recipe, inputs, device, folder / CALIBRATION)
+    recipe, decided = _decide_auto(recipe, inputs, device, folder, saved)
     return PreparedRun(
         name=name,
         model_name=model_name,
@@ -90,6 +93,25 @@ def _count_earlier_seconds(saved: Checkpoint) -> float:
     """Return the seconds that the calibration and the training before a checkpoint took."""
     training = saved.history[-1]["seconds"] if saved.history else 0.0
     return saved.facts["calibration_seconds"] + training
+
+
+def _decide_auto(
+    recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path, saved: Checkpoint | None
+) -> tuple[Recipe, dict[str, Any]]:
+    """Give fields that are `auto` values, or those again that the run was begun with. Collective.
+
+    Returns:
+        The recipe with the values, and by the fields' names the values to be recorded.
+    """
+    if saved is None:
+        recipe, decided = decide_run(recipe, inputs, device, {})
+        recipe, memory = decide_memory(recipe, inputs, device, folder / CALIBRATION)
+        return recipe, decided | memory
+    recorded = RunFacts.model_validate(saved.facts).decided
+    recipe, decided = decide_run(recipe, inputs, device, recorded)
+    # The calibration is done. A field that is no longer auto was not decided.
+    kept = {field: value for field, value in recorded.items() if field not in DECIDED_AGAIN}
+    return recipe, kept | decided
 
 
 def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:

@@ -39,7 +39,7 @@ class PreparedRun:
     steps: list[list[int]]  # for each optimiser step, its examples, over all ranks
     checkpoints: CheckpointStore
     saved: Checkpoint | None  # the checkpoint to resume from
-    decided: dict[str, Any]  # recipe field that was `auto` -> its value in `recipe`
+    decided: dict[str, Any]  # recipe field that was `auto` -> what was decided
     # time.monotonic() when the run began; what an earlier start calibrated and trained counts as if
     # it had been just before.
     started: float

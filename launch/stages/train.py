@@ -6,11 +6,9 @@
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-import torch
 import torch.distributed as dist
 
 from astra.adapter import Factors
-from launch.config.schema import Recipe
 from launch.engines.base import TrainState
 from launch.run.metrics import Metrics
 from launch.run.results import RunFacts
@@ -119,7 +117,7 @@ def train_model(
     num_done = len(history)
     if recipe.data.packing:
         require_packing(engine, model)
-    if _wants_gradient_checkpointing(recipe, engine.device):
+    if settings.gradient_checkpointing:  # a bool: what was `auto` is decided
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     compiled = compile_layers(loaded.base) if settings.compile else []
     loss = RowLoss(model) if recipe.task.has_head else AnswerLoss(model)
@@ -174,9 +172,3 @@ def _score_on_the_way(
     task, folder = run.recipe.task, run.folder
     score_epoch = partial(score_sets, engine, model, run.inputs.dev, task, folder, history)
     return score_epochs(training, ends, model, score_epoch)
-
-
-def _wants_gradient_checkpointing(recipe: Recipe, device: torch.device) -> bool:
-    """Return whether activations are recomputed in the backward pass; auto: on GPUs."""
-    wanted = recipe.train.gradient_checkpointing
-    return device.type == "cuda" if wanted == "auto" else wanted

@@ -17,7 +17,8 @@ from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.planning import budget
 from launch.planning.budget import FIELD, decide_memory
-from launch.planning.estimate import RESERVE, estimate_calibration_needs
+from launch.planning.estimate import estimate_calibration_needs
+from launch.planning.machine import RESERVE
 from launch.runtime.units import GIB
 
 CONFIG = LlamaConfig(
@@ -77,15 +78,15 @@ def write_record(folder: Path, name: str, **conditions: object) -> None:
 def test_windows_fit_beside_the_model_and_a_pass(method: str, world: World, tmp_path: Path) -> None:
     recipe = make_recipe(adapter={"method": method})
     needs = estimate_calibration_needs(CONFIG, recipe, torch.float32, 1)
-    whole = needs.plan_windows(None)
-    taken = needs.held_bytes + needs.pass_bytes + needs.hidden_states
+    whole = needs.batch.plan_windows(None)
+    taken = needs.taken_bytes + needs.batch.hidden_states
     # Room for the model, a pass and half of the sums.
     world.free = int(
         (taken + whole.peak_bytes - whole.windows[0].statistics_bytes / 2) / (1 - RESERVE)
     )
     value, record = world.decide(recipe, tmp_path / "calibration")
     assert record == {FIELD: value}
-    plan = needs.plan_windows(value)
+    plan = needs.batch.plan_windows(value)
     assert len(plan.windows) >= 2
     assert plan.peak_bytes + taken <= (1 - RESERVE) * world.free + 1
     assert value * GIB == pytest.approx((1 - RESERVE) * world.free - taken, abs=1)
@@ -93,7 +94,7 @@ def test_windows_fit_beside_the_model_and_a_pass(method: str, world: World, tmp_
     assert line.startswith(f"{FIELD}: auto is {value:.3g} GiB on each rank: ")
     world.free = 10 * GIB
     value, _ = world.decide(recipe, tmp_path / "calibration")
-    assert len(needs.plan_windows(value).windows) == 1
+    assert len(needs.batch.plan_windows(value).windows) == 1
 
 
 def test_what_was_begun_keeps_its_limit_while_it_fits(world: World, tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_too_little_memory_is_refused_when_windows_are_planned(
     assert value == 0
     needs = estimate_calibration_needs(CONFIG, make_recipe(), torch.float32, 1)
     with pytest.raises(AstraError, match=r"0 GiB is below the .* GiB that one layer") as error:
-        needs.plan_windows(value)
+        needs.batch.plan_windows(value)
     assert error.value.subject == "memory"
 
 

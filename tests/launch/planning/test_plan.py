@@ -6,6 +6,7 @@ Needs nothing; takes a minute. bench/memory.py compares planned peaks with measu
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from astra.adapter import attach_adapters, find_targets
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
-from launch.planning.estimate import RESERVE, Estimate, estimate_run
+from launch.planning.estimate import Estimate, estimate_run
+from launch.planning.machine import make_machine
 from launch.planning.options import PlanOptions
 from launch.planning.printout import print_plan
 from launch.runtime.units import GIB
@@ -56,7 +58,7 @@ def plan(recipe: Recipe, world_size: int = 1, checkpointing: bool = False) -> Es
     return estimate_run(
         CONFIG,
         recipe,
-        world_size=world_size,
+        make_machine(None, world_size),
         dtype=torch.float32,
         checkpointing=checkpointing,
         steps=3,
@@ -139,14 +141,9 @@ def test_windows_follow_the_gpus_memory_where_the_limit_is_auto() -> None:
     assert len(whole.windows.windows) == 1  # without the memory of the GPUs
     statistics = whole.windows.windows[0].statistics_bytes
     room = whole.calibration.peak - statistics / 2 + whole.windows.working_bytes
+    machine = replace(make_machine(None, 1), usable=room)
     estimate = estimate_run(
-        CONFIG,
-        make_recipe(),
-        world_size=1,
-        dtype=torch.float32,
-        checkpointing=False,
-        steps=3,
-        gpu_memory=room / (1 - RESERVE) / GIB,
+        CONFIG, make_recipe(), machine, dtype=torch.float32, checkpointing=False, steps=3
     )
     assert len(estimate.windows.windows) >= 2
     assert estimate.calibration.peak <= room
@@ -159,9 +156,10 @@ def test_gpus_that_are_slow_in_fp64_leave_the_solving_to_cpus(
     CONFIG.save_pretrained(tmp_path)
     recipe = make_recipe(model={"name": str(tmp_path)}, data={"limit": 20})
     for tflops, is_said in ((67.0, False), (0.25, True)):
-        options = PlanOptions(2, None, 100.0, tflops, 0.4, None)
+        options = PlanOptions(make_machine(None, 2, fp64_tflops=tflops, num_cores=64))
         assert print_plan(recipe, options)
-        assert ("slow in fp64 leave the solving to CPUs" in capsys.readouterr().out) == is_said
+        said = "on 64 CPU cores a GPU, which are sooner than a GPU this slow in fp64"
+        assert (said in capsys.readouterr().out) == is_said
 
 
 @pytest.mark.parametrize(("method", "num_exported"), [("rslora", 2), ("dora", 1)])
@@ -245,16 +243,16 @@ def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -
     printed = run_script("plan.py", *options, "--gpu-memory", 10)
     assert "782 steps" in printed
     assert "1 window" in printed
-    assert "it fits" in printed
-    printed = run_script("train.py", "--plan", *options, "--gpu-memory", 0.0001, code=1)
-    assert "it does not fit in 0.0001 GiB: calibration, initialisation, training" in printed
+    assert "zero3 fits" in printed
+    printed = run_script("train.py", "--plan", *options, "--gpu-memory", 1.51, code=1)
+    assert "zero3 does not fit in 1.51 GiB, of which 0.009 are to be filled: " in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus", "0"], "--gpus: must be above 0"),
+        (["--gpus", "0"], "--gpus: 0 is not a number above 0"),
         (["--set", "model.name=/nowhere"], "model.name: no folder /nowhere"),
         (["--set", "data.limit=null"], "--rows: how many training rows there are"),
     ],
