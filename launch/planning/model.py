@@ -23,7 +23,7 @@ from launch.config.schema import Recipe
 from launch.planning.counting import CountingMode, Operation, discard_gradients
 from launch.runtime import compat
 from launch.runtime.units import GIB
-from launch.training.loss import AnswerLoss, in_bf16, label_loss
+from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 
@@ -208,12 +208,12 @@ def _run_gradients(
 
 
 def _run_micro_batch(model: nn.Module, recipe: Recipe, size: int, checkpointing: bool) -> Pass:
-    """Run a micro batch of `size` examples forwards and backwards, as in training."""
+    """Run a micro batch of `size` examples forwards and backwards, as in training on a GPU."""
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.zeros(size, recipe.data.max_length, dtype=torch.long)
     every_token = torch.arange(ids.numel() - 1)  # as if all were part of an answer
     with CountingMode() as counted, in_bf16(model):
-        AnswerLoss(model.train())(ids, every_token, ids.flatten()[1:]).backward()
+        AnswerLoss(model.train(), CHUNK_GPU)(ids, every_token, ids.flatten()[1:]).backward()
     return Pass(counted.peak, counted.operations)

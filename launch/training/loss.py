@@ -34,9 +34,14 @@ class AnswerLoss(nn.Module):
     by which engines gather weights see one call of every module, the head included, on every rank.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
+        """Wrap `model`.
+
+        Args:
+            chunk: logits held at once; what suits the device where None.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.chunk = model, chunk
         # A head with an adapter cannot run in chunks. Nor can a model that does something to the
         # logits after the head, such as soft capping; the first forward pass finds that out.
         self.in_chunks = type(model.get_output_embeddings()) is nn.Linear
@@ -116,6 +121,7 @@ class AnswerLoss(nn.Module):
 
         def compute_head_loss(hidden: Tensor) -> Tensor:
             chunk = CHUNK_CPU if hidden.device.type == "cpu" else CHUNK_GPU
+            chunk = self.chunk or chunk
             selected = hidden.flatten(0, 1)[loss_indices]
             return chunked_cross_entropy(selected, head.weight, head.bias, targets, chunk)
 
