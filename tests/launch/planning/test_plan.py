@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from astra.adapter import attach_adapters, find_targets
-from launch.config.loading import validate_recipe
+from launch.config.loading import read_recipe, validate_recipe
 from launch.config.schema import Recipe
 from launch.planning.estimate import Estimate, estimate_run
 from launch.planning.machine import make_machine
@@ -233,6 +233,27 @@ def run_script(script: str, *arguments: object, code: int = 0) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["metamath", "codefeedback", "commonsense", "quickstart", "smollm2"]
+)
+def test_every_recipe_has_a_plan_with_a_table_of_engines(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of a small model in the base's place, on 16 GPUs in two nodes."""
+    CONFIG.save_pretrained(tmp_path)
+    overrides = [] if name == "quickstart" else [f"model.name={tmp_path}", "adapter.rank=4"]
+    recipe = read_recipe(name, [*overrides, "engine=auto"])
+    assert print_plan(recipe, PlanOptions(make_machine("NVIDIA L40S", 16)))
+    printed = capsys.readouterr().out
+    table = printed[printed.index("\nengines, for a step of ") :].splitlines()
+    assert [line.split()[0] for line in table[3:7]] == ["zero2", "fsdp", "zero3", "zero3_offload"]
+    assert table[7].startswith("recommended: engine=zero2: it fits (")
+    assert "GPU: NVIDIA L40S: 362.05 TFLOP/s in bf16" in printed
+    assert "2 nodes of 8, each with 50 GB/s to the others" in printed
+    assert "GPU hours" in printed
 
 
 @pytest.mark.slow
