@@ -152,15 +152,6 @@ def _describe_tokens(tokens: TokenFolder | RowFolder, data: Data) -> dict:
     }
 
 
-def refuse_bf16_head(recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raise UserError for a new head on a bfloat16 base under ZeRO-3, which DeepSpeed does not take."""
-    if recipe.task.has_head and dtype == torch.bfloat16 and recipe.engine.startswith("zero3"):
-        raise UserError(
-            f"engine: {recipe.engine} does not train a new head on a bfloat16 base yet; set "
-            "engine=fsdp, zero2 or single, or model.dtype=float32"
-        )
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype that `model.dtype` names; auto is bfloat16 on GPUs and float32 on CPUs."""
     if name == "auto":

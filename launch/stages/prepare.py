@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.calibration.batches import check_samples
 from launch.config.schema import Recipe
-from launch.data.inputs import Inputs, prepare_inputs, refuse_bf16_head, resolve_dtype
+from launch.data.inputs import Inputs, prepare_inputs, resolve_dtype
 from launch.data.order import describe_idle_ranks, plan_steps
 from launch.data.token_set import TokenSet
 from launch.models.check import check_token_ids
@@ -48,7 +48,6 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     model_name, settings = recipe.model.name, recipe.train
     run_on_rank0(lambda: require_trackers(recipe.tracking))
     dtype = resolve_dtype(recipe.model.dtype, device)
-    refuse_bf16_head(recipe, dtype)
     run_on_each_node(lambda: require_kernels(recipe, device, dtype))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)

@@ -70,13 +70,16 @@ def attach_trainable(
 def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
     """Give a new head's parameters fp32 on a base in bf16, and its modules inputs in fp32.
 
-    ZeRO-3 is left alone: it holds them in the base's dtype, and steps fp32 copies.
+    They are made anew, without values, as adapters are: ZeRO-3 shards them with these, of whose
+    dtype they must be.
     """
+    if base.dtype == torch.float32:
+        return
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in head):
         module = base.get_submodule(owner)
-        if base.dtype == torch.float32 or any(map(compat.is_zero_parameter, module.parameters())):
-            continue
-        module.float()
+        for name, old in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(compat.get_full_shape(old), dtype=torch.float32, device=old.device)
+            setattr(module, name, nn.Parameter(empty))
         module.register_forward_pre_hook(
             lambda _, inputs: tuple(value.float() for value in inputs)  # hidden states alone
         )
