@@ -42,18 +42,18 @@ def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[E
     Returns:
         Heading -> rows of entries. The first row holds the titles.
     """
-    columns = list_columns(sweep, groups)
     published = find_published(groups, list_benchmarks(sweep.table))
     benchmarks = []  # those that have a published score of a row's protocol, each a column
     for name in [*list_benchmarks(sweep.table), "mean"]:
         if any(name in entry.scores for found in published for entry in list_shown(found)):
             benchmarks.append(name)
-    titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
-    titles += [f"{name} published (%)" for name in benchmarks]
     places = {id(group): i for i, group in enumerate(groups)}
     blocks, tests = {}, {}
     for heading, members in list_row_blocks(sweep, groups).items():
-        # A mean is compared with those of its own block only.
+        # A mean is compared with those of its own block only, whose columns may be of one task.
+        columns = list_columns(sweep, members)
+        titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
+        titles += [f"{name} published (%)" for name in benchmarks]
         best = [find_best(members, column) for column in columns]
         rows = [[Entry(title) for title in titles]]
         for place, group in enumerate(members):
@@ -73,7 +73,7 @@ def _choose_tested(sweep: Sweep, columns: Sequence[Column]) -> list[Column]:
     benchmarks = list_benchmarks(sweep.table)
     score = "mean (%)" if len(benchmarks) > 1 else f"{benchmarks[0]} (%)" if benchmarks else ""
     shown = (score, "held-out loss", "other-text loss after")
-    return [column for column in columns if column.title in shown]
+    return [c for c in columns if c.title in shown or c.title.endswith(", last epoch (%)")]
 
 
 def _build_tests(groups: Sequence[Group], columns: Sequence[Column]) -> list[list[Entry]]:
@@ -141,7 +141,10 @@ def _build_row(
     row.append(Entry(_format_seeds(group), value=len(group.results)))
     for column, is_best in zip(columns, are_best, strict=True):
         point = group.estimate_column(column)
-        row.append(Entry(_format_point(point, column), is_best, point and point.mean))
+        text = _format_point(point, column)
+        if column.has_median and len(group.get_values(column)) > 1:
+            text += f", median {group.find_median(column):{column.form}}"
+        row.append(Entry(text, is_best, point and point.mean))
     for name in benchmarks:
         # Sources may differ: every value is shown.
         values = [entry.scores[name] for entry in published if name in entry.scores]

@@ -1,15 +1,17 @@
 """Group a table's runs over seeds, with means and their 95 % intervals of Student's t."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from scipy import stats
 
 from launch.config.schema import Recipe
-from launch.run.results import Prediction, RunResults, find_run_results
+from launch.run.results import Prediction, RunResults, TaskScore, find_run_results
 from launch.runtime.units import GIB
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.table import Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
@@ -29,6 +31,7 @@ class Column(NamedTuple):
     value: Callable[[RunResults], float | None]  # None where the run has no such number
     form: str  # format specification
     better: Literal["high", "low"] | None = None  # None: neither is better
+    has_median: bool = False  # whether the median over seeds is shown too, as GLUE's tables have it
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Group:
     def estimate_column(self, column: Column) -> Point | None:
         """Return the column's mean over the seeds; None where no run has the number."""
         return estimate_mean(list(self.get_values(column).values()))
+
+    def find_median(self, column: Column) -> float | None:
+        """Return the column's median over the seeds; None where no run has the number."""
+        values = self.get_values(column).values()
+        return statistics.median(values) if values else None
 
 
 def estimate_mean(values: Sequence[float]) -> Point | None:
@@ -123,10 +131,42 @@ def list_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
         columns.append(
             Column("mean (%)", lambda results: _average_scores(results, benchmarks), ".1f", "high")
         )
-    for column in OTHER_COLUMNS:
+    for column in [*_list_development_columns(groups), *OTHER_COLUMNS]:
         if any(group.get_values(column) for group in groups):
             columns.append(column)
     return columns
+
+
+def _list_development_columns(groups: Sequence[Group]) -> list[Column]:
+    """Return the columns of scores of development rows: of the last epoch, then of the best one.
+
+    The best epoch is chosen by the same rows, so its score is higher than on others. The two are
+    never in one column.
+    """
+    found: dict[tuple[str, str], None] = {}  # name of the rows, metric; in order
+    for group in groups:
+        for results in group.results.values():
+            for name, score in results.scores.items():
+                if isinstance(score, TaskScore):
+                    found |= {(name, metric): None for metric in score.last.values}
+    columns = []
+    for epoch in ("last", "best"):
+        for name, metric in found:
+            value = partial(_get_development_score, name=name, epoch=epoch, metric=metric)
+            title = f"{name} {metric}, {epoch} epoch (%)"
+            columns.append(Column(title, value, ".1f", "high", has_median=True))
+    return columns
+
+
+def _get_development_score(
+    results: RunResults, name: str, epoch: Literal["last", "best"], metric: str
+) -> float | None:
+    """Return a run's score of development rows in percent."""
+    score = results.scores.get(name)
+    if not isinstance(score, TaskScore):
+        return None
+    scored = score.last if epoch == "last" else score.best
+    return 100 * scored.values[metric]
 
 
 def _get_score(results: RunResults, benchmark: str) -> float | None:

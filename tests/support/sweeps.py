@@ -102,3 +102,18 @@ def make_sweep(
             lines = [json.dumps(step) + "\n" for step in steps]
             (sweep.folder / run.name / "metrics.jsonl").write_text("".join(lines))
     return sweep
+
+
+def make_task_score(last: dict[str, float], best: dict[str, float]) -> dict:
+    """Return scores of development rows as results.json holds them."""
+    epochs = [
+        {"epoch": 1.0, "step": 3, "values": best},
+        {"epoch": 2.0, "step": 6, "values": last},
+    ]
+    return {
+        "metric": next(iter(last)),
+        "n": 200,
+        "last": epochs[1],
+        "best": epochs[0],
+        "epochs": epochs,
+    }
