@@ -46,13 +46,7 @@ def choose_nodes(engine: str) -> list[list[int]] | None:
     return nodes
 
 
-def count_sharing_ranks(engine: str) -> int:
-    """Return how many ranks would hold as much of the base each with `shard_within: all`.
-
-    Rounded down. Collective; to be called for `shard_within: node`.
-    """
+def count_node_ranks() -> int | None:
+    """Return the ranks of each node, the least of all nodes; None on one node. Collective."""
     nodes = find_nodes()
-    node_size, world_size = min(map(len, nodes)), sum(map(len, nodes))
-    if engine == "zero3" and len(nodes) > 1:  # 1 / node_size beside 1 / world_size
-        return max(1, node_size * world_size // (node_size + world_size))
-    return node_size
+    return None if len(nodes) == 1 else min(map(len, nodes))

@@ -9,7 +9,7 @@ from astra.errors import AstraError
 from launch.calibration.store import is_finished, read_memory_record
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
-from launch.engines.nodes import count_sharing_ranks
+from launch.engines.nodes import count_node_ranks
 from launch.models.check import read_config
 from launch.planning.estimate import estimate_calibration_needs
 from launch.planning.machine import RESERVE
@@ -59,10 +59,8 @@ def _choose_memory(
     """
     # The least of all ranks: all have the same windows.
     free = -all_reduce_max(-float(measure_free_memory(device)), device)
-    world_size = dist.get_world_size()
-    if recipe.shard_within == "node":
-        world_size = count_sharing_ranks(recipe.engine)
-    taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device, world_size))
+    node_size = count_node_ranks() if recipe.shard_within == "node" else None
+    taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device, node_size))
     if problem is not None:
         return None, f"{FIELD}: auto is no limit, as there is no estimate: {problem}"
     # What was decided once fits while the reserve is not used up.
@@ -77,16 +75,21 @@ def _choose_memory(
 
 
 def _estimate_taken(
-    recipe: Recipe, inputs: Inputs, device: torch.device, world_size: int
+    recipe: Recipe, inputs: Inputs, device: torch.device, node_size: int | None
 ) -> tuple[int, str | None]:
     """Estimate the bytes that the model and a forward pass take on each rank. Rank 0 calls it.
+
+    Args:
+        node_size: see launch.planning.memory.count_held_bytes.
 
     Returns:
         The bytes, and None; or 0, and why there is no estimate.
     """
     try:
         config = read_config(inputs.model_path)
-        needs = estimate_calibration_needs(config, recipe, inputs.dtype, world_size)
+        needs = estimate_calibration_needs(
+            config, recipe, inputs.dtype, dist.get_world_size(), node_size
+        )
     except AstraError:
         raise  # targets or ranks that do not fit the model
     except Exception as error:  # noqa: BLE001

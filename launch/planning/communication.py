@@ -4,7 +4,7 @@ The bytes are those of the collectives that the engines call, counted on two ran
 (tests/distributed/test_communication.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.engines.base import read_deepspeed_config
 from launch.planning.machine import Machine
@@ -12,16 +12,27 @@ from launch.planning.machine import Machine
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes of whole tensors that collectives work on; `time_collective` says who sends what."""
+    """Bytes of whole tensors that collectives work on; `time_collective` says who sends what.
+
+    Over all ranks, but for those that say otherwise.
+    """
 
     gathered: int = 0  # all-gathers of a micro batch
     scattered: int = 0  # reduce-scatters of a micro batch
     reduced: int = 0  # all-reduces of a micro batch
     step_gathered: int = 0  # all-gathers of an optimiser step
+    node_gathered: int = 0  # all-gathers of a micro batch, each node by itself
+    node_scattered: int = 0  # reduce-scatters of a micro batch, each node by itself
+    nodes_reduced: int = 0  # all-reduces of a micro batch, of what each node has summed
 
 
 def count_communication(
-    engine: str, num_elements: int, weight_bytes: int, trained_bytes: int, trains_all: bool
+    engine: str,
+    num_elements: int,
+    weight_bytes: int,
+    trained_bytes: int,
+    trains_all: bool,
+    in_nodes: bool = False,
 ) -> Communication:
     """Count what a training communicates on several ranks.
 
@@ -37,12 +48,16 @@ def count_communication(
       computed again runs while the layer is gathered for its backward pass (FSDP2's _pre_forward;
       ZeRO-3's __params_to_release). A model of at most stage3_max_live_parameters elements stays
       gathered between both passes under ZeRO-3.
+    - fsdp and zero3 with `shard_within: node`: weights are gathered within each node. FSDP2
+      reduce-scatters T within each node, and all-reduces it between nodes. ZeRO-3 reduce-scatters T
+      over all ranks, and gathers what was stepped once a step, for the nodes' copies of it.
 
     Args:
         num_elements: of all weights.
         weight_bytes: W, in the dtype that is gathered.
         trained_bytes: T.
         trains_all: whether T is of the weights themselves.
+        in_nodes: whether each of several nodes holds the base.
     """
     if engine == "single":
         return Communication()
@@ -54,7 +69,15 @@ def count_communication(
         zero = read_deepspeed_config(engine)["zero_optimization"]
         num_gathers = 1 if num_elements <= zero["stage3_max_live_parameters"] else 2
     adapters = 0 if trains_all else trained_bytes
-    return Communication(num_gathers * (weight_bytes + adapters), scattered=trained_bytes)
+    gathered = num_gathers * (weight_bytes + adapters)
+    if not in_nodes:
+        return Communication(gathered, scattered=trained_bytes)
+    if engine == "fsdp":
+        return Communication(
+            node_gathered=gathered, node_scattered=trained_bytes, nodes_reduced=trained_bytes
+        )
+    stepped = weight_bytes if trains_all else trained_bytes
+    return Communication(node_gathered=gathered, scattered=trained_bytes, step_gathered=stepped)
 
 
 def time_collective(num_bytes: float, machine: Machine) -> float:
@@ -70,7 +93,22 @@ def time_collective(num_bytes: float, machine: Machine) -> float:
     return max(within, between) / (1e9 * machine.efficiency)
 
 
+def time_gathering(communication: Communication, machine: Machine) -> float:
+    """Return the seconds of a micro batch's all-gathers."""
+    node = replace(machine, world_size=min(machine.node_size, machine.world_size))
+    within = time_collective(communication.node_gathered, node)
+    return time_collective(communication.gathered, machine) + within
+
+
 def time_micro_batch(communication: Communication, machine: Machine) -> float:
     """Return the seconds of a micro batch's collectives."""
-    once = communication.gathered + communication.scattered
-    return time_collective(once + 2 * communication.reduced, machine)
+    node = replace(machine, world_size=min(machine.node_size, machine.world_size))
+    # An all-reduce of each rank's shard: in sum the node's network carries the whole once.
+    nodes = replace(machine, world_size=machine.num_nodes, node_size=1)
+    summed = communication.scattered + 2 * communication.reduced
+    return (
+        time_gathering(communication, machine)
+        + time_collective(summed, machine)
+        + time_collective(communication.node_scattered, node)
+        + time_collective(2 * communication.nodes_reduced, nodes)
+    )

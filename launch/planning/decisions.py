@@ -122,8 +122,6 @@ def _decide_on(recipe: Recipe, inputs: Inputs, machine: Machine, device_type: st
 
     Without an estimate it is what shards most, with checkpointing on GPUs.
     """
-    if recipe.shard_within == "node":
-        return _decide_blindly(recipe, machine, "the planner does not know shard_within: node")
     if recipe.task.has_head:
         return _decide_blindly(recipe, machine, "the planner knows causal tasks alone")
     try:

@@ -120,10 +120,9 @@ def estimate_engine(
     steps: int,
 ) -> Estimate:
     """Estimate what `recipe` takes with `engine`; see `estimate_run`."""
-    if recipe.shard_within == "node":
-        raise AstraError("shard_within: the planner computes all alone; set shard_within=all")
     fake, batch = run.fake, run.calibration
-    held = count_held_bytes(engine, fake, machine.world_size)
+    node_size = _get_node_size(recipe, engine, machine)
+    held = count_held_bytes(engine, fake, machine.world_size, node_size)
     windows, flops, sum_flops, solve_flops, calibration_time = None, 0.0, 0.0, 0.0, None
     if batch is not None:
         windows = _plan_windows(make_needs(held, batch), recipe, machine)
@@ -135,7 +134,14 @@ def estimate_engine(
         solve_flops = _count_solve_flops(fake.linears, batch, recipe)
         statistics = sum(window.statistics_bytes for window in windows.windows)
         calibration_time = time_calibration(
-            run, recipe, engine, machine, num_passes, sum_flops, statistics
+            run,
+            recipe,
+            engine,
+            machine,
+            num_passes,
+            sum_flops,
+            statistics,
+            in_nodes=node_size is not None,
         )
     micro = run.training[checkpointing]
     training_flops = steps * micro.flops / run.micro_batch * recipe.train.global_batch
@@ -154,9 +160,27 @@ def estimate_engine(
         solve_flops=solve_flops,
         files=count_file_bytes(recipe, fake),
         steps=steps,
-        step_time=time_step(run, engine, checkpointing, machine),
+        step_time=time_step(run, engine, checkpointing, machine, node_size is not None),
         calibration_time=calibration_time,
     )
+
+
+def _get_node_size(recipe: Recipe, engine: str, machine: Machine) -> int | None:
+    """Return the ranks of a node, if each of several nodes holds the base (`shard_within: node`).
+
+    Engines that do not shard the base are planned as they are.
+
+    Raises:
+        AstraError: the nodes differ in their number of ranks, or have one each.
+    """
+    if recipe.shard_within == "all" or engine not in ("fsdp", "zero3") or machine.num_nodes == 1:
+        return None
+    if machine.world_size % machine.node_size or machine.node_size == 1:
+        raise AstraError(
+            "shard_within: node needs equally many ranks on every node, at least two, not "
+            f"{machine.world_size} ranks in nodes of {machine.node_size}; set shard_within=all"
+        )
+    return machine.node_size
 
 
 def _count_sum_flops(linears: dict, batch: CalibrationBatch, num_tokens: int) -> int:
@@ -180,17 +204,24 @@ def make_needs(held: dict[str, int], batch: CalibrationBatch) -> CalibrationNeed
 
 
 def estimate_calibration_needs(
-    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, world_size: int
+    config: PretrainedConfig,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    world_size: int,
+    node_size: int | None = None,
 ) -> CalibrationNeeds:
     """Estimate what the recipe's calibration takes on each of `world_size` ranks.
 
     See `estimate_run`. Takes a second for a model of 32 layers.
+
+    Args:
+        node_size: see `count_held_bytes`.
     """
     fake = make_fake_model(config, recipe, dtype)
     with compat.make_fake_mode():
         compat.replace_tensors(fake.model)
         batch = run_calibration_batch(fake, recipe, world_size)
-    return make_needs(count_held_bytes(recipe.engine, fake, world_size), batch)
+    return make_needs(count_held_bytes(recipe.engine, fake, world_size, node_size), batch)
 
 
 def _plan_windows(needs: CalibrationNeeds, recipe: Recipe, machine: Machine) -> CalibrationPlan:

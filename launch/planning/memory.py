@@ -113,19 +113,30 @@ def _describe_export(method: Method) -> tuple[str, int]:
     return "export: adapter and lora", 2
 
 
-def count_held_bytes(engine: str, fake: FakeModel, world_size: int) -> dict[str, int]:
+def count_held_bytes(
+    engine: str, fake: FakeModel, world_size: int, node_size: int | None = None
+) -> dict[str, int]:
     """Return the bytes on each rank's device of the model and its optimiser, by what they hold.
 
     A sharded engine holds 1 / world_size of the base and of what is trained. AdamW has a gradient
     and two moments of what it steps, in fp32; DeepSpeed also a copy and a buffer of gradients.
     `gathered` are whole weights in use where ranks hold shards, `prefetched` those that come next.
+
+    Where each node holds the base, FSDP2 holds 1 / node_size of it and of what is trained. ZeRO-3
+    holds 1 / node_size of all weights beside its 1 / world_size (ZeRO++'s hpZ,
+    partition_parameters.py, _partition_param_sec).
+
+    Args:
+        node_size: ranks of each of several nodes, if each node holds the base; None: all hold one.
     """
     zero = {}
     if engine not in ("single", "fsdp"):
         zero = read_deepspeed_config(engine)["zero_optimization"]
     is_sharded = engine == "fsdp" or zero.get("stage") == 3
     is_offloaded = "offload_param" in zero
-    num_shards = world_size if is_sharded else 1
+    num_shards = 1
+    if is_sharded:
+        num_shards = node_size if node_size and engine == "fsdp" else world_size
     weights, trains_all = fake.weight_bytes, fake.trains_all
     stepped = FP32_BYTES * fake.num_trained  # what AdamW steps
     # In full fine-tuning FSDP2 and plain PyTorch hold what AdamW steps. DeepSpeed holds a copy in
@@ -134,7 +145,7 @@ def count_held_bytes(engine: str, fake: FakeModel, world_size: int) -> dict[str,
     held = {
         "base": held_weights // num_shards,
         "adapters": 0 if trains_all else stepped // num_shards,
-        "gradients and optimiser": 3 * stepped // world_size,  # AdamW has two moments
+        "gradients and optimiser": 3 * stepped // num_shards,  # AdamW has two moments
         "gathered": 0,
         "prefetched": 0,
     }
@@ -144,6 +155,9 @@ def count_held_bytes(engine: str, fake: FakeModel, world_size: int) -> dict[str,
         held["gradients and optimiser"] = buffer + stepped_shard
     if is_offloaded:
         held |= {"base": 0, "adapters": 0}
+    elif node_size and zero:
+        held["base"] += weights // node_size
+        held["adapters"] += 0 if trains_all else stepped // node_size
     if engine == "fsdp":
         held["gathered"] = _count_fsdp_gathered(fake)
     elif engine == "single" and trains_all and weights < stepped:

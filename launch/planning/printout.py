@@ -68,8 +68,9 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     if recipe.engine != "auto":
         estimate = estimates.get(recipe.engine)
         estimate = estimate or estimate_auto(run, recipe, recipe.engine, machine, steps)
+    layout = ", each node holds the base" if recipe.shard_within == "node" else ""
     print(
-        f"{name}, {estimate.engine} on {machine.world_size} ranks, {dtype_name(dtype)} base, "
+        f"{name}, {estimate.engine} on {machine.world_size} ranks{layout}, {dtype_name(dtype)} base, "
         f"gradient checkpointing {'on' if estimate.checkpointing else 'off'}"
     )
     print(

@@ -19,6 +19,7 @@ from launch.planning.communication import (
     Communication,
     count_communication,
     time_collective,
+    time_gathering,
     time_micro_batch,
 )
 from launch.planning.counting import Operation
@@ -120,29 +121,36 @@ def time_host(engine: str, num_layers: int, checkpointing: bool) -> float:
     return share * num_layers * _read_host_seconds()[SAME_HOST_TIME.get(engine, engine)]
 
 
-def count_training_communication(engine: str, fake: FakeModel) -> Communication:
-    """Count what the training of a model communicates."""
+def count_training_communication(
+    engine: str, fake: FakeModel, in_nodes: bool = False
+) -> Communication:
+    """Count what the training of a model communicates; see `count_communication`."""
     trained_bytes = FP32_BYTES * fake.num_trained
     return count_communication(
-        engine, fake.num_parameters, fake.weight_bytes, trained_bytes, fake.trains_all
+        engine, fake.num_parameters, fake.weight_bytes, trained_bytes, fake.trains_all, in_nodes
     )
 
 
-def time_step(run: ModelRun, engine: str, checkpointing: bool, machine: Machine) -> StepTime:
+def time_step(
+    run: ModelRun, engine: str, checkpointing: bool, machine: Machine, in_nodes: bool = False
+) -> StepTime:
     """Return the time of an optimiser step.
 
     A micro batch takes as long as the slowest of the GPU (`time_operations`, and `time_placing` of
     what it gathers), the host (`time_host`), the links (`time_micro_batch`) and, where weights are in
     main memory, the way to it. After the last one AdamW moves 28 bytes a parameter that a rank
     steps, and ZeRO-2 gathers what was stepped.
+
+    Args:
+        in_nodes: whether each of several nodes holds the base.
     """
     fake, size = run.fake, machine.world_size
-    communication = count_training_communication(engine, fake)
+    communication = count_training_communication(engine, fake, in_nodes)
     num_layers = len(fake.layer_bytes)
     operations = run.training[checkpointing].operations
     micro_batch = {
         "GPU": time_operations(operations, machine, fake.dtype)
-        + time_placing(communication.gathered, machine),
+        + time_placing(communication.gathered + communication.node_gathered, machine),
         "host": time_host(engine, num_layers, checkpointing),
         "links": time_micro_batch(communication, machine),
     }
@@ -155,6 +163,8 @@ def time_step(run: ModelRun, engine: str, checkpointing: bool, machine: Machine)
         micro_batch["PCIe"] = moved / size / (machine.gpu.pcie * 1e9 * machine.efficiency)
         bandwidth = HOST_BANDWIDTH
     shards = 1 if engine == "single" else size
+    if in_nodes and engine == "fsdp":  # each node steps all
+        shards = machine.node_size
     stepped = ADAMW_BYTES * fake.num_trained / shards / (bandwidth * 1e9 * machine.efficiency)
     after = stepped + time_collective(communication.step_gathered, machine)
     return StepTime(micro_batch, run.num_micro_batches, after)
@@ -175,6 +185,7 @@ def time_calibration(
     num_passes: int,
     sum_flops: float,
     statistics_bytes: int,
+    in_nodes: bool = False,
 ) -> CalibrationTime:
     """Return the time of the recipe's calibration.
 
@@ -188,17 +199,18 @@ def time_calibration(
         num_passes: passes over the samples.
         sum_flops: of the sums, over all ranks.
         statistics_bytes: of the sums of all windows, on each rank.
+        in_nodes: whether each of several nodes holds the base.
     """
     fake, size, batch = run.fake, machine.world_size, run.calibration
     settings = recipe.calibration
     num_batches = -(-settings.samples // (settings.batch_size * size)) if batch.once.flops else 0
-    gathered = count_training_communication(engine, fake).gathered
-    gathered = gathered if batch.has_backward else gathered / 2
+    training = count_training_communication(engine, fake, in_nodes)
+    share = 1.0 if batch.has_backward else 0.5
     parts = [
         time_operations(batch.once.operations or Counter(), machine, fake.dtype)
-        + time_placing(gathered, machine),
+        + share * time_placing(training.gathered + training.node_gathered, machine),
         _time_host_pass(engine, len(fake.layer_bytes), batch),
-        time_collective(gathered, machine),
+        share * time_gathering(training, machine),
     ]
     reduced = 2 * statistics_bytes if settings.reduction == "all" else statistics_bytes
     lora_ranks = dict.fromkeys(fake.linears, recipe.adapter.rank)

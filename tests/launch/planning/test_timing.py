@@ -109,6 +109,16 @@ def test_what_is_held_of_7b(engine: str, held: float, run: ModelRun) -> None:
     assert sum(found[part] for part in parts) == pytest.approx(held, abs=8)
 
 
+def test_what_is_held_of_7b_where_each_of_two_nodes_holds_the_base(run: ModelRun) -> None:
+    parts = ("base", "adapters", "gradients and optimiser")
+    fsdp = count_held_bytes("fsdp", run.fake, 16, node_size=8)
+    assert sum(fsdp[part] for part in parts) == pytest.approx((W + T + 3 * T) / 8, abs=8)
+    # ZeRO-3 steps what it does without: shards of all ranks, beside a copy of all weights a node.
+    zero3 = count_held_bytes("zero3", run.fake, 16, node_size=8)
+    held = (W + T + 4 * T) / 16 + (W + T) / 8 + 4 * 50_000_000
+    assert sum(zero3[part] for part in parts) == pytest.approx(held, abs=8)
+
+
 def test_the_reserve_of_an_h100() -> None:
     assert count_usable_bytes(80, 8) == pytest.approx((80 - 0.5 - 1) * 0.9 * GIB)
     assert count_usable_bytes(80, 1) == pytest.approx((80 - 0.5) * 0.9 * GIB)
@@ -151,6 +161,22 @@ def test_links_and_networks() -> None:
     # An all-reduce is two collectives.
     zero2 = count_communication("zero2", W // 2, W, T, False)
     assert time_micro_batch(zero2, H100) == pytest.approx(2 * time_collective(T, H100))
+
+
+def test_nodes_that_hold_the_base_gather_it_over_their_links_alone() -> None:
+    slow = make_machine("H100", 16, network=1.0)
+    within = 7 / 8 / (450e9 * 0.6)  # seconds of a byte that 8 GPUs gather
+    between = 1 / 2 / (1e9 * 0.6)  # of one that two nodes gather
+    fsdp = count_communication("fsdp", W // 2, W, T, False, in_nodes=True)
+    gathered = 2 * (W + T) * within
+    # T is summed within nodes; half of it then goes to the other node and half comes back.
+    assert time_micro_batch(fsdp, slow) == pytest.approx(gathered + T * within + 2 * T * between)
+    zero3 = count_communication("zero3", W // 2, W, T, False, in_nodes=True)
+    assert time_micro_batch(zero3, slow) == pytest.approx(gathered + T * between)
+    assert zero3.step_gathered == T
+    # Without it all weights cross the network.
+    everywhere = count_communication("fsdp", W // 2, W, T, False)
+    assert time_micro_batch(everywhere, slow) == pytest.approx((2 * (W + T) + T) * between)
 
 
 def test_host_time_is_the_benchs() -> None:
