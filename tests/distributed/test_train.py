@@ -199,7 +199,7 @@ def test_the_run_folder_holds_what_the_readme_names(
     run = train_case(trained, ZERO3_2)
     for name in ("loss.png", "grad_norm.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
-    assert read_metrics(run)[0].keys() == Metrics.__annotations__.keys()
+    assert read_metrics(run)[0].keys() == Metrics.__required_keys__
     manifest = json.loads((run / "calibration" / "manifest.json").read_text())
     assert len(manifest["sample_ids"]) == len(set(manifest["sample_ids"])) == 11
     settings = (manifest["eigen_select"], manifest["rank"], manifest["dtype"])

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+from launch.config.loading import ADDED_FIELDS
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_DOCUMENTS, SEED, generate_documents, generate_problems
 from launch.runtime.distributed import start_process_group, stop_process_group
@@ -34,11 +35,11 @@ def test_the_second_run_waits_and_finds_it_made(tmp_path: Path) -> None:
 
 def test_what_decides_the_base_has_not_changed_since_its_version() -> None:
     """A failure means that VERSION is to be raised, with this sum: the cache would else hold another base."""
-    settings = (
-        quickstart.make_config().to_dict(),
-        quickstart.PRETRAINING.model_dump(),
-        quickstart.ROW,
-    )
+    # Without fields that came later, as in the hashes of recipes: at their defaults they change nothing.
+    later = {name.removeprefix("train.") for name in ADDED_FIELDS}
+    pretraining = quickstart.PRETRAINING.model_dump(exclude=later)
+    assert type(quickstart.PRETRAINING)(**pretraining) == quickstart.PRETRAINING
+    settings = (quickstart.make_config().to_dict(), pretraining, quickstart.ROW)
     kept = {
         "vocab_size",
         "hidden_size",
