@@ -1,6 +1,6 @@
 # make quickstart     set up .venv and run the quickstart; only packages are downloaded
 # make miniature      every method on the quickstart's base: a table and figures
-# make test           what CI runs: units and real launches of every engine, 1 to 4 ranks; 10 minutes on 2 cores
+# make test           what CI runs: units and real launches of every engine, 1 to 4 ranks; 13 minutes on 2 cores
 # make test-fast      units only; a minute and a half
 # make test-full      everything, with the further cells of every matrix; 17 minutes
 # make lint, format   check, or mend, style
