@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from astra.errors import AstraError
 from launch.calibration.store import is_finished, read_memory_record
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
@@ -13,6 +12,7 @@ from launch.engines.nodes import count_node_ranks
 from launch.models.check import read_config
 from launch.planning.estimate import estimate_calibration_needs
 from launch.planning.machine import RESERVE
+from launch.planning.model import try_estimate
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
@@ -85,16 +85,14 @@ def _estimate_taken(
     Returns:
         The bytes, and None; or 0, and why there is no estimate.
     """
-    try:
-        config = read_config(inputs.model_path)
-        needs = estimate_calibration_needs(
+    config = read_config(inputs.model_path)
+    needs, problem = try_estimate(
+        lambda: estimate_calibration_needs(
             config, recipe, inputs.dtype, dist.get_world_size(), node_size
         )
-    except AstraError:
-        raise  # targets or ranks that do not fit the model
-    except Exception as error:  # noqa: BLE001
-        # Any model may fail to run on fake tensors, and none needs to: this is an estimate.
-        return 0, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    )
+    if needs is None:
+        return 0, problem
     taken = needs.taken_bytes
     if device.type == "cpu":
         taken += needs.batch.hidden_states  # on GPUs they are in other memory than the sums

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from astra.errors import AstraError
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.models.check import read_config
@@ -24,7 +23,7 @@ from launch.planning.engines import (
     recommend_engine,
 )
 from launch.planning.machine import DEFAULT_GPU, RESERVE, Machine, make_machine
-from launch.planning.model import ModelRun, run_without_numbers
+from launch.planning.model import ModelRun, run_without_numbers, try_estimate
 from launch.planning.timing import is_offloaded
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.gpus import find_gpu
@@ -124,20 +123,12 @@ def _decide_on(recipe: Recipe, inputs: Inputs, machine: Machine, device_type: st
     """
     if recipe.task.has_head:
         return _decide_blindly(recipe, machine, "the planner knows causal tasks alone")
-    try:
-        run = run_without_numbers(
-            read_config(inputs.model_path),
-            recipe,
-            inputs.dtype,
-            machine.world_size,
-            list_checkpointing(recipe),
-        )
-    except AstraError:
-        raise  # targets or ranks that do not fit the model
-    except Exception as error:  # noqa: BLE001
-        # Any model may fail to run on fake tensors, and none needs to: this is an estimate.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return _decide_blindly(recipe, machine, reason)
+    config, wanted = read_config(inputs.model_path), list_checkpointing(recipe)
+    run, problem = try_estimate(
+        lambda: run_without_numbers(config, recipe, inputs.dtype, machine.world_size, wanted)
+    )
+    if run is None:
+        return _decide_blindly(recipe, machine, problem)
     if device_type == "cpu":
         return _decide_cpu_engine(run, recipe, machine)
     return _decide_on_gpus(run, recipe, machine)

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from astra.adapter import get_base_layers
+from astra.errors import AstraError
 from astra.gradients import sum_gradients
 from astra.moments import Group, find_groups, run_forward
 from astra.windows import CalibrationPlan, find_layers, make_plan
@@ -25,6 +27,8 @@ from launch.runtime import compat
 from launch.runtime.units import GIB
 from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
+
+EstimateT = TypeVar("EstimateT")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,24 @@ def count_weight_bytes(module: nn.Module, trains_all: bool) -> int:
         if trains_all or not parameter.requires_grad:
             total += parameter.numel() * parameter.element_size()
     return total
+
+
+def try_estimate(
+    estimate: Callable[[], EstimateT],
+) -> tuple[EstimateT, None] | tuple[None, str]:
+    """Return what `estimate` returns, and None; or None, and why a model does not run without numbers.
+
+    Any model may fail on fake tensors, and no run needs an estimate.
+
+    Raises:
+        AstraError: targets or ranks do not fit the model.
+    """
+    try:
+        return estimate(), None
+    except AstraError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def run_without_numbers(

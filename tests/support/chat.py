@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _CORPUS = ["the answer is three; what is one and two? user assistant system tool model"] * 3
 
@@ -146,3 +147,16 @@ def make_chat_tokenizer(case: TemplateCase) -> PreTrainedTokenizerFast:
     )
     made.chat_template = case.template
     return made
+
+
+def make_chat_model(**config: int) -> LlamaForCausalLM:
+    """Return a Llama of one layer with random weights, for the ids of any of these tokenizers."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 400,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape, **config)).eval()

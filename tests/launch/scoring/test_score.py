@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
+from transformers import MptConfig, MptForCausalLM
 
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS, Problem
@@ -24,7 +24,7 @@ from launch.scoring.requests import Request
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
 from launch.scoring.score import score_benchmarks, score_responses
 from launch.scoring.score_table import render_scores
-from tests.support.chat import CASES, make_chat_tokenizer
+from tests.support.chat import CASES, make_chat_model, make_chat_tokenizer
 from tests.support.generation import make_tokenizer
 
 IDENTITY = {"base": {"name": "model", "weights_sha256": "0"}, "dtype": "float32"}
@@ -208,16 +208,7 @@ def test_a_chat_prompt_is_the_templates_and_a_response_ends_at_its_end_of_turn(
     tokenizer = make_chat_tokenizer(CASES["llama3"])
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert end != tokenizer.eos_token_id
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make_chat_model(eos_token_id=tokenizer.eos_token_id)
     question = "one? <|eot_id|>"  # in a question it is text
     messages = [{"role": "user", "content": question}]
     expected = tokenizer.apply_chat_template(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from launch.config.schema import Data
 from launch.data import sources, token_cache
@@ -18,7 +18,7 @@ from launch.data.order import Packing
 from launch.data.token_set import TokenSet, split_held_out
 from launch.runtime.errors import UserError
 from launch.training.loss import AnswerLoss
-from tests.support.chat import CASES, make_chat_tokenizer
+from tests.support.chat import CASES, make_chat_model, make_chat_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -136,15 +136,7 @@ def test_the_loss_of_every_batch_is_that_of_the_masked_tokens(model: Path, tmp_p
     training, held_out = split_held_out(whole, 3)
     assert decode_trained(training, model) == [expect(row) for row in ROWS[:6]]
     assert decode_trained(held_out, model) == [expect(row) for row in ROWS[6:]]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    network = LlamaForCausalLM(config).double().eval()
+    network = make_chat_model().double()
     expected = 0.0
     for i in (6, 7, 8):  # one at a time, in plain PyTorch
         span = slice(*whole.offsets[i : i + 2].tolist())
