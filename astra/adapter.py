@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from astra.errors import AstraError
 from astra.moments import is_distributed
-from astra.targets import find_targets, make_peft_targets
+from astra.targets import POOLER, find_targets, is_of_pooler, make_peft_targets
 from astra.weights import Weights
 
 ADAPTER = "default"  # PEFT's name for a model's only adapter
@@ -119,8 +119,8 @@ def _name_saved_module(name: str) -> str:
     PEFT takes the names for ends of names, and adds `classifier` and `score` by itself.
     """
     parts = name.split(".")
-    if "pooler" in parts:
-        return ".".join(parts[: parts.index("pooler") + 1])
+    if is_of_pooler(name):
+        return ".".join(parts[: parts.index(POOLER) + 1])
     return parts[0]
 
 

@@ -134,12 +134,10 @@ class Group(NamedTuple):
     size: int  # d of its Moment; 0 if its sums are not a Moment
 
 
-def get_row_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Return the arguments of a sequence classifier's forward pass."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if "token_type_ids" in batch:
-        inputs["token_type_ids"] = batch["token_type_ids"]
-    return inputs
+def get_row_inputs(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the arguments of a sequence classifier's forward pass that are in `batch`."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: batch[name] for name in names if batch.get(name) is not None}
 
 
 def run_forward(model: nn.Module, batch: Batch) -> None:

@@ -93,6 +93,7 @@ def match_targets(
     return TargetMatch(linears, skipped)
 
 
+POOLER = "pooler"  # part of a module's name
 OF_CLASSIFIER = "of the classifier's head or pooler, which get no adapter"
 OUTSIDE = "outside of the text decoder"
 
@@ -152,6 +153,11 @@ def _find_reasons(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def is_of_pooler(name: str) -> bool:
+    """Return whether a module or parameter is a pooler, or a part of one."""
+    return POOLER in name.split(".")
+
+
 def _find_classifier(model: nn.Module) -> set[int]:
     """Return the ids of the modules of a classifier's head and pooler; empty for other models."""
     if "ForSequenceClassification" not in type(model).__name__:
@@ -159,7 +165,7 @@ def _find_classifier(model: nn.Module) -> set[int]:
     inside = {id(module) for module in model.base_model.modules()}
     found = set()
     for name, module in model.named_modules():
-        if id(module) not in inside or "pooler" in name.split("."):
+        if id(module) not in inside or is_of_pooler(name):
             found.add(id(module))
     return found
 

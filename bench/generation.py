@@ -48,6 +48,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eval.generation.decoding import find_end_tokens
 from eval.generation.generate import generate_responses
 from eval.tasks import gsm8k
 from launch.data.prompts import format_prompt
@@ -220,6 +221,7 @@ def generate_scheduled(work: Work) -> list[str]:
         batch_size=work.batch_size,
         device=work.model.device,
         sharded=False,
+        end_tokens=find_end_tokens(work.model, work.tokenizer),
     ):
         responses |= part
     return [responses[i] or "" for i in range(len(work.prompts))]

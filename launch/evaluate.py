@@ -15,7 +15,7 @@ if not __package__:  # run as a script: imports are to be looked up from the rep
 from eval.tasks import BENCHMARKS, GROUPS
 from launch import cli
 from launch.config.loading import validate_section
-from launch.config.schema import Eval, Model
+from launch.config.schema import EVAL_OPTIONS, Eval, Model
 from launch.runtime.entry import run_command
 from launch.runtime.errors import UserError
 
@@ -31,19 +31,6 @@ EXAMPLES = """\
   python launch/evaluate.py --backend openai --url http://localhost:8000/v1 --model llama --suite humaneval --output s
   python launch/evaluate.py --compare scores/base scores/astra
   python launch/evaluate.py --grade scores/generations.jsonl --data-dir data"""
-FIELDS = (  # of a recipe's section `eval`, whose options these are too
-    "data_dir",
-    "limit",
-    "prompt",
-    "chat_template",
-    "max_new_tokens",
-    "batch_size",
-    "samples",
-    "temperature",
-    "seed",
-    "timeout",
-    "allow_unsandboxed",
-)
 
 
 def main() -> None:
@@ -75,7 +62,7 @@ def _make_parser() -> argparse.ArgumentParser:
         choices=[*BENCHMARKS, *GROUPS],
         help="benchmark; repeatable (default gsm8k)",
     )
-    cli.add_field_options(parser, Eval, *FIELDS)
+    cli.add_field_options(parser, Eval, *EVAL_OPTIONS)
     cli.add_field_options(parser, Model, "dtype")
     add(
         "--engine",
@@ -157,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     output = arguments.output
     run_on_rank0(lambda: make_folder(output))
     model, data_dir = _resolve_quickstart(arguments.model, arguments.data_dir, device)
-    values = {name: getattr(arguments, name) for name in FIELDS} | {"data_dir": data_dir}
+    values = {name: getattr(arguments, name) for name in EVAL_OPTIONS} | {"data_dir": data_dir}
     settings = validate_section(Eval, suites=arguments.suite or ["gsm8k"], **values)
     problems = read_problems(settings)
     if arguments.backend == "openai":

@@ -20,7 +20,6 @@ from eval.generation.decoding import (
     Decoder,
     cut_response,
     decode_tokens,
-    find_end_tokens,
     make_decoder,
     read_prompts,
 )
@@ -56,12 +55,12 @@ def generate_responses(
     batch_size: int,
     device: torch.device,
     sharded: bool,
+    end_tokens: Sequence[int],
     stops: Sequence[str] = (),
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
-    more_end_tokens: Sequence[int] = (),
 ) -> Iterator[dict[int, str | None]]:
-    """Generate the response to each prompt up to the end of sequence or a stop. Collective.
+    """Generate the response to each prompt up to an end token or a stop. Collective.
 
     Every few steps, all ranks look at which responses have ended. These leave the batch, and
     waiting prompts, the longest first, take their places. So no short response waits for a long
@@ -76,11 +75,10 @@ def generate_responses(
         max_new_tokens: for each prompt; fewer if the model's context ends before.
         batch_size: prompts that run together on a rank.
         sharded: ranks hold shards of the model, so all of them must run as many forward passes.
+        end_tokens: that end a response; see decoding.find_end_tokens.
         stops: texts that end a response; they and what follows are cut off.
         temperature: 0 is greedy; else each prompt's tokens are drawn with its own seed.
         seeds: one for each prompt; needed if the temperature is above 0.
-        more_end_tokens: that end a response beside those of the tokenizer, the config and the
-            generation settings, such as a chat template's end of turn.
 
     Yields:
         {index of a prompt: its response} of those that have ended since the last yield; equal on
@@ -95,7 +93,6 @@ def generate_responses(
         yield dict.fromkeys(overlong, None)
     schedule = _make_schedule(prompts, num_positions, max_new_tokens, world_size)
     decoder = make_decoder(model, num_positions, device, temperature, seeds)
-    end_tokens = [*find_end_tokens(model, tokenizer), *more_end_tokens]
     batch: RunningBatch | None = None
     tokens: dict[int, list[int]] = {}  # new tokens of the prompts that this rank runs
     while schedule.waiting or any(schedule.running):

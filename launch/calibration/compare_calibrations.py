@@ -15,7 +15,13 @@ from torch import Tensor
 
 from astra.calibrate import Solution, compute_principal_angles
 from launch.calibration.report import format_range, group_by_kind, place_module, plot_by_layer
-from launch.calibration.store import describe_data, list_modules, load_solution, read_manifest
+from launch.calibration.store import (
+    describe_data,
+    get_value,
+    list_modules,
+    load_solution,
+    read_manifest,
+)
 from launch.run.folder import make_folder
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
@@ -107,18 +113,12 @@ def _find_spans(solution: Solution) -> dict[str, Tensor]:
 def _require_comparable(first: Path, second: Path, manifests: list[dict]) -> None:
     """Raise UserError if the calibrations differ in what would decide the angles beside the data."""
     for key, field in SAME.items():
-        one, other = (_get(manifest, key) for manifest in manifests)
+        one, other = (get_value(manifest, key) for manifest in manifests)
         if one != other:
             raise UserError(
                 f"--compare: {first} and {second} differ in {field} ({str(one)[:40]}, "
                 f"{str(other)[:40]}); compare calibrations that differ in their examples"
             )
-
-
-def _get(manifest: dict, key: str) -> object:
-    section, _, inner = key.partition(".")
-    value = manifest.get(section)
-    return value[inner] if inner else value
 
 
 def _render_page(

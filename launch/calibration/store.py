@@ -223,7 +223,7 @@ def check_calibration(folder: Path, manifest: dict) -> None:
     found = read_manifest(folder, "calibration.path")
     wanted = json.loads(json.dumps(manifest))
     for key, field in COMPARED_FIELDS.items():
-        there, here = _get_value(found, key), _get_value(wanted, key)
+        there, here = get_value(found, key), get_value(wanted, key)
         is_other = found.get(OTHER_DATA) or wanted.get(OTHER_DATA)
         if key == "data.tokens_sha256" and is_other and there != here:
             raise UserError(
@@ -286,7 +286,7 @@ def _read_json(path: Path) -> dict | None:
         ) from None
 
 
-def _get_value(manifest: dict, key: str) -> object:
+def get_value(manifest: dict, key: str) -> object:
     """Return the value at a key such as `base.weights_sha256`; None if there is none."""
     value: object = manifest
     for part in key.split("."):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from launch.config.overrides import format_value, parse_override, set_field
 from launch.config.schema import Recipe, find_section
 from launch.config.section import Section, SectionT
-from launch.config.task_settings import apply_task_settings, fill_glue_fields
+from launch.config.task_settings import apply_task_settings, drop_set_fields, fill_glue_fields
 from launch.runtime.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -126,7 +126,7 @@ def _drop_added_fields(recipe: Recipe, values: dict) -> None:
     for name in ADDED_FIELDS:
         section, _, field = name.partition(".")
         holder, key = (getattr(recipe, section), field) if field else (recipe, section)
-        if getattr(holder, key) == type(holder).model_fields[key].default:
+        if holder.is_default(key):
             del (values[section] if field else values)[key]
 
 
@@ -217,6 +217,7 @@ def _load_values(path: Path) -> tuple[dict, list[str]]:
         seen.add(base)
         extended = load_yaml(base, "--recipe")
         old_names += _rename_fields(extended)
+        drop_set_fields(extended, values)
         values = _merge_sections(extended, values)
     return values, old_names
 

@@ -82,16 +82,16 @@ class CalibrationRows(RowSource):
     def _resolve_short_name(cls, values: Any) -> Any:
         if isinstance(values, str):
             values = {"path": values}
-        if not isinstance(values, dict) or values.get("path") not in SHORT_NAMES:
+        name = values.get("path") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in SHORT_NAMES:
             return values
-        given = {name: value for name, value in values.items() if name != "path"}
-        return SHORT_NAMES[values["path"]] | given
+        return SHORT_NAMES[name] | {key: value for key, value in values.items() if key != "path"}
 
     @model_validator(mode="after")
     def _check_text(self) -> "CalibrationRows":
         if self.text is None:
             return self
         for name in ("instruction", "answer", "input"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if not self.is_default(name):
                 raise ValueError(f"{name}: plain text has none; leave it out, or leave text out")
         return self

@@ -120,13 +120,13 @@ class Data(RowSource):
     def _check_messages(self) -> "Data":
         if self.messages is None:
             for name in ("chat_template", "train_on"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+                if not self.is_default(name):
                     raise ValueError(
                         f"{name}: is for data.messages, which is not set; leave it out"
                     )
             return self
         for name in ("instruction", "answer", "input"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if not self.is_default(name):
                 raise ValueError(f"{name}: messages have none; leave it out, or leave messages out")
         return self
 
@@ -238,8 +238,7 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _check_variants(self) -> "Adapter":
         for field in ("eigen_select", "corda_mode"):
-            is_default = getattr(self, field) == type(self).model_fields[field].default
-            if self.method_record.variant != field and not is_default:
+            if self.method_record.variant != field and not self.is_default(field):
                 raise ValueError(f"{field}: {self.method} has none; leave it out")
         if self.start != "projection" and self.method_record.variant != "eigen_select":
             raise ValueError(f"start: {self.method} has none, only astra; leave it out")
@@ -407,6 +406,12 @@ class Eval(Section):
         return self
 
 
+# Fields of Eval that are options of launch/evaluate.py.
+EVAL_OPTIONS = tuple(
+    name for name in Eval.model_fields if name not in ("suites", "other_text", "baseline")
+)
+
+
 class Export(Section):
     """What a finished run writes besides its adapters."""
 
@@ -548,11 +553,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_messages(self) -> "Recipe":
         if self.data.messages is not None:
-            if self.task.has_head:
-                raise ValueError(
-                    f"data.messages: is for causal tasks only, not for {self.task.kind}; leave it "
-                    "out"
-                )
             if self.calibration.statistics == "reference":
                 raise ValueError(
                     "calibration.statistics: the reference statistics are of an instruction and an "

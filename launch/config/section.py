@@ -12,5 +12,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
+    def is_default(self, name: str) -> bool:
+        """Return whether a field has its default."""
+        return getattr(self, name) == type(self).model_fields[name].default
+
 
 SectionT = TypeVar("SectionT", bound=Section)

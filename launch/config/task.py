@@ -53,11 +53,6 @@ class Task(Section):
         return self.kind != "causal"
 
     @property
-    def num_outputs(self) -> int:
-        """The outputs of the new head: one for each label, or one number."""
-        return max(1, len(self.labels))
-
-    @property
     def dev_sets(self) -> dict[str, str]:
         """Name of a score -> the split or file of its rows."""
         if self.dev is None:
@@ -66,10 +61,9 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _check_fields(self) -> "Task":
-        fields = type(self).model_fields
         if self.kind == "causal":
-            for name in fields:
-                if getattr(self, name) != fields[name].default:
+            for name in type(self).model_fields:
+                if not self.is_default(name):
                     raise ValueError(
                         f"{name}: is for rows with labels; set task.kind to classification or "
                         "regression, or leave it out"

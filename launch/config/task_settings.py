@@ -24,7 +24,7 @@ def apply_task_settings(values: dict, overrides: list[tuple[str, Any]]) -> None:
     by_task = values.pop(BY_TASK, None)
     if by_task is None:
         return
-    if not isinstance(by_task, dict) or not all(isinstance(v, dict) for v in by_task.values()):
+    if not _has_names(by_task) or not all(map(_has_names, by_task.values())):
         raise UserError(f"{BY_TASK}: is not of the form {{task.name: {{field: value}}}}")
     overridden = copy.deepcopy(values)
     for field, value in overrides:
@@ -37,6 +37,30 @@ def apply_task_settings(values: dict, overrides: list[tuple[str, Any]]) -> None:
         )
     for field, value in by_task[name].items():
         set_field(values, field, value)
+
+
+def drop_set_fields(base: dict, values: dict) -> None:
+    """Take out of `by_task` of an extended recipe `base` what the extending `values` set themselves.
+
+    What is not of the right form is left for `apply_task_settings` to refuse.
+    """
+    by_task = base.get(BY_TASK)
+    if not _has_names(by_task):
+        return
+    for name, settings in by_task.items():
+        if _has_names(settings):
+            by_task[name] = {
+                field: value for field, value in settings.items() if not _is_set(values, field)
+            }
+
+
+def _is_set(values: dict, field: str) -> bool:
+    """Return whether `a.b` is in nested `values`."""
+    for part in field.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def fill_glue_fields(values: dict) -> None:
@@ -72,6 +96,11 @@ def fill_glue_fields(values: dict) -> None:
     data = values.get("data")
     if isinstance(data, dict):
         values["data"] = {"config": name} | data
+
+
+def _has_names(value: object) -> bool:
+    """Return whether `value` is a dict whose keys are texts."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _get_task_name(values: dict) -> str | None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from astra.moments import Batch
+from astra.moments import Batch, get_row_inputs
 from launch.data.order import Packing
 from launch.data.token_set import TokenSet
 
@@ -90,15 +90,7 @@ class RowBatch:
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the arguments of the model's forward pass."""
-        return select_row_inputs(self.input_ids, self.attention_mask, self.token_type_ids)
-
-
-def select_row_inputs(
-    input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
-) -> dict[str, Tensor]:
-    """Return the arguments of a model for sequence classification."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    return inputs if token_type_ids is None else inputs | {"token_type_ids": token_type_ids}
+        return get_row_inputs(vars(self))
 
 
 def collate_rows(tokens: TokenSet, examples: Sequence[int | None]) -> RowBatch:
@@ -119,7 +111,7 @@ def collate_rows(tokens: TokenSet, examples: Sequence[int | None]) -> RowBatch:
         input_ids=_pad(pieces, tokens.pad_token),
         attention_mask=_pad(masks),
         token_type_ids=types,
-        labels=labels.long() if tokens.has_classes else labels.float(),
+        labels=labels.float() if labels.is_floating_point() else labels,
         weights=torch.tensor([float(i is not None) for i in examples], dtype=torch.float64),
     )
 

@@ -74,6 +74,8 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         for key, field in (("data", "data.path"), ("calibration_data", "calibration.data.path")):
             if node[key]["tokens_sha256"] != first[key]["tokens_sha256"]:
                 raise UserError(_describe_difference(field, node, first))
+        if node["data"].get("dev") != first["data"].get("dev"):
+            raise UserError(_describe_difference("task.dev", node, first))
         for key in ("weights_sha256", "config_sha256"):
             if node["base"][key] != first["base"][key]:
                 raise UserError(_describe_difference("model.name", node, first))

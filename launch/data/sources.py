@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -274,16 +275,17 @@ def select_rows(
 def show_rows(split: Split, data: Data, name: str) -> Iterator[Callable[[Chunk], None]]:
     """Show the progress of reading rows, and yield what moves it on to the end of a chunk.
 
-    Rank 0 calls it.
+    A process of each node calls it; rank 0 shows it.
 
     Raises:
         UserError: a file cannot be read.
     """
+    rank = dist.get_rank() if dist.is_initialized() else 0
     total = data.limit
     if has_terminal():  # the rows are counted by reading them all
         count = sum(1 for _ in iterate_rows(split, data, ()))
         total = count if total is None else min(total, count)
-    with Progress(name, total, rank=0, unit="rows") as progress:
+    with Progress(name, total, rank, unit="rows") as progress:
 
         def advance(chunk: Chunk) -> None:
             reached = chunk.position if data.limit is None else chunk.selected

@@ -34,7 +34,7 @@ from launch.data.sources import (
     show_rows,
     show_value,
 )
-from launch.data.token_cache import MANIFEST, NUM_NAMED, check_refused_rows
+from launch.data.token_cache import MANIFEST, check_refused_rows, count_dropped, name_row
 from launch.data.token_set import TokenSet
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
 from launch.models.files import hash_tokenizer, load_tokenizer
@@ -75,8 +75,7 @@ class RowFolder(NamedTuple):
             prompt_lengths=torch.zeros(len(tensors["labels"]), dtype=torch.int64),
             num_truncated=self.manifest["cut"],
             num_dropped=sum(self.manifest["dropped"].values()),
-            labels=tensors["labels"],
-            has_classes=self.has_classes,
+            labels=tensors["labels"].long() if self.has_classes else tensors["labels"],
             token_types=tensors.get("token_types"),
             pad_token=self.pad_token,
         )
@@ -115,7 +114,7 @@ def prepare_rows(
 def _locate_dev(data: Data, place: str) -> Data:
     """Return where development rows are: in the file or folder of that path, or a split of the data.
 
-    A score is to be of all rows, so none is dropped.
+    A score is to be of all rows that pass data.filter, so none of them is dropped.
     """
     data = data.model_copy(update={"limit": None, "on_cut": "keep", "on_bad_row": "refuse"})
     if Path(place).expanduser().exists():
@@ -304,28 +303,19 @@ def _keep_rows(
                 dropped.append(cut)
                 continue
             tally["cut"] += 1
-            _name_row(tally, cut)
+            name_row(tally, cut)
         ids += text.ids
         types += text.types or []
         lengths.append(len(text.ids))
         labels.append(row.label)
     tally["kept"] += len(labels)
-    for row in dropped:
-        tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
-        _name_row(tally, row)
+    count_dropped(tally, dropped)
     tensors = {
         "tokens": torch.tensor(ids, dtype=torch.int32),
         "lengths": torch.tensor(lengths, dtype=torch.int64),
         "labels": torch.tensor(labels, dtype=torch.float64),
     }
     return tensors | ({"token_types": torch.tensor(types, dtype=torch.int8)} if has_types else {})
-
-
-def _name_row(tally: dict, row: BadRow) -> None:
-    """Note a row among the first few of its reason."""
-    named = tally["examples"].setdefault(row.reason, [])
-    if len(named) < NUM_NAMED:
-        named.append([row.number, row.what])
 
 
 # Rows and labels

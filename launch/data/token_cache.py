@@ -14,7 +14,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -322,6 +323,13 @@ def _make_tokenize_chunk(
         special = find_special_tokens(tokenizer)
         return lambda chunk, tally: _tokenize_chunk(chunk, tokenizer, special, data, tally)
     template = load_template(data.chat_template, tokenizer)
+    if not template.learns_end:
+        print(
+            f"data.chat_template: its marks leave out {template.end_of_turn}, so where to stop is not "
+            "learnt",
+            file=sys.stderr,
+            flush=True,
+        )
     return lambda chunk, tally: _tokenize_chat_chunk(chunk, template, data, tally)
 
 
@@ -349,7 +357,7 @@ def _tokenize_chunk(
             continue
         if special.occur_in(ids):
             tally["special"] += 1
-            _name_row(tally, BadRow(row.number, SPECIAL, f"it holds {SPECIAL}"))
+            name_row(tally, BadRow(row.number, SPECIAL, f"it holds {SPECIAL}"))
         _add_example(added, tally, ids[: data.max_length], prompt_length)
     _add_chunk(chunk, bad, tally)
     return added
@@ -392,15 +400,13 @@ def _check_length(
         if data.on_cut == "drop":
             return cut
         tally["cut"] += 1
-        _name_row(tally, cut)
+        name_row(tally, cut)
     return None
 
 
 def _add_chunk(chunk: Chunk, bad: Sequence[BadRow], tally: dict) -> None:
     """Note in `tally` that a chunk was read, and its bad rows."""
-    for row in bad:
-        tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
-        _name_row(tally, row)
+    count_dropped(tally, bad)
     tally |= {"read": chunk.position, "selected": chunk.selected}
 
 
@@ -426,7 +432,14 @@ def _count_numbers(tally: dict) -> dict[str, int]:
     }
 
 
-def _name_row(tally: dict, row: BadRow) -> None:
+def count_dropped(tally: dict, bad: Iterable[BadRow]) -> None:
+    """Count rows that are left out by their reason, and name the first few of each."""
+    for row in bad:
+        tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
+        name_row(tally, row)
+
+
+def name_row(tally: dict, row: BadRow) -> None:
     """Note a row among the first few of its reason."""
     named = tally["examples"].setdefault(row.reason, [])
     if len(named) < NUM_NAMED:

@@ -27,8 +27,7 @@ class TokenSet:
     # Of messages: (all tokens,), int8, 1 where the loss counts a token. None where it counts all from
     # the prompt's end on.
     is_trained: Tensor | None = None
-    labels: Tensor | None = None  # (examples,), fp64: places in task.labels, or numbers
-    has_classes: bool = False  # whether labels are places in task.labels
+    labels: Tensor | None = None  # (examples,): int64 places in task.labels, or fp64 numbers
     token_types: Tensor | None = (
         None  # as tokens, int8: 1 in a pair's second text; if models take it
     )

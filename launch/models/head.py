@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from astra.targets import POOLER, is_of_pooler
 from launch.runtime.errors import UserError
 
-POOLER = "pooler"
 # The first parts of names, below the base's own prefix, of what files hold for other heads.
 OTHER_HEADS = {
     "cls",
@@ -42,11 +42,6 @@ class Head:
 
     labels: tuple[str, ...]  # by output; empty for a regression
     pad_token: int  # id of the token that fills up rows
-
-    @property
-    def num_outputs(self) -> int:
-        """The head's outputs: one for each label, or one number."""
-        return max(1, len(self.labels))
 
     def fill_config(self, config: PretrainedConfig) -> None:
         """Set the fields of a base's config by which transformers makes the model with this head.
@@ -100,11 +95,6 @@ def find_head_names(model: PreTrainedModel, missing: Collection[str]) -> tuple[s
         if name in missing and (not name.startswith(prefix) or is_of_pooler(name)):
             names.append(name)
     return tuple(names)
-
-
-def is_of_pooler(name: str) -> bool:
-    """Return whether a module or parameter is a pooler, or a part of one."""
-    return POOLER in name.split(".")
 
 
 def is_of_other_head(name: str, model: PreTrainedModel) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eval.errors import EvalError
 from eval.task_scores import find_constant, score, score_intervals
 from launch.config.task import Task
 from launch.data.batches import collate_rows
@@ -24,12 +25,26 @@ from launch.run.metrics import Metrics
 from launch.run.results import EpochScore, TaskScore
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.runtime.errors import UserError
 from launch.runtime.files import write_text
 from launch.training.loss import has_bf16_products
 
 PREDICTIONS = "predictions"  # folder in the run folder
 # Rows of one forward pass. Fixed, so that neither a setting nor the world size changes a sum's order.
 BATCH_SIZE = 16
+
+
+def check_dev(dev: Mapping[str, TokenSet], task: Task) -> None:
+    """Raise UserError if development rows cannot be scored by the task's metrics.
+
+    To be called before hours are spent on an epoch.
+    """
+    for name, tokens in dev.items():
+        labels = _read_labels(tokens)
+        try:
+            score(_get_metric_name(task), labels, labels, kind=task.kind)
+        except EvalError as error:
+            raise UserError(f"task.dev: {name}: {error}") from None
 
 
 @torch.no_grad()
@@ -119,13 +134,15 @@ def score_sets(
         Name of the score -> metric -> value; the first metric is the one that epochs are compared by.
 
     Raises:
-        EvalError: an output is not finite.
+        UserError: an output is not finite.
     """
     values = {}
     for name, tokens in dev.items():
         outputs = predict_rows(engine, model, tokens)
 
         def finish(name: str = name, tokens: TokenSet = tokens, outputs: Tensor = outputs) -> dict:
+            if not outputs.isfinite().all():
+                raise EvalError(f"{name}: the model gives outputs that are not finite")
             predictions = _choose_predictions(outputs, task)
             labels = _read_labels(tokens)
             found = score(_get_metric_name(task), predictions, labels, kind=task.kind)
@@ -204,7 +221,7 @@ def _choose_predictions(outputs: Tensor, task: Task) -> list[int] | list[float]:
 
 def _read_labels(tokens: TokenSet) -> list[int] | list[float]:
     """Return each row's label: the place of its class, or its number."""
-    return (tokens.labels.long() if tokens.has_classes else tokens.labels).tolist()
+    return tokens.labels.tolist()
 
 
 def _print_scores(

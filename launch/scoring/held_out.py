@@ -106,12 +106,12 @@ def measure_prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> Pr
 
 def _measure_rows(outputs: Tensor, tokens: TokenSet) -> Prediction:
     """Measure how well the outputs of a head predict the labels of all rows."""
-    labels = tokens.labels.long() if tokens.has_classes else tokens.labels
-    if tokens.has_classes:
+    labels = tokens.labels
+    if labels.is_floating_point():
+        losses, accuracy = (outputs[:, 0] - labels).square(), None
+    else:
         losses = F.cross_entropy(outputs, labels, reduction="none")
         accuracy = (outputs.argmax(1) == labels).double().mean().item()
-    else:
-        losses, accuracy = (outputs[:, 0] - labels).square(), None
     return Prediction(loss=losses.mean().item(), accuracy=accuracy, tokens=len(tokens))
 
 

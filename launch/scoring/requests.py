@@ -1,15 +1,18 @@
 """The responses that a scoring asks a model for, with a hash of what each is made from."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
+from launch.data.chat.messages import MessagesError
 from launch.data.chat.template import ChatTemplate
 from launch.data.chat.tokenize import ask
 from launch.data.prompts import format_prompt
+from launch.runtime.errors import UserError
 from launch.scoring.responses import ResponseKey
 
 
@@ -41,7 +44,7 @@ def make_requests(
         template: for prompt chat.
 
     Raises:
-        MessagesError: the chat template refuses a question.
+        UserError: the chat template refuses a question.
     """
     match settings.prompt:
         case "recipe":
@@ -55,7 +58,8 @@ def make_requests(
             format_question = benchmark.format_literature_prompt
     requests = []
     for problem in problems:
-        prompt = format_question(problem.question)
+        with naming_benchmark(benchmark):
+            prompt = format_question(problem.question)
         for sample in range(settings.samples):
             # By name and not by place, so that a limit or a new start changes no response.
             digest = hashlib.sha256(f"{settings.seed} {problem.id} {sample}".encode()).digest()
@@ -70,6 +74,15 @@ def make_requests(
             hashed = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
             requests.append(Request(benchmark.name, problem, sample, prompt, seed, hashed))
     return requests
+
+
+@contextlib.contextmanager
+def naming_benchmark(benchmark: Benchmark) -> Iterator[None]:
+    """Let errors of a chat template be the user's, with the benchmark's name."""
+    try:
+        yield
+    except MessagesError as error:
+        raise UserError(f"eval.prompt: chat, {benchmark.name}: {error.what}") from None
 
 
 def get_new_tokens(benchmark: Benchmark, settings: Eval) -> int:

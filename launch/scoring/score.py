@@ -28,7 +28,13 @@ from launch.models.check import check_token_ids, get_num_positions, get_num_rows
 from launch.run.progress import show_progress, show_progress_of_parts
 from launch.run.results import Score
 from launch.runtime.distributed import run_on_rank0
-from launch.scoring.requests import Request, get_new_tokens, get_stops, make_requests
+from launch.scoring.requests import (
+    Request,
+    get_new_tokens,
+    get_stops,
+    make_requests,
+    naming_benchmark,
+)
 from launch.scoring.responses import (
     Response,
     ResponseKey,
@@ -92,11 +98,11 @@ def score_benchmarks(
     model.eval()
     # generation_config.json names some of them too.
     end_tokens = find_end_tokens(model, tokenizer)
-    template, more_end_tokens = None, []
+    template = None
     if settings.prompt == "chat":
         template = load_template(settings.chat_template, tokenizer, "eval.chat_template")
-        more_end_tokens = [template.end_token]
-        end_tokens = list(dict.fromkeys([*end_tokens, *more_end_tokens]))
+        if template.end_token not in end_tokens:
+            end_tokens.append(template.end_token)
     identity = identity | {"end_tokens": end_tokens}
 
     def make_responses(
@@ -105,7 +111,8 @@ def score_benchmarks(
         if template is None:
             prompts = encode_texts(tokenizer, [request.prompt for request in requests])
         else:
-            prompts = [encode_question(request.problem.question, template) for request in requests]
+            with naming_benchmark(benchmark):
+                prompts = [encode_question(one.problem.question, template) for one in requests]
         largest = max((max(ids) for ids in prompts if ids), default=0)
         check_token_ids(largest, get_num_rows(model), tokenizer, "model")
         return generate_responses(
@@ -117,10 +124,10 @@ def score_benchmarks(
             batch_size=settings.batch_size,
             device=engine.device,
             sharded=engine.sharded,
+            end_tokens=end_tokens,
             stops=get_stops(benchmark, settings),
             temperature=settings.temperature,
             seeds=[request.seed for request in requests],
-            more_end_tokens=more_end_tokens,
         )
 
     return score_responses(make_responses, problems, settings, folder, identity, template)

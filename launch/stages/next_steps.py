@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.config.schema import Eval, Recipe
+from launch.config.schema import EVAL_OPTIONS, Recipe
 from launch.run.folder import BASELINE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
@@ -60,7 +60,7 @@ def make_score_command(
 ) -> str:
     """Return the command that scores what was exported, with the settings of the run's own scores."""
     world_size = results.conditions.world_size
-    words = [*choose_launcher(recipe.engine, world_size), "launch/evaluate.py", "--model"]
+    words = [*choose_launcher(results.engine, world_size), "launch/evaluate.py", "--model"]
     if exports[0] == "model":
         words.append(str(folder / "model"))
     else:
@@ -68,18 +68,18 @@ def make_score_command(
         if results.base.revision not in (None, "main"):
             words += ["--revision", results.base.revision]
         words += ["--adapter", str(folder / exports[0])]
-    if recipe.engine in ("zero3", "fsdp"):
-        words += ["--engine", recipe.engine]
-    settings, defaults = recipe.eval, Eval()
+    if results.engine in ("zero3", "fsdp"):
+        words += ["--engine", results.engine]
+    settings = recipe.eval
     if recipe.data.messages is not None and settings.prompt == "recipe":  # has no suites
         chat = {"prompt": "chat", "chat_template": recipe.data.chat_template}
         settings = settings.model_copy(update=chat)
     for suite in settings.suites or ["gsm8k"]:
         words += ["--suite", suite]
-    for name in ("data_dir", "limit", "prompt", "chat_template", "max_new_tokens", "batch_size"):
-        value = getattr(settings, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in EVAL_OPTIONS:
+        if not settings.is_default(name):
+            value = getattr(settings, name)
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join([*words, "--output", str(folder / "scores")])
 
 

@@ -25,6 +25,7 @@ from launch.run.results import RunFacts
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
+from launch.scoring.development import check_dev
 from launch.scoring.held_out import read_other_text
 from launch.scoring.score import read_problems
 from launch.stages.records import CALIBRATION, PreparedRun, get_input_hashes
@@ -64,6 +65,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
     )
     steps = list(steps)
+    check_dev(inputs.dev, recipe.task)
     print_rank0(run_on_rank0(lambda: describe_model(inputs.model, recipe.adapter)))
     _print_rows(recipe, inputs, steps)
     low_rates = describe_low_rates(len(steps), settings)

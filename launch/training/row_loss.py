@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astra.moments import Batch, get_row_inputs
-from launch.data.batches import select_row_inputs
 from launch.training.loss import has_bf16_products
 
 
@@ -35,7 +34,13 @@ class RowLoss(nn.Module):
         Returns:
             A scalar, fp32, summed in fp64.
         """
-        inputs = select_row_inputs(input_ids, attention_mask, token_type_ids)
+        inputs = get_row_inputs(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+            }
+        )
         with torch.autocast(
             input_ids.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
         ):

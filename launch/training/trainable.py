@@ -23,12 +23,11 @@ from astra.adapter import (
     read_head,
     read_magnitudes,
 )
-from astra.targets import abbreviate_name, match_targets
+from astra.targets import abbreviate_name, is_of_pooler, match_targets
 from launch.config.schema import Adapter, Train
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.models.check import CheckedModel, draw_weight, make_meta_model, read_config
-from launch.models.head import is_of_pooler
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
@@ -47,7 +46,7 @@ def attach_trainable(
 
     Args:
         lora_ranks: of every module, where they are not all alike.
-        head: parameters of a new head, `CheckedModel.new_weights`.
+        head: parameters of a new head, of `CheckedModel.get_head`.
     """
     method = settings.method_record
     if method.trains_all:

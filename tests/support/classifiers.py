@@ -171,7 +171,7 @@ def load_plain_base(recipe: Recipe) -> nn.Module:
     """Load the base with a new head by plain transformers."""
     options = {} if recipe.task.labels else {"problem_type": "regression"}
     model = AutoModelForSequenceClassification.from_pretrained(
-        recipe.model.name, num_labels=recipe.task.num_outputs, **options
+        recipe.model.name, num_labels=max(1, len(recipe.task.labels)), **options
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = VOCABULARY["[SEP]"]

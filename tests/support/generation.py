@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from eval.generation.decoding import find_end_tokens
 from eval.generation.generate import generate_responses
 from launch.models.check import get_num_positions
 
@@ -26,7 +27,13 @@ def generate_all(
 ) -> list[str | None]:
     """Return all responses in the order of the prompts; check that each comes once."""
     positions = get_num_positions(model.config)
-    options = {"device": CPU, "sharded": False, "num_positions": positions} | options
+    options = {
+        "device": CPU,
+        "sharded": False,
+        "num_positions": positions,
+        "end_tokens": find_end_tokens(model, tokenizer),
+        **options,
+    }
     found: dict[int, str | None] = {}
     for part in generate_responses(model, tokenizer, prompts, **options):
         assert part

@@ -99,6 +99,9 @@ def _read_message(given: object, where: str) -> tuple[Message, str]:
         _refuse(UNKNOWN_ROLE, f"{where} has role {show_value(role)}; known: {', '.join(known)}")
     message = {"role": known[role], **others}
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            shown = show_value(message["tool_calls"])
+            _refuse(UNSUPPORTED, f"{where} has tool calls {shown}, which are no list")
         message["tool_calls"] = [_read_call(call, where) for call in message["tool_calls"]]
     message["content"] = _read_content(content, message, where)
     return message, names

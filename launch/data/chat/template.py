@@ -40,6 +40,7 @@ class ChatTemplate:
     special: re.Pattern  # any special token, as it is spelled
     special_ids: frozenset[int]
     end_of_turn: str  # the special token after an assistant's message, as it is spelled
+    learns_end: bool  # whether a turn that is learnt has that token: marks may leave it out
 
     @property
     def has_marks(self) -> bool:
@@ -61,7 +62,9 @@ class ChatTemplate:
     def find_turns(
         self, messages: list[Message], train_on: Literal["all", "last"]
     ) -> tuple[str, list[Span]]:
-        """Render `messages`, and find the assistant's turns with the token that ends each.
+        """Render `messages`, and find the assistant's turns, up to the token that ends each.
+
+        Marks of the template are taken as they are; `learns_end` says whether they have that token.
 
         Args:
             train_on: all turns of the assistant, or the last.
@@ -138,7 +141,7 @@ def load_template(
     try:
         bare, _ = _render(text, tokenizer, [question], generate=False)
         before, _ = _render(text, tokenizer, [question], generate=True)
-        whole, _ = _render(text, tokenizer, [question, answer], generate=False)
+        whole, spans = _render(text, tokenizer, [question, answer], generate=False)
     except MessagesError as error:
         raise UserError(f"{field}: {error.what}, of a question and an answer") from None
     lead, found, tail = whole[len(before) :].partition(_ANSWER)
@@ -158,7 +161,8 @@ def load_template(
             f"{field}: the chat template ends no answer by a special token, so where to stop could "
             "not be learnt; give one that does"
         )
-    return ChatTemplate(text, tokenizer, special, ids, end.group())
+    learns_end = all(end.group() in whole[slice(*span)] for span in spans)
+    return ChatTemplate(text, tokenizer, special, ids, end.group(), learns_end)
 
 
 def read_template(

@@ -27,7 +27,7 @@ class ChatTokens(NamedTuple):
     """The tokens of one conversation."""
 
     ids: list[int]
-    is_trained: list[int]  # 1 for the assistant's tokens and the end of its turns, else 0
+    is_trained: list[int]  # 1 for the assistant's turns (see ChatTemplate.find_turns), else 0
 
 
 class _Rendered(NamedTuple):

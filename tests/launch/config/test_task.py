@@ -15,12 +15,12 @@ PAIRS = ["task.kind=classification", "task.labels=[0, 1]", "task.sentence1=a", "
 def test_labels_may_be_numbers_and_scores_have_the_tasks_name() -> None:
     task = read_recipe("metamath", [NONE, *PAIRS, "task.name=mrpc", "task.dev=validation"]).task
     assert task.labels == ["0", "1"]
-    assert (task.has_head, task.num_outputs) == (True, 2)
+    assert (task.has_head, len(task.labels)) == (True, 2)
     assert task.dev_sets == {"mrpc": "validation"}
     several = "task.dev={mnli: validation_matched, mnli_mm: validation_mismatched}"
     assert len(read_recipe("metamath", [NONE, *PAIRS, several]).task.dev_sets) == 2
     regression = [NONE, "task.kind=regression", "task.sentence1=a", "train.head_lr=1e-3"]
-    assert read_recipe("metamath", regression).task.num_outputs == 1
+    assert read_recipe("metamath", regression).task.has_head
     assert not read_recipe("metamath", []).task.has_head
 
 

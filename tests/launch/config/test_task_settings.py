@@ -85,12 +85,22 @@ def test_a_recipe_extends_another_section_by_section(tmp_path: Path) -> None:
     assert (recipe.model, recipe.data) == (base.model, base.data)
 
 
+def test_what_an_extending_recipe_sets_goes_before_the_settings_by_task(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: glue_lora\ntask: {name: mrpc}\ntrain: {lr: 0.123}\n")
+    recipe = read_recipe(str(mine), [])
+    assert (recipe.train.lr, recipe.train.epochs) == (0.123, 30)
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
         ("extends: metamth", [], r"--recipe: no recipe or file 'metamth'; did you mean metamath\?"),
         ("extends: {path}", [], r"--recipe: .*mine\.yaml extends itself, through mine"),
         ("extends: glue\nby_task: {mrpc: 3}", [], r"by_task: is not of the form"),
+        ("extends: glue\nby_task: {3: {}}", [], r"by_task: is not of the form"),
+        ("extends: glue\nby_task: {mrpc: {3: 1}}", [], r"by_task: is not of the form"),
+        ("extends: smollm2\ncalibration: {data: {path: [a]}}", [], r"calibration\.data\.path: "),
         ("extends: glue\nby_task: {cola: {}}", [], r"task\.name: .* for cola, not for mrpc"),
         ("extends: glue\nby_task: {mrpc: {train.lrr: 3}}", [], r"train\.lrr: unknown key; did you"),
         ("extends: glue", ["task.name=sts-b"], r"task\.name: no task 'sts-b' .* mean stsb\?"),

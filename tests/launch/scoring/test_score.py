@@ -16,11 +16,12 @@ from transformers import MptConfig, MptForCausalLM
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS, Problem
 from launch.config.schema import Eval
+from launch.data.chat.template import load_template
 from launch.run.results import Score
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring import score as scoring
-from launch.scoring.requests import Request
+from launch.scoring.requests import Request, make_requests
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
 from launch.scoring.score import score_benchmarks, score_responses
 from launch.scoring.score_table import render_scores
@@ -236,6 +237,18 @@ def test_a_chat_prompt_is_the_templates_and_a_response_ends_at_its_end_of_turn(
     template = hashlib.sha256(CASES["llama3"].template.encode()).hexdigest()
     assert recorded["chat_template_sha256"] == template
     assert json.loads((tmp_path / "generation.json").read_text())["end_tokens"] == [1, end]
+
+
+def test_a_question_that_the_template_refuses_is_named_with_its_benchmark() -> None:
+    tokenizer = make_chat_tokenizer(CASES["llama3"])
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('not this') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    template = load_template(None, tokenizer, "eval.chat_template")
+    problems = [Problem("gsm8k/0", "bad", "3")]
+    with pytest.raises(UserError, match=r"^eval.prompt: chat, gsm8k: .*\(not this\)"):
+        make_requests(BENCHMARKS["gsm8k"], problems, Eval(prompt="chat"), template)
 
 
 def test_responses_to_other_prompts_are_set_aside(

@@ -42,7 +42,8 @@ def make_run_results(**others: object) -> RunResults:
 
 def list_commands(folder: Path, recipe: Recipe, **others: object) -> dict[str, list[str]]:
     """Return the words of the next steps. Each command of this repository must be accepted."""
-    steps = list_next_steps(folder, recipe, make_run_results(**others))
+    results = make_run_results(**({"engine": recipe.engine} | others))
+    steps = list_next_steps(folder, recipe, results)
     for label, command in steps.items():
         assert label == "serve" or find_faults(command) == []
     return {label: shlex.split(command) for label, command in steps.items()}
@@ -59,6 +60,16 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
     # 20 is no --max-lora-rank of vLLM; 32 is the next.
     served = f"vllm serve /models/my base --enable-lora --max-lora-rank 32 --lora-modules tuned={folder}/lora"
     assert " ".join(steps["serve"]) == served
+
+
+def test_a_run_is_scored_again_as_it_was_whatever_auto_became(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run", ["lora"])
+    drawn = ["eval.samples=4", "eval.temperature=0.7", "eval.seed=3", "eval.allow_unsandboxed=true"]
+    steps = list_commands(folder, make_recipe("engine=auto", *drawn), engine="zero3")
+    score = " ".join(steps["score"])
+    assert score.startswith("deepspeed --num_gpus 2 launch/evaluate.py")
+    assert "--engine zero3" in score
+    assert "--samples 4 --temperature 0.7 --seed 3 --allow-unsandboxed --output" in score
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_marks_of_the_template_give_the_mask_of_transformers(
     assert marked != case.template
     tokenizer = make_chat_tokenizer(case._replace(template=marked))
     template = load_template(None, tokenizer)
+    assert template.learns_end
     messages = data.draw(conversations(case))
     contents = " ".join(message["content"] for message in messages)
     if template.special.search(contents):
@@ -103,3 +104,14 @@ def test_marks_of_the_template_give_the_mask_of_transformers(
     assert tokens.ids == reference["input_ids"]
     assert tokens.is_trained == reference["assistant_masks"]
     assert len(decode_runs(tokenizer, tokenize(template, messages, "last"))) == 1
+
+
+def test_marks_that_leave_out_the_end_of_a_turn_are_known() -> None:
+    marked = CHATML.replace(
+        "message['content'] + '<|im_end|>'",
+        "'' }}{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>'",
+    )
+    assert marked != CHATML
+    case = CASES["chatml"]._replace(template=marked)
+    assert not load_template(None, make_chat_tokenizer(case)).learns_end
+    assert load_template(None, make_chat_tokenizer(CASES["chatml"])).learns_end

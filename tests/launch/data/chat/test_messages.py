@@ -58,6 +58,7 @@ def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") 
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],
             "message 1 of field 'chat' has a part of type image_url; only text",
         ),
+        ([USER, {**ANSWER, "tool_calls": 5}], "message 2 of field 'chat' has tool calls 5, which"),
         (
             [USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
             "message 2 of field 'chat' has a tool call without the name",
