@@ -2,7 +2,7 @@
 # make miniature      every method on the quickstart's base: a table and figures
 # make test           what CI runs: units and real launches of every engine, 1 to 4 ranks; 13 minutes on 2 cores
 # make test-fast      units only; a minute and a half
-# make test-full      everything, with the further cells of every matrix; 17 minutes
+# make test-full      everything, with the further cells of every matrix; 22 minutes
 # make lint, format   check, or mend, style
 PYTHON ?= python3
 VENV := .venv

@@ -146,11 +146,10 @@ def test_the_loss_of_every_batch_is_that_of_the_masked_tokens(model: Path, tmp_p
     for packing in (None, Packing(400, flat=False)):
         sequences = [[2, 0], [1], None] if packing else [[2], [0], [1], None]
         batch = collate_sequences(held_out, sequences, packing)
-        loss = AnswerLoss(network)(batch.input_ids, batch.loss_indices, batch.targets)
+        loss = AnswerLoss(network)(*batch.arguments())
         assert len(batch.targets) == held_out.count_answer_tokens([0, 1, 2])
-        if packing is None:
-            # AnswerLoss takes the cross-entropy in fp32.
-            assert loss.item() == pytest.approx(expected, rel=1e-6)
+        # AnswerLoss takes the cross-entropy in fp32.
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
     _, labels = collate_examples(held_out, [2, None, 0], CPU)
     counted = labels[labels != IGNORED]
     assert len(counted) == held_out.count_answer_tokens([0, 2])
