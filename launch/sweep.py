@@ -37,7 +37,7 @@ def main() -> None:
             raise UserError(f"--only: {arguments.only} is none of the rows 0 to {len(cells) - 1}")
         cells = [cells[arguments.only]]
     if arguments.slurm:
-        write_slurm_script(arguments.slurm, sweep, list_table_options(arguments))
+        write_slurm_script(arguments.slurm, sweep)
     elif arguments.list:
         print_jobs(sweep)
     else:
@@ -75,18 +75,6 @@ def read_command_line() -> argparse.Namespace:
     if arguments.jobs < 1:
         raise UserError("--jobs: must be above 0")
     return arguments
-
-
-def list_table_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the options that name the sweep, as they were given."""
-    options = ["--table", arguments.table]
-    for override in arguments.set:
-        options += ["--set", override]
-    if arguments.output:
-        options += ["--output", str(arguments.output)]
-    if arguments.keep:
-        options += ["--keep", str(arguments.keep)]
-    return options
 
 
 if __name__ == "__main__":

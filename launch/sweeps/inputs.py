@@ -20,21 +20,20 @@ def check_inputs(sweep: Sweep) -> None:
             versions of the packages that compute.
     """
     seen: dict[str, tuple[str, Path]] = {}  # input and its fields -> its content, and whose
-    for cell in sweep.list_cells():
-        for run in sweep.list_runs(cell):
-            folder = sweep.find_folder(run)
-            results = find_run_results(folder)
-            if results is None:
-                continue
-            for name, fields, content in _list_inputs(run.recipe, results):
-                key = json.dumps([name, fields])
-                first, where = seen.setdefault(key, (content, folder))
-                if content != first:
-                    raise UserError(
-                        f"--table: {folder} was made with another {name} than {where} "
-                        f"({content[:12]}, not {first[:12]}); remove the older runs, or give "
-                        "--output and --keep other folders"
-                    )
+    for run in sweep.list_all_runs():
+        folder = sweep.find_folder(run)
+        results = find_run_results(folder)
+        if results is None:
+            continue
+        for name, fields, content in _list_inputs(run.recipe, results):
+            key = json.dumps([name, fields])
+            first, where = seen.setdefault(key, (content, folder))
+            if content != first:
+                raise UserError(
+                    f"--table: {folder} was made with another {name} than {where} "
+                    f"({content[:12]}, not {first[:12]}); remove the older runs, or give "
+                    "--output and --keep other folders"
+                )
 
 
 def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, list, str]]:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from launch.run.progress import has_terminal
 from launch.run.results import RESULTS
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.kept import EFFECTIVE_RANKS, keep_runs
 from launch.sweeps.rates import LOWEST_STEP, make_rate
 from launch.sweeps.remaining import describe_remaining, format_minutes
-from launch.sweeps.table import Cell, Sweep, has_diverged
+from launch.sweeps.table import Cell, Run, Sweep, has_diverged, has_ended
 
 COMMANDS = Path(__file__).resolve().parents[1]  # the folder of train.py and calibrate.py
 STOPPED = 75  # sysexits.h: a temporary failure
@@ -82,18 +83,21 @@ def _find_measured_run(sweep: Sweep, cell: Cell) -> Path | None:
         None until it has finished. A run that is kept without its effective ranks has none: the
         measurement needs the trained model.
     """
-    if not sweep.table.spectra:
+    first_run = _find_first_run(sweep, cell)
+    if not sweep.table.spectra or first_run is None:
         return None
-    eval_runs = sweep.eval_runs(cell)
-    runs = eval_runs.get("own", eval_runs.get("recipe"))
-    if not runs:
-        return None
-    first_run = runs[0]  # of the first seed
     kept = sweep.kept / first_run.name
     if (kept / EFFECTIVE_RANKS).is_file():
         return kept
     folder = sweep.folder / first_run.name
     return folder if (folder / RESULTS).is_file() else None
+
+
+def _find_first_run(sweep: Sweep, cell: Cell) -> Run | None:
+    """Return the cell's run of the first seed; None until its learning rate is chosen."""
+    eval_runs = sweep.eval_runs(cell)
+    runs = eval_runs.get("own", eval_runs.get("recipe"))
+    return runs[0] if runs else None
 
 
 def count_jobs(sweep: Sweep, cell: Cell) -> int:
@@ -104,7 +108,9 @@ def count_jobs(sweep: Sweep, cell: Cell) -> int:
     if rates and sweep.tuned_lr(cell) is None:
         count += len(sweep.table.seeds) * (3 if rates.neighbours else 1)
     if sweep.table.spectra and not any(job.output.name == EFFECTIVE_RANKS.name for job in jobs):
-        count += 1
+        # A run that is kept without its effective ranks, or diverged, is not measured any more.
+        first_run = _find_first_run(sweep, cell)
+        count += first_run is None or not has_ended(sweep.find_folder(first_run))
     return count
 
 
@@ -239,7 +245,7 @@ def run_sweep(
         initial=num_before,
         desc=sweep.name,
         unit="run",
-        disable=not sys.stderr.isatty(),
+        disable=not has_terminal(),
     ) as bar:
         ended = run_jobs(list_known_jobs, num_slots, launcher, stop)
         for num_ended, (job, failure) in enumerate(ended, start=1):

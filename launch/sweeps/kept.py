@@ -27,9 +27,8 @@ def keep_runs(sweep: Sweep, cells: Sequence[Cell]) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        for cell in cells:
-            for run in sweep.list_runs(cell):
-                _keep_run(sweep.folder / run.name, sweep.kept / run.name)
+        for run in sweep.list_all_runs(cells):
+            _keep_run(sweep.folder / run.name, sweep.kept / run.name)
     except OSError as error:
         raise UserError(f"--keep: cannot write {sweep.kept}: {error.strerror}") from None
 

@@ -17,8 +17,7 @@ def describe_remaining(
         num_missing: jobs that are known and not done.
         num_slots: jobs that run side by side.
     """
-    runs = {run.name: run for cell in cells for run in sweep.list_runs(cell)}
-    folders = [sweep.find_folder(run) for run in runs.values()]
+    folders = [sweep.find_folder(run) for run in sweep.list_all_runs(cells)]
     results = [found for found in map(find_run_results, folders) if found is not None]
     num_kept = sum(folder.parent == sweep.kept for folder in folders)
     lines = [f"{num_kept} of them are kept in {sweep.kept}"] if num_kept else []

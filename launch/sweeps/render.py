@@ -112,8 +112,7 @@ def list_recipe_notes(sweep: Sweep) -> list[str]:
 
 def _list_all_results(sweep: Sweep) -> list[RunResults]:
     """Return the results of every finished run of the table, each once."""
-    runs = {run.name: run for cell in sweep.list_cells() for run in sweep.list_runs(cell)}
-    found = [find_run_results(sweep.find_folder(run)) for run in runs.values()]
+    found = [find_run_results(sweep.find_folder(run)) for run in sweep.list_all_runs()]
     return [results for results in found if results is not None]
 
 
@@ -141,16 +140,9 @@ def render_markdown(
     lines += ["\n\n".join(list_notes(sweep, groups)), ""]
     for path, what in (figures or {}).items():
         lines += [f"![{what}]({path})", ""]
-    lines += ["Made by:", "", "```bash", _render_command(sweep), "```"]
+    command = shlex.join(["python", "launch/sweep.py", *sweep.options])
+    lines += ["Made by:", "", "```bash", command, "```"]
     return "\n".join(lines) + "\n"
-
-
-def _render_command(sweep: Sweep) -> str:
-    """Return the command that makes the table's runs."""
-    words = ["python", "launch/sweep.py", "--table", sweep.name]
-    for override in sweep.overrides:
-        words += ["--set", override]
-    return shlex.join(words)
 
 
 def render_latex(sweep: Sweep, groups: Sequence[Group]) -> str:
@@ -181,9 +173,7 @@ def escape_latex(text: str) -> str:
 
 def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
     """Render a line for each group and column that has a number, none of them rounded."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    lines = []
     columns = list_columns(sweep, groups)
     published = find_published(groups, list_benchmarks(sweep.table))
     for i, group in enumerate(groups):
@@ -200,8 +190,8 @@ def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
             score = [scores, "; ".join(entry.source for entry in shown)]
             value = "" if group.value is None else group.value
             line = [group.label, value, group.rate, group.lr, column.title, point.mean, low, high]
-            writer.writerow([*line, len(group.get_values(column)), *score])
-    return file.getvalue()
+            lines.append([*line, len(group.get_values(column)), *score])
+    return _write_csv(CSV_HEAD, lines)
 
 
 def render_rates_csv(sweep: Sweep) -> str:

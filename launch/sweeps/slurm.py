@@ -10,11 +10,8 @@ from launch.sweeps.table import Sweep
 TEMPLATE = Path(__file__).resolve().parents[1] / "cluster" / "sweep.sbatch"
 
 
-def write_slurm_script(path: Path, sweep: Sweep, arguments: list[str]) -> None:
+def write_slurm_script(path: Path, sweep: Sweep) -> None:
     """Write launch/cluster/sweep.sbatch, filled in for a sweep, to `path`; print how to submit it.
-
-    Args:
-        arguments: of launch/sweep.py, by which every task names the sweep.
 
     Raises:
         UserError: the template lacks a line that is filled in. A cluster may need changes to it.
@@ -24,7 +21,7 @@ def write_slurm_script(path: Path, sweep: Sweep, arguments: list[str]) -> None:
     replacements = {
         "#SBATCH --job-name=astra-sweep": f"#SBATCH --job-name={sweep.name}",
         "#SBATCH --array=0": f"#SBATCH --array=0-{num_tasks - 1}",
-        "# set -- --table miniature": f"set -- {shlex.join(arguments)}",
+        "# set -- --table miniature": f"set -- {shlex.join(sweep.options)}",
     }
     for old, new in replacements.items():
         if lines.count(old) != 1:

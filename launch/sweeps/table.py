@@ -160,6 +160,7 @@ class Sweep:
     overrides: tuple[str, ...]
     folder: Path  # of the run folders
     kept: Path  # folder with the small files of finished runs, which are not run again
+    options: tuple[str, ...]  # that name the sweep on a command line, as they were given
     _runs: dict[str, "Run"] = field(default_factory=dict, compare=False, repr=False)  # made so far
 
     def list_cells(self) -> list[Cell]:
@@ -325,6 +326,17 @@ class Sweep:
             runs += group
         return runs
 
+    def list_all_runs(self, cells: Sequence[Cell] | None = None) -> list[Run]:
+        """List the runs that are known so far, each once.
+
+        Args:
+            cells: whose runs; all when None.
+        """
+        runs: dict[str, Run] = {}
+        for cell in self.list_cells() if cells is None else cells:
+            runs |= {run.name: run for run in self.list_runs(cell)}
+        return list(runs.values())
+
 
 def read_table(
     source: str,
@@ -348,8 +360,14 @@ def read_table(
     """
     path = find_yaml(source, TABLES, "--table")
     table = validate_section(Table, **_load_table(path))
-    folder = output or Path("runs") / "tables" / path.stem
-    sweep = Sweep(path.stem, table, tuple(overrides), folder, kept or KEPT / path.stem)
+    sweep = Sweep(
+        name=path.stem,
+        table=table,
+        overrides=tuple(overrides),
+        folder=output or Path("runs") / "tables" / path.stem,
+        kept=kept or KEPT / path.stem,
+        options=_list_options(source, overrides, output, kept),
+    )
     for cell in sweep.list_cells():
         try:
             runs = _resolve_runs(sweep, cell)
@@ -361,6 +379,20 @@ def read_table(
                 "set it in the table"
             )
     return sweep
+
+
+def _list_options(
+    source: str, overrides: Sequence[str], output: Path | None, kept: Path | None
+) -> tuple[str, ...]:
+    """Return the options of launch/sweep.py and launch/report.py that lead to these arguments."""
+    options = ["--table", source]
+    for override in overrides:
+        options += ["--set", override]
+    if output is not None:
+        options += ["--output", str(output)]
+    if kept is not None:
+        options += ["--keep", str(kept)]
+    return tuple(options)
 
 
 def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:

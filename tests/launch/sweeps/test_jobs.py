@@ -5,6 +5,7 @@ Needs nothing, starts no process; takes 10 seconds. tests/distributed/test_sweep
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,18 @@ def test_effective_ranks_are_measured_once_the_first_run_has_finished(tmp_path: 
     assert not jobs.is_done(measurement)
     assert len(jobs.list_jobs(sweep, missing)) == 3
     assert [jobs.count_jobs(sweep, cell) for cell in (finished, missing)] == [4, 4]
+
+
+def test_what_is_not_measured_any_more_is_not_waited_for(tmp_path: Path) -> None:
+    """The first run diverged, or is kept without its effective ranks."""
+    sweep = make_sweep(tmp_path, SCORES, spectra=True)
+    sweep = replace(sweep, kept=tmp_path / "kept")
+    kept, _, diverged = sweep.list_cells()
+    for run in sweep.eval_runs(kept)["recipe"]:
+        (sweep.kept / run.name).mkdir(parents=True)
+        (sweep.folder / run.name / "results.json").rename(sweep.kept / run.name / "results.json")
+    folder = sweep.folder / sweep.eval_runs(diverged)["recipe"][0].name
+    folder.mkdir()
+    (folder / "state.json").write_text('{"state": "diverged"}')
+    assert [jobs.count_jobs(sweep, cell) for cell in (kept, diverged)] == [3, 3]
+    assert len(jobs.list_jobs(sweep, kept)) == len(jobs.list_jobs(sweep, diverged)) == 3

@@ -115,6 +115,8 @@ def test_a_note_of_the_runs_and_the_command_stand_in_every_report(tmp_path: Path
     shown = render_markdown(sweep, groups, {"t_loss.png": "loss"})
     assert shown.startswith("# t\n\n**Note.** The base is a stand-in.\n")
     assert r"\noindent The base is a stand-in.\par" in render_latex(sweep, groups)
-    command = "```bash\npython launch/sweep.py --table t\n```"
+    # As the table was given, so that the command works.
+    options = f"--table {tmp_path / 't.yaml'} --output {tmp_path / 'runs'}"
+    command = f"```bash\npython launch/sweep.py {options}\n```"
     assert shown.endswith(f"![loss](t_loss.png)\n\nMade by:\n\n{command}\n")
     assert "9 finished runs" in shown
