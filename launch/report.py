@@ -66,7 +66,7 @@ def report_table(arguments: argparse.Namespace) -> None:
     if arguments.html:
         from launch.pages.sweep import write_sweep_page
 
-        write_sweep_page(sweep, arguments.table, arguments.html)
+        write_sweep_page(sweep, arguments.html)
         print(f"page: {arguments.html}")
 
 

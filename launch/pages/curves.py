@@ -20,7 +20,7 @@ from launch.pages.charts import (
 )
 from launch.pages.records import RunRecord
 from launch.run.plots import METRIC_LABELS
-from launch.run.results import Score
+from launch.run.results import Score, TaskScore
 
 Spectra = Mapping[str, dict]
 """Module -> its figures in a calibration's spectrum.json."""
@@ -72,28 +72,46 @@ def _add_held_out(figure: Figure, records: Sequence[RunRecord]) -> bool:
 
 
 def chart_scores(records: Sequence[RunRecord]) -> Chart | None:
-    """Chart accuracies with their 95 % intervals, a choice for each benchmark."""
+    """Chart scores with their 95 % intervals, a choice for each benchmark or development rows.
+
+    Of development rows the last epoch's first metric; a score without an interval is left out.
+    """
     figures: dict[str, Figure] = {}
     for benchmark in list_benchmarks(records):
-        figure = make_rows_figure("accuracy (%), with 95 % interval", len(records))
+        figure = make_rows_figure(
+            f"{_name_metric(records, benchmark)} (%), with 95 % interval", len(records)
+        )
         for when in WHEN:
             rows = {}
             for record in records:
                 score = get_scores(record, when).get(benchmark)
-                if score is not None:
+                if score is not None and score.interval is not None:
                     low, high = score.interval
                     rows[record.name] = (100 * low, 100 * score.accuracy, 100 * high)
             if rows:
                 add_intervals(figure, when, rows)
-        figures[benchmark] = figure
+        if figure.lines:
+            figures[benchmark] = figure
     if not figures:
         return None
-    about = "Strict grader's accuracy of each run with its 95 % interval."
+    about = (
+        "Each run's score with its 95 % interval: of a benchmark the strict grader's accuracy, of "
+        "development rows the last epoch's metric."
+    )
     return Chart("scores", "Scores", about, figures, "Benchmark")
 
 
+def _name_metric(records: Sequence[RunRecord], benchmark: str) -> str:
+    """Return what the scores of `benchmark` are: accuracy, or a metric of development rows."""
+    for record in records:
+        score = get_scores(record, WHEN[1]).get(benchmark)
+        if isinstance(score, TaskScore):
+            return f"{score.metric}, last epoch"
+    return "accuracy"
+
+
 def list_benchmarks(records: Sequence[RunRecord]) -> list[str]:
-    """List the benchmarks that at least one run was scored on, before or after training."""
+    """List the benchmarks, or development rows, that at least one run was scored on."""
     names = set()
     for record in records:
         if record.results is not None:
@@ -101,7 +119,7 @@ def list_benchmarks(records: Sequence[RunRecord]) -> list[str]:
     return sorted(names)
 
 
-def get_scores(record: RunRecord, when: str) -> dict[str, Score]:
+def get_scores(record: RunRecord, when: str) -> dict[str, Score | TaskScore]:
     """Return the scores of a run, at one of WHEN; none until it has finished."""
     if record.results is None:
         return {}

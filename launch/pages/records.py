@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from launch.calibration.store import SPECTRUM
+from launch.calibration.store import SPECTRUM, read_summary
+from launch.config.loading import read_stored_recipe
+from launch.config.schema import Recipe
 from launch.run.folder import BASELINE
 from launch.run.metrics import METRICS, Metrics, read_metrics
 from launch.run.results import RunResults, find_run_results
@@ -28,8 +30,9 @@ class RunRecord:
     name: str  # told apart from the other runs of the page
     state: str  # of state.json: running, preempted, error, diverged, finished
     error: str | None  # why the run ended, if it failed
-    recipe: dict[str, Any]  # field with its section, such as train.lr -> value
+    recipe: Recipe
     recipe_text: str
+    fields: dict[str, Any]  # of recipe_text: field with its section, such as train.lr -> value
     results: RunResults | None  # None until the run has finished
     steps: list[Metrics]
     num_steps: int | None  # of the whole run; None where that is not known yet
@@ -38,10 +41,7 @@ class RunRecord:
     @property
     def label(self) -> str:
         """The method with its variant."""
-        if self.results is not None:
-            return self.results.label
-        method = self.recipe.get("adapter.method", "")
-        return f"{method} {self.recipe['adapter.eigen_select']}" if method == "astra" else method
+        return self.recipe.label if self.results is None else self.results.label
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -65,10 +65,10 @@ def read_run(folder: Path, name: str) -> RunRecord:
         UserError: it has no readable recipe.yaml, or a file in it is damaged.
     """
     text = _read_recipe_text(folder)
-    return make_record(folder, name, text)
+    return make_record(folder, name, read_stored_recipe(folder / RECIPE), text)
 
 
-def make_record(folder: Path, name: str, recipe_text: str) -> RunRecord:
+def make_record(folder: Path, name: str, recipe: Recipe, recipe_text: str) -> RunRecord:
     """Read what is in a run folder beside its recipe. Raises UserError: a file in it is damaged."""
     steps = read_metrics(folder) if (folder / METRICS).is_file() else []
     results = find_run_results(folder)
@@ -82,8 +82,9 @@ def make_record(folder: Path, name: str, recipe_text: str) -> RunRecord:
         name=name,
         state=state["state"],
         error=state.get("error"),
-        recipe=_flatten(yaml.safe_load(recipe_text)),
+        recipe=recipe,
         recipe_text=recipe_text,
+        fields=_flatten(yaml.safe_load(recipe_text)),
         results=results,
         steps=steps,
         num_steps=results.steps if results is not None else _estimate_num_steps(steps),
@@ -135,10 +136,8 @@ def _estimate_num_steps(steps: Sequence[Metrics]) -> int | None:
 
 def read_spectra(folder: Path) -> dict[str, dict]:
     """Return the modules of the calibration's spectrum.json; none where there is no such file."""
-    path = folder / CALIBRATION / SPECTRUM
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))["modules"]
+    calibration = folder / CALIBRATION
+    return read_summary(calibration)["modules"] if (calibration / SPECTRUM).is_file() else {}
 
 
 def read_responses(folder: Path, name: str) -> dict[str, list[dict]]:

@@ -69,9 +69,9 @@ def render_page(page: Page) -> str:
     """Return the HTML of a page."""
     from plotly.offline import get_plotlyjs  # not needed by anything else
 
-    scripts = [get_plotlyjs(), _read_asset("page.js")] if page.charts or page.generations else []
-    if not scripts:
-        scripts = [_read_asset("page.js")]
+    scripts = [_read_asset("page.js")]
+    if page.charts or page.generations:
+        scripts.insert(0, get_plotlyjs())
     for script in scripts:
         if "</script" in script.lower() or "<!--" in script:
             raise RuntimeError("a script holds </script or <!--, so it cannot stand in a page")

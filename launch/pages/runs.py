@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.config.loading import read_stored_recipe
 from launch.pages.curves import chart_layers, chart_metric, chart_scores
 from launch.pages.generations import pack_responses
-from launch.pages.records import RECIPE, RunRecord, read_responses, read_runs, read_spectra
+from launch.pages.records import RunRecord, read_responses, read_runs, read_spectra
 from launch.pages.render import Page, write_page
 from launch.pages.tables import tabulate_conditions, tabulate_differences, tabulate_runs
 from launch.run.plots import METRIC_LABELS
@@ -77,8 +76,7 @@ def _list_commands(records: Sequence[RunRecord], path: Path) -> dict[str, str]:
     folders = [record.folder for record in records]
     commands = {"This page again": make_page_command(folders, path)}
     for record in records:
-        recipe = read_stored_recipe(record.folder / RECIPE)
-        results = record.results
+        recipe, results = record.recipe, record.results
         if results is None:
             continue
         repeat = make_repeat_command(record.folder, recipe.engine, results.conditions.world_size)

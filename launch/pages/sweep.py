@@ -30,7 +30,7 @@ from launch.sweeps.curves import collect_rate_curves
 from launch.sweeps.figures import WINDOW, collect_curves, collect_lines, collect_points, smooth_runs
 from launch.sweeps.render import list_notes, list_recipe_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
-from launch.sweeps.table import KEPT, Run, Sweep
+from launch.sweeps.table import Run, Sweep
 
 
 class ShownRun(NamedTuple):
@@ -40,20 +40,17 @@ class ShownRun(NamedTuple):
     record: RunRecord
 
 
-def write_sweep_page(sweep: Sweep, source: str, path: Path) -> None:
+def write_sweep_page(sweep: Sweep, path: Path) -> None:
     """Write the page of a sweep to `path`.
-
-    Args:
-        source: what --table was.
 
     Raises:
         UserError: runs that should have the same inputs were made with different ones, or the page
             cannot be written.
     """
-    write_page(make_sweep_page(sweep, source, path), path)
+    write_page(make_sweep_page(sweep, path), path)
 
 
-def make_sweep_page(sweep: Sweep, source: str, path: Path) -> Page:
+def make_sweep_page(sweep: Sweep, path: Path) -> Page:
     """Put the page of a sweep together."""
     groups = collect_groups(sweep)
     runs = _list_runs(sweep)
@@ -74,7 +71,7 @@ def make_sweep_page(sweep: Sweep, source: str, path: Path) -> Page:
         generations=pack_responses(responses) if responses else None,
         conditions=tabulate_conditions([record for _, record in shown]),
         notes=notes,
-        commands=_list_commands(sweep, source, path),
+        commands=_list_commands(sweep, path),
         recipes=_list_recipes(sweep, shown),
     )
 
@@ -90,29 +87,23 @@ def _make_blocks(sweep: Sweep, groups: Sequence[Group]) -> list[tuple[str, Table
 
 def _list_runs(sweep: Sweep) -> list[RunRecord]:
     """Read every run of the sweep that is known so far, in its order."""
-    runs: dict[str, Run] = {}
-    for cell in sweep.list_cells():
-        runs |= {run.name: run for run in sweep.list_runs(cell)}
-    return [_read_run(sweep, run, name) for name, run in runs.items()]
+    return [_read_run(sweep, run, run.name) for run in sweep.list_all_runs()]
 
 
 def _read_run(sweep: Sweep, run: Run, name: str) -> RunRecord:
-    return make_record(sweep.find_folder(run), name, dump_recipe(run.recipe))
+    return make_record(sweep.find_folder(run), name, run.recipe, dump_recipe(run.recipe))
 
 
 def _choose_shown_runs(sweep: Sweep, groups: Sequence[Group]) -> list[ShownRun]:
     """Return the first finished run of every row and value, at the first of its learning rates."""
     shown: dict[str, ShownRun] = {}
-    recipes = {}
-    for cell in sweep.list_cells():
-        recipes |= {run.name: run for run in sweep.list_runs(cell)}
+    runs = {run.name: run for run in sweep.list_all_runs()}
     for group in groups:  # those at own learning rates come first
         name = group.label if group.value is None else f"{group.label} {group.value}"
         if name in shown or not group.results:
             continue
-        folder = group.folders[min(group.results)]
-        text = dump_recipe(recipes[folder.name].recipe)
-        shown[name] = ShownRun(name, make_record(folder, name, text))
+        run = runs[group.folders[min(group.results)].name]
+        shown[name] = ShownRun(name, _read_run(sweep, run, name))
     return list(shown.values())
 
 
@@ -222,19 +213,12 @@ def _chart_curves(sweep: Sweep, groups: Sequence[Group], key: str) -> Chart | No
     return Chart(key.replace("_", "-"), TITLES[key], about, figures)
 
 
-def _list_commands(sweep: Sweep, source: str, path: Path) -> dict[str, str]:
+def _list_commands(sweep: Sweep, path: Path) -> dict[str, str]:
     """Return the commands that make the missing runs, and this page again."""
-    options = ["--table", source]
-    for override in sweep.overrides:
-        options += ["--set", override]
-    options += ["--output", str(sweep.folder)]
-    if sweep.kept != KEPT / sweep.name:
-        options += ["--keep", str(sweep.kept)]
+    again = ["python", "launch/report.py", *sweep.options, "--html", str(path)]
     return {
-        "The missing runs": shlex.join(["python", "launch/sweep.py", *options]),
-        "This page again": shlex.join(
-            ["python", "launch/report.py", *options, "--html", str(path)]
-        ),
+        "The missing runs": shlex.join(["python", "launch/sweep.py", *sweep.options]),
+        "This page again": shlex.join(again),
     }
 
 

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from launch.pages.curves import WHEN, get_scores, list_benchmarks
 from launch.pages.records import RunRecord
-from launch.run.results import Score
-from launch.runtime.units import GIB
+from launch.run.results import Score, TaskScore, describe_score
 
 MISSING = object()  # a field that a recipe does not have
 
@@ -33,11 +32,14 @@ def tabulate_runs(records: Sequence[RunRecord]) -> Table:
     titles = ["run", "state", "method", "rank", "lr", "seed", "steps", "last loss"]
     titles += ["held-out loss before", "held-out loss after"]
     for name in benchmarks:
-        titles += [f"{name} before (%)", f"{name} after (%)"]
+        titles += [f"{name} before", f"{name} after"]
     titles += ["trained parameters", "calibration (s)", "training (s)", "peak memory (GiB)"]
     rows = [_list_cells(record, benchmarks) for record in records]
     kept = [i for i in range(len(titles)) if any(row[i].text for row in rows)]
-    caption = "Scores are in percent with their 95 % Wilson interval and n (strict grader)."
+    caption = (
+        "Scores of benchmarks are in percent with their 95 % Wilson interval and n (strict grader), "
+        "those of development rows are fractions with their 95 % bootstrap interval."
+    )
     return Table(caption, [titles[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
@@ -48,9 +50,9 @@ def _list_cells(record: RunRecord, benchmarks: Sequence[str]) -> list[Cell]:
         Cell(record.name),
         Cell(record.state),
         Cell(record.label),
-        make_number(record.recipe.get("adapter.rank") if results is None else results.rank, "d"),
-        make_number(record.recipe.get("train.lr") if results is None else results.lr, "g"),
-        make_number(record.recipe.get("train.seed") if results is None else results.seed, "d"),
+        make_number(record.fields.get("adapter.rank") if results is None else results.rank, "d"),
+        make_number(record.fields.get("train.lr") if results is None else results.lr, "g"),
+        make_number(record.fields.get("train.seed") if results is None else results.seed, "d"),
         _make_steps(record),
         make_number(_find_last_loss(record), ".4f"),
     ]
@@ -63,13 +65,12 @@ def _list_cells(record: RunRecord, benchmarks: Sequence[str]) -> list[Cell]:
     if results is None:
         seconds = record.steps[-1].get("seconds") if record.steps else None
         return [*cells, Cell(""), Cell(""), make_number(seconds, ".0f"), Cell("")]
-    memory = max(results.peak_memory) / GIB if results.peak_memory else None
     return [
         *cells,
         make_number(results.trained_parameters, ",d"),
         make_number(results.seconds.calibration, ".1f"),
         make_number(results.seconds.training, ".0f"),
-        make_number(memory, ".2f"),
+        make_number(results.peak_gib, ".2f"),
     ]
 
 
@@ -95,20 +96,16 @@ def _find_last_loss(record: RunRecord) -> float | None:
     return record.steps[-1]["loss"] if record.steps else None
 
 
-def _make_score(score: Score | None) -> Cell:
-    if score is None:
-        return Cell("")
-    low, high = score.interval
-    text = f"{100 * score.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}, n = {score.n})"
-    return Cell(text, score.accuracy)
+def _make_score(score: Score | TaskScore | None) -> Cell:
+    return Cell("") if score is None else Cell(describe_score(score), score.accuracy)
 
 
 def tabulate_differences(records: Sequence[RunRecord]) -> Table | None:
     """Make the table of the recipes' fields that differ; None where there are none."""
-    fields = list(dict.fromkeys(field for record in records for field in record.recipe))
+    fields = list(dict.fromkeys(field for record in records for field in record.fields))
     rows = []
     for field in fields:
-        values = [record.recipe.get(field, MISSING) for record in records]
+        values = [record.fields.get(field, MISSING) for record in records]
         if any(value != values[0] for value in values):
             rows.append([Cell(field), *(Cell(_format_value(value)) for value in values)])
     if not rows:
@@ -141,7 +138,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "engine": results.engine,
         "dtype": results.dtype,
         "seed": results.seed,
-        "calibration.seed": record.recipe.get("calibration.seed"),
+        "calibration.seed": record.fields.get("calibration.seed"),
         **results.conditions.model_dump(),
         "base": results.base.name,
         "base revision": results.base.revision,
@@ -156,6 +153,8 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         **{f"{field} (auto)": value for field, value in results.decided.items()},
     }
     for name, score in results.scores.items():
+        if isinstance(score, TaskScore):
+            continue  # the rows are those of the data, and nothing is prompted
         conditions[f"{name}: prompt, grader"] = f"{score.prompt}, {score.grader}"
         conditions[f"{name}: problems (SHA-256)"] = score.data_sha256
     return conditions

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
+from launch.runtime.units import GIB
 
 RESULTS = (
     "results.json"  # in the folder of a run or an evaluation; written last, it marks it as finished
@@ -87,6 +88,11 @@ class TaskScore(Record):
     def accuracy(self) -> float:
         """The last epoch's value of `metric`."""
         return self.last.values[self.metric]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of that value; None where the last epoch's predictions were gone."""
+        return None if self.last.intervals is None else self.last.intervals[self.metric]
 
 
 class Base(Record):
@@ -236,6 +242,11 @@ class RunResults(Record):
         variant = self.variant or self.eigen_select
         return f"{self.method} {variant}" if variant else self.method
 
+    @property
+    def peak_gib(self) -> float | None:
+        """Peak memory in GiB of the rank that had the largest; None where it was not measured."""
+        return max(self.peak_memory) / GIB if self.peak_memory else None
+
 
 class EvaluationResults(Record):
     """results.json of launch/evaluate.py."""
@@ -312,15 +323,15 @@ def runs_table(folders: Sequence[Path]) -> str:
         cells = [folder.resolve().name, row.label, row.rank or "", f"{row.lr:g}", row.seed]
         cells += [row.steps, f"{row.final_loss:.4f}"]
         for name in benchmarks:
-            cells += [_cell(row.baseline.get(name)), _cell(row.scores.get(name))]
+            for score in (row.baseline.get(name), row.scores.get(name)):
+                cells.append("" if score is None else describe_score(score))
         cells.append(f"{row.seconds.training:.0f}")
         lines.append(cells)
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def _cell(score: Score | TaskScore | None) -> str:
-    if score is None:
-        return ""
+def describe_score(score: Score | TaskScore) -> str:
+    """Describe a score for a cell: of a benchmark in percent, of development rows in fractions."""
     if isinstance(score, TaskScore):
         return describe_task_score(score)
     low, high = score.interval

@@ -12,7 +12,6 @@ from scipy import stats
 
 from launch.config.schema import Recipe
 from launch.run.results import Prediction, RunResults, TaskScore, find_run_results
-from launch.runtime.units import GIB
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.table import Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
 
@@ -212,11 +211,6 @@ def _get_trained_millions(results: RunResults) -> float | None:
     return None if results.trained_parameters is None else results.trained_parameters / 1e6
 
 
-def _get_peak_memory(results: RunResults) -> float | None:
-    """Return the peak memory in GiB of the rank that had the largest."""
-    return max(results.peak_memory) / GIB if results.peak_memory else None
-
-
 OTHER_COLUMNS = [
     Column("held-out loss", get_held_out_loss, ".4f", "low"),
     Column("other-text loss before", lambda r: _get_other_text_loss(r, "before"), ".3f"),
@@ -233,5 +227,5 @@ OTHER_COLUMNS = [
     Column("trained parameters (M)", _get_trained_millions, ".3f"),
     Column("calibration (s)", lambda r: r.seconds.calibration, ".1f"),
     Column("training (s)", lambda r: r.seconds.training, ".1f"),
-    Column("peak memory (GiB)", _get_peak_memory, ".2f"),
+    Column("peak memory (GiB)", lambda r: r.peak_gib, ".2f"),
 ]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.pages.charts import MAX_POINTS, MAX_SHOWN, add_line, make_figure
 from launch.pages.generations import MAX_CHARACTERS, MAX_LENGTH, pack_responses
@@ -21,7 +22,14 @@ from launch.sweeps.table import read_table
 from tests.support.html_pages import HtmlPage, read_page
 from tests.support.page_runs import make_run, make_running, write_lines
 from tests.support.runs import read_generations, read_results
-from tests.support.sweeps import TABLE, make_held_out, make_results, make_sweep, write_results
+from tests.support.sweeps import (
+    TABLE,
+    make_held_out,
+    make_results,
+    make_sweep,
+    make_task_score,
+    write_results,
+)
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -52,7 +60,7 @@ def test_every_number_of_a_finished_run_is_that_of_its_results(tmp_path: Path) -
     assert float(row["calibration (s)"][1]) == results["seconds"]["calibration"]
     assert float(row["training (s)"][1]) == results["seconds"]["training"]
     score = results["scores"]["gsm8k"]
-    text, value = row["gsm8k after (%)"]
+    text, value = row["gsm8k after"]
     assert float(value) == score["accuracy"]
     low, high = (100 * bound for bound in score["interval"])
     assert text == f"{100 * score['accuracy']:.1f} ({low:.1f} to {high:.1f}, n = {score['n']})"
@@ -134,6 +142,59 @@ def test_a_running_run_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     (runs[1] / "results.json").write_text((runs[0] / "results.json").read_text())
     write_runs_page([*runs, early], tmp_path / "page.html")
     assert read_page(tmp_path / "page.html").read_table(0)["running"]["state"][0] == "finished"
+
+
+def test_scores_of_development_rows_are_shown_with_their_metric(tmp_path: Path) -> None:
+    """Of a run with a new head: the last epoch's interval is drawn, where there is one."""
+    runs = [make_run(tmp_path / name) for name in ("benchmark", "task", "bare")]
+    score = make_task_score({"f1": 0.75}, {"f1": 0.875})
+    for run in runs[1:]:
+        results = read_results(run)
+        results |= {"task": {"kind": "classification", "labels": ["no", "yes"], "pad_token": None}}
+        (run / "results.json").write_text(json.dumps(results | {"scores": {"mrpc": score}}))
+        score["last"]["intervals"] = None
+    score["last"]["intervals"] = {"f1": [0.5, 0.8125]}
+    results = read_results(runs[1])
+    (runs[1] / "results.json").write_text(json.dumps(results | {"scores": {"mrpc": score}}))
+    write_runs_page(runs[1:2], tmp_path / "one.html")
+    write_runs_page(runs, tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    table = page.read_table(0)
+    text = "last epoch 2: f1 0.7500 (0.5000 to 0.8125); best epoch 1: f1 0.8750; n = 200"
+    assert table["task"]["mrpc after"] == (text, "0.75")
+    assert table["bare"]["mrpc after"][0].startswith("last epoch 2: f1 0.7500; best epoch 1")
+    assert table["benchmark"]["mrpc after"] == ("", None)
+    for name in ("one", "page"):
+        figure = get_chart(read_page(tmp_path / f"{name}.html"), "scores")["figures"]["mrpc"]
+        (trace,) = figure["traces"]
+        assert (trace["y"], trace["x"], trace["error_x"]["array"]) == (["task"], [75.0], [6.25])
+        assert figure["layout"]["xaxis"]["title"]["text"].startswith("f1, last epoch (%)")
+    conditions = {row[0][0] for row in page.tables[-1]}
+    assert "gsm8k: prompt, grader" in conditions and "mrpc: prompt, grader" not in conditions
+
+
+def test_the_page_of_a_sweep_shows_scores_of_development_rows(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, {"a_1": [0.2] * 3, "b": [None] * 3, "c": [None] * 3})
+    score = make_task_score({"f1": 0.75}, {"f1": 0.875})
+    (cell, *_) = sweep.list_cells()
+    for run in sweep.eval_runs(cell)["recipe"]:
+        write_results(sweep, run, make_results(0.2, scores={"mrpc": score}))
+    write_sweep_page(sweep, tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    assert page.read_table(0)["a_1"]["mrpc f1, last epoch (%)"][1] == "75.0"
+    rows = [row for name, row in page.read_table(1).items() if name.startswith("a-1")]
+    assert [row["mrpc after"][1] for row in rows] == ["0.75"] * 3
+
+
+def test_an_unfinished_run_has_its_whole_method_in_the_table(tmp_path: Path) -> None:
+    run = make_running(tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["adapter"] |= {"method": "corda", "corda_mode": "ipm"}
+    recipe["calibration"]["split_half"] = False  # for astra alone
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_runs_page([run], tmp_path / "page.html")
+    row = read_page(tmp_path / "page.html").read_table(0)["run"]
+    assert (row["state"][0], row["method"][0]) == ("running", "corda ipm")
 
 
 def test_a_folder_with_a_recipe_alone_has_a_page(tmp_path: Path) -> None:
@@ -228,7 +289,7 @@ def test_no_two_lines_look_alike_and_the_first_are_shown() -> None:
 def test_a_table_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     scores = {"a_1": [0.2, 0.21, None], "b": [0.8, 0.81, 0.83], "c": [None] * 3}
     sweep = make_sweep(tmp_path, scores)
-    write_sweep_page(sweep, str(tmp_path / "t.yaml"), tmp_path / "page.html")
+    write_sweep_page(sweep, tmp_path / "page.html")
     page, groups = read_page(tmp_path / "page.html"), collect_groups(sweep)
     table = page.read_table(0)
     for group in groups:
@@ -252,7 +313,7 @@ def test_the_chart_of_rates_shows_what_chose_them(tmp_path: Path) -> None:
     losses = {1e-4: 0.5, 2e-4: 0.25, 4e-4: float("nan")}
     for rate, run in sweep.tuning_runs(cell).items():
         write_results(sweep, run, make_results(0.5, held_out=make_held_out(losses[rate])))
-    write_sweep_page(sweep, str(path), tmp_path / "page.html")
+    write_sweep_page(sweep, tmp_path / "page.html")
     chart = get_chart(read_page(tmp_path / "page.html"), "rates")
     (figure,) = chart["figures"].values()
     (trace,) = figure["traces"]
