@@ -12,7 +12,7 @@ from launch.engines.nodes import count_node_ranks
 from launch.models.check import read_config
 from launch.planning.estimate import estimate_calibration_needs
 from launch.planning.machine import RESERVE
-from launch.planning.model import try_estimate
+from launch.planning.model import CAUSAL_ONLY, try_estimate
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
@@ -85,6 +85,8 @@ def _estimate_taken(
     Returns:
         The bytes, and None; or 0, and why there is no estimate.
     """
+    if recipe.task.has_head:
+        return 0, CAUSAL_ONLY
     config = read_config(inputs.model_path)
     needs, problem = try_estimate(
         lambda: estimate_calibration_needs(

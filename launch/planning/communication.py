@@ -87,10 +87,15 @@ def time_collective(num_bytes: float, machine: Machine) -> float:
     its network; the slower of the two counts. An all-reduce is both collectives one after the
     other (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
     """
-    size, nodes = machine.world_size, machine.num_nodes
-    within = num_bytes * (size - 1) / size / machine.gpu.link
-    between = num_bytes * (nodes - 1) / nodes / machine.network
-    return max(within, between) / (1e9 * machine.efficiency)
+    size = machine.world_size
+    within = num_bytes * (size - 1) / size / (machine.gpu.link * 1e9 * machine.efficiency)
+    return max(within, _time_network(num_bytes, machine))
+
+
+def _time_network(num_bytes: float, machine: Machine) -> float:
+    """Return the seconds that `num_bytes` take over a node's network; see `time_collective`."""
+    nodes = machine.num_nodes
+    return num_bytes * (nodes - 1) / nodes / (machine.network * 1e9 * machine.efficiency)
 
 
 def time_gathering(communication: Communication, machine: Machine) -> float:
@@ -103,12 +108,11 @@ def time_gathering(communication: Communication, machine: Machine) -> float:
 def time_micro_batch(communication: Communication, machine: Machine) -> float:
     """Return the seconds of a micro batch's collectives."""
     node = replace(machine, world_size=min(machine.node_size, machine.world_size))
-    # An all-reduce of each rank's shard: in sum the node's network carries the whole once.
-    nodes = replace(machine, world_size=machine.num_nodes, node_size=1)
     summed = communication.scattered + 2 * communication.reduced
     return (
         time_gathering(communication, machine)
         + time_collective(summed, machine)
         + time_collective(communication.node_scattered, node)
-        + time_collective(2 * communication.nodes_reduced, nodes)
+        # Each GPU all-reduces its own shard; a node's network carries those of all its GPUs.
+        + _time_network(2 * communication.nodes_reduced, machine)
     )

@@ -58,11 +58,6 @@ class CountingMode(compat.DispatchMode):
             self.operations[Operation(flops, traffic, is_bf16)] += 1
         return out
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of all matrix products and attention so far."""
-        return sum(one.flops * count for one, count in self.operations.items())
-
     def _count_storage(self, tensor: Tensor) -> None:
         """Count the storage of a new tensor, once, until it is freed."""
         storage = tensor.untyped_storage()

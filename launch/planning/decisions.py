@@ -3,7 +3,6 @@
 Once for a run: a run that resumes takes again what its checkpoint recorded.
 """
 
-import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,9 +22,9 @@ from launch.planning.engines import (
     recommend_engine,
 )
 from launch.planning.machine import DEFAULT_GPU, RESERVE, Machine, make_machine
-from launch.planning.model import ModelRun, run_without_numbers, try_estimate
-from launch.planning.timing import is_offloaded
-from launch.runtime.distributed import print_rank0, run_on_rank0
+from launch.planning.memory import is_offloaded
+from launch.planning.model import CAUSAL_ONLY, ModelRun, run_without_numbers, try_estimate
+from launch.runtime.distributed import find_nodes, print_rank0, run_on_rank0
 from launch.runtime.gpus import find_gpu
 from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
@@ -100,13 +99,11 @@ def gather_machine(device: torch.device) -> Machine:
     free = measure_free_memory(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     ranks: list = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (free, name, socket.gethostname()))
-    least = min(free for free, _, _ in ranks)
-    slowest = min((name for _, name, _ in ranks), key=_rank_by_speed)
-    hosts = [host for _, _, host in ranks]
-    machine = make_machine(
-        slowest, len(ranks), memory=least / GIB, node_size=max(map(hosts.count, hosts))
-    )
+    dist.all_gather_object(ranks, (free, name))
+    least = min(free for free, _ in ranks)
+    slowest = min((name for _, name in ranks), key=_rank_by_speed)
+    node_size = max(map(len, find_nodes()))
+    machine = make_machine(slowest, len(ranks), memory=least / GIB, node_size=node_size)
     # What the libraries take is no longer free.
     return replace(machine, usable=(1 - RESERVE) * least)
 
@@ -122,7 +119,7 @@ def _decide_on(recipe: Recipe, inputs: Inputs, machine: Machine, device_type: st
     Without an estimate it is what shards most, with checkpointing on GPUs.
     """
     if recipe.task.has_head:
-        return _decide_blindly(recipe, machine, "the planner knows causal tasks alone")
+        return _decide_blindly(recipe, machine, CAUSAL_ONLY)
     config, wanted = read_config(inputs.model_path), list_checkpointing(recipe)
     run, problem = try_estimate(
         lambda: run_without_numbers(config, recipe, inputs.dtype, machine.world_size, wanted)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from launch.config.schema import Recipe
 from launch.planning.estimate import Estimate, estimate_engine
 from launch.planning.machine import Machine
+from launch.planning.memory import is_offloaded
 from launch.planning.model import ModelRun
-from launch.planning.timing import is_offloaded
 from launch.runtime.units import GIB
 
 # The simplest first: of engines that are equally fast the first is taken.
@@ -19,7 +19,6 @@ class Recommendation:
     """An engine, and why."""
 
     estimate: Estimate
-    fits: bool  # True where the GPUs' memory is not known
     reason: str  # a sentence's second half
 
 
@@ -28,6 +27,8 @@ def list_engines(recipe: Recipe, world_size: int) -> list[str]:
     engines = list(ENGINES)
     if world_size > 1:
         engines.remove("single")  # it trains in one process
+    if recipe.shard_within == "node":  # for which the recipe allows no others
+        engines = [engine for engine in engines if engine in ("fsdp", "zero3")]
     if recipe.train.compile:  # which zero3 does not allow: it gathers weights inside the layers
         engines = [engine for engine in engines if not engine.startswith("zero3")]
     return engines
@@ -77,7 +78,7 @@ def recommend_engine(estimates: dict[str, Estimate], machine: Machine) -> Recomm
     fitting = {name: one for name, one in estimates.items() if fits(one, machine)}
     if not fitting:
         least = min(estimates.values(), key=lambda one: one.peak)
-        return Recommendation(least, False, f"none fits, and it takes least: {_say_peak(least)}")
+        return Recommendation(least, f"none fits, and it takes least: {_say_peak(least)}")
     best = min(one.step_time.seconds for one in fitting.values())
     equal = [one for one in fitting.values() if one.step_time.seconds <= best * EQUAL]
     chosen = equal[0]
@@ -93,7 +94,7 @@ def recommend_engine(estimates: dict[str, Estimate], machine: Machine) -> Recomm
         reason = f"no other fits; its step takes {step}"
     if machine.usable is not None:
         reason = f"it fits ({_say_peak(chosen)}), and {reason}"
-    return Recommendation(chosen, True, reason)
+    return Recommendation(chosen, reason)
 
 
 def fits(estimate: Estimate, machine: Machine) -> bool:

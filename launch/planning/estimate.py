@@ -121,7 +121,7 @@ def estimate_engine(
 ) -> Estimate:
     """Estimate what `recipe` takes with `engine`; see `estimate_run`."""
     fake, batch = run.fake, run.calibration
-    node_size = _get_node_size(recipe, engine, machine)
+    node_size = _get_node_size(recipe, machine)
     held = count_held_bytes(engine, fake, machine.world_size, node_size)
     windows, flops, sum_flops, solve_flops, calibration_time = None, 0.0, 0.0, 0.0, None
     if batch is not None:
@@ -165,15 +165,13 @@ def estimate_engine(
     )
 
 
-def _get_node_size(recipe: Recipe, engine: str, machine: Machine) -> int | None:
+def _get_node_size(recipe: Recipe, machine: Machine) -> int | None:
     """Return the ranks of a node, if each of several nodes holds the base (`shard_within: node`).
-
-    Engines that do not shard the base are planned as they are.
 
     Raises:
         AstraError: the nodes differ in their number of ranks, or have one each.
     """
-    if recipe.shard_within == "all" or engine not in ("fsdp", "zero3") or machine.num_nodes == 1:
+    if recipe.shard_within == "all" or machine.num_nodes == 1:
         return None
     if machine.world_size % machine.node_size or machine.node_size == 1:
         raise AstraError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,11 +130,8 @@ def count_held_bytes(
     Args:
         node_size: ranks of each of several nodes, if each node holds the base; None: all hold one.
     """
-    zero = {}
-    if engine not in ("single", "fsdp"):
-        zero = read_deepspeed_config(engine)["zero_optimization"]
+    zero, offloaded = _read_zero_settings(engine), is_offloaded(engine)
     is_sharded = engine == "fsdp" or zero.get("stage") == 3
-    is_offloaded = "offload_param" in zero
     num_shards = 1
     if is_sharded:
         num_shards = node_size if node_size and engine == "fsdp" else world_size
@@ -151,9 +149,9 @@ def count_held_bytes(
     }
     if zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
         buffer = FP32_BYTES * min(fake.num_trained, zero["reduce_bucket_size"])
-        stepped_shard = 0 if is_offloaded else 4 * stepped // world_size
+        stepped_shard = 0 if offloaded else 4 * stepped // world_size
         held["gradients and optimiser"] = buffer + stepped_shard
-    if is_offloaded:
+    if offloaded:
         held |= {"base": 0, "adapters": 0}
     elif node_size and zero:
         held["base"] += weights // node_size
@@ -162,12 +160,24 @@ def count_held_bytes(
         held["gathered"] = _count_fsdp_gathered(fake)
     elif engine == "single" and trains_all and weights < stepped:
         held["gathered"] = weights  # autocast's copies
-    elif is_sharded and (world_size > 1 or is_offloaded):
+    elif is_sharded and (world_size > 1 or offloaded):
         itemsize = fake.dtype.itemsize
         held["gathered"] = min(weights, zero["stage3_max_live_parameters"] * itemsize)
         prefetched = min(weights, zero["stage3_prefetch_bucket_size"] * itemsize)
         held["prefetched"] = 2 * prefetched  # and its copy
     return held
+
+
+def is_offloaded(engine: str) -> bool:
+    """Return whether an engine keeps weights in main memory."""
+    return "offload_param" in _read_zero_settings(engine)
+
+
+def _read_zero_settings(engine: str) -> dict[str, Any]:
+    """Return DeepSpeed's settings of ZeRO; empty for the engines without it."""
+    if engine in ("single", "fsdp"):
+        return {}
+    return read_deepspeed_config(engine)["zero_optimization"]
 
 
 def _count_fsdp_gathered(fake: FakeModel) -> int:

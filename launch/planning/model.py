@@ -29,6 +29,7 @@ from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 EstimateT = TypeVar("EstimateT")
+CAUSAL_ONLY = "the planner knows causal tasks alone"  # why there is no estimate for other tasks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from launch.config.schema import Recipe
 from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
-from launch.models.check import check_config, check_max_length
+from launch.models.check import check_config, check_max_length, make_meta_model
 from launch.models.files import fetch_config
 from launch.planning.engines import (
     compare_engines,
@@ -56,6 +56,8 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         )
     config = _load_config(recipe)
     check_config(config)
+    config.problem_type = None  # of another head in config.json; as read_config has it
+    make_meta_model(config)  # refuses what cannot be made, before anything is printed
     check_max_length(recipe.data.max_length, config, recipe.model.name)
     steps = _count_steps(recipe, options)
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
@@ -68,7 +70,8 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     if recipe.engine != "auto":
         estimate = estimates.get(recipe.engine)
         estimate = estimate or estimate_auto(run, recipe, recipe.engine, machine, steps)
-    layout = ", each node holds the base" if recipe.shard_within == "node" else ""
+    in_nodes = recipe.shard_within == "node" and machine.num_nodes > 1
+    layout = ", each node holds the base" if in_nodes else ""
     print(
         f"{name}, {estimate.engine} on {machine.world_size} ranks{layout}, {dtype_name(dtype)} base, "
         f"gradient checkpointing {'on' if estimate.checkpointing else 'off'}"

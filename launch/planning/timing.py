@@ -14,7 +14,6 @@ import torch
 
 from launch.calibration.solvers import GPU_EFFICIENCY, estimate_solve_seconds
 from launch.config.schema import Recipe
-from launch.engines.base import read_deepspeed_config
 from launch.planning.communication import (
     Communication,
     count_communication,
@@ -24,7 +23,7 @@ from launch.planning.communication import (
 )
 from launch.planning.counting import Operation
 from launch.planning.machine import Machine
-from launch.planning.memory import FP32_BYTES
+from launch.planning.memory import FP32_BYTES, is_offloaded
 from launch.planning.model import CalibrationBatch, FakeModel, ModelRun
 
 # Host time of a micro batch by engine, from bench/host.py.
@@ -139,7 +138,7 @@ def time_step(
     A micro batch takes as long as the slowest of the GPU (`time_operations`, and `time_placing` of
     what it gathers), the host (`time_host`), the links (`time_micro_batch`) and, where weights are in
     main memory, the way to it. After the last one AdamW moves 28 bytes a parameter that a rank
-    steps, and ZeRO-2 gathers what was stepped.
+    steps, and ZeRO-2, or ZeRO-3 where each node holds the base, gathers what was stepped.
 
     Args:
         in_nodes: whether each of several nodes holds the base.
@@ -168,13 +167,6 @@ def time_step(
     stepped = ADAMW_BYTES * fake.num_trained / shards / (bandwidth * 1e9 * machine.efficiency)
     after = stepped + time_collective(communication.step_gathered, machine)
     return StepTime(micro_batch, run.num_micro_batches, after)
-
-
-def is_offloaded(engine: str) -> bool:
-    """Return whether an engine keeps weights in main memory."""
-    if engine in ("single", "fsdp"):
-        return False
-    return "offload_param" in read_deepspeed_config(engine)["zero_optimization"]
 
 
 def time_calibration(

@@ -166,6 +166,17 @@ def test_a_model_that_is_not_estimated_has_no_limit_and_that_is_said(
     ]
 
 
+def test_a_model_with_a_new_head_is_not_estimated(world: World, tmp_path: Path) -> None:
+    """The estimate would be of the language model in its place."""
+    task = {"kind": "classification", "labels": ["no", "yes"], "sentence1": "text"}
+    world.free = GIB
+    recipe = make_recipe(task=task)
+    assert world.decide(recipe, tmp_path / "calibration") == (None, {FIELD: None})
+    assert world.printed == [
+        f"{FIELD}: auto is no limit, as there is no estimate: the planner knows causal tasks alone"
+    ]
+
+
 def test_too_little_memory_is_refused_when_windows_are_planned(
     world: World, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from launch.planning import decisions
 from launch.planning.decisions import CHECKPOINTING, ENGINE, decide_run
 from launch.planning.engines import (
     compare_engines,
+    fits,
     list_engines,
     recommend_engine,
     render_comparison,
@@ -66,7 +67,7 @@ def test_the_fastest_that_fits_is_recommended_with_the_reason(run: ModelRun) -> 
     assert not any(one.checkpointing for one in estimates.values())
     found = recommend_engine(estimates, machine)
     # So small a model waits for its host, which has least to do under ZeRO-2.
-    assert (found.estimate.engine, found.fits) == ("zero2", True)
+    assert (found.estimate.engine, fits(found.estimate, machine)) == ("zero2", True)
     assert "its step is the shortest" in found.reason
     assert "bound by the host; " in found.reason
 
@@ -78,7 +79,7 @@ def test_the_fastest_that_fits_is_recommended_with_the_reason(run: ModelRun) -> 
     assert estimates["zero2"].training.peak < with_it
     least = make_small_machine("H100", 1)
     nothing = recommend_engine(compare_engines(run, recipe, least, 1), least)
-    assert not nothing.fits
+    assert not fits(nothing.estimate, least)
     assert "none fits, and it takes least" in nothing.reason
     table = render_comparison(estimates, tight).splitlines()
     assert len(table) == 1 + len(estimates)
@@ -97,6 +98,8 @@ def test_equal_engines_leave_the_simplest() -> None:
 def test_what_cannot_train_is_not_compared() -> None:
     assert "single" not in list_engines(make_recipe(), 2)
     assert list_engines(make_recipe(compile=True), 1) == ["single", "zero2", "fsdp"]
+    nodes = make_recipe("fsdp").model_copy(update={"shard_within": "node"})
+    assert [list_engines(nodes, size) for size in (1, 16)] == [["fsdp", "zero3"]] * 2
 
 
 class World:
@@ -110,17 +113,20 @@ class World:
         patch.setattr(decisions, "measure_free_memory", lambda _: self.ranks[0][0])
         patch.setattr(decisions, "run_on_rank0", lambda function: function())
         patch.setattr(decisions, "print_rank0", self.printed.append)
+        patch.setattr(decisions, "find_nodes", self.find_nodes)
         patch.setattr(torch.cuda, "get_device_name", lambda _: self.ranks[0][1])
         patch.setattr(torch.distributed, "get_world_size", lambda: len(self.ranks))
         patch.setattr(torch.distributed, "all_gather_object", self.gather)
 
     def gather(self, places: list, own: tuple) -> None:
         self.num_gathered += 1
-        assert own[:2] in [rank[:2] for rank in self.ranks] or own[1] == "CPU"
+        assert own in [rank[:2] for rank in self.ranks] or own[1] == "CPU"
         names = ["CPU" if own[1] == "CPU" else name for _, name, _ in self.ranks]
-        places[:] = [
-            (free, name, host) for (free, _, host), name in zip(self.ranks, names, strict=True)
-        ]
+        places[:] = [(free, name) for (free, _, _), name in zip(self.ranks, names, strict=True)]
+
+    def find_nodes(self) -> list[list[int]]:
+        hosts = [host for _, _, host in self.ranks]
+        return [[i for i, host in enumerate(hosts) if host == one] for one in dict.fromkeys(hosts)]
 
     def decide(
         self, recipe: Recipe, device: torch.device = GPU, recorded: dict | None = None

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    DebertaV2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 from astra.adapter import attach_adapters, find_targets
 from launch.config.loading import read_recipe, validate_recipe
@@ -21,6 +27,7 @@ from launch.planning.estimate import Estimate, estimate_run
 from launch.planning.machine import make_machine
 from launch.planning.options import PlanOptions
 from launch.planning.printout import print_plan
+from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
 from launch.training.loss import AnswerLoss
 from tests.support.paths import ROOT
@@ -160,6 +167,45 @@ def test_gpus_that_are_slow_in_fp64_leave_the_solving_to_cpus(
         assert print_plan(recipe, options)
         said = "on 64 CPU cores a GPU, which are sooner than a GPU this slow in fp64"
         assert (said in capsys.readouterr().out) == is_said
+
+
+def test_the_layout_of_several_nodes_is_said_where_there_are_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    recipe = make_recipe(model={"name": str(tmp_path)}, data={"limit": 20})
+    recipe = recipe.model_copy(update={"shard_within": "node"})
+    for world_size, is_said in ((2, False), (4, True)):
+        assert print_plan(recipe, PlanOptions(make_machine(None, world_size, node_size=2)))
+        printed = capsys.readouterr().out
+        assert (", each node holds the base" in printed) == is_said
+        table = printed[printed.index("\nengines, for a step of ") :].splitlines()
+        assert [line.split()[0] for line in table[3:5]] == ["fsdp", "zero3"]
+        assert table[5].startswith("recommended: engine=fsdp: ")
+
+
+@pytest.mark.parametrize("config", [BertConfig(), DebertaV2Config()], ids=["bert", "deberta"])
+def test_a_base_that_cannot_be_planned_is_refused_before_anything_is_printed(
+    config: PretrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config.save_pretrained(tmp_path)
+    recipe = make_recipe(model={"name": str(tmp_path)}, data={"limit": 20})
+    with pytest.raises(UserError, match=f"^model.name: {config.model_type} is an encoder"):
+        print_plan(recipe, PlanOptions(make_machine(None, 1)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_decoder_that_had_a_head_for_labels_is_planned_as_a_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    printed = []
+    for problem_type in (None, "single_label_classification"):
+        config = LlamaConfig(**(CONFIG.to_diff_dict() | {"problem_type": problem_type}))
+        config.save_pretrained(tmp_path)
+        recipe = make_recipe(model={"name": str(tmp_path)}, data={"limit": 20})
+        assert print_plan(recipe, PlanOptions(make_machine(None, 1)))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize(("method", "num_exported"), [("rslora", 2), ("dora", 1)])

@@ -171,6 +171,11 @@ def test_nodes_that_hold_the_base_gather_it_over_their_links_alone() -> None:
     gathered = 2 * (W + T) * within
     # T is summed within nodes; half of it then goes to the other node and half comes back.
     assert time_micro_batch(fsdp, slow) == pytest.approx(gathered + T * within + 2 * T * between)
+    # Through PCIe each GPU sums an eighth of T with the other node's, and all eight at once.
+    bridge = make_machine("NVIDIA H100 NVL", 16, network=400.0)
+    share = (2 * (W + T) + T) * 7 / 8 / 64e9 / 0.6
+    between_fast = T / 400e9 / 0.6
+    assert time_micro_batch(fsdp, bridge) == pytest.approx(share + between_fast)
     zero3 = count_communication("zero3", W // 2, W, T, False, in_nodes=True)
     assert time_micro_batch(zero3, slow) == pytest.approx(gathered + T * between)
     assert zero3.step_gathered == T
