@@ -4,8 +4,10 @@
 
 Loads each run's base with AutoModelForSequenceClassification and its lora/ with PeftModel, tokenises the
 development rows as the run's recipe names them, and compares with the run's results.json and
-predictions/. Of this project it uses only what finds the rows. Prints a line for each set of rows; ends
-with 1 if a score differs, or an output by more than TOLERANCE of the largest.
+predictions/. Of this project it uses what finds the rows, and eval.task_scores.score, which scored the
+run too (tests/eval/test_task_scores.py compares it with scikit-learn and scipy). Prints a line for each
+set of rows; ends with 1 if a score differs, that of a regression by more than TOLERANCE, or an output by
+more than TOLERANCE of the largest.
 """
 
 import argparse
@@ -97,9 +99,12 @@ def compare_run(folder: Path) -> bool:
         error = float((outputs - ours).abs().max() / ours.abs().max())
         labels = [read_label(row[recipe.task.label], recipe) for row in rows]
         predictions = outputs.argmax(1) if recipe.task.labels else outputs[:, 0]
-        plain = score(recipe.task.name or name, predictions, labels, kind=recipe.task.kind)
+        task = recipe.task.name or recipe.task.kind
+        plain = score(task, predictions.tolist(), labels, kind=recipe.task.kind)
+        # Classes are the same; the numbers of a regression are so to rounding, and so is its score.
+        tolerance = 1e-9 if recipe.task.labels else TOLERANCE
         same = error <= TOLERANCE and all(
-            abs(plain[metric] - value) <= 1e-9 if recipe.task.labels else error <= TOLERANCE
+            abs(plain[metric] - value) <= tolerance
             for metric, value in stored["last"]["values"].items()
         )
         agrees = agrees and same
