@@ -6,6 +6,7 @@ import warnings
 import torch
 from transformers import PretrainedConfig
 
+from launch.calibration.solvers import GPU_EFFICIENCY
 from launch.config.schema import Recipe
 from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
@@ -136,8 +137,8 @@ def _print_memory(estimate: Estimate) -> None:
 def _print_time(estimate: Estimate, machine: Machine) -> None:
     """Print the floating-point operations over all ranks, and the time of each stage."""
     print(
-        f"\nfloating-point operations, and time with {machine.efficiency:.0%} of the peaks, without "
-        "loading, saving and scoring:"
+        f"\nfloating-point operations, and time with {machine.efficiency:.0%} of the peaks "
+        f"({GPU_EFFICIENCY:.0%} in fp64), without loading, saving and scoring:"
     )
     if estimate.calibration_time is not None:
         time = estimate.calibration_time
