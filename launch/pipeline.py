@@ -31,6 +31,7 @@ from launch.stages.prepare import prepare_run
 from launch.stages.results import make_results, write_run_results
 from launch.stages.score import score_run
 from launch.stages.train import save_checkpoint, train_model
+from launch.stages.watch import has_stopped_early, restore_best
 from launch.training.flops import find_peak_flops
 
 
@@ -103,18 +104,20 @@ def run_stages(
     if peak_tflops is not None:
         peak_flops = peak_tflops * 1e12
     train_model(run, loaded, initial, facts, history, profile, peak_flops)
-    if len(history) < len(run.steps):
+    if len(history) < len(run.steps) and not has_stopped_early(run, history):
         run_on_rank0(lambda: write_state(folder, "preempted"))
         print_rank0(
             f"stopped after step {len(history)} of {len(run.steps)}, saved; the same command "
             "resumes from there"
         )
         return
+    step = restore_best(run, loaded, history)
     exported = export_run(run, loaded, initial, history)
-    scores = score_run(run, loaded, "scoring", f"after step {len(run.steps)}", folder)
+    watchdog.set_phase("scoring", timed=True)
+    scores = score_run(run, loaded, run.problems, recipe.eval, f"after step {step}", folder)
     after = measure_predictions(loaded.engine, loaded.model, run.measured)
     small = export_small(run, loaded, initial)
-    results = make_results(run, loaded, facts, history, scores, after, small, peak_flops)
+    results = make_results(run, loaded, facts, history, step, scores, after, small, peak_flops)
     run_on_rank0(lambda: write_run_results(run, results))
     if dist.get_rank() == 0:
         print_rank0(runs_table([folder]))

@@ -41,6 +41,11 @@ ADDED_FIELDS = (
     "eval.chat_template",
     "task",
     "train.head_lr",
+    "train.keep_best",
+    "train.patience",
+    "eval.every",
+    "eval.every_suites",
+    "eval.every_limit",
 )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from eval.tasks import BENCHMARKS, GROUPS
+from eval.tasks import BENCHMARKS, GROUPS, expand_groups
 from launch.config.rows import CalibrationRows, RowSource
 from launch.config.section import Name, Section
 from launch.config.task import Task
@@ -342,6 +342,17 @@ class Train(Section):
     keep: int = Field(
         2, ge=1, description="number of checkpoints, the newest, that stay in the run folder"
     )
+    keep_best: Name | None = Field(
+        None,
+        description="also keep the checkpoint that is best by this score, and export it at the end: "
+        "held_out or other_text (the lowest loss), a benchmark of eval.every_suites, or a name of "
+        "task.dev",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop when so many scores in a row, of keep_best, have brought no better one",
+    )
 
 
 class Eval(Section):
@@ -390,6 +401,32 @@ class Eval(Section):
         False, description="run generated programs even where no sandbox works"
     )
     baseline: bool = Field(False, description="also score the base model before training")
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps between scores while training: held-out loss, loss on "
+        "other_text and every_suites; only before and after training when null",
+    )
+    every_suites: list[Literal[*BENCHMARKS, *GROUPS]] = Field(
+        [], description="benchmarks that are also scored while training, with one response each"
+    )
+    every_limit: int | None = Field(
+        None, ge=1, description="number of their problems, the first ones; `limit` when null"
+    )
+
+    @property
+    def while_training(self) -> "Eval":
+        """The settings of the scores while training."""
+        values = {"suites": self.every_suites, "limit": self.every_limit or self.limit}
+        return self.model_copy(update=values | {"samples": 1})
+
+    @model_validator(mode="after")
+    def _check_every(self) -> "Eval":
+        if self.every is None and self.every_suites:
+            raise ValueError("every_suites: are scored every `every` steps; set eval.every too")
+        if self.every_limit is not None and not self.every_suites:
+            raise ValueError("every_limit: is for eval.every_suites, which is empty; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_chat_template(self) -> "Eval":
@@ -408,7 +445,9 @@ class Eval(Section):
 
 # Fields of Eval that are options of launch/evaluate.py.
 EVAL_OPTIONS = tuple(
-    name for name in Eval.model_fields if name not in ("suites", "other_text", "baseline")
+    name
+    for name in Eval.model_fields
+    if name not in ("suites", "other_text", "baseline", "every", "every_suites", "every_limit")
 )
 
 
@@ -491,6 +530,7 @@ class Recipe(Section):
             "data.input": self.data.input is not None,
             "data.messages": self.data.messages is not None,
             "eval.suites": bool(self.eval.suites),
+            "eval.every_suites": bool(self.eval.every_suites),
             "eval.other_text": self.eval.other_text is not None,
             "eval.baseline": self.eval.baseline,
             "calibration.statistics": self.calibration.statistics != "exact",
@@ -558,7 +598,8 @@ class Recipe(Section):
                     "calibration.statistics: the reference statistics are of an instruction and an "
                     "answer, not of data.messages; set exact"
                 )
-            if self.eval.suites and self.eval.prompt == "recipe":
+            has_suites = bool(self.eval.suites or self.eval.every_suites)
+            if has_suites and self.eval.prompt == "recipe":
                 raise ValueError(
                     "eval.prompt: recipe is Alpaca's prompt, by which data.messages are not trained; "
                     "set chat"
@@ -568,6 +609,25 @@ class Recipe(Section):
                     "eval.chat_template: is not data.chat_template, by which messages are trained; "
                     "set it to the same"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> "Recipe":
+        names = [*self.measured_names, *expand_groups(self.eval.every_suites)]
+        if self.eval.every is not None and not names:
+            raise ValueError(
+                "eval.every: there is nothing to score; set data.held_out, eval.other_text or "
+                "eval.every_suites"
+            )
+        names = [*(names if self.eval.every is not None else []), *self.task.dev_sets]
+        best = self.train.keep_best
+        if best is None and self.train.patience is not None:
+            raise ValueError(
+                "train.patience: waits for a better score; name it with train.keep_best"
+            )
+        if best is not None and best not in names:
+            known = f"choose of {', '.join(names)}" if names else "set eval.every"
+            raise ValueError(f"train.keep_best: {best} is not scored while training; {known}")
         return self
 
     @model_validator(mode="after")
@@ -590,6 +650,15 @@ class Recipe(Section):
                 "lower it"
             )
         return self
+
+    @property
+    def measured_names(self) -> list[str]:
+        """The sets whose loss is measured before and after training."""
+        is_set = {
+            "held_out": self.data.held_out > 0,
+            "other_text": self.eval.other_text is not None,
+        }
+        return [name for name in is_set if is_set[name]]
 
     @property
     def calibration_tokens(self) -> CalibrationTokens | None:

@@ -19,6 +19,7 @@ from launch.pages.charts import (
     pick_ordered,
 )
 from launch.pages.records import RunRecord
+from launch.run.best import find_best, list_score_names, list_scored_steps
 from launch.run.plots import METRIC_LABELS
 from launch.run.results import Score, TaskScore
 
@@ -32,7 +33,7 @@ TITLES = {"loss": "Loss by step", "grad_norm": "Gradient norm by step"}
 def chart_metric(records: Sequence[RunRecord], key: str) -> Chart | None:
     """Chart a field of metrics.jsonl by step, a line for each run; None where no run has a step.
 
-    The loss has held-out losses beside it, as points before and after training.
+    The loss has held-out losses beside it.
     """
     figure = make_figure("optimiser step", METRIC_LABELS[key], log_y=key == "grad_norm")
     numbers, longest = {}, 1
@@ -53,7 +54,7 @@ def chart_metric(records: Sequence[RunRecord], key: str) -> Chart | None:
     if longest > 1:
         about += f" Long runs: every point is the mean of up to {longest} steps."
     if key == "loss" and _add_held_out(figure, records):
-        about += " Points: loss on held-out rows, before and after training."
+        about += " Held-out rows: before training, on the way if scored, and after."
     return Chart(key.replace("_", "-"), TITLES[key], about, {"": figure})
 
 
@@ -61,14 +62,54 @@ def _add_held_out(figure: Figure, records: Sequence[RunRecord]) -> bool:
     """Add the held-out losses of runs; return whether there are any."""
     found = False
     for record in records:
-        if record.results is None or record.results.held_out is None:
-            continue
-        found = True
-        measured = record.results.held_out
-        losses = [measured.before.loss, measured.after.loss]
-        label = f"{record.name}, held-out"
-        add_points(figure, label, [0, record.results.steps], losses)
+        losses = _list_held_out(record)
+        if losses:
+            found = True
+            label = f"{record.name}, held-out"
+            add = add_points if len(losses) < 3 else add_line
+            add(figure, label, list(losses), list(losses.values()))
     return found
+
+
+def _list_held_out(record: RunRecord) -> dict[int, float]:
+    """Return step -> held-out loss of a run: before training (0), on the way, and after."""
+    scored = list_scored_steps(record.steps, "held_out")
+    losses = {one.step: one.value for one in scored}
+    results = record.results
+    if results is None or results.held_out is None:
+        return losses
+    ends = {0: results.held_out.before.loss}
+    ends[results.exported_step or results.steps] = results.held_out.after.loss
+    return dict(sorted((ends | losses).items()))
+
+
+def chart_on_the_way(records: Sequence[RunRecord]) -> Chart | None:
+    """Chart the scores while training by step, a choice for each; None where there are none.
+
+    The held-out loss is left out: it is beside the loss.
+    """
+    by_name = {record.name: record for record in records}
+    names = dict.fromkeys(name for record in records for name in list_score_names(record.steps))
+    figures: dict[str, Figure] = {}
+    for name in names:
+        if name == "held_out":
+            continue
+        scored = {label: list_scored_steps(one.steps, name) for label, one in by_name.items()}
+        scored = {label: steps for label, steps in scored.items() if steps}
+        metric = next(iter(scored.values()))[0].metric
+        figure = make_figure("optimiser step", f"{name}: {metric}")
+        numbers = {}
+        for label, steps in scored.items():
+            values = [one.value for one in steps]
+            add_line(figure, label, [one.step for one in steps], values)
+            best = find_best(by_name[label].steps, name)
+            numbers[label] = (values[0], best and best.value, values[-1])
+        list_numbers(figure, numbers, ["first", "best", "last"])
+        figures[name] = figure
+    if not figures:
+        return None
+    about = "Scores of the model while it trained, a line for each run."
+    return Chart("while-training", "Scores while training", about, figures, "Score")
 
 
 def chart_scores(records: Sequence[RunRecord]) -> Chart | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pages.curves import chart_layers, chart_metric, chart_scores
+from launch.pages.curves import chart_layers, chart_metric, chart_on_the_way, chart_scores
 from launch.pages.generations import pack_responses
 from launch.pages.records import RunRecord, read_responses, read_runs, read_spectra
 from launch.pages.render import Page, write_page
@@ -33,7 +33,7 @@ def make_runs_page(records: Sequence[RunRecord], path: Path) -> Page:
     for record in records:
         responses |= read_responses(record.folder, record.name)
     charts = [chart_metric(records, key) for key in METRIC_LABELS]
-    charts.append(chart_scores(records))
+    charts += [chart_scores(records), chart_on_the_way(records)]
     return Page(
         title=f"Runs: {names}" if len(records) > 1 else f"Run: {names}",
         about=_describe(records),

@@ -28,7 +28,9 @@ class Metrics(TypedDict):
     seconds: float  # spent in training steps so far, over all starts of the run
     seconds_left: float  # at the mean pace of the run's steps
     epoch: NotRequired[float]  # epochs done; only of steps after which development rows are scored
-    dev: NotRequired[dict[str, dict[str, float]]]  # name of the score -> metric -> value
+    # Scores of the model after this step, name -> metric -> value: development rows, held_out,
+    # other_text, benchmarks. Steps are compared by the first metric.
+    dev: NotRequired[dict[str, dict[str, float]]]
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

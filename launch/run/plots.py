@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.run.best import list_score_names, list_scored_steps
 from launch.run.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ def split_labels(labels: Sequence[str]) -> list[list[str]]:
 
 
 def plot_runs(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]:
-    """Draw loss.png and grad_norm.png in `folder`.
+    """Draw loss.png and grad_norm.png in `folder`, and scores.png if runs were scored on the way.
 
     Args:
         runs: label -> the run's steps; a curve for each.
 
     Returns:
-        The paths of the two files.
+        The paths of the files.
     """
     parts = split_labels(list(runs))
     paths = []
@@ -105,26 +106,53 @@ def plot_runs(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]
             axis.legend()
             axis.grid(alpha=0.3)
         paths.append(save_figure(figure, folder / f"{key}.png"))
-    return paths
+    return paths + _plot_scores(runs, parts, folder)
+
+
+def _plot_scores(
+    runs: Mapping[str, Sequence[Metrics]], parts: Sequence[list[str]], folder: Path
+) -> list[Path]:
+    """Draw scores.png, a row of panels for each score while training; nothing without scores."""
+    names = dict.fromkeys(name for steps in runs.values() for name in list_score_names(steps))
+    if not names:
+        return []
+    figure, axes = make_figure(len(parts), len(names), 6, 3)
+    for row, name in zip(axes, names, strict=True):
+        points, metrics = {}, set()
+        for label, steps in runs.items():
+            scored = list_scored_steps(steps, name)
+            points[label] = ([one.step for one in scored], [one.value for one in scored])
+            metrics |= {one.metric for one in scored}
+        for axis, part in zip(row, parts, strict=True):
+            _draw_lines(axis, points, part)
+            axis.set(xlabel="optimiser step", ylabel=f"{name}: {', '.join(sorted(metrics))}")
+            axis.legend()
+            axis.grid(alpha=0.3)
+    return [save_figure(figure, folder / "scores.png")]
 
 
 def _draw_runs(
     axis: "Axes", runs: Mapping[str, Sequence[Metrics]], part: list[str], key: str
 ) -> None:
     """Draw the metric `key` of all `runs` by step, those that are not in `part` in grey."""
+    points = {}
     for label, steps in runs.items():
+        points[label] = ([step["step"] for step in steps], [step[key] for step in steps])
+    _draw_lines(axis, points, part)
+
+
+def _draw_lines(
+    axis: "Axes", points: Mapping[str, tuple[list[int], list[float]]], part: list[str]
+) -> None:
+    """Draw a line for each label of `points`, those that are not in `part` in grey."""
+    for label, line in points.items():
         if label not in part:
-            axis.plot(*_list_points(steps, key), color=GREY, linewidth=0.7, zorder=1)
+            axis.plot(*line, color=GREY, linewidth=0.7, zorder=1)
     for index, label in enumerate(part):
         axis.plot(
-            *_list_points(runs[label], key),
+            *points[label],
             **style_line(index),
-            markevery=space_markers(index, len(runs[label])),
+            markevery=space_markers(index, len(points[label][0])),
             markersize=4,
             label=label,
         )
-
-
-def _list_points(steps: Sequence[Metrics], key: str) -> tuple[list[int], list[float]]:
-    """Return the numbers of the steps, and their values of the metric `key`."""
-    return [step["step"] for step in steps], [step[key] for step in steps]

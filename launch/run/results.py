@@ -194,6 +194,24 @@ class SmallExport(Record):
     held_out: Prediction | None = None  # with it; None where data.held_out is 0
 
 
+class StepScore(Record):
+    """A score after one step."""
+
+    step: int
+    value: float
+
+
+class WatchedScore(Record):
+    """A score that was made while the model trained, after the last step and after the best one.
+
+    The best step is chosen by this very score, so its value is too good on average.
+    """
+
+    metric: str  # by which steps are compared: loss, of which the lowest is best, or a fraction
+    last: StepScore
+    best: StepScore | None  # None where no value is finite
+
+
 class RunResults(Record):
     """results.json of a finished run."""
 
@@ -214,7 +232,12 @@ class RunResults(Record):
     lr: float
     lr_ratio: float = 1.0  # B's learning rate over that of all else
     seed: int
-    steps: int
+    steps: int  # that were trained
+    planned_steps: int | None = None  # only where train.patience has ended the run before
+    # What is exported, scored and measured as `after`: the model after this step, the best by
+    # train.keep_best. None without it: after the last step.
+    exported_step: int | None = None
+    while_training: dict[str, WatchedScore] = {}  # name -> what eval.every brought
     task: TaskRecord | None = None  # None for a causal task
     head_lr: float | None = None  # learning rate of the new head; None where it is lr
     final_loss: float  # of the last step, nats per answer token or, with labels, the mean over rows

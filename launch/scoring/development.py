@@ -7,7 +7,7 @@ every step of training seeds its own dropout. Each row's prediction is kept in p
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from launch.data.batches import collate_rows
 from launch.data.order import shard_batches
 from launch.data.token_set import TokenSet
 from launch.engines.base import Engine
+from launch.run.best import find_best
 from launch.run.metrics import Metrics
 from launch.run.results import EpochScore, TaskScore
 from launch.runtime import watchdog
@@ -91,29 +92,6 @@ def find_epoch_ends(num_examples: int, steps: Sequence[Sequence[int]]) -> dict[i
     return ends
 
 
-def score_epochs(
-    training: Iterable[Metrics],
-    ends: Mapping[int, float],
-    model: nn.Module,
-    score_sets: Callable[[int, float], dict[str, dict[str, float]]],
-) -> Iterator[Metrics]:
-    """Yield the steps of a training, those that end an epoch with their scores as `dev`.
-
-    Collective.
-
-    Args:
-        ends: see `find_epoch_ends`.
-        score_sets: (step, epochs done) -> name -> metric -> value. Collective.
-    """
-    for metrics in training:
-        step = metrics["step"]
-        if step in ends:
-            model.eval()
-            metrics = metrics | {"epoch": ends[step], "dev": score_sets(step, ends[step])}
-            model.train()
-        yield metrics
-
-
 def score_sets(
     engine: Engine,
     model: nn.Module,
@@ -147,8 +125,8 @@ def score_sets(
             labels = _read_labels(tokens)
             found = score(_get_metric_name(task), predictions, labels, kind=task.kind)
             _write_predictions(folder, name, step, task, tokens, outputs)
-            best = _find_best([*history, {"step": step, "dev": {name: found}}], name)
-            _remove_predictions(folder, name, kept={step, best["step"]})
+            best = find_best([*history, {"step": step, "dev": {name: found}}], name)
+            _remove_predictions(folder, name, kept={step, best.step})
             constant = find_constant(predictions, labels)
             _print_scores(name, epoch, found, len(tokens), constant)
             return found
@@ -175,7 +153,7 @@ def summarise_epochs(
                 )
         if not epochs:
             continue
-        best_step = _find_best(history, name)["step"]
+        best_step = find_best(history, name).step
         last, best = epochs[-1], next(one for one in epochs if one.step == best_step)
         scores[name] = TaskScore(
             metric=next(iter(last.values)),
@@ -185,12 +163,6 @@ def summarise_epochs(
             epochs=epochs,
         )
     return scores
-
-
-def _find_best(history: Sequence[Metrics], name: str) -> Metrics:
-    """Return the step whose first metric is the highest, the earliest of equal ones."""
-    scored = [metrics for metrics in history if name in metrics.get("dev", {})]
-    return max(scored, key=lambda metrics: next(iter(metrics["dev"][name].values())))
 
 
 def _add_intervals(

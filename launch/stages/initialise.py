@@ -122,7 +122,9 @@ def _measure_base(run: PreparedRun, loaded: RunModel) -> BaseMeasurements:
         logits = _compute_probe_logits(run, loaded)
         before = measure_predictions(engine, model, run.measured)
         if run.recipe.eval.baseline:
-            baseline = score_run(run, loaded, "scoring the base", None, run.folder / BASELINE)
+            watchdog.set_phase("scoring the base", timed=True)
+            settings, folder = run.recipe.eval, run.folder / BASELINE
+            baseline = score_run(run, loaded, run.problems, settings, None, folder)
     return BaseMeasurements(calibration, logits, before, baseline)
 
 

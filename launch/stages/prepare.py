@@ -58,8 +58,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head),
     )
     problems = read_problems(recipe.eval)
+    problems_on_the_way = read_problems(recipe.eval.while_training)
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
-    checkpoints = CheckpointStore(folder, settings.keep)
+    checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
     saved = run_on_rank0(lambda: _find_checkpoint(checkpoints, inputs))
     steps = plan_steps(
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
@@ -80,6 +81,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         inputs=inputs,
         tokenizer=tokenizer,
         problems=problems,
+        problems_on_the_way=problems_on_the_way,
         measured=measured,
         other_text_source=other_text_source,
         steps=steps,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launch.models.check import read_config
 from launch.models.head import is_encoder
+from launch.run.best import find_best, list_score_names, list_scored_steps
 from launch.run.folder import write_state
 from launch.run.metrics import Metrics
 from launch.run.provenance import describe_conditions, dtype_name
@@ -19,7 +20,10 @@ from launch.run.results import (
     RunResults,
     Score,
     SmallExport,
+    StepScore,
     TaskRecord,
+    TaskScore,
+    WatchedScore,
     write_results,
 )
 from launch.runtime.distributed import run_on_rank0, try_or_say
@@ -35,6 +39,7 @@ def make_results(
     loaded: RunModel,
     facts: RunFacts,
     history: list[Metrics],
+    step: int,
     scores: dict[str, Score],
     after: dict[str, Prediction],
     small: SmallExport | None,
@@ -43,11 +48,11 @@ def make_results(
     """Return the run's record, with the conditions that its numbers hold for. Collective.
 
     Args:
+        step: whose model was exported, scored and measured.
         after: measured set -> the trained model's prediction.
         small: of lora_small/; None where it was not asked for.
     """
     recipe, adapter, device = run.recipe, run.recipe.adapter, loaded.engine.device
-    dev = run.inputs.dev
     has_adapters = bool(loaded.lora_layers)
     has_eigen_select = adapter.method_record.variant == "eigen_select"
     conditions = describe_conditions(dist.get_world_size(), device)
@@ -72,10 +77,10 @@ def make_results(
         alpha=adapter.alpha if has_adapters else None,
         lr=recipe.train.lr,
         seed=recipe.train.seed,
-        steps=len(run.steps),
+        steps=len(history),
         final_loss=history[-1]["loss"],
         **measured,
-        **_collect_optional(run, facts),
+        **_collect_optional(run, facts) | _describe_scored(run, history, step),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),
@@ -85,10 +90,15 @@ def make_results(
         dtype=dtype_name(run.inputs.dtype),
         seconds=_measure_seconds(run, facts, history),
         baseline=facts.baseline,
-        scores=scores
-        | run_on_rank0(lambda: summarise_epochs(history, dev, recipe.task, run.folder)),
+        scores=scores | _summarise_epochs(run, history),
         conditions=conditions,
     )
+
+
+def _summarise_epochs(run: PreparedRun, history: list[Metrics]) -> dict[str, TaskScore]:
+    """Return the scores of development rows. Collective."""
+    dev, task = run.inputs.dev, run.recipe.task
+    return run_on_rank0(lambda: summarise_epochs(history, dev, task, run.folder))
 
 
 def _collect_optional(run: PreparedRun, facts: RunFacts) -> dict[str, Any]:
@@ -109,6 +119,25 @@ def _collect_optional(run: PreparedRun, facts: RunFacts) -> dict[str, Any]:
     if recipe.note:
         optional["note"] = recipe.note
     return optional
+
+
+def _describe_scored(run: PreparedRun, history: list[Metrics], step: int) -> dict[str, Any]:
+    """Return what scores while training have brought, and which step they have chosen."""
+    described: dict[str, Any] = {}
+    if len(history) < len(run.steps):
+        described["planned_steps"] = len(run.steps)
+    if run.recipe.train.keep_best is not None:
+        described["exported_step"] = step
+    watched = {}
+    for name in list_score_names(history):
+        if name not in run.inputs.dev:  # whose epochs are in `scores`
+            last, best = list_scored_steps(history, name)[-1], find_best(history, name)
+            watched[name] = WatchedScore(
+                metric=last.metric,
+                last=StepScore(step=last.step, value=last.value),
+                best=best and StepScore(step=best.step, value=best.value),
+            )
+    return described | ({"while_training": watched} if watched else {})
 
 
 def _measure_seconds(run: PreparedRun, facts: RunFacts, history: list[Metrics]) -> dict[str, float]:

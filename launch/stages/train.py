@@ -3,10 +3,8 @@
 "Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-
 import torch.distributed as dist
+from torch import nn
 
 from astra.adapter import Factors
 from launch.engines.base import TrainState
@@ -14,9 +12,9 @@ from launch.run.metrics import Metrics
 from launch.run.results import RunFacts
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
-from launch.scoring.development import find_epoch_ends, score_epochs, score_sets
 from launch.stages.export import rehearse_small
 from launch.stages.records import PreparedRun, RunModel
+from launch.stages.watch import find_scored_steps, has_stopped_early, score_on_the_way
 from launch.training.checkpoint import restore_training
 from launch.training.flops import count_training_flops
 from launch.training.kernels import (
@@ -110,38 +108,30 @@ def train_model(
 ) -> None:
     """Train from the last step of `history` on, and add the new ones to it. Collective.
 
-    Ends early when a rank is asked to stop. A checkpoint is saved on the way and at the end.
+    Ends early when a rank is asked to stop, or by train.patience. A checkpoint is saved on the way,
+    also of the best step by train.keep_best, and at the end.
     """
     recipe, settings = run.recipe, run.recipe.train
     engine, model, total = loaded.engine, loaded.model, len(run.steps)
     num_done = len(history)
-    if recipe.data.packing:
-        require_packing(engine, model)
-    if settings.gradient_checkpointing:  # a bool: what was `auto` is decided
-        model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
-    compiled = compile_layers(loaded.base) if settings.compile else []
-    loss = RowLoss(model) if recipe.task.has_head else AnswerLoss(model)
-    state = make_train_state(engine, model, settings, loss, run.inputs.model.get_head())
-    ends = find_epoch_ends(len(run.inputs.tokens), run.steps) if run.inputs.dev else {}
-    if run.saved is not None:
-        restore_training(run.saved, find_trained_parameters(model), state, engine.device)
+    state, compiled = _make_state(run, loaded)
+    scored = find_scored_steps(run)
     watchdog.set_phase("training", timed=True, in_steps=True)
     training = train(
         state,
         run.inputs.tokens,
-        run.steps,
+        run.steps[:num_done] if has_stopped_early(run, history) else run.steps,
         settings,
         engine.device,
         history=tuple(history),  # a copy: the loop below appends to it
         packing=choose_packing(recipe, loaded.base),
         flop_counts=count_training_flops(loaded.base),
         peak_flops=peak_flops,
-        pauses=ends,
+        pauses=scored.every | scored.epochs.keys(),
     )
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
-    if ends:
-        training = _score_on_the_way(run, loaded, training, history, ends)
+    training = score_on_the_way(run, loaded, training, history, scored)
     last_saved = num_done
     with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
         rank, earlier = dist.get_rank(), tuple(history)
@@ -151,24 +141,37 @@ def train_model(
             step = metrics["step"]
             if step == num_done + 1:
                 rehearse_saves(run, loaded, state, initial, facts, history)
-            if step % settings.checkpoint_every == 0 and step < total:
+            is_best = run.checkpoints.find_best_step(history) == step
+            if (step % settings.checkpoint_every == 0 and step < total) or is_best:
                 save_checkpoint(run, loaded, state, initial, facts, history)
                 last_saved = step
+            if step < total and has_stopped_early(run, history):
+                print_rank0(
+                    f"stops early: {settings.patience} scores in a row have brought no better "
+                    f"{settings.keep_best}"
+                )
+                break
     if len(history) != last_saved:
         save_checkpoint(run, loaded, state, initial, facts, history)
     model.gradient_checkpointing_disable()
     uncompile_layers(compiled)
 
 
-def _score_on_the_way(
-    run: PreparedRun,
-    loaded: RunModel,
-    training: Iterator[Metrics],
-    history: list[Metrics],
-    ends: Mapping[int, float],
-) -> Iterator[Metrics]:
-    """Yield the steps of `training`, with scores of the development rows at the ends of epochs."""
+def _make_state(run: PreparedRun, loaded: RunModel) -> tuple[TrainState, list[nn.Module]]:
+    """Make the state of the training, as the run's checkpoint has it. Collective.
+
+    Returns:
+        The state, and the layers that are compiled.
+    """
+    recipe, settings = run.recipe, run.recipe.train
     engine, model = loaded.engine, loaded.model
-    task, folder = run.recipe.task, run.folder
-    score_epoch = partial(score_sets, engine, model, run.inputs.dev, task, folder, history)
-    return score_epochs(training, ends, model, score_epoch)
+    if recipe.data.packing:
+        require_packing(engine, model)
+    if settings.gradient_checkpointing:  # a bool: what was `auto` is decided
+        model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
+    compiled = compile_layers(loaded.base) if settings.compile else []
+    loss = RowLoss(model) if recipe.task.has_head else AnswerLoss(model)
+    state = make_train_state(engine, model, settings, loss, run.inputs.model.get_head())
+    if run.saved is not None:
+        restore_training(run.saved, find_trained_parameters(model), state, engine.device)
+    return state, compiled

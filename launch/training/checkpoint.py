@@ -27,7 +27,7 @@ dropout a resume is exact only at the same world size and micro batch.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from astra.adapter import Factors
-from launch.engines.base import MOMENTS, STATE_KINDS, TrainState
+from launch.engines.base import MOMENTS, STATE_KINDS, Engine, TrainState
+from launch.run.best import find_best
 from launch.run.metrics import Metrics
 from launch.runtime import compat, watchdog
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
@@ -50,6 +51,8 @@ from launch.runtime.units import GIB
 FOLDER = "checkpoints"  # in the run folder
 STEP_GLOB = f"step-{'[0-9]' * 7}"
 REHEARSAL = "tmp-rehearsal"  # beside the checkpoints
+# What reading a damaged checkpoint may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 TENSORS, METRICS, MANIFEST = "tensors.safetensors", "metrics.jsonl", "manifest.json"
 
 
@@ -73,26 +76,70 @@ class Rehearsal:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, of which the newest few are kept."""
+    """The checkpoints of one run, of which the newest few are kept, and the best one if asked."""
 
-    def __init__(self, run_folder: Path, num_kept: int) -> None:
+    def __init__(self, run_folder: Path, num_kept: int, keep_best: str | None = None) -> None:
+        """Open the checkpoints in `run_folder`.
+
+        Args:
+            num_kept: train.keep.
+            keep_best: name of the score whose best step's checkpoint is kept too.
+        """
         self.folder = run_folder / FOLDER
         self.num_kept = num_kept
+        self.keep_best = keep_best
         self.damaged: set[Path] = set()  # found by rank 0; they do not count as kept ones
 
     def find_newest(self) -> Checkpoint | None:
-        """Return the newest intact checkpoint, and print which ones are damaged. Rank 0 calls it."""
+        """Return the newest intact checkpoint, and print which ones are skipped. Rank 0 calls it.
+
+        One whose best step has no intact checkpoint is skipped too: that step is to be trained
+        again.
+        """
         for path in sorted(self.folder.glob(STEP_GLOB), reverse=True):
             try:
-                manifest = _verify_checkpoint(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                found = _read_checkpoint(path)
+            except UNREADABLE as error:
                 print(f"checkpoint {path} is damaged and skipped: {error}", flush=True)
                 self.damaged.add(path)
                 continue
-            lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-            history = [json.loads(line) for line in lines]
-            return Checkpoint(path, manifest["step"], manifest["facts"], history)
+            best = self.find_best_step(found.history)
+            if best is None or best == found.step or self._is_intact(best):
+                return found
+            print(
+                f"checkpoint {path} is skipped: that of step {best}, the best by "
+                f"{self.keep_best}, is missing or damaged",
+                flush=True,
+            )
         return None
+
+    def find_best_step(self, history: Sequence[Metrics]) -> int | None:
+        """Return the best step by the score whose checkpoint is kept; None where there is none."""
+        if self.keep_best is None:
+            return None
+        best = find_best(history, self.keep_best)
+        return None if best is None else best.step
+
+    def read_best(self, step: int) -> Checkpoint:
+        """Read the checkpoint of the best step. Rank 0 calls it. Raises UserError."""
+        path = self._get_path(step)
+        try:
+            return _read_checkpoint(path)
+        except UNREADABLE as error:
+            raise UserError(
+                f"checkpoint {path}, the best by {self.keep_best}, is damaged ({error}); start the "
+                "same command again, which trains again from an earlier one"
+            ) from None
+
+    def _is_intact(self, step: int) -> bool:
+        try:
+            _read_checkpoint(self._get_path(step))
+        except UNREADABLE:
+            return False
+        return True
+
+    def _get_path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
 
     def save(
         self,
@@ -121,7 +168,7 @@ class CheckpointStore:
 
         def write() -> None:
             self._write(step, tensors, facts, history)
-            self._prune(step)
+            self._prune(step, self.find_best_step(history))
 
         with watchdog.without_stall_limit():
             run_on_rank0(write)
@@ -174,7 +221,7 @@ class CheckpointStore:
         self, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
     ) -> None:
         """Write one checkpoint beside its place, and rename it. Raises UserError."""
-        path = self.folder / f"step-{step:07d}"
+        path = self._get_path(step)
         aside = self.folder / f"tmp-{path.name}"
         try:
             for left in self.folder.glob("tmp-*"):  # by a launch that was killed
@@ -211,8 +258,8 @@ class CheckpointStore:
         checksum = {"manifest_sha256": _hash_manifest(manifest)}
         write_json(folder / MANIFEST, manifest | checksum)
 
-    def _prune(self, step: int) -> None:
-        """Of the checkpoints up to `step`, keep the newest intact ones and remove the others.
+    def _prune(self, step: int, best: int | None) -> None:
+        """Of the checkpoints up to `step`, keep the newest intact ones and that of the step `best`.
 
         Later ones are damaged. They stay until training comes to their step and replaces them.
         """
@@ -220,6 +267,8 @@ class CheckpointStore:
         older = [path for path in paths if int(path.name.removeprefix("step-")) <= step]
         intact = [path for path in older if path not in self.damaged]
         kept = intact[-self.num_kept :]
+        if best is not None:
+            kept.append(self._get_path(best))
         for path in older:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -294,6 +343,15 @@ def restore_training(
     state.restore_state(checkpoint.step, read_states())
 
 
+def restore_trained(
+    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], engine: Engine
+) -> None:
+    """Set trained parameters, and nothing of the optimiser, to a checkpoint's. Collective."""
+    for name, parameter in parameters.items():
+        watchdog.heartbeat()
+        engine.write(parameter, _read_tensor(checkpoint, f"{name}.trained", engine.device))
+
+
 def _read_tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
     """Read one tensor on rank 0 and broadcast it. Collective."""
     value = None
@@ -303,11 +361,16 @@ def _read_tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> Ten
     return broadcast_tensor(value, device)
 
 
-def _verify_checkpoint(path: Path) -> dict:
-    """Return the manifest of an intact checkpoint.
+def _read_checkpoint(path: Path) -> Checkpoint:
+    """Read an intact checkpoint. Raises one of UNREADABLE for a damaged one."""
+    manifest = _verify_checkpoint(path)
+    lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    return Checkpoint(path, manifest["step"], manifest["facts"], history)
 
-    Raises ValueError, or whatever reading raises, for a damaged one.
-    """
+
+def _verify_checkpoint(path: Path) -> dict:
+    """Return the manifest of an intact checkpoint. Raises one of UNREADABLE for a damaged one."""
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest.pop("manifest_sha256") != _hash_manifest(manifest):
         raise ValueError(f"{MANIFEST} does not match its checksum")

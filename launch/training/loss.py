@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -162,6 +163,23 @@ def in_bf16(model: nn.Module) -> Iterator[None]:
     """
     with disable_input_dtype_casting(model, active=has_bf16_products(model)):
         yield
+
+
+@contextmanager
+def in_own_dtypes(model: nn.Module) -> Iterator[None]:
+    """Within the context, which may be within `in_bf16`, adapters compute as outside of training.
+
+    PEFT then makes the inputs of fp32 adapters fp32.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
-{_render_source(results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
+{_render_source(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 {_render_note(results)}
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
@@ -61,11 +61,20 @@ def list_exports(folder: Path, wanted: Export) -> list[str]:
     return [name for name in CONTENTS if (folder / name).is_dir() and asked.get(name, True)]
 
 
-def _render_source(results: RunResults) -> str:
-    """Say what the initial factors were made from; empty where there are none, or it is not known."""
-    if results.rank is None or "calibration_data" not in results.model_fields_set:
-        return ""
-    return f"Initial factors from {describe_source(results.calibration_data)}.\n"
+def _render_source(recipe: Recipe, results: RunResults) -> str:
+    """Say which step is exported, and what the initial factors were made from.
+
+    Left out is what is not known, or goes without saying.
+    """
+    lines = []
+    if results.planned_steps is not None:
+        lines.append(f"Stopped by train.patience, before step {results.planned_steps}, the last.\n")
+    if results.exported_step is not None:
+        best = recipe.train.keep_best
+        lines.append(f"Exported and scored: step {results.exported_step}, the best by {best}.\n")
+    if results.rank is not None and "calibration_data" in results.model_fields_set:
+        lines.append(f"Initial factors from {describe_source(results.calibration_data)}.\n")
+    return "".join(lines)
 
 
 def _render_note(results: RunResults) -> str:

@@ -3,6 +3,7 @@
 Needs nothing. Takes 2 s.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,43 @@ def test_every_field_is_described_in_the_help() -> None:
                 assert spec.description
         else:
             assert f"  {name} " in text
+
+
+SCORED = ["data.held_out=8", "eval.every=10"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["eval.every=10"], "eval.every: there is nothing to score; set data.held_out"),
+        (["eval.every=0"], "eval.every: "),
+        (["eval.every_suites=[gsm8k]"], "eval.every_suites: are scored every `every` steps"),
+        ([*SCORED, "eval.every_limit=5"], "eval.every_limit: is for eval.every_suites"),
+        (["train.patience=2"], "train.patience: waits for a better score; name it"),
+        (
+            [*SCORED, "train.keep_best=gsm8k"],
+            "gsm8k is not scored while training; choose of held_out",
+        ),
+        (
+            ["data.held_out=8", "train.keep_best=held_out"],
+            "held_out is not scored while training; set eval.every",
+        ),
+        ([*SCORED, "train.keep_best=held_out", "train.patience=0"], "train.patience: "),
+    ],
+)
+def test_scores_while_training_that_cannot_be_made_are_refused(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_recipe("metamath", settings)
+
+
+def test_scores_while_training_have_settings_of_their_own() -> None:
+    suites = ["eval.suites=[math]", "eval.limit=50", "eval.samples=4", "eval.temperature=0.7"]
+    on_the_way = ["eval.every=10", "eval.every_suites=[commonsense]", "train.keep_best=boolq"]
+    recipe = read_recipe("metamath", [*suites, *on_the_way])
+    settings = recipe.eval.while_training
+    assert (settings.suites, settings.limit, settings.samples) == (["commonsense"], 50, 1)
+    assert settings.temperature == 0.7
+    limited = read_recipe("metamath", [*suites, *on_the_way, "eval.every_limit=7"])
+    assert limited.eval.while_training.limit == 7

@@ -84,6 +84,35 @@ def test_every_number_of_a_finished_run_is_that_of_its_results(tmp_path: Path) -
     assert sorted(plotted) == pytest.approx(sorted(measured), rel=1e-6)
 
 
+def test_scores_while_training_are_lines_with_their_responses(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    steps = read_metrics(run)
+    losses = {2: 4.5, 4: 4.25, 6: 4.75}
+    for step, loss in losses.items():
+        steps[step - 1]["dev"] = {"held_out": {"loss": loss}, "gsm8k": {"accuracy": step / 8}}
+    write_lines(run / "metrics.jsonl", steps)
+    results = read_results(run) | {"exported_step": 4}
+    results["held_out"] = {
+        when: {"loss": loss, "accuracy": 0.5, "tokens": 9}
+        for when, loss in (("before", 5.5), ("after", 4.25))
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    folder = run / "while_training" / "step-0000004"
+    folder.mkdir(parents=True)
+    write_lines(folder / "generations.jsonl", read_generations(run)[:3])
+    write_runs_page([run], tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    (figure,) = get_chart(page, "loss")["figures"].values()
+    assert (figure["traces"][1]["x"], figure["traces"][1]["y"]) == (
+        [0, *losses],
+        [5.5, *losses.values()],
+    )
+    figures = get_chart(page, "while-training")["figures"]
+    assert list(figures) == ["gsm8k"]
+    assert figures["gsm8k"]["traces"][0]["y"] == [0.25, 0.5, 0.75]
+    assert "run, after step 4" in json.dumps(page.get_data("generations-data"))
+
+
 def test_hostile_responses_stay_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<img src=x onerror=alert(1)>", HOSTILE)
     rows = read_generations(run)

@@ -119,6 +119,23 @@ def test_curves_of_runs_differ_in_more_than_colour(
     assert read_lines(saved["grad_norm.png"].axes[0])["run 3"] == [1, 6, 2, 0]
 
 
+def test_scores_while_training_have_a_row_of_panels_each(
+    saved: dict[str, Figure], tmp_path: Path
+) -> None:
+    runs = {}
+    for i in range(8):
+        runs[f"run {i}"] = [{"step": step, "loss": 1, "grad_norm": 1} for step in range(1, 5)]
+        for step in (2, 4):
+            dev = {"held_out": {"loss": i + step / 8}, "gsm8k": {"accuracy": i / 8}}
+            runs[f"run {i}"][step - 1]["dev"] = dev if i else {"held_out": {"loss": step / 8}}
+    assert plots.plot_runs(runs, tmp_path)[-1] == tmp_path / "scores.png"
+    axes = saved["scores.png"].axes
+    assert [axis.get_ylabel() for axis in axes] == ["held_out: loss"] * 2 + ["gsm8k: accuracy"] * 2
+    held_out = read_lines(axes[0]) | read_lines(axes[1])
+    assert held_out == {f"run {i}": [2, i + 0.25, 4, i + 0.5] for i in range(8)}
+    assert read_lines(axes[3])["run 7"] == [2, 7 / 8, 4, 7 / 8]
+
+
 def read_marks(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
     """Return the ticks and the dots of every panel, by its title."""
     panels = {}

@@ -98,7 +98,7 @@ def test_the_newest_stay_and_leftovers_go(tmp_path: Path, store: CheckpointStore
     (folder / "tmp-step-0000012" / checkpoint.MANIFEST).unlink()
     assert store.find_newest().step == 9
     write_checkpoint(store, 12)
-    store._prune(12)
+    store._prune(12, None)
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000009", "step-0000012"]
 
 
@@ -128,14 +128,14 @@ def test_a_damaged_one_does_not_take_the_place_of_a_whole_one(
         (folder / f"step-000000{step}" / checkpoint.METRICS).unlink()
     assert store.find_newest().step == 3
     write_checkpoint(store, 8)  # another checkpoint_every than before
-    store._prune(8)
+    store._prune(8, None)
     assert sorted(path.name for path in folder.iterdir()) == [
         "step-0000003",
         "step-0000008",
         "step-0000009",
     ]
     write_checkpoint(store, 9)
-    store._prune(9)
+    store._prune(9, None)
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000008", "step-0000009"]
     assert store.find_newest().step == 9
 
@@ -144,3 +144,41 @@ def test_what_cannot_be_written_is_a_user_error(tmp_path: Path, store: Checkpoin
     (tmp_path / checkpoint.FOLDER).write_text("in the way")
     with pytest.raises(UserError, match="checkpoint of step 3: cannot write"):
         write_checkpoint(store, 3)
+
+
+def write_scored(store: CheckpointStore, losses: dict[int, float]) -> None:
+    """Save a checkpoint of every step in `losses`, whose held-out losses they are."""
+    history: list[dict] = []
+    for step in range(1, max(losses) + 1):
+        history.append({"step": step, "loss": 1.0})
+        if step in losses:
+            history[-1]["dev"] = {"held_out": {"loss": losses[step]}}
+            store._write(step, {"layer.A.trained": torch.full((2, 2), float(step))}, FACTS, history)
+            store._prune(step, store.find_best_step(history))
+
+
+def list_steps(store: CheckpointStore) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in store.folder.iterdir())
+
+
+def test_the_best_stays_with_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1, "held_out")
+    write_scored(store, {2: 0.5, 4: 0.3, 6: 0.4, 8: 0.3, 10: 0.6})
+    assert list_steps(store) == [4, 10]
+    assert store.find_newest().step == 10
+    assert store.read_best(4).step == 4
+
+
+def test_without_its_best_a_checkpoint_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(tmp_path, 3, "held_out")
+    write_scored(store, {2: 0.5, 4: 0.3, 6: 0.4})
+    (store.folder / "step-0000004" / checkpoint.TENSORS).write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-0000004, the best by held_out, is damaged"):
+        store.read_best(4)
+    assert store.find_newest().step == 2
+    assert (
+        "step-0000006 is skipped: that of step 4, the best by held_out" in capsys.readouterr().out
+    )
+    assert CheckpointStore(tmp_path, 3).find_newest().step == 6
