@@ -91,7 +91,10 @@ def compare_run(folder: Path) -> bool:
     for name, stored in results["scores"].items():
         rows = read_development_rows(recipe, name)
         outputs = predict(folder, recipe, rows)
-        step = stored["last"]["step"]
+        step = results.get("exported_step", stored["last"]["step"])
+        epochs = [epoch["values"] for epoch in stored["epochs"] if epoch["step"] == step]
+        if not epochs:
+            sys.exit(f"{folder}: step {step}, which it exports, was not scored on {name}")
         kept = (folder / "predictions" / f"{name}-step-{step:07d}.jsonl").read_text("utf-8")
         ours = torch.tensor(
             [json.loads(line)["outputs"] for line in kept.splitlines()], dtype=torch.float64
@@ -104,12 +107,11 @@ def compare_run(folder: Path) -> bool:
         # Classes are the same; the numbers of a regression are so to rounding, and so is its score.
         tolerance = 1e-9 if recipe.task.labels else TOLERANCE
         same = error <= TOLERANCE and all(
-            abs(plain[metric] - value) <= tolerance
-            for metric, value in stored["last"]["values"].items()
+            abs(plain[metric] - value) <= tolerance for metric, value in epochs[0].items()
         )
         agrees = agrees and same
         shown = ", ".join(
-            f"{metric} {value:.4f} (the run: {stored['last']['values'][metric]:.4f})"
+            f"{metric} {value:.4f} (the run: {epochs[0][metric]:.4f})"
             for metric, value in plain.items()
         )
         print(

@@ -64,7 +64,8 @@ def write_run(
     lines = [json.dumps({"outputs": row}) + "\n" for row in outputs.tolist()]
     (folder / "predictions").mkdir()
     (folder / "predictions" / f"{name}-step-{STEP:07d}.jsonl").write_text("".join(lines))
-    scores = {name: {"last": {"step": STEP, "values": values}}}
+    last = {"step": STEP, "values": values}
+    scores = {name: {"last": last, "epochs": [last]}}
     (folder / "results.json").write_text(json.dumps({"scores": scores}))
     return folder
 
