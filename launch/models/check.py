@@ -15,7 +15,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from launch.models.head import Head, find_head_names, is_encoder, is_of_other_head
+from launch.models.head import (
+    Head,
+    find_head_names,
+    find_outer_names,
+    is_encoder,
+    is_of_other_head,
+    set_head,
+)
 from launch.models.weight_files import StoredTensor, WeightFiles, find_weight_files
 from launch.runtime import compat
 from launch.runtime.errors import UserError
@@ -121,9 +128,7 @@ def read_config(
             f"{field}: cannot use the config.json of {folder}: {_shorten(error)}"
         ) from None
     check_config(config, field)
-    config.problem_type = None
-    if head is not None:
-        head.fill_config(config)
+    set_head(config, head)
     return config
 
 
@@ -282,9 +287,8 @@ def _check_loading(
 
 def _require_new_head(model: PreTrainedModel, missing: Collection[str], field: str) -> None:
     """Raise UserError if the files hold a head, or a part of one, for sequence classification."""
-    prefix = f"{model.base_model_prefix}."
-    for name, _ in model.named_parameters():
-        if not name.startswith(prefix) and name not in missing:
+    for name in find_outer_names(model):
+        if name not in missing:
             raise UserError(
                 f"{field}: the files hold {name}, a head whose outputs may be others than "
                 "task.labels; the run draws a new head: remove it from the files"

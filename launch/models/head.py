@@ -58,6 +58,16 @@ class Head:
         config.use_cache = config.get_text_config().use_cache = False
 
 
+def set_head(config: PretrainedConfig, head: Head | None) -> None:
+    """Let transformers make a causal language model of `config`, or one with a new `head`.
+
+    A head that config.json was written for is forgotten.
+    """
+    config.problem_type = None
+    if head is not None:
+        head.fill_config(config)
+
+
 def is_encoder(config: PretrainedConfig) -> bool:
     """Return whether a model's tokens attend to later ones too, as BERT's do."""
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
@@ -89,12 +99,17 @@ def find_head_names(model: PreTrainedModel, missing: Collection[str]) -> tuple[s
 
     They are those outside of the base, and those of a pooler.
     """
-    prefix = f"{model.base_model_prefix}."
-    names = []
+    outer, names = find_outer_names(model), []
     for name, _ in model.named_parameters():
-        if name in missing and (not name.startswith(prefix) or is_of_pooler(name)):
+        if name in missing and (name in outer or is_of_pooler(name)):
             names.append(name)
     return tuple(names)
+
+
+def find_outer_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the parameters outside of the base, all of which are a new head's, in their order."""
+    prefix = f"{model.base_model_prefix}."
+    return tuple(name for name, _ in model.named_parameters() if not name.startswith(prefix))
 
 
 def is_of_other_head(name: str, model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ from launch.engines.nodes import count_node_ranks
 from launch.models.check import read_config
 from launch.planning.estimate import estimate_calibration_needs
 from launch.planning.machine import RESERVE
-from launch.planning.model import CAUSAL_ONLY, try_estimate
+from launch.planning.model import try_estimate
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
 from launch.runtime.memory import measure_free_memory
 from launch.runtime.units import GIB
@@ -62,7 +62,7 @@ def _choose_memory(
     node_size = count_node_ranks() if recipe.shard_within == "node" else None
     taken, problem = run_on_rank0(lambda: _estimate_taken(recipe, inputs, device, node_size))
     if problem is not None:
-        return None, f"{FIELD}: auto is no limit, as there is no estimate: {problem}"
+        return None, f"{FIELD}: auto is no limit, as {problem}"
     # What was decided once fits while the reserve is not used up.
     if record and (record[0] is None or record[0] * GIB <= free - taken):
         return record[0], f"{FIELD}: auto stays {_format_limit(record[0])}, as it was begun with"
@@ -83,18 +83,23 @@ def _estimate_taken(
         node_size: see launch.planning.memory.count_held_bytes.
 
     Returns:
-        The bytes, and None; or 0, and why there is no estimate.
+        The bytes, and None; or 0, and why there can be no limit.
     """
-    if recipe.task.has_head:
-        return 0, CAUSAL_ONLY
-    config = read_config(inputs.model_path)
+    config = read_config(inputs.model_path, head=inputs.head)
     needs, problem = try_estimate(
         lambda: estimate_calibration_needs(
-            config, recipe, inputs.dtype, dist.get_world_size(), node_size
+            config,
+            recipe,
+            inputs.dtype,
+            dist.get_world_size(),
+            node_size,
+            inputs.model.get_head(),
         )
     )
     if needs is None:
-        return 0, problem
+        return 0, f"there is no estimate: {problem}"
+    if not needs.batch.can_split:
+        return 0, "this model's layers cannot run in windows"
     taken = needs.taken_bytes
     if device.type == "cpu":
         taken += needs.batch.hidden_states  # on GPUs they are in other memory than the sums

@@ -23,7 +23,7 @@ from launch.planning.engines import (
 )
 from launch.planning.machine import DEFAULT_GPU, RESERVE, Machine, make_machine
 from launch.planning.memory import is_offloaded
-from launch.planning.model import CAUSAL_ONLY, ModelRun, run_without_numbers, try_estimate
+from launch.planning.model import ModelRun, run_without_numbers, try_estimate
 from launch.runtime.distributed import find_nodes, print_rank0, run_on_rank0
 from launch.runtime.gpus import find_gpu
 from launch.runtime.memory import measure_free_memory
@@ -118,11 +118,10 @@ def _decide_on(recipe: Recipe, inputs: Inputs, machine: Machine, device_type: st
 
     Without an estimate it is what shards most, with checkpointing on GPUs.
     """
-    if recipe.task.has_head:
-        return _decide_blindly(recipe, machine, CAUSAL_ONLY)
-    config, wanted = read_config(inputs.model_path), list_checkpointing(recipe)
+    config, head = read_config(inputs.model_path, head=inputs.head), inputs.model.get_head()
+    wanted, size = list_checkpointing(recipe), machine.world_size
     run, problem = try_estimate(
-        lambda: run_without_numbers(config, recipe, inputs.dtype, machine.world_size, wanted)
+        lambda: run_without_numbers(config, recipe, inputs.dtype, size, wanted, head)
     )
     if run is None:
         return _decide_blindly(recipe, machine, problem)

@@ -4,6 +4,7 @@ launch.planning.model runs the model without numbers; memory, timing and communi
 follows from it, and this module puts them together for one engine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,7 @@ def estimate_run(
     dtype: torch.dtype,
     checkpointing: bool,
     steps: int,
+    head: Sequence[str] = (),
 ) -> Estimate:
     """Estimate what `recipe` takes with a model of `config` on `machine`, with its engine.
 
@@ -103,11 +105,13 @@ def estimate_run(
         dtype: of the base.
         checkpointing: whether activations are computed again for the backward pass.
         steps: of the optimiser.
+        config, head: see `make_fake_model`.
 
     Raises:
         AstraError: targets, ranks or calibration.memory_gib do not fit the model.
     """
-    run = run_without_numbers(config, recipe, dtype, machine.world_size, [checkpointing])
+    wanted = [checkpointing]
+    run = run_without_numbers(config, recipe, dtype, machine.world_size, wanted, head)
     return estimate_engine(run, recipe, recipe.engine, machine, checkpointing, steps)
 
 
@@ -207,6 +211,7 @@ def estimate_calibration_needs(
     dtype: torch.dtype,
     world_size: int,
     node_size: int | None = None,
+    head: Sequence[str] = (),
 ) -> CalibrationNeeds:
     """Estimate what the recipe's calibration takes on each of `world_size` ranks.
 
@@ -214,8 +219,9 @@ def estimate_calibration_needs(
 
     Args:
         node_size: see `count_held_bytes`.
+        config, head: see `make_fake_model`.
     """
-    fake = make_fake_model(config, recipe, dtype)
+    fake = make_fake_model(config, recipe, dtype, head)
     with compat.make_fake_mode():
         compat.replace_tensors(fake.model)
         batch = run_calibration_batch(fake, recipe, world_size)

@@ -78,12 +78,17 @@ def count_file_bytes(recipe: Recipe, fake: FakeModel) -> dict[str, int]:
     method, trained_bytes = recipe.adapter.method_record, FP32_BYTES * fake.num_trained
     model_bytes = fake.num_parameters * fake.dtype.itemsize
     if method.trains_all:
-        checkpoint, num_copies = f"a checkpoint (all parameters and {MOMENTS})", 3
+        checkpoint = f"a checkpoint (all parameters and {MOMENTS})"
+        checkpoint_bytes = 3 * trained_bytes
         exported, export_bytes = "export: model", model_bytes
     else:
-        checkpoint, num_copies = f"a checkpoint (A0, B0, what is trained and {MOMENTS})", 4
+        # Of a new head there is no initial value in a checkpoint, nor in astra_init.
+        checkpoint = f"a checkpoint (A0, B0, what is trained and {MOMENTS})"
         exported, num_exported = _describe_export(method)
-        export_bytes = num_exported * trained_bytes
+        head_bytes = FP32_BYTES * fake.num_head
+        export_bytes = num_exported * (trained_bytes - head_bytes)
+        export_bytes += min(2, num_exported) * head_bytes
+        checkpoint_bytes = 4 * trained_bytes - head_bytes
     calibration_bytes = 0
     if method.is_calibrated:
         for linear in fake.linears.values():
@@ -93,7 +98,7 @@ def count_file_bytes(recipe: Recipe, fake: FakeModel) -> dict[str, int]:
                 size += linear.in_features
             calibration_bytes += FP64_BYTES * recipe.adapter.rank * size
     files = {
-        checkpoint: num_copies * trained_bytes,
+        checkpoint: checkpoint_bytes,
         exported: export_bytes,
         "calibration: eigenvectors, or factors, fp64": calibration_bytes,
     }
@@ -186,7 +191,7 @@ def _count_fsdp_gathered(fake: FakeModel) -> int:
     Those are one layer and the parameters outside of layers, or one layer while the next comes.
     """
     layers = sorted(fake.layer_bytes)
-    gathered = max(fake.weight_bytes - sum(layers) + layers[-1], sum(layers[-2:]))
+    gathered = max(fake.weight_bytes - sum(layers[:-1]), sum(layers[-2:]))
     return 2 * gathered if fake.trains_all else gathered  # with their gradients
 
 

@@ -7,7 +7,8 @@ Every example is taken to be data.max_length tokens long. Nothing here depends o
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -18,18 +19,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from astra.adapter import get_base_layers
 from astra.errors import AstraError
-from astra.gradients import sum_gradients
-from astra.moments import Group, find_groups, run_forward
+from astra.gradients import Loss, sum_gradients
+from astra.moments import Batch, Group, find_groups, run_forward
 from astra.windows import CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
+from launch.data.batches import RowBatch
 from launch.planning.counting import CountingMode, Operation, discard_gradients
 from launch.runtime import compat
 from launch.runtime.units import GIB
 from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, label_loss
+from launch.training.row_loss import RowLoss, row_label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 EstimateT = TypeVar("EstimateT")
-CAUSAL_ONLY = "the planner knows causal tasks alone"  # why there is no estimate for other tasks
+CANNOT_SPLIT = "this model's layers do not pass on one tensor; set no limit"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class FakeModel:
     model: nn.Module  # the base with its adapters
     linears: Mapping[str, nn.Linear]
     dtype: torch.dtype  # of the base
-    num_parameters: int  # of the base
+    num_parameters: int  # of the base, with a new head
     num_trained: int
+    num_head: int  # of the parameters that are trained, those of a new head
     trains_all: bool
 
     @cached_property
@@ -51,7 +55,7 @@ class FakeModel:
 
     @cached_property
     def layer_bytes(self) -> list[int]:
-        """Bytes of each decoder layer's weights, without the adapters'."""
+        """Bytes of each layer's weights, without the adapters'."""
         layers = find_layers(self.base, {}) or []
         return [count_weight_bytes(layer, self.trains_all) for layer in layers]
 
@@ -78,6 +82,7 @@ class CalibrationBatch:
     has_backward: bool
     groups: list[Group]
     hidden_states: int  # bytes on the CPU, carried from window to window where there are several
+    can_split: bool  # whether it can run in windows: each layer hands one tensor to the next
     # GiB for sums and for solving, None for no limit -> the windows. Raises AstraError if not even
     # one layer fits.
     plan_windows: Callable[[float | None], CalibrationPlan]
@@ -94,13 +99,21 @@ class ModelRun:
     training: dict[bool, Pass]  # with gradient checkpointing or without -> a micro batch
 
 
-def make_fake_model(config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype) -> FakeModel:
-    """Make the recipe's model on PyTorch's meta device. Raises AstraError for its targets."""
+def make_fake_model(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, head: Sequence[str] = ()
+) -> FakeModel:
+    """Make the recipe's model on PyTorch's meta device. Raises AstraError for its targets.
+
+    Args:
+        config: for a causal language model or, filled in by a `Head`, for one with a new head.
+        head: parameters of the new head, of `CheckedModel.get_head`.
+    """
     method = recipe.adapter.method_record
     base = compat.make_meta_model(config, dtype)
     base.requires_grad_(method.trains_all)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
-    model = attach_trainable(base, recipe.adapter)
+    num_head = sum(base.get_parameter(name).numel() for name in head)
+    model = attach_trainable(base, recipe.adapter, head=head)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return FakeModel(
         base=base,
@@ -109,6 +122,7 @@ def make_fake_model(config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype
         dtype=dtype,
         num_parameters=num_parameters,
         num_trained=num_trained,
+        num_head=num_head,
         trains_all=method.trains_all,
     )
 
@@ -146,6 +160,7 @@ def run_without_numbers(
     dtype: torch.dtype,
     world_size: int,
     checkpointing: Collection[bool],
+    head: Sequence[str] = (),
 ) -> ModelRun:
     """Run the recipe's calibration and training on fake tensors. Seconds for 32 layers.
 
@@ -153,6 +168,7 @@ def run_without_numbers(
         dtype: of the base.
         checkpointing: whether activations are computed again for the backward pass; every value
             is tried.
+        config, head: see `make_fake_model`.
 
     Raises:
         AstraError: targets or ranks do not fit the model.
@@ -160,7 +176,7 @@ def run_without_numbers(
     settings = recipe.train
     num_examples = math.ceil(settings.global_batch / world_size)
     micro_batch = min(settings.micro_batch, num_examples)
-    fake = make_fake_model(config, recipe, dtype)
+    fake = make_fake_model(config, recipe, dtype, head)
     with compat.make_fake_mode():
         # Attention takes a costlier path with meta tensors than with the CPU tensors of this mode.
         compat.replace_tensors(fake.model)
@@ -184,12 +200,13 @@ def run_calibration_batch(fake: FakeModel, recipe: Recipe, world_size: int) -> C
     """Run one batch of the recipe's calibration. To be called in a fake mode."""
     settings, length = recipe.calibration, recipe.data.max_length
     statistic = recipe.statistic
-    ids = torch.zeros(settings.batch_size, length, dtype=torch.long)
+    batch = _make_calibration_batch(recipe)
     with as_base(fake.model):
-        groups = find_groups(fake.model, fake.linears, {"input_ids": ids}, statistic)
+        groups = find_groups(fake.model, fake.linears, batch, statistic)
+    can_split = True
 
     def plan_windows(memory_gib: float | None) -> CalibrationPlan:
-        return make_plan(
+        plan = make_plan(
             fake.base,
             fake.linears,
             groups,
@@ -198,34 +215,94 @@ def run_calibration_batch(fake: FakeModel, recipe: Recipe, world_size: int) -> C
             memory=None if memory_gib is None else memory_gib * GIB,
             decomposition=recipe.adapter.method_record.decomposition,
         )
+        if plan.layers is not None and not can_split:
+            raise AstraError(CANNOT_SPLIT, "memory")
+        return plan
 
     once, hidden_states = Pass(), 0
     if statistic == "gradient":
-        once = _run_gradients(fake.model, fake.linears, ids, plan_windows(None))
+        loss = row_label_loss if recipe.task.has_head else label_loss
+        once = _run_gradients(fake.model, fake.linears, batch, plan_windows(None), loss)
     elif statistic != "weight":
-        once = _run_forward(fake.model, ids)
+        once, can_split = _run_forward(fake, batch)
         num_batches = math.ceil(settings.samples / (settings.batch_size * world_size))  # of a rank
         hidden_size = fake.base.config.get_text_config().hidden_size
         num_tokens = num_batches * settings.batch_size * length
         hidden_states = num_tokens * hidden_size * fake.base.dtype.itemsize
-    return CalibrationBatch(once, statistic == "gradient", groups, hidden_states, plan_windows)
+    has_backward = statistic == "gradient"
+    return CalibrationBatch(once, has_backward, groups, hidden_states, can_split, plan_windows)
 
 
-def _run_forward(model: nn.Module, ids: Tensor) -> Pass:
-    """Run a forward pass of the base."""
-    with CountingMode() as counted, as_base(model), torch.no_grad():
-        run_forward(model.eval(), {"input_ids": ids})
-    return Pass(counted.peak, counted.operations)
+def _make_calibration_batch(recipe: Recipe) -> Batch:
+    """Make a batch of the recipe's calibration, without values."""
+    size, length = recipe.calibration.batch_size, recipe.data.max_length
+    if recipe.task.has_head:
+        rows = _make_row_batch(recipe, size)
+        is_real = torch.ones(size, length, dtype=torch.bool)
+        return Batch(**rows.inputs(), token_mask=is_real, row_labels=rows.labels)
+    ids = torch.zeros(size, length, dtype=torch.long)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _make_row_batch(recipe: Recipe, size: int) -> RowBatch:
+    """Make a batch of `size` rows with labels, without values.
+
+    It has no token types: models that need them make them by themselves.
+    """
+    shape = (size, recipe.data.max_length)
+    is_classes = recipe.task.kind == "classification"
+    return RowBatch(
+        input_ids=torch.zeros(shape, dtype=torch.long),
+        attention_mask=torch.ones(shape, dtype=torch.long),
+        token_type_ids=None,
+        labels=torch.zeros(size, dtype=torch.long if is_classes else torch.float32),
+        weights=torch.ones(size, dtype=torch.float64),
+    )
+
+
+def _run_forward(fake: FakeModel, batch: Batch) -> tuple[Pass, bool]:
+    """Run a forward pass of the base.
+
+    Returns:
+        The pass, and whether every layer returns one tensor, its hidden states.
+    """
+    with (
+        CountingMode() as counted,
+        as_base(fake.model),
+        torch.no_grad(),
+        _watch_layers(fake.base) as outputs,
+    ):
+        run_forward(fake.model.eval(), batch)
+    can_split = all(issubclass(kind, Tensor) for kind in outputs)
+    return Pass(counted.peak, counted.operations), can_split
+
+
+@contextmanager
+def _watch_layers(base: PreTrainedModel) -> Iterator[list[type]]:
+    """Within the context, note the types of what the layers return, in the list that is yielded."""
+    kinds: list[type] = []
+    handles = [
+        layer.register_forward_hook(lambda _module, _inputs, output: kinds.append(type(output)))
+        for layer in find_layers(base, {}) or []
+    ]
+    try:
+        yield kinds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _run_gradients(
-    model: nn.Module, linears: Mapping[str, nn.Linear], ids: Tensor, plan: CalibrationPlan
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batch: Batch,
+    plan: CalibrationPlan,
+    loss: Loss,
 ) -> Pass:
     """Run the forward and backward passes that gradients are calibrated with."""
     window = plan.windows[0]
     with CountingMode() as counted, as_base(model):
-        batch = {"input_ids": ids, "labels": ids}
-        sum_gradients(model.eval(), linears, [batch], window, label_loss)
+        sum_gradients(model.eval(), linears, [batch], window, loss)
     # The statistics are counted as a part of the plan. Adding to them in place counts no product.
     return Pass(counted.peak - window.statistics_bytes, counted.operations)
 
@@ -235,8 +312,13 @@ def _run_micro_batch(model: nn.Module, recipe: Recipe, size: int, checkpointing:
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.zeros(size, recipe.data.max_length, dtype=torch.long)
-    every_token = torch.arange(ids.numel() - 1)  # as if all were part of an answer
+    model.train()
+    if recipe.task.has_head:
+        loss, arguments = RowLoss(model), _make_row_batch(recipe, size).arguments()
+    else:
+        ids = torch.zeros(size, recipe.data.max_length, dtype=torch.long)
+        every_token = torch.arange(ids.numel() - 1)  # as if all were part of an answer
+        loss, arguments = AnswerLoss(model, CHUNK_GPU), (ids, every_token, ids.flatten()[1:])
     with CountingMode() as counted, in_bf16(model):
-        AnswerLoss(model.train(), CHUNK_GPU)(ids, every_token, ids.flatten()[1:]).backward()
+        loss(*arguments).backward()
     return Pass(counted.peak, counted.operations)

@@ -12,6 +12,7 @@ from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
 from launch.models.check import check_config, check_max_length, make_meta_model
 from launch.models.files import fetch_config
+from launch.models.head import Head, find_outer_names, set_head
 from launch.planning.engines import (
     compare_engines,
     estimate_auto,
@@ -22,7 +23,7 @@ from launch.planning.engines import (
 )
 from launch.planning.estimate import Estimate
 from launch.planning.machine import Machine, describe_machine
-from launch.planning.model import run_without_numbers
+from launch.planning.model import run_without_numbers, try_estimate
 from launch.planning.options import PlanOptions
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_TRAIN_PROBLEMS
@@ -50,21 +51,24 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
             f"engine: single trains in one process, not {machine.world_size}; set engine=zero3 or "
             "--gpus 1"
         )
-    if recipe.task.has_head:
-        raise UserError(
-            f"task.kind: plans are for causal tasks, not for {recipe.task.kind}; as a bound, plan "
-            "a decoder's recipe without its task section"
-        )
     config = _load_config(recipe)
-    check_config(config)
-    config.problem_type = None  # of another head in config.json; as read_config has it
-    make_meta_model(config)  # refuses what cannot be made, before anything is printed
+    model = make_meta_model(config)  # refuses what cannot be made, before anything is printed
+    # A pooler in the base is taken to be in its files, as BERT's is.
+    head = find_outer_names(model) if recipe.task.has_head else ()
     check_max_length(recipe.data.max_length, config, recipe.model.name)
     steps = _count_steps(recipe, options)
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
     name = recipe.model.name
     print(f"planning {name}: running its layers without numbers", file=sys.stderr, flush=True)
-    run = run_without_numbers(config, recipe, dtype, machine.world_size, list_checkpointing(recipe))
+    wanted = list_checkpointing(recipe)
+    run, problem = try_estimate(
+        lambda: run_without_numbers(config, recipe, dtype, machine.world_size, wanted, head)
+    )
+    if run is None:
+        raise UserError(
+            f"model.name: {name} cannot be planned, as its {type(model).__name__} does not run "
+            f"without values: {problem}; train.py needs no plan"
+        )
     estimates = compare_engines(run, recipe, machine, steps)
     recommended = recommend_engine(estimates, machine)
     estimate = recommended.estimate
@@ -81,7 +85,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         f"parameters: {estimate.parameters / 1e9:.3f} B of the base, "
         f"{estimate.trainable / 1e6:.2f} M trainable"
     )
-    print(describe_trainable(config, recipe.adapter))
+    print(describe_trainable(config, recipe.adapter, head))
     print(describe_machine(machine))
     if dtype == torch.bfloat16 and machine.gpu.bf16_tflops is None:
         print("  no bf16 in hardware: its products are taken at fp32's rate, which is a best case")
@@ -97,10 +101,20 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
 
 
 def _load_config(recipe: Recipe) -> PretrainedConfig:
-    """Load the config of the base. The quickstart's is known before the base is pretrained."""
+    """Load the config of the base, for its new head if the task has one.
+
+    The quickstart's is known before the base is pretrained. Raises UserError.
+    """
     if recipe.model.name == quickstart.NAME:
-        return quickstart.make_config()
-    return fetch_config(recipe.model.name, recipe.model.revision)
+        config = quickstart.make_config()
+    else:
+        config = fetch_config(recipe.model.name, recipe.model.revision)
+    check_config(config)
+    # The tokenizer is not fetched. Which token pads rows changes no shape.
+    pad_token = config.get_text_config().pad_token_id or 0
+    head = Head(tuple(recipe.task.labels), pad_token) if recipe.task.has_head else None
+    set_head(config, head)
+    return config
 
 
 def _count_steps(recipe: Recipe, options: PlanOptions) -> int:

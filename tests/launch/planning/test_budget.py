@@ -37,7 +37,10 @@ class World:
 
     def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
         self.free, self.printed = 0, []
-        self.inputs = SimpleNamespace(model_path=model, dtype=torch.float32)
+        checked = SimpleNamespace(get_head=lambda: ())
+        self.inputs = SimpleNamespace(
+            model_path=model, dtype=torch.float32, head=None, model=checked
+        )
         patch.setattr(budget, "measure_free_memory", lambda _: self.free)
         patch.setattr(budget, "all_reduce_max", lambda value, _: value)
         patch.setattr(budget, "run_on_rank0", lambda function: function())
@@ -163,17 +166,6 @@ def test_a_model_that_is_not_estimated_has_no_limit_and_that_is_said(
     assert world.printed == [
         f"{FIELD}: auto is no limit, as there is no estimate: NotImplementedError: no fake kernel "
         "for this"
-    ]
-
-
-def test_a_model_with_a_new_head_is_not_estimated(world: World, tmp_path: Path) -> None:
-    """The estimate would be of the language model in its place."""
-    task = {"kind": "classification", "labels": ["no", "yes"], "sentence1": "text"}
-    world.free = GIB
-    recipe = make_recipe(task=task)
-    assert world.decide(recipe, tmp_path / "calibration") == (None, {FIELD: None})
-    assert world.printed == [
-        f"{FIELD}: auto is no limit, as there is no estimate: the planner knows causal tasks alone"
     ]
 
 

@@ -109,7 +109,10 @@ class World:
         self.ranks = [(10 * GIB, "NVIDIA H100 80GB HBM3", "a")] * 2  # free bytes, GPU, host
         self.printed: list[str] = []
         self.num_gathered = 0
-        self.inputs = SimpleNamespace(model_path=model, dtype=torch.bfloat16)
+        checked = SimpleNamespace(get_head=lambda: ())
+        self.inputs = SimpleNamespace(
+            model_path=model, dtype=torch.bfloat16, head=None, model=checked
+        )
         patch.setattr(decisions, "measure_free_memory", lambda _: self.ranks[0][0])
         patch.setattr(decisions, "run_on_rank0", lambda function: function())
         patch.setattr(decisions, "print_rank0", self.printed.append)
