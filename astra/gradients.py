@@ -98,6 +98,8 @@ def _accumulate_gradients(
     def make_hook(gradient: Gradient) -> Callable:
         def hook_output(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach().flatten(0, -2)
+            if not output.requires_grad:  # on relative positions, which come from frozen weights
+                output.requires_grad_()
 
             def add_product(output_gradient: Tensor) -> None:
                 dy = output_gradient.flatten(0, -2)
