@@ -180,11 +180,16 @@ class ZeroEngine(ZeroWeights):
         passes: of 32 layers with adapters they take more than half of the host's time, which a fast
         GPU waits for. They also change the order in which gradients of hidden states are added up; by
         layers the losses are those of one process to the bit (tests/distributed/test_leaves.py).
+
+        Not the embeddings, which transformers does not split in encoders either: they have no input
+        with a gradient, so DeepSpeed would take their backward pass to be over before it began.
         """
         layer_classes = compat.list_layer_classes(model)
         for module in model.get_decoder().modules():
-            if type(module).__name__ in layer_classes:
-                set_z3_leaf_module(module, True)
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    if type(layer).__name__ in layer_classes:
+                        set_z3_leaf_module(layer, True)
 
     def materialize(self, model: nn.Module) -> None:
         """Have stage 3 take over adapters that were attached since; the base is read already."""

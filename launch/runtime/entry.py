@@ -1,10 +1,12 @@
 """The entry point of every command: run `main`, and turn user errors into a line and a code."""
 
+import contextlib
 import os
+import select
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from launch.runtime import watchdog
 from launch.runtime.errors import (
@@ -37,12 +39,55 @@ def describe_failure(error: Exception) -> tuple[str, int]:
     return f"{watchdog.current_phase()}: {type(error).__name__}: {text}", 1
 
 
+class OutputClosedError(Exception):
+    """Raised in the place of BrokenPipeError when what reads this command's output has ended."""
+
+
+@contextlib.contextmanager
+def _expecting_closed_outputs() -> Iterator[None]:
+    """Within the context, let it be no fault that what reads the output ends first, as `head` does.
+
+    Python ignores SIGPIPE. It raises BrokenPipeError when it prints, and complains again when it
+    flushes at the end, unless the output goes elsewhere by then (docs.python.org/3/library/signal.html,
+    "Note on SIGPIPE").
+
+    Raises:
+        OutputClosedError: what reads the output has ended.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        if not _discard_closed_outputs():
+            raise  # of another pipe
+        raise OutputClosedError("what reads this command's output has ended") from None
+    except BaseException:  # SystemExit too
+        _discard_closed_outputs()
+        raise
+
+
+def _discard_closed_outputs() -> bool:
+    """Send standard output and error nowhere if their readers have ended. Return whether one has."""
+    poll, found = select.poll(), False
+    for number in (1, 2):
+        poll.register(number, 0)
+    for number, events in poll.poll(0):
+        if events & select.POLLERR:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+            found = True
+    return found
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process.
 
     The exit code is 0 if all went well, 2 for an error that the user can fix, full disks and full
     memory among them, and 1 for a fault that may be gone at the next start. An error that the user
-    can fix is printed as one line, without a traceback, and every rank ends.
+    can fix is printed as one line, without a traceback, and every rank ends. Where what reads the
+    output has ended, nothing is printed and the code is 1.
 
     Once the ranks have found each other, the watchdog ends all of them with one line and one code,
     whether one rank alone meets an error or every rank the same user error (`report_error`); after
@@ -56,7 +101,11 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 0
     try:
-        main()
+        with _expecting_closed_outputs():
+            main()
+    except OutputClosedError as error:
+        watchdog.report_error(str(error), 1)
+        code = 1
     except USER_ERRORS as error:
         line = " ".join(describe_error(error).split())
         alone = isinstance(error, RankError)

@@ -56,6 +56,48 @@ def test_the_exit_code_and_the_line(body: str, code: int, line: str) -> None:
     assert (done.returncode, done.stderr) == (code, line)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("for i in range(100_000): print(i)", 1, ""),
+        ("print('end')", 1, ""),  # met at the end only, when the output is flushed
+        ("print('end'); sys.exit()", 0, ""),
+        ("raise UserError('no such file')", 2, "error: no such file\n"),
+    ],
+)
+def test_a_reader_that_ends_first_is_no_fault(
+    body: str, code: int, line: str, joined: bool
+) -> None:
+    """As `launch/sweep.py --list | head` ends, also with standard error in the same pipe."""
+    program = f"""
+import sys
+from launch.runtime.entry import run_command
+from launch.runtime.errors import UserError
+def main():
+    sys.stdin.readline()  # until the reader has ended
+    {body}
+run_command(main)"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if joined else subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    process.stdin.close()
+    printed = "" if joined else process.stderr.read()
+    assert (process.wait(60), printed) == (code, line)
+
+
+def test_a_broken_pipe_of_another_kind_is_a_fault() -> None:
+    done = run_main("raise BrokenPipeError('of a server')")
+    assert done.returncode == 1
+    assert done.stderr.endswith("BrokenPipeError: of a server\n")
+
+
 @pytest.mark.parametrize(("local_rank", "line"), [("0", "error: no driver\n"), ("1", "")])
 def test_the_error_of_a_node_is_printed_by_its_first_rank(local_rank: str, line: str) -> None:
     body = (
