@@ -71,6 +71,8 @@ def sum_gradients(
     with _accumulate_gradients(model, linears, sums), torch.enable_grad():
         for batch in progress(batches, "calibrate"):
             loss(model, batch).backward()
+            # Of a new head, which is trained later: what is left would be a part of its first step.
+            model.zero_grad(set_to_none=True)
             num_labels = _count_labels(batch)
             for gradient in sums.values():
                 gradient.count += num_labels

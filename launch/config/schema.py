@@ -526,7 +526,6 @@ class Recipe(Section):
         causal_only = {
             "model.new_weights": bool(self.model.new_weights),
             "data.packing": self.data.packing,
-            "data.prepared": self.data.prepared is not None,
             "data.input": self.data.input is not None,
             "data.messages": self.data.messages is not None,
             "eval.suites": bool(self.eval.suites),

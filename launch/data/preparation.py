@@ -8,6 +8,7 @@ from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
 from launch.data.calibration_tokens import prepare_calibration_tokens
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
+from launch.data.task_rows import RowFolder, make_head, obtain_all_rows
 from launch.data.token_cache import SPECIAL, check_refused_rows, make_tokens
 from launch.models.check import (
     check_max_length,
@@ -37,14 +38,17 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
             something else.
         EvalError: a benchmark cannot be read.
     """
-    if recipe.task.has_head:
-        raise UserError(
-            f"task.kind: tokens are prepared for causal tasks, not for {recipe.task.kind}; train.py "
-            "prepares and caches such rows"
-        )
     model_path = fetch_model(recipe.model.name, recipe.model.revision, weights=False)
     config = read_config(model_path)
     check_max_length(recipe.data.max_length, config, recipe.model.name)
+    if recipe.task.has_head:
+        if benchmarks:
+            raise UserError(
+                "--check-overlap: compares instructions with benchmarks, and the rows of a "
+                f"{recipe.task.kind} have none; leave it out"
+            )
+        _prepare_rows(recipe, folder, model_path)
+        return
     source = fetch_source(recipe.data)
     prepared = make_tokens(folder, recipe.data, model_path, source, verify=True)
     largest = int(prepared.open_tokens().tokens.max())
@@ -61,6 +65,25 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
     check_refused_rows(manifest, recipe.data)  # last: the report says which rows those are
     if recipe.calibration_tokens is not None:
         _prepare_calibration(recipe, folder / CALIBRATION_TOKENS, model_path)
+
+
+def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
+    """Make the rows with labels of a recipe in `folder`, and write and print the report.
+
+    Raises what `prepare_tokens` does.
+    """
+    rows, dev = obtain_all_rows(recipe, model_path, folder)
+    tokenizer = load_tokenizer(model_path, needs_end=False)
+    head = make_head(recipe.task, model_path, tokenizer)
+    num_embeddings = get_num_embeddings(read_config(model_path, head=head))
+    report = ""
+    for name, found in {"": rows, **dev}.items():
+        largest = int(found.open_tokens().tokens.max())
+        check_token_ids(largest, num_embeddings, tokenizer)
+        title = f"\nDevelopment rows of {name}:\n\n" if name else ""
+        report += title + render_row_report(recipe, found)
+    write_text(folder / REPORT, report)
+    print(report, flush=True)
 
 
 def _prepare_calibration(recipe: Recipe, folder: Path, model_path: Path) -> None:
@@ -85,6 +108,51 @@ def render_report(data: Data, model_name: str, manifest: dict, overlaps: Mapping
         manifest: of the tokens (launch.data.token_cache).
         overlaps: see `find_overlaps`.
     """
+    what = " blocks of text" if data.text_field else ""
+    lines = _render_counts(data, model_name, manifest, what, "answer cut at")
+    if manifest.get("special"):  # manifests of earlier versions do not have it
+        lines.append(f"| of them, {SPECIAL} | {manifest['special']} |")
+    lines += [
+        "",
+        f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
+        f"SHA-256 {manifest['tokens_sha256']}.",
+    ]
+    if "files_read" in manifest:  # not in manifests of earlier versions
+        names = manifest["files_read"]
+        more = f" and {len(names) - NUM_FILES} more" if len(names) > NUM_FILES else ""
+        lines += ["", f"Read from {', '.join(names[:NUM_FILES])}{more}."]
+    lines += _render_examples(manifest)
+    if overlaps:
+        lines += _render_overlaps(overlaps)
+    return "\n".join(lines) + "\n"
+
+
+def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
+    """Render in Markdown what was kept, truncated and dropped of rows with labels, and the labels."""
+    made_from, tokens = rows.manifest["made_from"], rows.open_tokens()
+    data = recipe.data.model_copy(
+        update={name: made_from["data"][name] for name in ("path", "split")}
+    )
+    lines = _render_counts(data, recipe.model.name, rows.manifest, "", "truncated to")
+    for place, label in enumerate(recipe.task.labels):
+        lines.append(f"| of them, labelled {label} | {int((tokens.labels == place).sum())} |")
+    if not recipe.task.labels:
+        least, most = tokens.labels.min().item(), tokens.labels.max().item()
+        lines.append(f"| labels | {least:g} to {most:g} |")
+    lengths = tokens.lengths()
+    lines += [
+        "",
+        f"{rows.manifest['tokens']} tokens, at most {int(lengths.max())} in a row; "
+        f"SHA-256 {rows.manifest['tokens_sha256']}.",
+        *_render_examples(rows.manifest),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _render_counts(
+    data: Data, model_name: str, manifest: dict, what: str, shortened: str
+) -> list[str]:
+    """Render the head of a report, as lines: how many rows were read, dropped, kept and shortened."""
     source = manifest["made_from"]["source"]
     revision = f"revision {data.revision}, unverified"
     if "commit" in source:
@@ -103,27 +171,20 @@ def render_report(data: Data, model_name: str, manifest: dict, overlaps: Mapping
     for reason, count in sorted(manifest["dropped"].items()):
         lines.append(f"| dropped: {reason} | {count} |")
     lines += [
-        f"| kept | {manifest['kept']}{' blocks of text' if data.text_field else ''} |",
-        f"| of them, answer cut at {data.max_length} tokens | {manifest['cut']} |",
+        f"| kept | {manifest['kept']}{what} |",
+        f"| of them, {shortened} {data.max_length} tokens | {manifest['cut']} |",
     ]
-    if manifest.get("special"):  # manifests of earlier versions do not have it
-        lines.append(f"| of them, {SPECIAL} | {manifest['special']} |")
-    lines += [
-        "",
-        f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
-        f"SHA-256 {manifest['tokens_sha256']}.",
-    ]
-    if "files_read" in manifest:  # not in manifests of earlier versions
-        names = manifest["files_read"]
-        more = f" and {len(names) - NUM_FILES} more" if len(names) > NUM_FILES else ""
-        lines += ["", f"Read from {', '.join(names[:NUM_FILES])}{more}."]
-    if manifest["examples"]:
-        lines += ["", "First rows of each reason:", ""]
-        for _, rows in sorted(manifest["examples"].items()):
-            lines += [f"- row {row}: {what}" for row, what in rows]
-    if overlaps:
-        lines += _render_overlaps(overlaps)
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _render_examples(manifest: dict) -> list[str]:
+    """Render the first rows of each reason, as lines."""
+    if not manifest["examples"]:
+        return []
+    lines = ["", "First rows of each reason:", ""]
+    for _, rows in sorted(manifest["examples"].items()):
+        lines += [f"- row {row}: {what}" for row, what in rows]
+    return lines
 
 
 def _render_overlaps(overlaps: Mapping[str, dict]) -> list[str]:

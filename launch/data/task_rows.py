@@ -1,6 +1,7 @@
 """Rows with labels: one text or a pair, tokenised as the tokenizer itself joins a pair.
 
-They are made once and cached as one safetensors file and a manifest, which ranks map into memory:
+They are made once, in the cache or in a folder of launch/prepare.py's, as one safetensors file and a
+manifest, which ranks map into memory:
 
     tokens, offsets, labels, token_types    see TokenSet
 """
@@ -14,13 +15,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerBase
 
-from launch.config.schema import Data, Recipe
+from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
 from launch.config.task import Task
 from launch.data.sources import (
     EMPTY,
@@ -34,7 +36,14 @@ from launch.data.sources import (
     show_rows,
     show_value,
 )
-from launch.data.token_cache import MANIFEST, check_refused_rows, count_dropped, name_row
+from launch.data.token_cache import (
+    MANIFEST,
+    check_refused_rows,
+    count_dropped,
+    name_row,
+    read_json,
+    require_same_origin,
+)
 from launch.data.token_set import TokenSet
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
 from launch.models.files import hash_tokenizer, load_tokenizer
@@ -46,6 +55,7 @@ from launch.runtime.locks import hold_lock
 
 FORMAT = 1  # raised with every change of how rows are read, tokenised and stored
 ROWS = "rows.safetensors"
+DEV = "dev"  # in a prepared folder, with a folder for each set of development rows
 TRUNCATED = "truncated at max_length"
 NO_LABEL, NO_NUMBER = "label not in task.labels", "label no number"
 
@@ -92,34 +102,66 @@ def prepare_rows(
     Raises:
         UserError: for whatever is wrong with them.
     """
-    task = recipe.task
     tokenizer = load_tokenizer(model_path, needs_end=False)
-    head = Head(tuple(task.labels), find_padding(tokenizer, read_config(model_path)))
-    model = check_model(model_path, head=head)
+    model = check_model(model_path, head=make_head(recipe.task, model_path, tokenizer))
+    return model, *obtain_all_rows(recipe, model_path)
+
+
+def make_head(task: Task, model_path: Path, tokenizer: PreTrainedTokenizerBase) -> Head:
+    """Return what decides the task's new head. Raises UserError."""
+    return Head(tuple(task.labels), find_padding(tokenizer, read_config(model_path)))
+
+
+def obtain_all_rows(
+    recipe: Recipe, model_path: Path, output: Path | None = None
+) -> tuple[RowFolder, dict[str, RowFolder]]:
+    """Find or make the training rows and all development rows, by the name of the score.
+
+    Args:
+        output: folder to make them in, in the place of data.prepared or the cache.
+
+    Raises:
+        UserError: rows cannot be read, or there are some that the recipe refuses.
+    """
+    tokenizer = load_tokenizer(model_path, needs_end=False)
+    head = make_head(recipe.task, model_path, tokenizer)
     config = read_config(model_path, head=head)
-    rows = obtain_rows(recipe.data, task, model_path, tokenizer, config)
+    rows = obtain_rows(recipe.data, recipe.task, model_path, tokenizer, config, output)
     dev = {}
-    for name, place in task.dev_sets.items():
+    for name, place in recipe.task.dev_sets.items():
+        folder = None if output is None else _name_dev_folder(output, name)
+        data = _locate_dev(recipe.data, name, place)
         try:
-            dev[name] = obtain_rows(
-                _locate_dev(recipe.data, place), task, model_path, tokenizer, config
-            )
+            dev[name] = obtain_rows(data, recipe.task, model_path, tokenizer, config, folder)
         except UserError as error:
             raise UserError(f"task.dev: {place}: {error}") from None
-    for folder in (rows, *dev.values()):
-        _check_token_types(folder.open_tokens(), config)
-    return model, rows, dev
+    for found in (rows, *dev.values()):
+        _check_token_types(found.open_tokens(), config)
+    return rows, dev
 
 
-def _locate_dev(data: Data, place: str) -> Data:
+def _name_dev_folder(folder: Path, name: str) -> Path:
+    """Return where a prepared folder has the development rows of a score."""
+    return folder / DEV / quote(name, safe="")
+
+
+def _locate_dev(data: Data, name: str, place: str) -> Data:
     """Return where development rows are: in the file or folder of that path, or a split of the data.
 
     A score is to be of all rows that pass data.filter, so none of them is dropped.
     """
-    data = data.model_copy(update={"limit": None, "on_cut": "keep", "on_bad_row": "refuse"})
-    if Path(place).expanduser().exists():
-        return data.model_copy(update={"path": place, "split": "train", "config": None})
-    return data.model_copy(update={"split": place})
+    update = {"limit": None, "on_cut": "keep", "on_bad_row": "refuse"}
+    is_path = Path(place).expanduser().exists()
+    if data.prepared is not None:
+        folder = _name_dev_folder(Path(data.prepared).expanduser(), name)
+        update["prepared"] = str(folder)
+        if (folder / MANIFEST).is_file():  # the file itself need not be on this machine
+            is_path = read_json(folder / MANIFEST)["made_from"]["data"]["path"] == place
+    if is_path:
+        update |= {"path": place, "split": "train", "config": None}
+    else:
+        update["split"] = place
+    return data.model_copy(update=update)
 
 
 def _check_token_types(tokens: TokenSet, config: PretrainedConfig) -> None:
@@ -150,18 +192,20 @@ def obtain_rows(
     model_path: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    output: Path | None = None,
 ) -> RowFolder:
-    """Find the rows of `data` in the cache, where they are made if needed.
+    """Find the rows of `data` in data.prepared, or in the cache, where they are made if needed.
 
     Args:
         model_path: folder of the base.
         tokenizer: of the base.
         config: of the base with its head.
+        output: folder to make them in, in the place of both.
 
     Raises:
-        UserError: rows cannot be read, or there are some that the recipe refuses.
+        UserError: rows cannot be read, or there are some that the recipe refuses; or a folder holds
+            others.
     """
-    source = fetch_source(data)
     has_types = _takes_token_types(tokenizer, config)
     origin = {
         "format": FORMAT,
@@ -170,20 +214,42 @@ def obtain_rows(
         "token_types": has_types,
         "tokenizer": hash_tokenizer(model_path),
         "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
-        "source": identify_source(source),
     }
-    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_root() / "rows" / key
-    if not (folder / MANIFEST).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(folder / "lock"):
-            if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                _write_rows(folder, origin, data, task, tokenizer, has_types, source)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if hash_file(folder / ROWS) != manifest["tokens_sha256"]:
+    option = "--output"
+    if output is None and data.prepared is not None:
+        folder, option = Path(data.prepared).expanduser(), "data.prepared"
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"{option}: {folder} is not there or has no {MANIFEST}; prepare these rows with "
+                "launch/prepare.py"
+            )
+    else:
+        source = fetch_source(data)
+        origin["source"] = identify_source(source)
+        key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+        folder = output or cache_root() / "rows" / key
+        if not (folder / MANIFEST).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_other_files(folder, option)
+            with hold_lock(folder / "lock"):
+                if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
+                    _write_rows(folder, origin, data, task, tokenizer, has_types, source)
+    manifest = read_json(folder / MANIFEST)
+    require_same_origin(folder, manifest, origin, option)
+    if not (folder / ROWS).is_file() or hash_file(folder / ROWS) != manifest["tokens_sha256"]:
         raise UserError(f"{folder / ROWS}: damaged; delete {folder}, and start again")
     check_refused_rows(manifest, data, cut=TRUNCATED)
     return RowFolder(folder, manifest, bool(task.labels), find_padding(tokenizer, config))
+
+
+def _refuse_other_files(folder: Path, option: str) -> None:
+    """Raise UserError if an unfinished folder holds anything but what a kill may leave there."""
+    ours = {"lock", ROWS, f"{ROWS}.tmp", DEV, CALIBRATION_TOKENS}
+    others = {file.name for file in folder.iterdir()} - ours
+    if others:
+        raise UserError(
+            f"{option}: {folder} holds other files ({min(others)}); choose an empty or new folder"
+        )
 
 
 def _takes_token_types(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:

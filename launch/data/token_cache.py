@@ -124,7 +124,7 @@ def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
         else:
             state = "is not there or has no manifest.json"
         raise UserError(f"data.prepared: {folder} {state}")
-    tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
+    tokens = TokenFolder(folder, read_json(folder / MANIFEST))
     wanted = describe_origin(data, model_path, source=None)
     _check_finished(tokens, wanted, data, model_path, "data.prepared")
     return tokens
@@ -137,7 +137,7 @@ def _check_finished(
     is_earlier = "reading" not in tokens.manifest["made_from"]
     if is_earlier:
         wanted = {key: value for key, value in wanted.items() if key != "reading"}
-    _require_same_origin(tokens.folder, tokens.manifest, wanted, option)
+    require_same_origin(tokens.folder, tokens.manifest, wanted, option)
     _check_sizes(tokens)
     if is_earlier:
         special = find_special_tokens(load_tokenizer(model_path))
@@ -213,7 +213,7 @@ def make_tokens(
             if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
                 tokenizer = load_tokenizer(model_path)
                 _write_tokens(folder, wanted, data, tokenizer, source, option)
-    tokens = TokenFolder(folder, _read_json(folder / MANIFEST))
+    tokens = TokenFolder(folder, read_json(folder / MANIFEST))
     _check_finished(tokens, wanted, data, model_path, option)
     if verify:
         _check_hashes(tokens)
@@ -452,8 +452,8 @@ def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
     Raises UserError if the folder holds something else.
     """
     if (folder / PROGRESS).is_file():
-        tally = _read_json(folder / PROGRESS)
-        _require_same_origin(folder, tally, wanted, option)
+        tally = read_json(folder / PROGRESS)
+        require_same_origin(folder, tally, wanted, option)
         return tally
     # What a kill before the first chunk may leave.
     ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, CHAT_DTYPES)}
@@ -483,7 +483,7 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
     )
 
 
-def _require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
+def require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
     """Raise UserError, naming the first difference, if `folder` was not made from `wanted`."""
     found = manifest["made_from"]
     if "source" in wanted:
@@ -513,7 +513,8 @@ def _list_differences(found: dict, wanted: dict) -> Iterator[tuple[str, object, 
                 yield f"{key}.{name}", before.get(name), now.get(name)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Read a JSON file of a folder of tokens. Raises UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

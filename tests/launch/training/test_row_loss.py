@@ -29,6 +29,8 @@ def test_gradients_are_those_of_the_rows_own_losses(
         drawn = draw_weight(checked.folder, name, 1, checked.head)
         model.get_parameter(name).data.copy_(drawn)
     model.requires_grad_(False)
+    for name in checked.get_head():
+        model.get_parameter(name).requires_grad_(True)
     linears = find_targets(model, recipe.adapter.targets)
     batches = []
     for examples in ([0, 1, 2, 3], [4, None, None, None]):  # None fills up, and does not count
@@ -38,6 +40,7 @@ def test_gradients_are_those_of_the_rows_own_losses(
     groups = find_groups(model, linears, batches[0], "gradient")
     plan = make_plan(model, linears, groups, tokens=64, decomposition="matrix")
     found = sum_gradients(model, linears, batches, plan.windows[0], row_label_loss)
+    assert all(parameter.grad is None for parameter in model.parameters())  # training starts anew
     for linear in linears.values():
         linear.weight.requires_grad_(True)
     for example in range(5):  # each row alone, so without padding

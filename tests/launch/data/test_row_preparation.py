@@ -1,0 +1,88 @@
+"""launch/prepare.py on rows with labels: what it makes is what a run would, without the rows. 4 s."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.data.preparation import prepare_tokens
+from launch.data.task_rows import RowFolder, prepare_rows
+from launch.runtime.errors import UserError
+from tests.support.classifiers import load_recipe, make_recipe, make_rows, write_rows
+
+
+def assert_same_rows(found: RowFolder, wanted: RowFolder) -> None:
+    """Check that two folders hold the same tokens and labels."""
+    for name, value in vars(wanted.open_tokens()).items():
+        other = getattr(found.open_tokens(), name)
+        assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+
+
+@pytest.mark.parametrize("kind", ["bert", "regression"])
+def test_a_run_takes_prepared_rows_without_their_files(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    path = make_recipe(tmp_path, "bert", regression=kind == "regression")
+    dev = f"{tmp_path}/dev.jsonl"
+    settings = [f"task.dev={{a: {dev}, 'b/c': {dev}}}", "data.limit=50"]
+    recipe = load_recipe(path, *settings)
+    base, prepared = tmp_path / "base", tmp_path / "prepared"
+    checked, rows, dev_rows = prepare_rows(recipe, base)
+    (base / "model.safetensors").rename(tmp_path / "weights")  # which are not needed
+    prepare_tokens(recipe, prepared, [])
+    (tmp_path / "weights").rename(base / "model.safetensors")
+    report = (prepared / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert "| kept | 50 |" in report and "Development rows of b/c:" in report
+    assert f"| of them, truncated to 16 tokens | {rows.manifest['cut']} |" in report
+    labels = rows.open_tokens().labels
+    shown = f"| of them, labelled maybe | {int((labels == 1).sum())} |"
+    if kind == "regression":
+        shown = f"| labels | {labels.min().item():g} to {labels.max().item():g} |"
+    assert shown in report
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).rename(tmp_path / f"gone-{name}")
+    again = load_recipe(path, *settings, f"data.prepared={prepared}")
+    found, rows_again, dev_again = prepare_rows(again, base)
+    assert found == checked and dev_again.keys() == dev_rows.keys() == {"a", "b/c"}
+    for one, other in zip(
+        (rows_again, *dev_again.values()), (rows, *dev_rows.values()), strict=True
+    ):
+        assert_same_rows(one, other)
+        assert one.folder.is_relative_to(prepared) and other.folder.is_relative_to(
+            tmp_path / "cache"
+        )
+
+
+def test_other_rows_than_the_recipes_are_refused(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path, "bert")
+    base, prepared = tmp_path / "base", tmp_path / "prepared"
+    prepare_tokens(load_recipe(path), prepared, [])
+    prepare_tokens(load_recipe(path), prepared, [])  # it is finished, and the same
+    given = f"data.prepared={prepared}"
+    for settings, message in {
+        ("data.max_length=12",): r"^data\.prepared: .* another data\.max_length \(16, now 12\)",
+        ("task.labels=['no', 'yes', maybe]",): r"^data\.prepared: .* another task\.labels",
+        ("task.sentence2=null",): r"^data\.prepared: .* another task\.sentence2",
+        (
+            "task.dev={other: validation}",
+        ): r"^task\.dev: validation: data\.prepared: .*other is not",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            prepare_rows(load_recipe(path, given, *settings), base)
+    with pytest.raises(UserError, match=r"^--output: .* made with another data\.max_length"):
+        prepare_tokens(load_recipe(path, "data.max_length=12"), prepared, [])
+    with pytest.raises(UserError, match=r"^--check-overlap: .* have none; leave it out"):
+        prepare_tokens(load_recipe(path), prepared, ["gsm8k"])
+    write_rows(tmp_path / "train.jsonl", make_rows(10, 9))
+    with pytest.raises(UserError, match=r"^--output: .* made with another source\.files"):
+        prepare_tokens(load_recipe(path), prepared, [])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"^--output: .* other files \(notes.txt\)"):
+        prepare_tokens(load_recipe(path), tmp_path / "full", [])
+    rows = prepared / "rows.safetensors"
+    rows.write_bytes(rows.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="damaged"):
+        prepare_rows(load_recipe(path, given), base)
