@@ -15,7 +15,12 @@ if not __package__:  # run as a script: imports are to be looked up from the rep
 from launch import cli
 from launch.run.metrics import read_metrics
 from launch.run.plots import plot_runs
-from launch.run.results import find_run_results, read_run_results, runs_table
+from launch.run.results import (
+    describe_sources,
+    find_run_results,
+    read_run_results,
+    runs_table,
+)
 from launch.runtime.entry import run_command
 from launch.runtime.errors import UserError
 
@@ -83,6 +88,9 @@ def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None
         finished = [folder for folder in folders if find_run_results(folder) is not None]
     if finished:
         print(runs_table(finished))
+    for folder in finished:
+        for line in describe_sources(read_run_results(folder).data):
+            print(f"{folder.resolve().name}, data.sources.{line}")
     if page is not None:
         from launch.pages.runs import write_runs_page
 

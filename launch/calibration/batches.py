@@ -34,9 +34,10 @@ EOS = "eos"  # the key of the end-of-sequence token among encoded samples
 def choose_prompt(recipe: Recipe) -> str | None:
     """Return the template of a sample's text, which is part of what decides a calibration.
 
-    None for plain text, which has none, and for messages, whose template decided the tokens.
+    None for plain text, which has none, and for messages and mixes, whose templates decided the
+    tokens.
     """
-    if recipe.calibration.data is None and recipe.data.messages is not None:
+    if recipe.calibration.data is None and (recipe.data.messages or recipe.data.sources):
         return None
     if recipe.calibration.data is not None and recipe.calibration.data.text is not None:
         return None

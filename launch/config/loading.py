@@ -38,6 +38,7 @@ ADDED_FIELDS = (
     "data.messages",
     "data.chat_template",
     "data.train_on",
+    "data.sources",
     "eval.chat_template",
     "task",
     "train.head_lr",
@@ -153,21 +154,27 @@ def find_difference(old: Recipe, new: Recipe, ignore: tuple[str, ...] = ()) -> s
         `section.field (old value, now new value)`.
     """
     before, after = _flatten(old), _flatten(new)
-    for name, value in after.items():
+    for name in dict.fromkeys([*after, *before]):
+        there, here = before.get(name), after.get(name)  # a recipe may lack a source of the other
         ignored = name in ignore or name.split(".")[0] in ignore
-        if before[name] != value and not ignored:
-            return f"{name} ({format_value(before[name])}, now {format_value(value)})"
+        if there != here and not ignored:
+            return f"{name} ({format_value(there)}, now {format_value(here)})"
     return None
 
 
 def _flatten(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values by `section.field`, or by `field` outside of sections."""
+    """Return the recipe's values by `section.field`, or by `field` outside of sections.
+
+    Those of each source of a mix are by `data.sources.NAME.field`.
+    """
     flat: dict[str, Any] = {}
     for name, value in recipe.model_dump().items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             flat[name] = value
+    for name, rows in flat.pop("data.sources").items():
+        flat |= {f"data.sources.{name}.{key}": inner for key, inner in rows.items()}
     return flat
 
 

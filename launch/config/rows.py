@@ -1,10 +1,11 @@
 """Where a recipe's rows come from: those to train on, and others to calibrate on."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
-from launch.config.section import Name, Section
+from launch.config.section import Name, Number, Section
 
 # Data sets that published calibrations use, by short names. wikitext2, nq_open and alpaca are those
 # of the loaders of Astra's authors (LyoAI/Astra, dataset/loader.py) and CorDA's (iboing/CorDA,
@@ -33,6 +34,17 @@ SHORT_NAMES: dict[str, dict[str, Any]] = {
         "answer": "output",
     },
 }
+
+
+def _read_count(value: object) -> object:
+    """Read a number of rows: a whole number above 0, `all`, or None for none."""
+    if (type(value) is int and value > 0) or value in (None, "all"):
+        return value
+    # One message; a union of types would give one for each.
+    raise PydanticCustomError("count", "Input should be a whole number above 0, or all")
+
+
+Count = Annotated[int | Literal["all"] | None, PlainValidator(_read_count)]
 
 
 class RowSource(Section):
@@ -89,9 +101,57 @@ class CalibrationRows(RowSource):
 
     @model_validator(mode="after")
     def _check_text(self) -> "CalibrationRows":
-        if self.text is None:
-            return self
-        for name in ("instruction", "answer", "input"):
-            if not self.is_default(name):
-                raise ValueError(f"{name}: plain text has none; leave it out, or leave text out")
+        if self.text is not None:
+            refuse_text_fields(self, "text", "plain text has")
         return self
+
+
+class MixedRows(RowSource):
+    """One of the sets of a mix (data.sources), and how much of it is taken."""
+
+    messages: Name | None = Field(None, description="see Data")
+    text: Name | None = Field(
+        None,
+        description="field of plain text, in the place of instruction and answer: the rows are "
+        "joined and cut into blocks of data.max_length tokens, all of which are learnt",
+    )
+    weight: Number | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="its share of the mix, beside the other sources' weights",
+    )
+    count: Count = Field(
+        None,
+        description="rows of it that an epoch trains on, in the place of a weight; all: every row "
+        "that is not held out, `repeats` times",
+    )
+    repeats: int = Field(1, ge=1, description="how often an epoch may use a row, at most")
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "MixedRows":
+        if self.weight is None and self.count is None:
+            raise ValueError(
+                "weight: is required (its share of the mix), or else count (its number of rows, "
+                "or all); set one"
+            )
+        if self.weight is not None and self.count is not None:
+            raise ValueError("count: there is a weight too; leave one out")
+        if self.messages is not None and self.text is not None:
+            raise ValueError("text: rows have messages or plain text; leave one out")
+        if self.messages is not None:
+            refuse_text_fields(self, "messages", "messages have")
+        if self.text is not None:
+            refuse_text_fields(self, "text", "plain text has")
+        return self
+
+
+def refuse_text_fields(rows: Section, field: str, what: str) -> None:
+    """Raise ValueError if the fields of an instruction and an answer are set beside `field`.
+
+    Args:
+        what: the rows that have none, with the verb.
+    """
+    for name in ("instruction", "answer", "input"):
+        if not rows.is_default(name):
+            raise ValueError(f"{name}: {what} none; leave it out, or leave {field} out")

@@ -4,6 +4,7 @@ How a YAML file and the command line fill it is in launch.config.loading.
 """
 
 import math
+import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,21 +12,14 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from eval.tasks import BENCHMARKS, GROUPS, expand_groups
-from launch.config.rows import CalibrationRows, RowSource
-from launch.config.section import Name, Section
+from launch.config.rows import CalibrationRows, MixedRows, RowSource, refuse_text_fields
+from launch.config.section import Name, Number, Section, read_number
 from launch.config.task import Task
 from launch.methods.base import Method, MethodSettings
 from launch.methods.registry import METHODS
 
+MIXED_FIELDS = {"weight", "count", "repeats"}  # of MixedRows: how much is taken, not what is read
 CALIBRATION_TOKENS = "calibration"  # folder of calibration.data's tokens in data.prepared
-
-
-def _read_number(value: object) -> object:
-    """Read text as a number: YAML 1.1 takes 2e-5, without a dot, for text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _read_words(value: object) -> object:
@@ -33,12 +27,9 @@ def _read_words(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Number = Annotated[float, BeforeValidator(_read_number)]
-
-
 def _read_limit(value: object) -> object:
     """Read a limit: a finite number above 0, `auto`, or None for none."""
-    number = _read_number(value)
+    number = read_number(value)
     if isinstance(number, int | float) and not isinstance(number, bool):
         if 0 < number < math.inf:
             return float(number)
@@ -74,8 +65,14 @@ class Model(Section):
 
 
 class Data(RowSource):
-    """The training rows."""
+    """The training rows: those of one data set, or a mix of several."""
 
+    # The field of RowSource, which is required there.
+    path: Name | None = Field(
+        None,
+        description="hub id, folder in the hub's layout or of save_to_disk, or a JSON, JSONL, CSV "
+        "(also .gz) or Parquet file; required without `sources`",
+    )
     max_length: int = Field(
         512, ge=2, description="tokens of prompt and answer together; longer answers are truncated"
     )
@@ -101,7 +98,8 @@ class Data(RowSource):
     held_out: int = Field(
         0,
         ge=0,
-        description="number of rows, the last ones, that are not trained on, for a held-out loss",
+        description="number of rows, the last ones, that are not trained on, for a held-out loss; "
+        "of a mix each source's share of them, beside the rows that are trained on",
     )
 
     messages: Name | None = Field(
@@ -115,25 +113,126 @@ class Data(RowSource):
     train_on: Literal["all", "last"] = Field(
         "all", description="which of the assistant's messages are learnt"
     )
+    sources: dict[Name, MixedRows] = Field(
+        {},
+        description="a mix, in the place of path: {name: {path, weight or count, repeats, revision, "
+        "config, split, instruction, answer, input, messages, text, filter, limit}}",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_sources(cls, values: Any) -> Any:
+        """Refuse sources without proper names; null is none."""
+        if not isinstance(values, dict) or "sources" not in values:
+            return values
+        sources = values["sources"]
+        if sources is None:
+            return values | {"sources": {}}
+        if not isinstance(sources, dict):
+            raise ValueError(
+                "sources: each needs a name; write {name: {path: FILE, weight: 1}, ...}"
+            )
+        for name in sources:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"sources: {name!r} is no name for a source; use letters, digits, - and _"
+                )
+        return values
 
     @model_validator(mode="after")
     def _check_messages(self) -> "Data":
-        if self.messages is None:
+        if not self.has_messages:
+            field = "the messages of one of data.sources" if self.sources else "data.messages"
             for name in ("chat_template", "train_on"):
                 if not self.is_default(name):
-                    raise ValueError(
-                        f"{name}: is for data.messages, which is not set; leave it out"
-                    )
-            return self
-        for name in ("instruction", "answer", "input"):
-            if not self.is_default(name):
-                raise ValueError(f"{name}: messages have none; leave it out, or leave messages out")
+                    raise ValueError(f"{name}: is for {field}, which is not set; leave it out")
+        if self.messages is not None:
+            refuse_text_fields(self, "messages", "messages have")
         return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "Data":
+        if not self.sources:
+            if self.path is None:
+                raise ValueError(
+                    "path: is required; set it in the recipe or with --set data.path=VALUE, or set "
+                    "data.sources"
+                )
+            return self
+        if self.path is not None:
+            raise ValueError("sources: data.path is set too; leave one out, such as data.path=null")
+        for name in (*RowSource.model_fields, "messages"):
+            if not self.is_default(name):
+                raise ValueError(
+                    f"{name}: with data.sources each source has its own; set data.sources.NAME.{name}, "
+                    f"and leave data.{name} out (or at its default, where another recipe is extended)"
+                )
+        weighted = [name for name, rows in self.sources.items() if rows.weight is not None]
+        counted = [name for name in self.sources if name not in weighted]
+        if weighted and counted:
+            raise ValueError(
+                f"sources: {weighted[0]} has a weight and {counted[0]} a count; give all of them the "
+                "one or the other"
+            )
+        self._refuse_same_rows()
+        return self
+
+    def _refuse_same_rows(self) -> None:
+        """Raise ValueError if two sources read the same rows, held-out ones among them."""
+        seen: dict[str, str] = {}
+        for name, rows in self.sources.items():
+            read = rows.model_dump_json(exclude=MIXED_FIELDS)
+            if read in seen:
+                raise ValueError(
+                    f"sources: {name} reads the same rows as {seen[read]}; leave one out, or set "
+                    "repeats"
+                )
+            seen[read] = name
 
     @property
     def text_field(self) -> str | None:
         """The field of plain text; None where rows have an instruction and an answer."""
         return None
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether some of the rows are messages."""
+        return any(rows.messages for rows in (self, *self.sources.values()))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the rows are messages, all those with a prompt: plain text has none."""
+        prompted = [rows for rows in self.sources.values() if rows.text is None]
+        return all(rows.messages for rows in prompted or [self])
+
+    @property
+    def num_rows(self) -> int | None:
+        """The number of rows that the fields allow; None where the data alone decide it."""
+        if not self.sources:
+            return self.limit
+        counts = [rows.count for rows in self.sources.values()]
+        return sum(counts) if all(isinstance(count, int) for count in counts) else None
+
+    @property
+    def field(self) -> str:
+        """The field that says which rows these are."""
+        return "data.sources" if self.sources else "data.path"
+
+    @property
+    def label(self) -> str:
+        """The path, or the names of the mixed sources, for people."""
+        return f"a mix of {', '.join(self.sources)}" if self.sources else self.path
+
+    def list_sources(self) -> dict[str, "SourceData"]:
+        """Return what tokens are made of each of `sources`, by name."""
+        found = {}
+        for name, rows in self.sources.items():
+            fields = rows.model_dump(exclude=MIXED_FIELDS)
+            if rows.messages is not None:
+                fields |= {"chat_template": self.chat_template, "train_on": self.train_on}
+            shared = {name: getattr(self, name) for name in ("max_length", "on_bad_row", "on_cut")}
+            found[name] = SourceData(**fields, **shared)
+        return found
 
     def token_fields(self) -> dict:
         """Return the fields that change the tokens' bytes. Not on_bad_row: bad rows are never in.
@@ -141,17 +240,21 @@ class Data(RowSource):
         `filter` is called `keep`, its old name: the fields are stored with tokens, and are part
         of the name under which tokens are cached. Of a chat template its text counts, not its path.
         """
-        excluded = {"prepared", "on_bad_row", "packing", "held_out", "chat_template"}
-        if self.messages is None:
+        excluded = {"prepared", "on_bad_row", "packing", "chat_template"}
+        if self.sources:
+            excluded |= {*RowSource.model_fields, "messages"}
+        else:
+            excluded |= {"sources", "held_out"}
+        if not self.has_messages:
             excluded |= {"messages", "train_on"}
         fields = self.model_dump(exclude=excluded)
         return {"keep" if name == "filter" else name: value for name, value in fields.items()}
 
 
-class CalibrationTokens(Data):
-    """The rows of calibration.data, as tokens are made of them."""
+class SourceData(Data):
+    """The rows of calibration.data, or of one of data.sources, as tokens are made of them."""
 
-    text: Name | None = Field(None, description="see CalibrationRows")
+    text: Name | None = Field(None, description="see CalibrationRows and MixedRows")
 
     @property
     def text_field(self) -> str | None:
@@ -528,6 +631,7 @@ class Recipe(Section):
             "data.packing": self.data.packing,
             "data.input": self.data.input is not None,
             "data.messages": self.data.messages is not None,
+            "data.sources": bool(self.data.sources),
             "eval.suites": bool(self.eval.suites),
             "eval.every_suites": bool(self.eval.every_suites),
             "eval.other_text": self.eval.other_text is not None,
@@ -591,14 +695,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_messages(self) -> "Recipe":
-        if self.data.messages is not None:
-            if self.calibration.statistics == "reference":
-                raise ValueError(
-                    "calibration.statistics: the reference statistics are of an instruction and an "
-                    "answer, not of data.messages; set exact"
-                )
+        if self.calibration.statistics == "reference" and (self.data.messages or self.data.sources):
+            raise ValueError(
+                "calibration.statistics: the reference statistics are of an instruction and an "
+                f"answer, not of data.{'sources' if self.data.sources else 'messages'}; set exact"
+            )
+        if self.data.has_messages:
             has_suites = bool(self.eval.suites or self.eval.every_suites)
-            if has_suites and self.eval.prompt == "recipe":
+            if self.data.is_chat and has_suites and self.eval.prompt == "recipe":
                 raise ValueError(
                     "eval.prompt: recipe is Alpaca's prompt, by which data.messages are not trained; "
                     "set chat"
@@ -660,13 +764,13 @@ class Recipe(Section):
         return [name for name in is_set if is_set[name]]
 
     @property
-    def calibration_tokens(self) -> CalibrationTokens | None:
+    def calibration_tokens(self) -> SourceData | None:
         """What tokens are made of calibration.data; None where the training rows are taken."""
         rows, data = self.calibration.data, self.data
         if rows is None:
             return None
         prepared = data.prepared and f"{data.prepared}/{CALIBRATION_TOKENS}"
-        return CalibrationTokens(
+        return SourceData(
             **rows.model_dump(),
             max_length=data.max_length,
             on_bad_row=data.on_bad_row,

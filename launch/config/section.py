@@ -2,9 +2,19 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
+
+
+def read_number(value: object) -> object:
+    """Read text as a number: YAML 1.1 takes 2e-5, without a dot, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
 
 Name = Annotated[str, StringConstraints(min_length=1)]
+Number = Annotated[float, BeforeValidator(read_number)]
 
 
 class Section(BaseModel):

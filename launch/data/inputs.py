@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.config.schema import Data, Recipe
+from launch.config.schema import MIXED_FIELDS, Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_tokens
+from launch.data.mix.tokens import obtain_mix
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, split_held_out
@@ -70,8 +71,9 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     """
     nodes = run_on_each_node(lambda: _prepare_node(recipe))
     first = nodes[0]
+    fields = {"data": recipe.data.field, "calibration_data": "calibration.data.path"}
     for node in nodes:
-        for key, field in (("data", "data.path"), ("calibration_data", "calibration.data.path")):
+        for key, field in fields.items():
             if node[key]["tokens_sha256"] != first[key]["tokens_sha256"]:
                 raise UserError(_describe_difference(field, node, first))
         if node["data"].get("dev") != first["data"].get("dev"):
@@ -110,8 +112,10 @@ def _prepare_node(recipe: Recipe) -> dict:
         model, tokens, dev = prepare_rows(recipe, model_path)
     else:
         model = check_model(model_path, new_weights=recipe.model.new_weights)
-        tokens = obtain_tokens(recipe.data, model_path)
-    data = _describe_tokens(tokens, recipe.data) | describe_dev(dev)
+        obtain = obtain_mix if recipe.data.sources else obtain_tokens
+        tokens = obtain(recipe.data, model_path)
+    describe = _describe_mix if recipe.data.sources else _describe_tokens
+    data = describe(tokens, recipe.data) | describe_dev(dev)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_tokens is not None:
         calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
@@ -151,6 +155,27 @@ def _describe_tokens(tokens: TokenFolder | RowFolder, data: Data) -> dict:
         "cut": manifest["cut"],
         "dropped": manifest["dropped"],
         "tokens_sha256": manifest["tokens_sha256"],
+    }
+
+
+def _describe_mix(tokens: TokenFolder, data: Data) -> dict:
+    """Describe the tokens of a mix as results.json has them, and what it has of each source."""
+    manifest = tokens.manifest
+    sources = {}
+    for name, source in data.list_sources().items():
+        part = _describe_tokens(TokenFolder(tokens.folder, manifest["parts"][name]), source)
+        part["kept"] = part.pop("rows")
+        amount = data.sources[name].model_dump(include=MIXED_FIELDS, exclude_none=True)
+        sources[name] = part | manifest["shares"][name] | amount
+    return {
+        "path": data.label,
+        "rows": manifest["kept"],
+        "cut": manifest["cut"],
+        "dropped": manifest["dropped"],
+        "tokens_sha256": manifest["tokens_sha256"],
+        "sources": sources,
+        "scarce_source": manifest["scarce_source"],
+        "held_out_trained": manifest["held_out_trained"],
     }
 
 

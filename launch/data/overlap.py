@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import Problem
-from launch.config.schema import Recipe
+from launch.config.schema import Data, Recipe
 from launch.data.chat.messages import MessagesError, read_messages
 from launch.data.layout import Split
 from launch.data.sources import Conversation, Row, fetch_source, load_split, select_rows, show_rows
@@ -54,7 +54,8 @@ class _Tally:
 def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
     """Compare the rows that a recipe selects with benchmarks. Shows the progress.
 
-    Rows are streamed: memory grows with the benchmarks alone.
+    Rows are streamed: memory grows with the benchmarks alone. Of a mix all rows of each source are
+    compared, also those that the mix does not take.
 
     Args:
         benchmarks: names of benchmarks and of groups.
@@ -74,9 +75,10 @@ def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
         indices[name] = index_benchmark(BENCHMARKS[name].read_problems(data_dir, None))
     tallies = {name: _Tally() for name in indices}
     num_rows = 0
-    for row in _stream_rows(load_split(recipe.data, fetch_source(recipe.data)), recipe):
-        num_rows += 1
-        _tally_row(row, indices, tallies)
+    for name, data in (recipe.data.list_sources() or {None: recipe.data}).items():
+        for row in _stream_rows(load_split(data, fetch_source(data)), data):
+            num_rows += 1
+            _tally_row(row, name, indices, tallies)
     overlaps = {}
     for name, tally in tallies.items():
         overlaps[name] = {
@@ -91,16 +93,16 @@ def find_overlaps(recipe: Recipe, benchmarks: Sequence[str]) -> dict[str, dict]:
     return overlaps
 
 
-def _stream_rows(split: Split, recipe: Recipe) -> Iterator[Row]:
-    """Yield the good rows that a recipe selects, while their progress is shown."""
-    with show_rows(split, recipe.data, "overlap") as advance:
-        for chunk in select_rows(split, recipe.data):
+def _stream_rows(split: Split, data: Data) -> Iterator[Row]:
+    """Yield the good rows that `data` selects, while their progress is shown."""
+    with show_rows(split, data, "overlap") as advance:
+        for chunk in select_rows(split, data):
             for row in chunk.rows:
                 if isinstance(row, Row):
                     yield row
                     continue
                 with contextlib.suppress(MessagesError):  # such a row is not trained on
-                    yield _join_messages(row, recipe.data.messages)
+                    yield _join_messages(row, data.messages)
             advance(chunk)
 
 
@@ -114,9 +116,16 @@ def _join_messages(row: Conversation, field: str) -> Row:
 
 
 def _tally_row(
-    row: Row, indices: Mapping[str, BenchmarkIndex], tallies: Mapping[str, _Tally]
+    row: Row,
+    source: str | None,
+    indices: Mapping[str, BenchmarkIndex],
+    tallies: Mapping[str, _Tally],
 ) -> None:
-    """Add to the tallies what a row shares with each benchmark."""
+    """Add to the tallies what a row shares with each benchmark.
+
+    Args:
+        source: of a mix that the row is of; None without a mix.
+    """
     question = normalise_text(f"{row.instruction} {row.input}")
     texts = (question, normalise_text(row.answer))
     for name, index in indices.items():
@@ -135,9 +144,9 @@ def _tally_row(
         tally.problems |= problems
         if len(tally.examples) < MAX_EXAMPLES:
             first = index.problems[min(same or shared[text])]
-            tally.examples.append(
-                {"row": row.number, "problem": first.id, "shares": kind, "text": text[:200]}
-            )
+            where = {} if source is None else {"source": source}
+            where["row"] = row.number
+            tally.examples.append(where | {"problem": first.id, "shares": kind, "text": text[:200]})
 
 
 def index_benchmark(problems: list[Problem]) -> BenchmarkIndex:

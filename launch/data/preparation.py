@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
 from launch.data.calibration_tokens import prepare_calibration_tokens
+from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.task_rows import RowFolder, make_head, obtain_all_rows
@@ -49,8 +50,11 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
             )
         _prepare_rows(recipe, folder, model_path)
         return
-    source = fetch_source(recipe.data)
-    prepared = make_tokens(folder, recipe.data, model_path, source, verify=True)
+    data = recipe.data
+    if data.sources:
+        prepared = make_mix(folder, data, model_path, cache_sources(data, model_path), verify=True)
+    else:
+        prepared = make_tokens(folder, data, model_path, fetch_source(data), verify=True)
     largest = int(prepared.open_tokens().tokens.max())
     check_token_ids(largest, get_num_embeddings(config), load_tokenizer(model_path))
     manifest = prepared.manifest
@@ -59,10 +63,15 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
     if benchmarks:
         overlaps |= find_overlaps(recipe, benchmarks)
         write_json(path, overlaps)
-    report = render_report(recipe.data, recipe.model.name, manifest, overlaps)
+    render = render_mix_report if data.sources else render_report
+    report = render(data, recipe.model.name, manifest, overlaps)
     write_text(folder / REPORT, report)
     print(report, flush=True)
-    check_refused_rows(manifest, recipe.data)  # last: the report says which rows those are
+    # Last: the report says which rows those are.
+    if data.sources:
+        check_refused_sources(manifest["parts"], data)
+    else:
+        check_refused_rows(manifest, data)
     if recipe.calibration_tokens is not None:
         _prepare_calibration(recipe, folder / CALIBRATION_TOKENS, model_path)
 
@@ -108,20 +117,7 @@ def render_report(data: Data, model_name: str, manifest: dict, overlaps: Mapping
         manifest: of the tokens (launch.data.token_cache).
         overlaps: see `find_overlaps`.
     """
-    what = " blocks of text" if data.text_field else ""
-    lines = _render_counts(data, model_name, manifest, what, "answer cut at")
-    if manifest.get("special"):  # manifests of earlier versions do not have it
-        lines.append(f"| of them, {SPECIAL} | {manifest['special']} |")
-    lines += [
-        "",
-        f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
-        f"SHA-256 {manifest['tokens_sha256']}.",
-    ]
-    if "files_read" in manifest:  # not in manifests of earlier versions
-        names = manifest["files_read"]
-        more = f" and {len(names) - NUM_FILES} more" if len(names) > NUM_FILES else ""
-        lines += ["", f"Read from {', '.join(names[:NUM_FILES])}{more}."]
-    lines += _render_examples(manifest)
+    lines = [f"# Tokens of {data.path}", "", *_render_rows(data, model_name, manifest)]
     if overlaps:
         lines += _render_overlaps(overlaps)
     return "\n".join(lines) + "\n"
@@ -133,7 +129,8 @@ def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
     data = recipe.data.model_copy(
         update={name: made_from["data"][name] for name in ("path", "split")}
     )
-    lines = _render_counts(data, recipe.model.name, rows.manifest, "", "truncated to")
+    lines = [f"# Tokens of {data.path}", ""]
+    lines += _render_counts(data, recipe.model.name, rows.manifest, "", "truncated to")
     for place, label in enumerate(recipe.task.labels):
         lines.append(f"| of them, labelled {label} | {int((tokens.labels == place).sum())} |")
     if not recipe.task.labels:
@@ -149,6 +146,56 @@ def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_mix_report(
+    data: Data, model_name: str, manifest: dict, overlaps: Mapping[str, dict]
+) -> str:
+    """Render in Markdown what a mix has of each source, and of each what `render_report` says."""
+    head = ["source", "weight", "count", "rows of an epoch", "available", "held out", "repeats"]
+    lines = [
+        f"# Tokens of {data.label}",
+        "",
+        f"{manifest['kept']} rows, those of an epoch and those held out; {manifest['tokens']} tokens, "
+        f"{manifest['answer_tokens']} of them of answers; SHA-256 {manifest['tokens_sha256']}.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+    ]
+    for name, rows in data.sources.items():
+        share = manifest["shares"][name]
+        amount = ["" if rows.weight is None else f"{rows.weight:g}", rows.count or ""]
+        cells = [name, *amount, share["rows"], share["available"], share["held_out"], rows.repeats]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if manifest["scarce_source"] is not None:
+        scarce = manifest["scarce_source"]
+        lines += ["", f"{scarce} is used up; data.sources.{scarce}.repeats makes the mix larger."]
+    if manifest["held_out_trained"]:
+        lines += ["", f"{manifest['held_out_trained']} held-out rows are trained on too."]
+    for name, source in data.list_sources().items():
+        lines += ["", f"## {name}: {source.path}", ""]
+        lines += _render_rows(source, model_name, manifest["parts"][name])
+    if overlaps:
+        lines += _render_overlaps(overlaps)
+    return "\n".join(lines) + "\n"
+
+
+def _render_rows(data: Data, model_name: str, manifest: dict) -> list[str]:
+    """Render what was read, kept, cut and dropped of one data set of a causal task, as lines."""
+    what = " blocks of text" if data.text_field else ""
+    lines = _render_counts(data, model_name, manifest, what, "answer cut at")
+    if manifest.get("special"):  # manifests of earlier versions do not have it
+        lines.append(f"| of them, {SPECIAL} | {manifest['special']} |")
+    lines += [
+        "",
+        f"{manifest['tokens']} tokens, {manifest['answer_tokens']} of them of answers; "
+        f"SHA-256 {manifest['tokens_sha256']}.",
+    ]
+    if "files_read" in manifest:  # not in manifests of earlier versions
+        names = manifest["files_read"]
+        more = f" and {len(names) - NUM_FILES} more" if len(names) > NUM_FILES else ""
+        lines += ["", f"Read from {', '.join(names[:NUM_FILES])}{more}."]
+    return lines + _render_examples(manifest)
+
+
 def _render_counts(
     data: Data, model_name: str, manifest: dict, what: str, shortened: str
 ) -> list[str]:
@@ -158,8 +205,6 @@ def _render_counts(
     if "commit" in source:
         revision = f"commit {source['commit']}"
     lines = [
-        f"# Tokens of {data.path}",
-        "",
         f"Split {data.split}, {revision}; tokenizer of {model_name}; at most "
         f"{data.max_length} tokens a row.",
         "",
@@ -205,8 +250,9 @@ def _render_overlaps(overlaps: Mapping[str, dict]) -> list[str]:
     lines.append("")
     for overlap in overlaps.values():
         for example in overlap["examples"]:
+            of_source = f" of {example['source']}" if "source" in example else ""
             lines.append(
-                f"- row {example['row']} and {example['problem']} share a {example['shares']}: "
+                f"- row {example['row']}{of_source} and {example['problem']} share a {example['shares']}: "
                 f"{example['text']}"
             )
     return lines

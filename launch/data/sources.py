@@ -6,8 +6,9 @@ Which files those are is in launch.data.layout, and how one is read in launch.da
 import contextlib
 import difflib
 import functools
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -96,6 +97,21 @@ def make_causal_form(data: Data) -> RowForm:
     if data.messages is not None:
         columns = {"data.messages": [data.messages], "data.filter": list(data.filter)}
     return RowForm(columns, lambda number, row: _check_row(number, row, data))
+
+
+@contextlib.contextmanager
+def naming_fields(section: str, fields: Iterable[str]) -> Iterator[None]:
+    """Let errors about `data.FIELD` name `section` in its place, for rows that `section` describes.
+
+    Args:
+        fields: that `section` has; other fields stay those of `data`.
+    """
+    names = re.compile(rf"(?<![\w./])data\.({'|'.join(fields)})\b")
+    try:
+        yield
+    except UserError as error:
+        line = names.sub(lambda match: f"{section}.{match[1]}", str(error))
+        raise UserError(line) from None
 
 
 def fetch_source(data: Data) -> Path:

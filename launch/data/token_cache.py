@@ -59,6 +59,7 @@ READING = 2  # raised with every change of how rows are read and tokenised
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 CHAT_DTYPES = DTYPES | {"trained": torch.int8}  # of messages
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
+CACHE = "token cache"  # what errors name in the place of a field
 TOO_LONG, CUT = "no answer token within max_length", "answer cut at max_length"
 SPECIAL = "text that became special tokens"
 NUM_NAMED = 3  # rows of each reason that the manifest names
@@ -75,7 +76,7 @@ class TokenFolder(NamedTuple):
         sizes = _count_numbers(self.manifest)
         tensors = {}
         for name, dtype in list_dtypes(self.manifest["made_from"]).items():
-            path = str(self.folder / _file_name(name))
+            path = str(self.folder / name_file(name))
             tensors[name] = torch.from_file(path, shared=False, size=sizes[name], dtype=dtype)
         return TokenSet(
             tokens=tensors["tokens"],
@@ -104,30 +105,38 @@ def obtain_tokens(data: Data, model_path: Path) -> TokenFolder:
             `make_tokens` and `check_refused_rows` raise.
     """
     if data.prepared is None:
-        source = fetch_source(data)
-        wanted = describe_origin(data, model_path, source)
-        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_root() / "tokens" / key
-        tokens = make_tokens(folder, data, model_path, source, option="token cache")
+        tokens = cache_tokens(data, model_path)
     else:
-        tokens = _read_prepared(data, model_path)
+        tokens = open_prepared(data.prepared)
+        wanted = describe_origin(data, model_path, source=None)
+        _check_finished(tokens, wanted, data, model_path, "data.prepared")
     check_refused_rows(tokens.manifest, data)
     return tokens
 
 
-def _read_prepared(data: Data, model_path: Path) -> TokenFolder:
-    """Check and return the folder that data.prepared names. Raises UserError."""
-    folder = Path(data.prepared).expanduser()
+def cache_tokens(data: Data, model_path: Path) -> TokenFolder:
+    """Find the tokens of `data` in the cache, or make them there, as `make_tokens` does."""
+    source = fetch_source(data)
+    folder = find_cache_folder(describe_origin(data, model_path, source))
+    return make_tokens(folder, data, model_path, source, option=CACHE)
+
+
+def find_cache_folder(made_from: dict) -> Path:
+    """Return the folder of the cache for tokens that are made from `made_from`."""
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_root() / "tokens" / key
+
+
+def open_prepared(path: str) -> TokenFolder:
+    """Open the folder that data.prepared names. Raises UserError if it is not finished."""
+    folder = Path(path).expanduser()
     if not (folder / MANIFEST).is_file():
         if (folder / PROGRESS).is_file():
             state = "is unfinished; start prepare.py on it again"
         else:
             state = "is not there or has no manifest.json"
         raise UserError(f"data.prepared: {folder} {state}")
-    tokens = TokenFolder(folder, read_json(folder / MANIFEST))
-    wanted = describe_origin(data, model_path, source=None)
-    _check_finished(tokens, wanted, data, model_path, "data.prepared")
-    return tokens
+    return TokenFolder(folder, read_json(folder / MANIFEST))
 
 
 def _check_finished(
@@ -138,7 +147,7 @@ def _check_finished(
     if is_earlier:
         wanted = {key: value for key, value in wanted.items() if key != "reading"}
     require_same_origin(tokens.folder, tokens.manifest, wanted, option)
-    _check_sizes(tokens)
+    check_sizes(tokens)
     if is_earlier:
         special = find_special_tokens(load_tokenizer(model_path))
         doubt = find_doubt(tokens.manifest, tokens.open_tokens(), special)
@@ -216,7 +225,7 @@ def make_tokens(
     tokens = TokenFolder(folder, read_json(folder / MANIFEST))
     _check_finished(tokens, wanted, data, model_path, option)
     if verify:
-        _check_hashes(tokens)
+        check_hashes(tokens)
     return tokens
 
 
@@ -258,13 +267,13 @@ def _write_tokens(
     option: str,
 ) -> None:
     """Write the files chunk by chunk, and the manifest."""
-    tally = _read_tally(folder, wanted, option)
+    tally = read_tally(folder, wanted, option)
     split = load_split(data, source)
     tokenize_chunk = _make_tokenize_chunk(tokenizer, data)
     with contextlib.ExitStack() as stack:
         files = {}
         for name in list_dtypes(wanted):
-            files[name] = stack.enter_context((folder / _file_name(name)).open("ab"))
+            files[name] = stack.enter_context((folder / name_file(name)).open("ab"))
         _truncate_files(files, tally)
         advance = stack.enter_context(show_rows(split, data, "tokenise"))
         for chunk in select_rows(split, data, tally["read"], tally["selected"]):
@@ -293,10 +302,22 @@ def _truncate_files(files: dict, tally: dict) -> None:
 
 def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> None:
     """Check the files' lengths, and write the manifest that marks the folder as finished."""
+    sources = {name: hash_file(path) for name, path in list_data_files(source).items()}
+    manifest = tally | {"source_sha256": sources} | describe_files(folder, tally, option)
+    write_json(folder / MANIFEST, manifest)
+    (folder / PROGRESS).unlink()
+
+
+def describe_files(folder: Path, tally: dict, option: str) -> dict:
+    """Return sizes and hashes of the files that `tally` counts, as the manifest has them.
+
+    Raises:
+        UserError: a file is not as long as what was written.
+    """
     files = {}
     sizes = _count_numbers(tally)
     for name, dtype in list_dtypes(tally["made_from"]).items():
-        path = folder / _file_name(name)
+        path = folder / name_file(name)
         sync_file(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         if files[path.name]["bytes"] != sizes[name] * dtype.itemsize:
@@ -306,13 +327,7 @@ def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> Non
                 "on one machine"
             )
     hashes = "".join(file["sha256"] for file in files.values())
-    manifest = tally | {
-        "source_sha256": {name: hash_file(path) for name, path in list_data_files(source).items()},
-        "files": files,
-        "tokens_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
-    }
-    write_json(folder / MANIFEST, manifest)
-    (folder / PROGRESS).unlink()
+    return {"files": files, "tokens_sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
 
 def _make_tokenize_chunk(
@@ -401,6 +416,9 @@ def _check_length(
             return cut
         tally["cut"] += 1
         name_row(tally, cut)
+    elif length == data.max_length:
+        # By their length these would pass for cut ones (launch.data.mix counts those it takes).
+        tally.setdefault("exact_fits", []).append(tally["kept"])
     return None
 
 
@@ -446,7 +464,7 @@ def name_row(tally: dict, row: BadRow) -> None:
         named.append([row.number, row.what])
 
 
-def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
+def read_tally(folder: Path, wanted: dict, option: str) -> dict:
     """Read up to where the folder's files are whole; all zero in a new folder.
 
     Raises UserError if the folder holds something else.
@@ -456,7 +474,7 @@ def _read_tally(folder: Path, wanted: dict, option: str) -> dict:
         require_same_origin(folder, tally, wanted, option)
         return tally
     # What a kill before the first chunk may leave.
-    ours = {"lock", f"{PROGRESS}.tmp", *map(_file_name, CHAT_DTYPES)}
+    ours = {"lock", f"{PROGRESS}.tmp", *map(name_file, CHAT_DTYPES)}
     others = {file.name for file in folder.iterdir()} - ours
     if others:
         raise UserError(
@@ -473,7 +491,7 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
         reason = f"no row has {data.filter}" if data.filter else "it has no rows"
         return f"data.path: nothing to train on in {data.path}: {reason}"
     if TOO_LONG in tally["dropped"]:
-        return "data.max_length: no row has an answer token within it; raise it"
+        return f"data.max_length: no row has an answer token within it ({data.path}); raise it"
     if not tally["examples"]:
         return f"data.path: the rows of {data.path} are blank"
     row, what = min(rows[0] for rows in tally["examples"].values())
@@ -523,7 +541,7 @@ def read_json(path: Path) -> dict:
         ) from None
 
 
-def _check_sizes(tokens: TokenFolder) -> None:
+def check_sizes(tokens: TokenFolder) -> None:
     """Raise UserError if a file is not as long as it was written."""
     for name, file in tokens.manifest["files"].items():
         path = tokens.folder / name
@@ -533,7 +551,7 @@ def _check_sizes(tokens: TokenFolder) -> None:
             raise UserError(f"{path}: damaged ({found}); delete {tokens.folder} and prepare again")
 
 
-def _check_hashes(tokens: TokenFolder) -> None:
+def check_hashes(tokens: TokenFolder) -> None:
     """Raise UserError if a file's content has changed since it was written."""
     for name, file in tokens.manifest["files"].items():
         if hash_file(tokens.folder / name) != file["sha256"]:
@@ -543,5 +561,5 @@ def _check_hashes(tokens: TokenFolder) -> None:
             )
 
 
-def _file_name(name: str) -> str:
+def name_file(name: str) -> str:
     return f"{name}.bin"

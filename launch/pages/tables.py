@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from launch.pages.curves import WHEN, get_scores, list_benchmarks
 from launch.pages.records import RunRecord
-from launch.run.results import Score, TaskScore, describe_score
+from launch.run.results import Data, Score, TaskScore, describe_score, describe_sources
 
 MISSING = object()  # a field that a recipe does not have
 
@@ -148,6 +148,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "rows": results.data.rows,
         "rows cut short": results.data.cut,
         "rows dropped": results.data.dropped,
+        **_list_sources(results.data),
         "largest change of a logit at step 0": results.logit_drift,
         "largest rounding of a residual": results.residual_rounding,
         **{f"{field} (auto)": value for field, value in results.decided.items()},
@@ -158,6 +159,15 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         conditions[f"{name}: prompt, grader"] = f"{score.prompt}, {score.grader}"
         conditions[f"{name}: problems (SHA-256)"] = score.data_sha256
     return conditions
+
+
+def _list_sources(data: Data) -> dict[str, Any]:
+    """Return what a mix has of each source, by name."""
+    lines = [line.split(": ", 1) for line in describe_sources(data)]
+    listed = {f"data.sources.{name}": line for name, line in lines}
+    if data.held_out_trained:
+        listed["held-out rows that are trained on too"] = data.held_out_trained
+    return listed
 
 
 def _format_value(value: Any) -> str:

@@ -120,14 +120,14 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
 def _count_steps(recipe: Recipe, options: PlanOptions) -> int:
     """Count the optimiser steps. Raises UserError if the number of training rows is unknown."""
     settings = recipe.train
-    num_rows = options.num_rows or recipe.data.limit
-    if num_rows is None and recipe.model.name == quickstart.NAME:
+    num_rows = options.num_rows or recipe.data.num_rows
+    if num_rows is None and recipe.data.path == quickstart.NAME:
         num_rows = NUM_TRAIN_PROBLEMS
     if num_rows is None:
         if settings.max_steps is None:
             raise UserError(
-                "--rows: how many training rows there are; the recipe sets neither data.limit nor "
-                "max_steps"
+                "--rows: how many training rows there are; the recipe sets neither data.limit, the "
+                "counts of data.sources nor max_steps"
             )
         return settings.max_steps
     return count_steps(num_rows, settings.global_batch, settings.epochs, settings.max_steps)

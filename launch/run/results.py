@@ -106,14 +106,33 @@ class Base(Record):
     revision_verified: bool = False
 
 
+class Source(Record):
+    """One of the sets of a mix (data.sources), and what is taken of it."""
+
+    path: str
+    tokens_sha256: str  # of all rows that were kept
+    kept: int  # rows that can be trained on
+    cut: int  # of them, rows whose answer max_length cut short
+    dropped: dict[str, int]  # reason -> rows
+    rows: int  # of an epoch, repeated ones counted each time
+    available: int  # rows of `kept` that are not held out
+    held_out: int
+    repeats: int
+    weight: float | None = None
+    count: int | str | None = None  # or "all"
+
+
 class Data(Record):
     """The training rows."""
 
-    path: str
+    path: str  # or the names of the sources
     tokens_sha256: str
     rows: int
     cut: int  # rows whose answer max_length cut short
     dropped: dict[str, int]  # reason -> rows
+    sources: dict[str, Source] = {}  # of a mix, by name
+    scarce_source: str | None = None  # that keeps a mix by weights from being larger
+    held_out_trained: int = 0  # held-out rows of a mix that are trained on too, in another source
 
 
 class Prediction(Record):
@@ -328,6 +347,23 @@ def describe_task_score(score: TaskScore) -> str:
             shown += f" ({low:.4f} to {high:.4f})"
         parts.append(f"{when} epoch {epoch.epoch:.4g}: {shown}")
     return f"{'; '.join(parts)}; n = {score.n}"
+
+
+def describe_sources(data: Data) -> list[str]:
+    """Say in a line for each source of a mix what is taken of it; [] where there is no mix."""
+    total = sum(source.rows for source in data.sources.values())
+    lines = []
+    for name, source in data.sources.items():
+        line = f"{name}: {source.rows} rows, {source.rows / total:.1%} of an epoch, out of "
+        line += f"{source.available} in {source.path}"
+        if source.rows > source.available:
+            line += f", each up to {-(-source.rows // source.available)} times"
+        if source.held_out:
+            line += f"; {source.held_out} more held out"
+        for reason, count in source.dropped.items():
+            line += f"; {count} {reason}"
+        lines.append(line)
+    return lines
 
 
 def runs_table(folders: Sequence[Path]) -> str:

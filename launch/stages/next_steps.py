@@ -71,7 +71,7 @@ def make_score_command(
     if results.engine in ("zero3", "fsdp"):
         words += ["--engine", results.engine]
     settings = recipe.eval
-    if recipe.data.messages is not None and settings.prompt == "recipe":  # has no suites
+    if recipe.data.is_chat and settings.prompt == "recipe":  # has no suites
         chat = {"prompt": "chat", "chat_template": recipe.data.chat_template}
         settings = settings.model_copy(update=chat)
     for suite in settings.suites or ["gsm8k"]:

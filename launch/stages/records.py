@@ -76,6 +76,6 @@ def get_input_hashes(inputs: Inputs) -> dict[str, str]:
     return {
         "model.name": inputs.base["weights_sha256"],
         CONFIG: inputs.base["config_sha256"],
-        "data.path": inputs.data["tokens_sha256"],
+        "data.sources" if "sources" in inputs.data else "data.path": inputs.data["tokens_sha256"],
         **dev,
     }

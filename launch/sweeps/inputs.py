@@ -49,7 +49,7 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
     if results.base.config_sha256 is not None:
         yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
     tokens = [weights, data.token_fields()]
-    yield f"content of data.path {data.path}", tokens, results.data.tokens_sha256
+    yield f"content of {data.field} {data.label}", tokens, results.data.tokens_sha256
     rows = recipe.calibration_tokens
     if rows is not None and results.calibration_data is not None:
         fields = [weights, rows.token_fields()]

@@ -96,7 +96,7 @@ def _read_protocol(recipe: Recipe) -> dict[str, Any]:
     reads_data = recipe.statistic not in (None, "weight")
     rows = recipe.calibration.data
     return {
-        "data": data.path,
+        "data": data.label,
         "rows": "all" if data.limit is None else data.limit - data.held_out,
         "lr": train.lr,
         "epochs": train.epochs if train.max_steps is None else f"{train.max_steps} steps",

@@ -36,7 +36,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
     return f"""# {recipe.model.name}, fine-tuned: {results.label}
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
-{recipe.train.global_batch} rows of {recipe.data.path}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
+{recipe.train.global_batch} rows of {recipe.data.label}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
 {_render_source(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 {_render_note(results)}
 {_render_scores(results)}
