@@ -38,7 +38,6 @@ def test_labels_may_be_numbers_and_scores_have_the_tasks_name() -> None:
         ([*PAIRS, "eval.suites=[gsm8k]"], r"eval\.suites: is for causal tasks only"),
         ([*PAIRS, "eval.baseline=true"], r"eval\.baseline: is for causal tasks only"),
         ([*PAIRS, "data.input=x"], r"data\.input: is for causal tasks only"),
-        ([*PAIRS, "data.prepared=x"], r"data\.prepared: is for causal tasks only"),
         ([*PAIRS, "calibration.statistics=reference"], r"calibration\.statistics: is for causal"),
         ([*PAIRS, "task.sentence3=x"], r"task\.sentence3: unknown key; did you mean"),
     ],
