@@ -52,6 +52,7 @@ TIE_BREAK = (
     "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
     "onto what the weight cannot reach, then onto the null space of the moment"
 )
+SENTENCES = ("sentence1", "sentence2")  # fields of calibration.data
 MIN_KEPT_RANK = 256  # vectors kept of a module where ranks follow from its spectrum
 
 
@@ -377,7 +378,9 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "tie_break": TIE_BREAK,
     }
     if settings.data is not None:  # left out of those of training rows, as in earlier versions
-        of_data["calibration_data"] = settings.data.model_dump()
+        # Left out of those of rows without them, as in earlier versions.
+        unset = {name for name in SENTENCES if getattr(settings.data, name) is None}
+        of_data["calibration_data"] = settings.data.model_dump(exclude=unset)
     if recipe.statistic == "weight":
         of_data = dict.fromkeys(of_data)
     if method.solution != "subspace":

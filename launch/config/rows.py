@@ -88,6 +88,14 @@ class CalibrationRows(RowSource):
         description="field of plain text, in the place of instruction and answer: the rows are "
         "joined and cut into blocks of data.max_length tokens",
     )
+    sentence1: Name | None = Field(
+        None,
+        description="of a task with a head: field that holds the text; null: task.sentence1 and "
+        "task.sentence2",
+    )
+    sentence2: Name | None = Field(
+        None, description="field with the second text of a pair; null: rows have one text"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +106,14 @@ class CalibrationRows(RowSource):
         if not isinstance(name, str) or name not in SHORT_NAMES:
             return values
         return SHORT_NAMES[name] | {key: value for key, value in values.items() if key != "path"}
+
+    @model_validator(mode="after")
+    def _check_sentences(self) -> "CalibrationRows":
+        if self.sentence1 is None and self.sentence2 is not None:
+            raise ValueError("sentence2: is there without sentence1; set that too")
+        if self.sentence1 is not None and self.text is not None:
+            raise ValueError("text: there is sentence1 too; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _check_text(self) -> "CalibrationRows":

@@ -255,6 +255,8 @@ class SourceData(Data):
     """The rows of calibration.data, or of one of data.sources, as tokens are made of them."""
 
     text: Name | None = Field(None, description="see CalibrationRows and MixedRows")
+    sentence1: Name | None = Field(None, description="see CalibrationRows")
+    sentence2: Name | None = Field(None, description="see CalibrationRows")
 
     @property
     def text_field(self) -> str | None:
@@ -266,8 +268,9 @@ class SourceData(Data):
         Without plain text they are those of training rows, so both find the same tokens.
         """
         fields = super().token_fields()
-        if self.text is None:
-            del fields["text"]
+        for name in ("text", "sentence1", "sentence2"):
+            if getattr(self, name) is None:
+                del fields[name]
         return fields
 
 
@@ -637,12 +640,36 @@ class Recipe(Section):
             "eval.other_text": self.eval.other_text is not None,
             "eval.baseline": self.eval.baseline,
             "calibration.statistics": self.calibration.statistics != "exact",
-            "calibration.data": self.calibration.data is not None,
         }
         for field, is_set in causal_only.items():
             if is_set:
                 raise ValueError(
                     f"{field}: is for causal tasks only, not for {self.task.kind}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_calibration_rows(self) -> "Recipe":
+        rows = self.calibration.data
+        if rows is None:
+            return self
+        if not self.task.has_head:
+            if rows.sentence1 is not None:
+                raise ValueError(
+                    "calibration.data.sentence1: is for tasks with a head; set instruction and "
+                    "answer, or text"
+                )
+            return self
+        if self.statistic == "gradient":
+            raise ValueError(
+                f"calibration.data: {self.label} takes the gradient of the task's own loss, so its "
+                "rows; leave it out"
+            )
+        for name in ("instruction", "answer", "input"):
+            if not rows.is_default(name):
+                raise ValueError(
+                    f"calibration.data.{name}: rows of a {self.task.kind} have none; set sentence1 "
+                    "and leave this out, or set text"
                 )
         return self
 
@@ -770,8 +797,11 @@ class Recipe(Section):
         if rows is None:
             return None
         prepared = data.prepared and f"{data.prepared}/{CALIBRATION_TOKENS}"
+        fields = rows.model_dump()
+        if self.task.has_head and rows.text is None and rows.sentence1 is None:
+            fields |= {"sentence1": self.task.sentence1, "sentence2": self.task.sentence2}
         return SourceData(
-            **rows.model_dump(),
+            **fields,
             max_length=data.max_length,
             on_bad_row=data.on_bad_row,
             prepared=prepared,

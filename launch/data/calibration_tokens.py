@@ -6,9 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.config.rows import SHORT_NAMES, CalibrationRows
-from launch.config.schema import SourceData
+from launch.config.schema import Recipe, SourceData
 from launch.data.sources import fetch_source, naming_fields
+from launch.data.task_rows import (
+    RowFolder,
+    check_token_types,
+    make_head,
+    obtain_unlabelled_rows,
+)
 from launch.data.token_cache import TokenFolder, check_refused_rows, make_tokens, obtain_tokens
+from launch.models.check import read_config
+from launch.models.files import load_tokenizer
 from launch.runtime.errors import UserError
 
 _PATH = "calibration.data.path: "
@@ -26,6 +34,26 @@ def prepare_calibration_tokens(folder: Path, data: SourceData, model_path: Path)
         tokens = make_tokens(folder, data, model_path, fetch_source(data), verify=True)
         check_refused_rows(tokens.manifest, data)
         return tokens
+
+
+def obtain_calibration_rows(
+    recipe: Recipe, model_path: Path, output: Path | None = None
+) -> RowFolder:
+    """Find or make the rows of calibration.data of a task with a head, without labels.
+
+    Args:
+        output: folder to make them in, in the place of the cache.
+
+    Raises:
+        UserError: rows cannot be read, or there are some that the recipe refuses.
+    """
+    data = recipe.calibration_tokens
+    tokenizer = load_tokenizer(model_path, needs_end=False)
+    config = read_config(model_path, head=make_head(recipe.task, model_path, tokenizer))
+    with _naming_calibration_data(data):
+        rows = obtain_unlabelled_rows(data, model_path, tokenizer, config, output)
+    check_token_types(rows.open_tokens(), config)
+    return rows
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from launch.config.schema import MIXED_FIELDS, Data, Recipe
-from launch.data.calibration_tokens import obtain_calibration_tokens
+from launch.data.calibration_tokens import obtain_calibration_rows, obtain_calibration_tokens
 from launch.data.mix.tokens import obtain_mix
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
@@ -118,7 +118,10 @@ def _prepare_node(recipe: Recipe) -> dict:
     data = describe(tokens, recipe.data) | describe_dev(dev)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_tokens is not None:
-        calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
+        if recipe.task.has_head:
+            calibration_tokens = obtain_calibration_rows(recipe, model_path)
+        else:
+            calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
         calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_tokens)
     tokenizer = load_tokenizer(model_path, needs_end=not recipe.task.has_head)
     for made in filter(None, (tokens, calibration_tokens, *dev.values())):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
-from launch.data.calibration_tokens import prepare_calibration_tokens
+from launch.data.calibration_tokens import obtain_calibration_rows, prepare_calibration_tokens
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
@@ -85,11 +85,14 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
     tokenizer = load_tokenizer(model_path, needs_end=False)
     head = make_head(recipe.task, model_path, tokenizer)
     num_embeddings = get_num_embeddings(read_config(model_path, head=head))
+    parts = [("", rows), *((f"\nDevelopment rows of {name}:\n\n", dev[name]) for name in dev)]
+    if recipe.calibration_tokens is not None:
+        calibration = obtain_calibration_rows(recipe, model_path, folder / CALIBRATION_TOKENS)
+        parts.append(("\nTo calibrate on:\n\n", calibration))
     report = ""
-    for name, found in {"": rows, **dev}.items():
+    for title, found in parts:
         largest = int(found.open_tokens().tokens.max())
         check_token_ids(largest, num_embeddings, tokenizer)
-        title = f"\nDevelopment rows of {name}:\n\n" if name else ""
         report += title + render_row_report(recipe, found)
     write_text(folder / REPORT, report)
     print(report, flush=True)
@@ -124,16 +127,18 @@ def render_report(data: Data, model_name: str, manifest: dict, overlaps: Mapping
 
 
 def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
-    """Render in Markdown what was kept, truncated and dropped of rows with labels, and the labels."""
+    """Render in Markdown what was kept, truncated and dropped of rows, and their labels if any."""
     made_from, tokens = rows.manifest["made_from"], rows.open_tokens()
     data = recipe.data.model_copy(
         update={name: made_from["data"][name] for name in ("path", "split")}
     )
+    what = " blocks of text" if made_from["data"].get("text") else ""
     lines = [f"# Tokens of {data.path}", ""]
-    lines += _render_counts(data, recipe.model.name, rows.manifest, "", "truncated to")
-    for place, label in enumerate(recipe.task.labels):
-        lines.append(f"| of them, labelled {label} | {int((tokens.labels == place).sum())} |")
-    if not recipe.task.labels:
+    lines += _render_counts(data, recipe.model.name, rows.manifest, what, "truncated to")
+    if rows.has_classes:
+        for place, label in enumerate(recipe.task.labels):
+            lines.append(f"| of them, labelled {label} | {int((tokens.labels == place).sum())} |")
+    elif made_from["task"]:
         least, most = tokens.labels.min().item(), tokens.labels.max().item()
         lines.append(f"| labels | {least:g} to {most:g} |")
     lengths = tokens.lengths()

@@ -11,30 +11,31 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
+from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe, SourceData
 from launch.config.task import Task
+from launch.data.labelled.encode import EncodedText, tokenize_blocks, tokenize_texts
+from launch.data.labelled.forms import TaskRow, make_task_form, make_unlabelled_form
 from launch.data.sources import (
-    EMPTY,
     BadRow,
+    Row,
     RowForm,
     fetch_source,
-    find_text_fault,
     identify_source,
     load_split,
+    make_causal_form,
     select_rows,
     show_rows,
-    show_value,
 )
 from launch.data.token_cache import (
     MANIFEST,
@@ -57,15 +58,9 @@ FORMAT = 1  # raised with every change of how rows are read, tokenised and store
 ROWS = "rows.safetensors"
 DEV = "dev"  # in a prepared folder, with a folder for each set of development rows
 TRUNCATED = "truncated at max_length"
-NO_LABEL, NO_NUMBER = "label not in task.labels", "label no number"
 
-
-class TaskRow(NamedTuple):
-    """A row that can be trained on or scored."""
-
-    number: int  # in the split, from 1
-    texts: tuple[str, ...]  # one, or a pair
-    label: float  # place in task.labels, or a number
+# Good rows of a chunk -> each example with its tokens. A block of plain text is a row without texts.
+EncodeRows = Callable[[Sequence], Iterable[tuple[TaskRow, EncodedText]]]
 
 
 class RowFolder(NamedTuple):
@@ -73,7 +68,7 @@ class RowFolder(NamedTuple):
 
     folder: Path
     manifest: dict
-    has_classes: bool  # whether labels are places in task.labels
+    has_classes: bool  # whether labels are places in task.labels; without labels they are NaN
     pad_token: int
 
     def open_tokens(self) -> TokenSet:
@@ -136,7 +131,7 @@ def obtain_all_rows(
         except UserError as error:
             raise UserError(f"task.dev: {place}: {error}") from None
     for found in (rows, *dev.values()):
-        _check_token_types(found.open_tokens(), config)
+        check_token_types(found.open_tokens(), config)
     return rows, dev
 
 
@@ -164,7 +159,7 @@ def _locate_dev(data: Data, name: str, place: str) -> Data:
     return data.model_copy(update=update)
 
 
-def _check_token_types(tokens: TokenSet, config: PretrainedConfig) -> None:
+def check_token_types(tokens: TokenSet, config: PretrainedConfig) -> None:
     """Raise UserError if the base has no embedding for a text's number in its pair."""
     num_types = getattr(config, "type_vocab_size", 0)
     if tokens.token_types is None or not num_types:
@@ -207,15 +202,75 @@ def obtain_rows(
             others.
     """
     has_types = _takes_token_types(tokenizer, config)
+    described = task.model_dump(include={"kind", "labels", "sentence1", "sentence2", "label"})
+    encode = _make_row_encoder(tokenizer, data.max_length, has_types)
+    reading = RowReading(make_task_form(task, data), encode, has_types, described)
+    return _find_or_make(data, reading, model_path, tokenizer, config, output)
+
+
+def obtain_unlabelled_rows(
+    data: SourceData,
+    model_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    output: Path | None = None,
+) -> RowFolder:
+    """Find or make rows to calibrate on, as `obtain_rows` does: texts, pairs or plain text."""
+    has_types = _takes_token_types(tokenizer, config)
+    encode = _make_row_encoder(tokenizer, data.max_length, has_types)
+
+    def encode_blocks(rows: Sequence[Row]) -> Iterable[tuple[TaskRow, EncodedText]]:
+        texts = [row.instruction for row in rows]
+        blocks = tokenize_blocks(tokenizer, texts, data.max_length, has_types)
+        return [(TaskRow(0, (), label=None), block) for block in blocks]
+
+    if data.text is not None:
+        reading = RowReading(make_causal_form(data), encode_blocks, has_types, {})
+    else:
+        form = make_unlabelled_form(data, data.sentence1, data.sentence2)
+        reading = RowReading(form, encode, has_types, {})
+    return _find_or_make(data, reading, model_path, tokenizer, config, output)
+
+
+def _make_row_encoder(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, has_types: bool
+) -> EncodeRows:
+    """Make the function that tokenises rows with one text or two."""
+
+    def encode(rows: Sequence[TaskRow]) -> Iterable[tuple[TaskRow, EncodedText]]:
+        texts = [row.texts for row in rows]
+        return zip(rows, tokenize_texts(tokenizer, texts, max_length, has_types), strict=True)
+
+    return encode
+
+
+class RowReading(NamedTuple):
+    """How rows are read and tokenised."""
+
+    form: RowForm
+    encode: EncodeRows
+    has_types: bool  # whether the tokens of a pair are told apart
+    task: dict  # fields of the task that decide labels and texts; empty without labels
+
+
+def _find_or_make(
+    data: Data,
+    reading: RowReading,
+    model_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    output: Path | None,
+) -> RowFolder:
+    """Find or make the rows of `data`; see `obtain_rows`."""
     origin = {
         "format": FORMAT,
         "data": data.token_fields(),
-        "task": task.model_dump(include={"kind", "labels", "sentence1", "sentence2", "label"}),
-        "token_types": has_types,
+        "task": reading.task,
+        "token_types": reading.has_types,
         "tokenizer": hash_tokenizer(model_path),
         "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
     }
-    option = "--output"
+    option = "row cache" if output is None else "--output"
     if output is None and data.prepared is not None:
         folder, option = Path(data.prepared).expanduser(), "data.prepared"
         if not (folder / MANIFEST).is_file():
@@ -233,13 +288,14 @@ def obtain_rows(
             _refuse_other_files(folder, option)
             with hold_lock(folder / "lock"):
                 if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                    _write_rows(folder, origin, data, task, tokenizer, has_types, source)
+                    _write_rows(folder, origin, data, reading, source)
     manifest = read_json(folder / MANIFEST)
     require_same_origin(folder, manifest, origin, option)
     if not (folder / ROWS).is_file() or hash_file(folder / ROWS) != manifest["tokens_sha256"]:
         raise UserError(f"{folder / ROWS}: damaged; delete {folder}, and start again")
     check_refused_rows(manifest, data, cut=TRUNCATED)
-    return RowFolder(folder, manifest, bool(task.labels), find_padding(tokenizer, config))
+    has_classes = bool(reading.task.get("labels"))
+    return RowFolder(folder, manifest, has_classes, find_padding(tokenizer, config))
 
 
 def _refuse_other_files(folder: Path, option: str) -> None:
@@ -263,24 +319,19 @@ def _write_rows(
     folder: Path,
     origin: dict,
     data: Data,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    has_types: bool,
+    reading: RowReading,
     source: Path,
 ) -> None:
     """Read, check and tokenise all rows, and write them and their manifest."""
-    form = make_task_form(task, data)
-    split = load_split(data, source, form)
+    split = load_split(data, source, reading.form)
     tally = {"made_from": origin, "read": 0, "selected": 0, "kept": 0, "cut": 0}
     tally |= {"dropped": {}, "examples": {}}
     parts: list[dict[str, Tensor]] = []
     with show_rows(split, data, "tokenise") as advance:
-        for chunk in select_rows(split, data, form=form):
+        for chunk in select_rows(split, data, form=reading.form):
             watchdog.heartbeat()
-            encoded = tokenize_texts(
-                tokenizer, [row.texts for row in chunk.rows], data.max_length, has_types
-            )
-            parts.append(_keep_rows(chunk.rows, encoded, chunk.bad, data, has_types, tally))
+            encoded = reading.encode(chunk.rows)
+            parts.append(_keep_rows(encoded, chunk.bad, data, reading.has_types, tally))
             tally |= {"read": chunk.position, "selected": chunk.selected}
             advance(chunk)
     if not tally["kept"]:
@@ -297,59 +348,8 @@ def _write_rows(
     write_json(folder / MANIFEST, tally | {"tokens_sha256": hash_file(folder / ROWS)})
 
 
-class EncodedText(NamedTuple):
-    """The tokens of one row."""
-
-    ids: list[int]
-    types: list[int] | None  # 1 in a pair's second text; None where the model does not take them
-    whole_length: int  # tokens before truncation
-
-
-def tokenize_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[tuple[str, ...]],
-    max_length: int,
-    has_types: bool,
-) -> list[EncodedText]:
-    """Tokenise single texts or pairs with the tokenizer's own special tokens, which are kept.
-
-    What is longer than `max_length` is truncated: of a pair the longer text, token by token. Text
-    that spells a special token is text (see data.tokenize.encode_texts).
-
-    Raises:
-        UserError: the special tokens alone fill `max_length`.
-    """
-    if not texts:
-        return []
-    num_special = tokenizer.num_special_tokens_to_add(pair=len(texts[0]) == 2)
-    if max_length <= num_special:
-        raise UserError(
-            f"data.max_length: {max_length} has no room for text beside {num_special} special "
-            "tokens; raise it"
-        )
-    options = {
-        "return_attention_mask": False,
-        "return_token_type_ids": has_types,
-        "verbose": False,
-        "split_special_tokens": not isinstance(tokenizer, PreTrainedTokenizer),
-    }
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    whole = tokenizer(*columns, **options)
-    encoded = []
-    for i, ids in enumerate(whole.input_ids):
-        types = whole.token_type_ids[i] if has_types else None
-        if len(ids) > max_length:
-            cut = tokenizer(*texts[i], truncation="longest_first", max_length=max_length, **options)
-            types = cut.token_type_ids if has_types else None
-            encoded.append(EncodedText(cut.input_ids, types, len(ids)))
-        else:
-            encoded.append(EncodedText(ids, types, len(ids)))
-    return encoded
-
-
 def _keep_rows(
-    rows: Sequence[TaskRow],
-    encoded: Sequence[EncodedText],
+    encoded: Iterable[tuple[TaskRow, EncodedText]],
     bad: Sequence[BadRow],
     data: Data,
     has_types: bool,
@@ -361,7 +361,7 @@ def _keep_rows(
     lengths: list[int] = []
     labels: list[float] = []
     dropped = list(bad)
-    for row, text in zip(rows, encoded, strict=True):
+    for row, text in encoded:
         if text.whole_length > data.max_length:
             what = f"its {text.whole_length} tokens are truncated to {data.max_length}"
             cut = BadRow(row.number, TRUNCATED, what)
@@ -373,7 +373,7 @@ def _keep_rows(
         ids += text.ids
         types += text.types or []
         lengths.append(len(text.ids))
-        labels.append(row.label)
+        labels.append(math.nan if row.label is None else row.label)
     tally["kept"] += len(labels)
     count_dropped(tally, dropped)
     tensors = {
@@ -382,67 +382,3 @@ def _keep_rows(
         "labels": torch.tensor(labels, dtype=torch.float64),
     }
     return tensors | ({"token_types": torch.tensor(types, dtype=torch.int8)} if has_types else {})
-
-
-# Rows and labels
-
-
-def make_task_form(task: Task, data: Data) -> RowForm:
-    """Make the form of rows with one text or two and a label; good rows are a TaskRow."""
-    columns = {
-        "task.sentence1": [task.sentence1],
-        "task.sentence2": [task.sentence2] if task.sentence2 else [],
-        "task.label": [task.label],
-        "data.filter": list(data.filter),
-    }
-    return RowForm(columns, lambda number, row: _check_row(number, row, task))
-
-
-def _check_row(number: int, row: dict[str, Any], task: Task) -> TaskRow | BadRow:
-    """Return a row's texts and label, or what is wrong with it."""
-    fields = [task.sentence1] + ([task.sentence2] if task.sentence2 else [])
-    texts = []
-    for field in fields:
-        value = row.get(field)
-        fault = find_text_fault(value)
-        if fault is not None:
-            return BadRow(number, fault, f"field {field!r} is {show_value(value)}, {fault}")
-        texts.append(value)
-    if not any(text.strip() for text in texts):  # GLUE's QQP has pairs with one empty text
-        return BadRow(number, EMPTY, f"field {fields[0]!r} is {show_value(texts[0])}, {EMPTY}")
-    value = row.get(task.label)
-    label = _read_number(value) if task.kind == "regression" else _find_label(value, task.labels)
-    if label is None:
-        reason, wanted = NO_NUMBER, "a finite number"
-        if task.labels:
-            reason, wanted = NO_LABEL, f"one of task.labels, {', '.join(task.labels)}"
-        return BadRow(
-            number, reason, f"field {task.label!r} is {show_value(value)}, which is not {wanted}"
-        )
-    return TaskRow(number, tuple(texts), label)
-
-
-def _read_number(value: object) -> float | None:
-    """Return a finite number, that of a text too; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _find_label(value: object, labels: Sequence[str]) -> float | None:
-    """Return the place of a label: of its text or, where no label is a whole number, its place.
-
-    Data sets of the hub hold places.
-    """
-    number = _read_number(value)
-    is_whole = number is not None and number == int(number)
-    text = str(int(number)) if is_whole and not isinstance(value, str) else value
-    if text in labels:
-        return float(labels.index(text))
-    if is_whole and not any(label.lstrip("-").isdigit() for label in labels):
-        return number if 0 <= number < len(labels) else None
-    return None

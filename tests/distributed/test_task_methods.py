@@ -13,9 +13,12 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launch.config.schema import Recipe
+from launch.data.order import sample_examples
 from tests.support.classifiers import (
+    MAX_LENGTH,
     load_plain_base,
     load_recipe,
     make_recipe,
@@ -24,7 +27,7 @@ from tests.support.classifiers import (
     read_predictions,
 )
 from tests.support.paths import WORKERS
-from tests.support.runs import read_losses, read_results
+from tests.support.runs import read_calibration, read_losses, read_results
 
 pytestmark = pytest.mark.xdist_group("task_methods")
 
@@ -54,6 +57,12 @@ CASES = [
     *(("llama", method) for method in ("lora", "dora", "olora", "corda-ipm", "largest", "full")),
     *((base, "lora_ga") for base in ("llama", "deberta")),
 ]
+# Calibrated on other data than the training rows, in one process and on two ranks of FSDP2.
+OTHER_DATA = {
+    "training-rows": "{path: BASE/train.jsonl}",
+    "rows": "{path: BASE/dev.jsonl, sentence1: right}",
+    "text": "{path: BASE/dev.jsonl, text: left}",
+}
 SHARDED = [
     *(
         ("bert", method)
@@ -82,9 +91,14 @@ def run_all(
             output = tmp_path_factory.mktemp(engine)
             words: list[object] = []
             cases = CASES if engine == "single" else SHARDED
-            for base, method in cases:
+            cases = [*cases, *((base, name) for base in ("bert", "llama") for name in OTHER_DATA)]
+            for base, name in cases:
+                settings = METHODS.get(name, ["adapter.eigen_select=largest"])
+                if name in OTHER_DATA:
+                    data = OTHER_DATA[name].replace("BASE", str(recipes[base].parent))
+                    settings = [*settings, f"calibration.data={data}"]
                 words += ["--"] if words else []
-                words += [recipes[base], f"engine={engine}", *COMMON, *METHODS[method]]
+                words += [recipes[base], f"engine={engine}", *COMMON, *settings]
             launch(WORKERS / "tasks.py", output, *words, ranks=ranks)
             done[engine] = {case: output / str(i) for i, case in enumerate(cases)}
         return done[engine]
@@ -134,3 +148,62 @@ def test_sharded_engines_train_alike(
     assert read_losses(run) == pytest.approx(read_losses(alone), rel=1e-4)
     torch.testing.assert_close(read_outputs(run), read_outputs(alone), rtol=0, atol=1e-3)
     assert read_results(run)["logit_drift"] < 1e-5
+
+
+def compute_spectra(recipe: Recipe, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Compute the eigenvalues of the outputs' second moments by plain PyTorch, in fp64."""
+    base = load_plain_base(recipe).double().eval()
+    outputs: dict[str, list[Tensor]] = {}
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] in recipe.adapter.targets and "pooler" not in name:
+            rows = outputs.setdefault(name, [])
+            module.register_forward_hook(lambda _m, _i, y, rows=rows: rows.append(y[0]))
+    with torch.no_grad():
+        for one in inputs:
+            base(**one)
+    spectra = {}
+    for name, rows in outputs.items():
+        y = torch.cat(rows)
+        spectra[name] = torch.linalg.eigvalsh(y.T @ y / len(y))
+    return spectra
+
+
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_a_calibration_on_other_data_is_that_of_its_rows(
+    base: str, run_all: Callable, recipes: dict[str, Path]
+) -> None:
+    runs, recipe = run_all("single"), load_recipe(recipes[base])
+    own, same = (
+        read_calibration(runs[base, n] / "calibration") for n in ("largest", "training-rows")
+    )
+    assert own.keys() == same.keys() and all(torch.equal(own[key], same[key]) for key in own)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    rows, options = make_rows(21, 2), {"max_length": MAX_LENGTH, "truncation": True}
+    single = [tokenizer(row["right"], return_tensors="pt", **options) for row in rows]
+    text = "\n\n".join(row["left"] for row in rows)
+    blocks = tokenizer(text, return_overflowing_tokens=True, **options).input_ids
+    texts = [{"input_ids": torch.tensor([ids])} for ids in blocks]
+    for name, examples in {"rows": single, "text": texts}.items():
+        count = min(recipe.calibration.samples, len(examples))
+        chosen = sample_examples(len(examples), count, recipe.calibration.seed)
+        inputs = [{"input_ids": examples[i]["input_ids"]} for i in chosen]
+        found = read_calibration(runs[base, name] / "calibration")
+        for module, spectrum in compute_spectra(recipe, inputs).items():
+            atol = 1e-6 * spectrum.max().item()  # its forward passes are fp32's
+            torch.testing.assert_close(found[f"{module}.spectrum"], spectrum, rtol=0, atol=atol)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OTHER_DATA)
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_a_calibration_on_other_data_is_the_unsharded_one(
+    base: str, name: str, run_all: Callable
+) -> None:
+    alone, sharded = (
+        read_calibration(run[base, name] / "calibration")
+        for run in (run_all("single"), run_all("fsdp", 2))
+    )
+    for key, value in alone.items():
+        if key.endswith((".spectrum", ".values")):
+            atol = 1e-9 * value.abs().max().item()
+            torch.testing.assert_close(sharded[key], value, rtol=0, atol=atol, msg=key)
