@@ -33,6 +33,7 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
+from launch.training.trainable import draw_new_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,10 +122,6 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     """
     _find_export(run)
     recipe = read_stored_recipe(run / "recipe.yaml")
-    if recipe.task.has_head:
-        raise UserError(
-            f"--after: {run} is a {recipe.task.kind}, and only causal runs are measured again"
-        )
     if recipe.model.new_weights:
         raise UserError(
             f"--after: {run} drew {recipe.model.new_weights[0]} (model.new_weights), so its base is "
@@ -133,7 +130,8 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     calibrated = recipe.calibration.model_dump(
         include={"samples", "batch_size", "seed", "memory_gib", "data"}
     )
-    values = recipe.model_dump(include={"model", "data", "train", "engine"})
+    values = recipe.model_dump(include={"model", "data", "task", "train", "engine"})
+    values["task"]["dev"] = None  # its rows are not measured
     values["calibration"] = calibrated
     values["adapter"] = {
         "method": "astra",
@@ -157,11 +155,14 @@ def _calibrate_model(
     is_model = trained is not None and trained.name == "model"
     checked = inputs.model
     if is_model:
-        checked = run_on_rank0(lambda: check_model(trained, "--after"))
+        head = inputs.head
+        checked = run_on_rank0(lambda: check_model(trained, "--after", head=head, has_head=True))
     base = engine.load_model(checked)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
     engine.materialize(base)
+    # A new head reads what is measured, and does not change it: its values do not matter.
+    draw_new_weights(base, checked, recipe.train.seed, engine)
     if trained is not None and not is_model:
         _merge_adapter(base, trained, engine)
     with engine.inference_mode(base):

@@ -84,6 +84,7 @@ def check_model(
     field: str = "model.name",
     new_weights: Sequence[str] = (),
     head: Head | None = None,
+    has_head: bool = False,
 ) -> CheckedModel:
     """Check that transformers would find every weight of the model in `folder`, and no others.
 
@@ -95,6 +96,7 @@ def check_model(
         new_weights: parameters that are to be missing: the run draws them.
         head: the new head of a model for sequence classification, whose parameters are to be
             missing.
+        has_head: whether the files are to hold the head, as a run has trained and exported it.
 
     Raises:
         UserError: whatever would make a run train something else than the files hold.
@@ -108,7 +110,8 @@ def check_model(
     weights = find_weight_files(folder, config, field)
     tensors = weights.read_headers(field)
     model = make_meta_model(config, field)
-    new_weights, unused = _check_loading(model, weights, tensors, new_weights, head, field)
+    new_head = None if has_head else head
+    new_weights, unused = _check_loading(model, weights, tensors, new_weights, new_head, field)
     num_rows = get_num_rows(model)
     return CheckedModel(folder, weights.files, new_weights, num_rows, head, unused)
 

@@ -6,13 +6,15 @@ predictions of one process. One launch an engine. About 15 s, and 100 s more wit
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.config.schema import Recipe
@@ -150,9 +152,11 @@ def test_sharded_engines_train_alike(
     assert read_results(run)["logit_drift"] < 1e-5
 
 
-def compute_spectra(recipe: Recipe, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def compute_spectra(
+    model: nn.Module, recipe: Recipe, inputs: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """Compute the eigenvalues of the outputs' second moments by plain PyTorch, in fp64."""
-    base = load_plain_base(recipe).double().eval()
+    base = model.double().eval()
     outputs: dict[str, list[Tensor]] = {}
     for name, module in base.named_modules():
         if name.rpartition(".")[2] in recipe.adapter.targets and "pooler" not in name:
@@ -188,9 +192,47 @@ def test_a_calibration_on_other_data_is_that_of_its_rows(
         chosen = sample_examples(len(examples), count, recipe.calibration.seed)
         inputs = [{"input_ids": examples[i]["input_ids"]} for i in chosen]
         found = read_calibration(runs[base, name] / "calibration")
-        for module, spectrum in compute_spectra(recipe, inputs).items():
+        for module, spectrum in compute_spectra(load_plain_base(recipe), recipe, inputs).items():
             atol = 1e-6 * spectrum.max().item()  # its forward passes are fp32's
             torch.testing.assert_close(found[f"{module}.spectrum"], spectrum, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("base", "method"), [("bert", "pissa"), ("llama", "full")])
+def test_effective_ranks_after_training_are_those_of_plain_models(
+    base: str,
+    method: str,
+    launch: Callable,
+    run_all: Callable,
+    recipes: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    run = shutil.copytree(run_all("single")[base, method], tmp_path / "run")
+    recipe = load_recipe(recipes[base], *COMMON, *METHODS[method])
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))  # as train.py does
+    launch("launch/calibrate.py", "--after", run, "--engine", "single")
+    found = json.loads((run / "after" / "effective_rank.json").read_text())
+    if method == "full":
+        trained = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    else:
+        trained = PeftModel.from_pretrained(load_plain_base(recipe), str(run / "lora"))
+        trained = trained.merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    rows, options = make_rows(60, 1), {"max_length": MAX_LENGTH, "truncation": "longest_first"}
+    inputs = []
+    for i in sample_examples(60, recipe.calibration.samples, recipe.calibration.seed):
+        encoded = tokenizer(rows[i]["left"], rows[i]["right"], return_tensors="pt", **options)
+        inputs.append({k: v for k, v in encoded.items() if base == "bert" or k == "input_ids"})
+    wanted = {}
+    for when, model in (("before", load_plain_base(recipe)), ("after", trained)):
+        for name, spectrum in compute_spectra(model, recipe, inputs).items():
+            shares = spectrum.clamp(min=0) / spectrum.sum()
+            entropy = -torch.special.xlogy(shares, shares).sum()
+            wanted.setdefault(name, {})[when] = entropy.exp().item()
+    assert found.keys() == wanted.keys()
+    for name, ranks in wanted.items():
+        for when, rank in ranks.items():
+            assert found[name][when] == pytest.approx(rank, rel=1e-4)
+    assert max(abs(ranks["after"] / ranks["before"] - 1) for ranks in wanted.values()) > 1e-3
 
 
 @pytest.mark.full
