@@ -9,6 +9,7 @@ from launch.run.results import (
     Score,
     TaskScore,
     describe_source,
+    describe_sources,
     describe_task_score,
 )
 
@@ -38,7 +39,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.label}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
 {_render_source(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
-{_render_note(results)}
+{_render_sources(results)}{_render_note(results)}
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
 {_render_rounding(exports, results)}
@@ -75,6 +76,12 @@ def _render_source(recipe: Recipe, results: RunResults) -> str:
     if results.rank is not None and "calibration_data" in results.model_fields_set:
         lines.append(f"Initial factors from {describe_source(results.calibration_data)}.\n")
     return "".join(lines)
+
+
+def _render_sources(results: RunResults) -> str:
+    """Render what a mix has of each source as a Markdown list; empty where there is no mix."""
+    lines = [f"- data.sources.{line}\n" for line in describe_sources(results.data)]
+    return "".join(["\n", *lines]) if lines else ""
 
 
 def _render_note(results: RunResults) -> str:

@@ -94,6 +94,7 @@ def test_a_mix_resumes_in_its_middle_and_does_not_depend_on_the_number_of_ranks(
     # 3 of 40 rows and 1 of 10 conversations are held out; a quarter of the mix are conversations.
     said = ["alpaca: 37 rows, 75.5% of an epoch", "chats: 12 rows, 24.5% of an epoch"]
     assert all(f"data.sources.{line}" in done.stdout for line in said)
+    assert all(f"- data.sources.{line}" in (whole / "README.md").read_text() for line in said)
     data = read_results(whole)["data"]
     assert data["path"] == "a mix of alpaca, chats" and data["rows"] == 37 + 12 + 4
     taken = {name: (one["rows"], one["held_out"]) for name, one in data["sources"].items()}
