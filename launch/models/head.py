@@ -82,9 +82,17 @@ def find_padding(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -
     and its head takes the last other token.
 
     Raises:
-        UserError: an encoder's tokenizer has none, or a decoder's has no end of sequence either.
+        UserError: an encoder's tokenizer has none, or a decoder's has no end of sequence either; or it
+            has no row in the embedding.
     """
     if tokenizer.pad_token_id is not None:
+        num_rows = getattr(config.get_text_config(), "vocab_size", None)
+        if num_rows is not None and tokenizer.pad_token_id >= num_rows:
+            raise UserError(
+                f"model.name: the tokenizer's padding token {tokenizer.pad_token!r} is token "
+                f"{tokenizer.pad_token_id}, and the embedding has {num_rows} rows; remove it from the "
+                "tokenizer, or enlarge the base with resize_token_embeddings and save it"
+            )
         return tokenizer.pad_token_id
     if is_encoder(config) or tokenizer.eos_token_id is None:
         raise UserError(

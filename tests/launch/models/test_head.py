@@ -105,6 +105,12 @@ def test_padding_and_positions(tmp_path: Path) -> None:
     bert = make_base(tmp_path / "bert", "bert")
     tokenizer = load_tokenizer(bert, needs_end=False)
     assert find_padding(tokenizer, read_config(bert)) == 0
+    config = read_config(bert)
+    config.vocab_size = 1
+    assert find_padding(tokenizer, config) == 0
+    config.vocab_size = 0
+    with pytest.raises(UserError, match=r"^model\.name: .* '\[PAD\]' is token 0, .* has 0 rows"):
+        find_padding(tokenizer, config)
     tokenizer.pad_token = None
     with pytest.raises(UserError, match=r"^model\.name: the tokenizer has no padding token"):
         find_padding(tokenizer, read_config(bert))
