@@ -30,8 +30,8 @@ from launch.stages.next_steps import describe_next_steps
 from launch.stages.prepare import prepare_run
 from launch.stages.results import make_results, write_run_results
 from launch.stages.score import score_run
+from launch.stages.score_steps import has_stopped_early, restore_best
 from launch.stages.train import save_checkpoint, train_model
-from launch.stages.watch import has_stopped_early, restore_best
 from launch.training.flops import find_peak_flops
 
 
@@ -60,6 +60,8 @@ def fine_tune(
             f"engine: single trains in one process, not {world_size}; set engine=zero3 or start "
             "one rank"
         )
+    if profile and recipe.eval.every is not None:
+        raise UserError("--profile: records training steps alone; leave eval.every out")
     lock = FolderLock(folder)
     is_finished = run_on_rank0(lambda: open_run(folder, recipe, lock))
     if is_finished:
@@ -111,15 +113,16 @@ def run_stages(
             "resumes from there"
         )
         return
-    step = restore_best(run, loaded, history)
+    best_step = restore_best(run, loaded, history)
     exported = export_run(run, loaded, initial, history)
     watchdog.set_phase("scoring", timed=True)
-    scores = score_run(run, loaded, run.problems, recipe.eval, f"after step {step}", folder)
+    scored = f"after step {best_step or len(history)}"
+    scores = score_run(run, loaded, run.problems, recipe.eval, scored, folder)
     after = measure_predictions(loaded.engine, loaded.model, run.measured)
     small = export_small(run, loaded, initial)
-    results = make_results(run, loaded, facts, history, step, scores, after, small, peak_flops)
+    results = make_results(run, loaded, facts, history, best_step, scores, after, small, peak_flops)
     run_on_rank0(lambda: write_run_results(run, results))
     if dist.get_rank() == 0:
         print_rank0(runs_table([folder]))
-    print_rank0(f"plots: {folder / 'loss.png'} {folder / 'grad_norm.png'}  to load: {exported}")
+    print_rank0(f"plots: {folder}/*.png  to load: {exported}")
     print_rank0(describe_next_steps(folder, run.recipe, results))

@@ -743,6 +743,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_scores(self) -> "Recipe":
+        taken = [name for name in ("held_out", "other_text") if name in self.task.dev_sets]
+        if taken:
+            raise ValueError(f"task.dev: {taken[0]} is the name of another score; choose another")
         names = [*self.measured_names, *expand_groups(self.eval.every_suites)]
         if self.eval.every is not None and not names:
             raise ValueError(

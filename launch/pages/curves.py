@@ -54,7 +54,7 @@ def chart_metric(records: Sequence[RunRecord], key: str) -> Chart | None:
     if longest > 1:
         about += f" Long runs: every point is the mean of up to {longest} steps."
     if key == "loss" and _add_held_out(figure, records):
-        about += " Held-out rows: before training, on the way if scored, and after."
+        about += " Held-out rows: before training, while training if scored, and after."
     return Chart(key.replace("_", "-"), TITLES[key], about, {"": figure})
 
 
@@ -72,7 +72,7 @@ def _add_held_out(figure: Figure, records: Sequence[RunRecord]) -> bool:
 
 
 def _list_held_out(record: RunRecord) -> dict[int, float]:
-    """Return step -> held-out loss of a run: before training (0), on the way, and after."""
+    """Return step -> held-out loss of a run: before training (0), while training, and after."""
     scored = list_scored_steps(record.steps, "held_out")
     losses = {one.step: one.value for one in scored}
     results = record.results
@@ -83,7 +83,7 @@ def _list_held_out(record: RunRecord) -> dict[int, float]:
     return dict(sorted((ends | losses).items()))
 
 
-def chart_on_the_way(records: Sequence[RunRecord]) -> Chart | None:
+def chart_while_training(records: Sequence[RunRecord]) -> Chart | None:
     """Chart the scores while training by step, a choice for each; None where there are none.
 
     The held-out loss is left out: it is beside the loss.

@@ -21,14 +21,19 @@ class Packed(NamedTuple):
     notes: list[str]  # what is left out
 
 
-def pack_responses(sources: Mapping[str, Sequence[dict]]) -> Packed:
+def pack_responses(
+    sources: Mapping[str, Sequence[dict]], further: Mapping[str, Sequence[dict]] | None = None
+) -> Packed:
     """Pack the responses of several sources, problem by problem.
 
     Args:
         sources: name, such as that of a run -> rows of its generations.jsonl.
+        further: other sources, which share what those leave of MAX_CHARACTERS.
     """
     problems: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    budgets = _share_out({name: sum(map(_count, rows)) for name, rows in sources.items()})
+    budgets = _share_out(sources, MAX_CHARACTERS)
+    budgets |= _share_out(further or {}, MAX_CHARACTERS - sum(budgets.values()))
+    sources = {**sources, **(further or {})}
     count, num_cut, left_out = 0, 0, {}
     for number, (source, rows) in enumerate(sources.items()):
         used = 0
@@ -61,9 +66,10 @@ def _count(row: dict) -> int:
     return min(len(str(row.get("output", ""))), MAX_LENGTH) + 100
 
 
-def _share_out(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Share MAX_CHARACTERS out: evenly, but what a small source leaves goes to the larger ones."""
-    left, budgets = MAX_CHARACTERS, {}
+def _share_out(sources: Mapping[str, Sequence[dict]], left: int) -> dict[str, int]:
+    """Share characters out: evenly, but what a small source leaves goes to the larger ones."""
+    sizes = {name: sum(map(_count, rows)) for name, rows in sources.items()}
+    budgets: dict[str, int] = {}
     ascending = sorted(sizes, key=sizes.get)
     for place, name in enumerate(ascending):
         budgets[name] = min(sizes[name], left // (len(ascending) - place))

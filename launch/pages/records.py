@@ -17,7 +17,7 @@ from launch.run.metrics import METRICS, Metrics, read_metrics
 from launch.run.results import RunResults, find_run_results
 from launch.runtime.errors import UserError
 from launch.scoring.responses import GENERATIONS, read_generations
-from launch.stages.records import CALIBRATION, ON_THE_WAY
+from launch.stages.records import CALIBRATION, WHILE_TRAINING
 
 RECIPE = "recipe.yaml"
 
@@ -141,14 +141,28 @@ def read_spectra(folder: Path) -> dict[str, dict]:
 
 
 def read_responses(folder: Path, name: str) -> dict[str, list[dict]]:
-    """Return the responses of a run, of its base and on the way: name -> rows of generations.jsonl.
+    """Return the responses of a run's base and of the run, as name -> rows of generations.jsonl.
 
     Raises:
         UserError: a line that is whole is not JSON.
     """
-    places = {f"{name}, before training": folder / BASELINE, name: folder}
-    for place in sorted((folder / ON_THE_WAY).glob("step-*")):
+    return _read_places({f"{name}, before training": folder / BASELINE, name: folder})
+
+
+def read_responses_while_training(folder: Path, name: str) -> dict[str, list[dict]]:
+    """Return the responses of a run while it trained, as name -> rows of generations.jsonl.
+
+    Raises:
+        UserError: a line that is whole is not JSON.
+    """
+    places = {}
+    for place in sorted((folder / WHILE_TRAINING).glob("step-*")):
         places[f"{name}, after step {int(place.name.removeprefix('step-'))}"] = place
+    return _read_places(places)
+
+
+def _read_places(places: dict[str, Path]) -> dict[str, list[dict]]:
+    """Read the responses in the folders that have some."""
     responses = {}
     for source, place in places.items():
         if (place / GENERATIONS).is_file():

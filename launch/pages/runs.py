@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pages.curves import chart_layers, chart_metric, chart_on_the_way, chart_scores
+from launch.pages.curves import chart_layers, chart_metric, chart_scores, chart_while_training
 from launch.pages.generations import pack_responses
-from launch.pages.records import RunRecord, read_responses, read_runs, read_spectra
+from launch.pages.records import (
+    RunRecord,
+    read_responses,
+    read_responses_while_training,
+    read_runs,
+    read_spectra,
+)
 from launch.pages.render import Page, write_page
 from launch.pages.tables import tabulate_conditions, tabulate_differences, tabulate_runs
 from launch.run.plots import METRIC_LABELS
@@ -29,17 +35,18 @@ def make_runs_page(records: Sequence[RunRecord], path: Path) -> Page:
     if differences is not None:
         tables.append(("What differs", differences))
     spectra = {record.name: read_spectra(record.folder) for record in records}
-    responses = {}
+    responses, further = {}, {}
     for record in records:
         responses |= read_responses(record.folder, record.name)
+        further |= read_responses_while_training(record.folder, record.name)
     charts = [chart_metric(records, key) for key in METRIC_LABELS]
-    charts += [chart_scores(records), chart_on_the_way(records)]
+    charts += [chart_scores(records), chart_while_training(records)]
     return Page(
         title=f"Runs: {names}" if len(records) > 1 else f"Run: {names}",
         about=_describe(records),
         tables=tables,
         charts=[chart for chart in charts if chart is not None] + chart_layers(spectra),
-        generations=pack_responses(responses) if responses else None,
+        generations=pack_responses(responses, further) if responses or further else None,
         conditions=tabulate_conditions(records),
         notes=_list_notes(records),
         commands=_list_commands(records, path),

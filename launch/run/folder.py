@@ -35,6 +35,8 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
 )
+# Fields of `eval` that do not change the scores while training.
+FREE_IN_EVAL = ("suites", "samples", "batch_size", "baseline", "allow_unsandboxed")
 
 
 def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
@@ -70,12 +72,23 @@ def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
 
 def _refuse_another_run(folder: Path, stored: Recipe, recipe: Recipe, finished: bool) -> None:
     """Raise UserError if `folder` holds a run that `recipe` does not resume."""
-    field = find_difference(stored, recipe, ignore=OF_COMPUTATION if finished else FREE_TO_CHANGE)
+    field = find_difference(stored, recipe, _list_free(recipe, finished))
     if field:
         state = "a finished" if finished else "an unfinished"
         raise UserError(
             f"--output: {folder} holds {state} run with another {field}; choose another folder"
         )
+
+
+def _list_free(recipe: Recipe, finished: bool) -> tuple[str, ...]:
+    """List the fields and sections that may have changed."""
+    if finished:
+        return OF_COMPUTATION
+    if recipe.train.keep_best is None:
+        return FREE_TO_CHANGE
+    # Scores of other settings are not to be compared with the best one so far.
+    free = [name for name in FREE_TO_CHANGE if name != "eval"]
+    return (*free, *(f"eval.{name}" for name in FREE_IN_EVAL))
 
 
 def write_state(

@@ -31,6 +31,7 @@ class Metrics(TypedDict):
     # Scores of the model after this step, name -> metric -> value: development rows, held_out,
     # other_text, benchmarks. Steps are compared by the first metric.
     dev: NotRequired[dict[str, dict[str, float]]]
+    scoring_seconds: NotRequired[float]  # that these scores took; not in `seconds`
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

@@ -88,7 +88,7 @@ def split_labels(labels: Sequence[str]) -> list[list[str]]:
 
 
 def plot_runs(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]:
-    """Draw loss.png and grad_norm.png in `folder`, and scores.png if runs were scored on the way.
+    """Draw loss.png and grad_norm.png in `folder`, and scores.png if runs were scored while training.
 
     Args:
         runs: label -> the run's steps; a curve for each.

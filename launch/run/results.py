@@ -220,7 +220,7 @@ class StepScore(Record):
     value: float
 
 
-class WatchedScore(Record):
+class LastAndBest(Record):
     """A score that was made while the model trained, after the last step and after the best one.
 
     The best step is chosen by this very score, so its value is too good on average.
@@ -256,7 +256,7 @@ class RunResults(Record):
     # What is exported, scored and measured as `after`: the model after this step, the best by
     # train.keep_best. None without it: after the last step.
     exported_step: int | None = None
-    while_training: dict[str, WatchedScore] = {}  # name -> what eval.every brought
+    while_training: dict[str, LastAndBest] = {}  # name -> what eval.every brought
     task: TaskRecord | None = None  # None for a causal task
     head_lr: float | None = None  # learning rate of the new head; None where it is lr
     final_loss: float  # of the last step, nats per answer token or, with labels, the mean over rows

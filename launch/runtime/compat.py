@@ -165,6 +165,19 @@ def undo_compile(module: nn.Module) -> None:
     module._compiled_call_impl = None
 
 
+@contextmanager
+def run_uncompiled(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context, run `modules` as they were written; after it, what was compiled before."""
+    compiled = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        undo_compile(module)
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, compiled, strict=True):
+            module._compiled_call_impl = call
+
+
 # torch's fake tensors and dispatch, for launch.planning
 
 # Attention on CPUs is not among the operations whose arithmetic torch 2.13 counts:

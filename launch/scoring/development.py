@@ -101,12 +101,15 @@ def score_sets(
     history: Sequence[Metrics],
     step: int,
     epoch: float,
+    keep_best: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score every set of development rows, keep the predictions, and print the scores. Collective.
 
     Args:
         folder: of the run.
         history: the steps so far, with the scores of earlier epochs.
+        keep_best: the score by which the run keeps its best step; the predictions of that step are
+            kept too.
 
     Returns:
         Name of the score -> metric -> value; the first metric is the one that epochs are compared by.
@@ -126,7 +129,9 @@ def score_sets(
             found = score(_get_metric_name(task), predictions, labels, kind=task.kind)
             _write_predictions(folder, name, step, task, tokens, outputs)
             best = find_best([*history, {"step": step, "dev": {name: found}}], name)
-            _remove_predictions(folder, name, kept={step, best.step})
+            exported = None if keep_best is None else find_best(history, keep_best)
+            kept = {step, best.step} | ({exported.step} if exported else set())
+            _remove_predictions(folder, name, kept)
             constant = find_constant(predictions, labels)
             _print_scores(name, epoch, found, len(tokens), constant)
             return found

@@ -58,7 +58,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head),
     )
     problems = read_problems(recipe.eval)
-    problems_on_the_way = read_problems(recipe.eval.while_training)
+    problems_while_training = read_problems(recipe.eval.while_training)
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
     checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
     saved = run_on_rank0(lambda: _find_checkpoint(checkpoints, inputs))
@@ -81,7 +81,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         inputs=inputs,
         tokenizer=tokenizer,
         problems=problems,
-        problems_on_the_way=problems_on_the_way,
+        problems_while_training=problems_while_training,
         measured=measured,
         other_text_source=other_text_source,
         steps=steps,
@@ -93,9 +93,10 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
 
 
 def _count_earlier_seconds(saved: Checkpoint) -> float:
-    """Return the seconds that the calibration and the training before a checkpoint took."""
+    """Return the seconds of calibration, training and scoring before a checkpoint."""
     training = saved.history[-1]["seconds"] if saved.history else 0.0
-    return saved.facts["calibration_seconds"] + training
+    scoring = sum(metrics.get("scoring_seconds", 0.0) for metrics in saved.history)
+    return saved.facts["calibration_seconds"] + training + scoring
 
 
 def _decide_auto(

@@ -17,7 +17,7 @@ from launch.run.results import Prediction, Score
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 
 CALIBRATION = "calibration"  # folder in the run folder
-ON_THE_WAY = "while_training"  # the same, with responses: step-<n>/generations.jsonl
+WHILE_TRAINING = "while_training"  # the same, of responses: step-<n>/generations.jsonl
 CONFIG = "config.json of model.name"  # of get_input_hashes; not in earlier checkpoints
 
 
@@ -35,7 +35,7 @@ class PreparedRun:
     inputs: Inputs  # the base's folder and the training examples
     tokenizer: PreTrainedTokenizerBase
     problems: dict[str, list[Problem]]  # benchmark -> its questions
-    problems_on_the_way: dict[str, list[Problem]]  # the same of eval.every_suites
+    problems_while_training: dict[str, list[Problem]]  # the same of eval.every_suites
     measured: dict[str, TokenSet]  # sets whose loss is measured before and after training
     other_text_source: dict | None  # path and hash of the text on which forgetting is measured
     steps: list[list[int]]  # for each optimiser step, its examples, over all ranks

@@ -15,6 +15,7 @@ from launch.run.folder import write_state
 from launch.run.metrics import Metrics
 from launch.run.provenance import describe_conditions, dtype_name
 from launch.run.results import (
+    LastAndBest,
     Prediction,
     RunFacts,
     RunResults,
@@ -23,7 +24,6 @@ from launch.run.results import (
     StepScore,
     TaskRecord,
     TaskScore,
-    WatchedScore,
     write_results,
 )
 from launch.runtime.distributed import run_on_rank0, try_or_say
@@ -39,7 +39,7 @@ def make_results(
     loaded: RunModel,
     facts: RunFacts,
     history: list[Metrics],
-    step: int,
+    best_step: int | None,
     scores: dict[str, Score],
     after: dict[str, Prediction],
     small: SmallExport | None,
@@ -48,7 +48,7 @@ def make_results(
     """Return the run's record, with the conditions that its numbers hold for. Collective.
 
     Args:
-        step: whose model was exported, scored and measured.
+        best_step: whose model was exported, scored and measured; None: the last.
         after: measured set -> the trained model's prediction.
         small: of lora_small/; None where it was not asked for.
     """
@@ -80,7 +80,7 @@ def make_results(
         steps=len(history),
         final_loss=history[-1]["loss"],
         **measured,
-        **_collect_optional(run, facts) | _describe_scored(run, history, step),
+        **_collect_optional(run, facts) | _describe_steps(run, history, best_step),
         other_text_source=run.other_text_source,
         trained_parameters=count_trained_parameters(loaded.model),
         peak_memory=gather_peak_memory(device),
@@ -121,23 +121,25 @@ def _collect_optional(run: PreparedRun, facts: RunFacts) -> dict[str, Any]:
     return optional
 
 
-def _describe_scored(run: PreparedRun, history: list[Metrics], step: int) -> dict[str, Any]:
+def _describe_steps(
+    run: PreparedRun, history: list[Metrics], best_step: int | None
+) -> dict[str, Any]:
     """Return what scores while training have brought, and which step they have chosen."""
     described: dict[str, Any] = {}
     if len(history) < len(run.steps):
         described["planned_steps"] = len(run.steps)
-    if run.recipe.train.keep_best is not None:
-        described["exported_step"] = step
-    watched = {}
+    if best_step is not None:
+        described["exported_step"] = best_step
+    scores = {}
     for name in list_score_names(history):
         if name not in run.inputs.dev:  # whose epochs are in `scores`
             last, best = list_scored_steps(history, name)[-1], find_best(history, name)
-            watched[name] = WatchedScore(
+            scores[name] = LastAndBest(
                 metric=last.metric,
                 last=StepScore(step=last.step, value=last.value),
                 best=best and StepScore(step=best.step, value=best.value),
             )
-    return described | ({"while_training": watched} if watched else {})
+    return described | ({"while_training": scores} if scores else {})
 
 
 def _measure_seconds(run: PreparedRun, facts: RunFacts, history: list[Metrics]) -> dict[str, float]:

@@ -14,7 +14,12 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.stages.export import rehearse_small
 from launch.stages.records import PreparedRun, RunModel
-from launch.stages.watch import find_scored_steps, has_stopped_early, score_on_the_way
+from launch.stages.score_steps import (
+    has_stopped_early,
+    plan_scoring,
+    remove_later_responses,
+    score_steps,
+)
 from launch.training.checkpoint import restore_training
 from launch.training.flops import count_training_flops
 from launch.training.kernels import (
@@ -115,7 +120,8 @@ def train_model(
     engine, model, total = loaded.engine, loaded.model, len(run.steps)
     num_done = len(history)
     state, compiled = _make_state(run, loaded)
-    scored = find_scored_steps(run)
+    plan = plan_scoring(run)
+    run_on_rank0(lambda: remove_later_responses(run, num_done))
     watchdog.set_phase("training", timed=True, in_steps=True)
     training = train(
         state,
@@ -127,11 +133,11 @@ def train_model(
         packing=choose_packing(recipe, loaded.base),
         flop_counts=count_training_flops(loaded.base),
         peak_flops=peak_flops,
-        pauses=scored.every | scored.epochs.keys(),
+        pauses=plan.every | plan.epochs.keys(),
     )
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
-    training = score_on_the_way(run, loaded, training, history, scored)
+    training = score_steps(run, loaded, training, history, plan, compiled)
     last_saved = num_done
     with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
         rank, earlier = dist.get_rank(), tuple(history)
@@ -141,16 +147,10 @@ def train_model(
             step = metrics["step"]
             if step == num_done + 1:
                 rehearse_saves(run, loaded, state, initial, facts, history)
-            is_best = run.checkpoints.find_best_step(history) == step
+            is_best = "dev" in metrics and run.checkpoints.find_best_step(history) == step
             if (step % settings.checkpoint_every == 0 and step < total) or is_best:
                 save_checkpoint(run, loaded, state, initial, facts, history)
                 last_saved = step
-            if step < total and has_stopped_early(run, history):
-                print_rank0(
-                    f"stops early: {settings.patience} scores in a row have brought no better "
-                    f"{settings.keep_best}"
-                )
-                break
     if len(history) != last_saved:
         save_checkpoint(run, loaded, state, initial, facts, history)
     model.gradient_checkpointing_disable()

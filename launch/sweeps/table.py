@@ -273,7 +273,8 @@ class Sweep:
     def _make_tuning_run(self, cell: Cell, rate: float) -> Run:
         """Return the run that measures one rate.
 
-        It is scored on no benchmark, so no benchmark score can influence the choice.
+        It is scored on no benchmark, and none of the table's chooses its step (`_resolve_runs`), so
+        no benchmark score can influence the choice.
         """
         settings = self.table.learning_rates
         return self.make_run(cell, rate, settings.seed, [], settings.set)
@@ -412,6 +413,13 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
     for lr in lrs:
         for seed in table.seeds:
             runs.append(sweep.make_run(cell, lr, seed, table.suites))
+    for run in runs:
+        best = run.recipe.train.keep_best
+        if best in expand_groups(table.suites):
+            raise UserError(
+                f"train.keep_best: {best} is a score of the table, and too good after a step that "
+                "it chose; choose another"
+            )
     return runs
 
 

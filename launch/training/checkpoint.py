@@ -121,14 +121,17 @@ class CheckpointStore:
         return None if best is None else best.step
 
     def read_best(self, step: int) -> Checkpoint:
-        """Read the checkpoint of the best step. Rank 0 calls it. Raises UserError."""
+        """Read the checkpoint of the best step. Rank 0 calls it.
+
+        Raises RuntimeError if it is damaged: the same command may succeed.
+        """
         path = self._get_path(step)
         try:
             return _read_checkpoint(path)
         except UNREADABLE as error:
-            raise UserError(
-                f"checkpoint {path}, the best by {self.keep_best}, is damaged ({error}); start the "
-                "same command again, which trains again from an earlier one"
+            raise RuntimeError(
+                f"checkpoint {path}, the best by {self.keep_best}, is damaged ({error}); the same "
+                "command trains again from the newest one before it, or from the start"
             ) from None
 
     def _is_intact(self, step: int) -> bool:
@@ -150,7 +153,7 @@ class CheckpointStore:
         facts: dict,
         history: list[Metrics],
     ) -> None:
-        """Write the checkpoint of `step`, then remove all but the newest few. Collective.
+        """Write the checkpoint of `step`, then remove all but the newest few and the best. Collective.
 
         The tensors are gathered one after another. Only rank 0 keeps them, in the CPU's memory,
         until they are written.
@@ -227,7 +230,7 @@ class CheckpointStore:
             for left in self.folder.glob("tmp-*"):  # by a launch that was killed
                 shutil.rmtree(left)
             self._write_files(aside, step, tensors, facts, history)
-            if path.exists():  # damaged: an intact one would have been resumed from
+            if path.exists():  # damaged, or its best step's is: else it would be resumed from
                 shutil.rmtree(path)
             aside.rename(path)
             self.damaged.discard(path)
@@ -261,7 +264,8 @@ class CheckpointStore:
     def _prune(self, step: int, best: int | None) -> None:
         """Of the checkpoints up to `step`, keep the newest intact ones and that of the step `best`.
 
-        Later ones are damaged. They stay until training comes to their step and replaces them.
+        Later ones are damaged, or that of their best step is. They stay until training comes to
+        their step and replaces them.
         """
         paths = sorted(self.folder.glob(STEP_GLOB))
         older = [path for path in paths if int(path.name.removeprefix("step-")) <= step]

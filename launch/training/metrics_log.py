@@ -52,9 +52,10 @@ def log_steps(
                 except OSError as error:
                     failures.append(error)
             progress.advance(text=_describe_step(step, unit))
-            if step["step"] % every == 0 or step["step"] == total:
+            if step["step"] % every == 0:
                 run_on_rank0(raise_failure)
             yield step
+        run_on_rank0(raise_failure)  # of the last steps, wherever the training has ended
 
 
 def _describe_step(step: Metrics, unit: str) -> str:

@@ -63,13 +63,13 @@ def list_exports(folder: Path, wanted: Export) -> list[str]:
 
 
 def _render_source(recipe: Recipe, results: RunResults) -> str:
-    """Say which step is exported, and what the initial factors were made from.
+    """Say why the run ended, which step is exported, and what its initial factors were made from.
 
-    Left out is what is not known, or goes without saying.
+    Left out are an end and an export after the last planned step, and what is not known.
     """
     lines = []
     if results.planned_steps is not None:
-        lines.append(f"Stopped by train.patience, before step {results.planned_steps}, the last.\n")
+        lines.append(f"Stopped by train.patience, of {results.planned_steps} planned steps.\n")
     if results.exported_step is not None:
         best = recipe.train.keep_best
         lines.append(f"Exported and scored: step {results.exported_step}, the best by {best}.\n")

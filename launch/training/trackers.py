@@ -127,7 +127,7 @@ def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
 
 
 def _list_scores(dev: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
-    """List the scores of development rows: name, metric, value."""
+    """List the scores of a step: name, metric, value."""
     scores = []
     for name, values in dev.items():
         scores += [(name, metric, value) for metric, value in values.items()]

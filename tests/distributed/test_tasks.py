@@ -124,3 +124,25 @@ def test_a_run_resumes_with_the_scores_of_earlier_epochs(
         config = json.loads((whole / part / "adapter_config.json").read_text())
         assert config["task_type"] == "SEQ_CLS"
         assert config["modules_to_save"] == ["pooler", "classifier"]
+
+
+def test_the_best_epoch_is_exported_and_its_predictions_are_kept(
+    launch: Callable, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = ["data.held_out=10", "eval.every=4", "train.keep_best=classification"]
+    words = [recipes["bert"], *settings, "train.lr=0.02", "train.patience=1", "train.epochs=6"]
+    launch(WORKERS / "tasks.py", tmp_path, *words, "train.max_steps=null")
+    run = tmp_path / "0"
+    results, metrics = read_results(run), read_metrics(run)
+    values = {m["step"]: m["dev"].get("classification") for m in metrics if "dev" in m}
+    scored = {step: next(iter(value.values())) for step, value in values.items() if value}
+    best = max(scored, key=scored.get)
+    assert results["exported_step"] == best < results["steps"] == max(scored)
+    assert results["steps"] < results["planned_steps"]
+    assert {step for step in values if not scored.get(step)} >= {4}  # held-out rows alone
+    recipe = load_recipe(recipes["bert"])
+    exported = PeftModel.from_pretrained(load_plain_base(recipe), str(run / "lora"))
+    kept = read_predictions(run, best)
+    outputs = torch.tensor([row["outputs"] for row in kept], dtype=torch.float64)
+    plain = predict_plainly(exported, recipe, make_rows(21, 2, False))
+    torch.testing.assert_close(outputs, plain, rtol=0, atol=1e-4)

@@ -269,9 +269,10 @@ def predict_plainly(model: nn.Module, recipe: Recipe, rows: list[dict]) -> Tenso
     return torch.cat(outputs).double()
 
 
-def read_predictions(run: Path) -> list[dict]:
-    """Read the predictions that a run kept of its last epoch."""
-    path = sorted((run / "predictions").glob("*.jsonl"))[-1]
+def read_predictions(run: Path, step: int | None = None) -> list[dict]:
+    """Read the predictions that a run kept after a step, its last epoch's when None."""
+    name = "*.jsonl" if step is None else f"*-step-{step:07d}.jsonl"
+    path = sorted((run / "predictions").glob(name))[-1]
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

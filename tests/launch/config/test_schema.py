@@ -179,10 +179,10 @@ def test_scores_while_training_that_cannot_be_made_are_refused(
 
 def test_scores_while_training_have_settings_of_their_own() -> None:
     suites = ["eval.suites=[math]", "eval.limit=50", "eval.samples=4", "eval.temperature=0.7"]
-    on_the_way = ["eval.every=10", "eval.every_suites=[commonsense]", "train.keep_best=boolq"]
-    recipe = read_recipe("metamath", [*suites, *on_the_way])
+    every = ["eval.every=10", "eval.every_suites=[commonsense]", "train.keep_best=boolq"]
+    recipe = read_recipe("metamath", [*suites, *every])
     settings = recipe.eval.while_training
     assert (settings.suites, settings.limit, settings.samples) == (["commonsense"], 50, 1)
     assert settings.temperature == 0.7
-    limited = read_recipe("metamath", [*suites, *on_the_way, "eval.every_limit=7"])
+    limited = read_recipe("metamath", [*suites, *every, "eval.every_limit=7"])
     assert limited.eval.while_training.limit == 7

@@ -32,6 +32,10 @@ def test_labels_may_be_numbers_and_scores_have_the_tasks_name() -> None:
         ([*PAIRS, "task.kind=regression"], r"task\.labels: a regression's labels are numbers"),
         (["task.kind=regression"], r"task\.sentence1: regression needs the field"),
         (["task.labels=[0, 1]"], r"task\.labels: is for rows with labels; set task\.kind"),
+        (
+            [*PAIRS, "task.dev={held_out: validation}"],
+            r"task\.dev: held_out is the name of another",
+        ),
         (["task.dev=validation"], r"task\.dev: is for rows with labels"),
         (["train.head_lr=1e-3"], r"train\.head_lr: a causal task has no new head"),
         ([*PAIRS, "data.packing=true"], r"data\.packing: is for causal tasks only"),

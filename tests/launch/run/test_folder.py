@@ -25,6 +25,17 @@ def open_once(folder: Path, overrides: list[str]) -> bool:
     return open_run(folder, read_recipe("codefeedback", overrides), FolderLock(folder))
 
 
+def test_scores_of_other_settings_do_not_choose_the_best_step(tmp_path: Path) -> None:
+    every = ["data.held_out=8", "eval.every=10", "eval.suites=[mbpp]"]
+    open_once(tmp_path / "free", every)
+    open_once(tmp_path / "free", [*every, "eval.every=5", "eval.limit=3"])
+    best = [*every, "train.keep_best=held_out"]
+    open_once(tmp_path / "best", best)
+    open_once(tmp_path / "best", [*best, "eval.batch_size=1", "eval.suites=[humaneval]"])
+    with pytest.raises(UserError, match=r"with another eval\.every \(10, now 5\)"):
+        open_once(tmp_path / "best", [*best, "eval.every=5"])
+
+
 def test_a_run_begins_resumes_and_is_finished(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert not open_once(folder, [])

@@ -175,7 +175,7 @@ def test_without_its_best_a_checkpoint_is_skipped(
     store = CheckpointStore(tmp_path, 3, "held_out")
     write_scored(store, {2: 0.5, 4: 0.3, 6: 0.4})
     (store.folder / "step-0000004" / checkpoint.TENSORS).write_bytes(b"")
-    with pytest.raises(UserError, match=r"step-0000004, the best by held_out, is damaged"):
+    with pytest.raises(RuntimeError, match=r"step-0000004, the best by held_out, is damaged"):
         store.read_best(4)
     assert store.find_newest().step == 2
     assert (
