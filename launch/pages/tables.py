@@ -152,6 +152,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "largest change of a logit at step 0": results.logit_drift,
         "largest rounding of a residual": results.residual_rounding,
         **{f"{field} (auto)": value for field, value in results.decided.items()},
+        **_list_steps(record),
     }
     for name, score in results.scores.items():
         if isinstance(score, TaskScore):
@@ -159,6 +160,17 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         conditions[f"{name}: prompt, grader"] = f"{score.prompt}, {score.grader}"
         conditions[f"{name}: problems (SHA-256)"] = score.data_sha256
     return conditions
+
+
+def _list_steps(record: RunRecord) -> dict[str, Any]:
+    """Return which step of a run was exported, and when it ended, by name; none for other runs."""
+    results, best = record.results, record.recipe.train.keep_best
+    listed: dict[str, Any] = {}
+    if results.planned_steps is not None:
+        listed["planned steps"] = f"{results.planned_steps}, stopped by train.patience"
+    if results.exported_step is not None:
+        listed["exported and scored"] = f"step {results.exported_step}, the best by {best}"
+    return listed
 
 
 def _list_sources(data: Data) -> dict[str, Any]:

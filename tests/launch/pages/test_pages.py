@@ -107,6 +107,8 @@ def test_scores_while_training_are_lines_with_their_responses(tmp_path: Path) ->
         [0, *losses],
         [5.5, *losses.values()],
     )
+    conditions = {row[0][0]: row[1][0] for row in page.tables[-1]}
+    assert conditions["exported and scored"].startswith("step 4, the best by")
     figures = get_chart(page, "while-training")["figures"]
     assert list(figures) == ["gsm8k"]
     assert figures["gsm8k"]["traces"][0]["y"] == [0.25, 0.5, 0.75]
