@@ -16,7 +16,7 @@ from launch import cli
 from launch.run.metrics import read_metrics
 from launch.run.plots import plot_runs
 from launch.run.results import (
-    describe_sources,
+    describe_mix,
     find_run_results,
     read_run_results,
     runs_table,
@@ -89,8 +89,8 @@ def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None
     if finished:
         print(runs_table(finished))
     for folder in finished:
-        for line in describe_sources(read_run_results(folder).data):
-            print(f"{folder.resolve().name}, data.sources.{line}")
+        for subject, line in describe_mix(read_run_results(folder).data):
+            print(f"{folder.resolve().name}, {subject}: {line}")
     if page is not None:
         from launch.pages.runs import write_runs_page
 

@@ -19,6 +19,7 @@ from eval.tasks.base import ALPACA_PROMPT
 from launch.config.schema import Recipe
 from launch.data.batches import collate_examples, collate_rows
 from launch.data.inputs import Inputs
+from launch.data.mix.shares import Share, list_distinct
 from launch.data.order import sample_examples, shard_batches
 from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
@@ -55,6 +56,16 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
         for reason, count in inputs.data["dropped"].items():
             if reason not in BAD_TEXT:
                 num_examples += count
+    if recipe.calibration.data is None and inputs.data.get("sources"):
+        # A mix may hold a row several times: only distinct ones are drawn.
+        sources = inputs.data["sources"]
+        shares = {
+            name: Share(*(sources[name][f] for f in Share._fields)) for name in sorted(sources)
+        }
+        distinct = list_distinct(shares)
+        return [
+            distinct[i] for i in sample_examples(len(distinct), settings.samples, settings.seed)
+        ]
     return sample_examples(num_examples, settings.samples, settings.seed)
 
 
@@ -111,17 +122,23 @@ def make_calibration_batches(
     """
     if not samples:
         return []
-    halves = [samples]
-    if recipe.calibration.split_half:
-        middle = len(samples) // 2
-        halves = [samples[:middle], samples[middle:]]
-    if not all(halves):
-        raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
+    halves = _split_samples(recipe, samples) if recipe.calibration.split_half else [samples]
     if recipe.calibration.statistics == "reference":
         encoded = run_on_rank0(lambda: _encode_reference(recipe, inputs, samples))
         length = recipe.data.max_length
         return [_make_reference_batches(encoded, half, length, device) for half in halves]
     return [_make_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
+
+
+def _split_samples(recipe: Recipe, samples: list[int]) -> list[list[int]]:
+    """Return the two halves of the samples. Raises UserError if one would be empty."""
+    if len(samples) < 2:
+        raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
+    if recipe.calibration.data is None and recipe.data.sources:
+        # A mix lies source after source: each half is to have its part of every source.
+        return [samples[::2], samples[1::2]]
+    middle = len(samples) // 2
+    return [samples[:middle], samples[middle:]]
 
 
 def _make_batches(

@@ -100,10 +100,14 @@ def _find_export(run: Path) -> Path:
 def _check_inputs(run: Path, inputs: Inputs) -> None:
     """Raise UserError if the base or the rows are not those that `run` was trained on."""
     results = read_run_results(run)
+    field = "data.sources" if inputs.data.get("sources") else "data.path"
     compared = {
         "the weights of model.name": (results.base.weights_sha256, inputs.base["weights_sha256"]),
         "config.json of model.name": (results.base.config_sha256, inputs.base["config_sha256"]),
-        "the rows of data.path": (results.data.tokens_sha256, inputs.data["tokens_sha256"]),
+        f"the rows of {field}": (
+            results.data.tokens_sha256,
+            inputs.data["tokens_sha256"],
+        ),
     }
     for what, (there, here) in compared.items():
         if differs(there, here):

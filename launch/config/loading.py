@@ -153,7 +153,7 @@ def find_difference(old: Recipe, new: Recipe, ignore: tuple[str, ...] = ()) -> s
     Returns:
         `section.field (old value, now new value)`.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten_recipe(old), flatten_recipe(new)
     for name in dict.fromkeys([*after, *before]):
         there, here = before.get(name), after.get(name)  # a recipe may lack a source of the other
         ignored = name in ignore or name.split(".")[0] in ignore
@@ -162,7 +162,7 @@ def find_difference(old: Recipe, new: Recipe, ignore: tuple[str, ...] = ()) -> s
     return None
 
 
-def _flatten(recipe: Recipe) -> dict[str, Any]:
+def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe's values by `section.field`, or by `field` outside of sections.
 
     Those of each source of a mix are by `data.sources.NAME.field`.

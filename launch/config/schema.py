@@ -122,7 +122,7 @@ class Data(RowSource):
     @model_validator(mode="before")
     @classmethod
     def _read_sources(cls, values: Any) -> Any:
-        """Refuse sources without proper names; null is none."""
+        """Refuse sources without proper names; null is none, also as a source."""
         if not isinstance(values, dict) or "sources" not in values:
             return values
         sources = values["sources"]
@@ -132,12 +132,13 @@ class Data(RowSource):
             raise ValueError(
                 "sources: each needs a name; write {name: {path: FILE, weight: 1}, ...}"
             )
+        sources = {name: rows for name, rows in sources.items() if rows is not None}
         for name in sources:
             if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(
                     f"sources: {name!r} is no name for a source; use letters, digits, - and _"
                 )
-        return values
+        return values | {"sources": sources}
 
     @model_validator(mode="after")
     def _check_messages(self) -> "Data":
@@ -207,7 +208,7 @@ class Data(RowSource):
 
     @property
     def num_rows(self) -> int | None:
-        """The number of rows that the fields allow; None where the data alone decide it."""
+        """The rows that the fields allow, of a mix those of an epoch; None where the data decide it."""
         if not self.sources:
             return self.limit
         counts = [rows.count for rows in self.sources.values()]

@@ -73,6 +73,9 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     first = nodes[0]
     fields = {"data": recipe.data.field, "calibration_data": "calibration.data.path"}
     for node in nodes:
+        for name, source in node["data"].get("sources", {}).items():
+            if source["tokens_sha256"] != first["data"]["sources"][name]["tokens_sha256"]:
+                raise UserError(_describe_difference(f"data.sources.{name}.path", node, first))
         for key, field in fields.items():
             if node[key]["tokens_sha256"] != first[key]["tokens_sha256"]:
                 raise UserError(_describe_difference(field, node, first))
@@ -114,7 +117,7 @@ def _prepare_node(recipe: Recipe) -> dict:
         model = check_model(model_path, new_weights=recipe.model.new_weights)
         obtain = obtain_mix if recipe.data.sources else obtain_tokens
         tokens = obtain(recipe.data, model_path)
-    describe = _describe_mix if recipe.data.sources else _describe_tokens
+    describe = describe_mixed_tokens if recipe.data.sources else _describe_tokens
     data = describe(tokens, recipe.data) | describe_dev(dev)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_tokens is not None:
@@ -161,7 +164,7 @@ def _describe_tokens(tokens: TokenFolder | RowFolder, data: Data) -> dict:
     }
 
 
-def _describe_mix(tokens: TokenFolder, data: Data) -> dict:
+def describe_mixed_tokens(tokens: TokenFolder, data: Data) -> dict:
     """Describe the tokens of a mix as results.json has them, and what it has of each source."""
     manifest = tokens.manifest
     sources = {}
@@ -177,7 +180,7 @@ def _describe_mix(tokens: TokenFolder, data: Data) -> dict:
         "dropped": manifest["dropped"],
         "tokens_sha256": manifest["tokens_sha256"],
         "sources": sources,
-        "scarce_source": manifest["scarce_source"],
+        "scarce_sources": manifest["scarce_sources"],
         "held_out_trained": manifest["held_out_trained"],
     }
 

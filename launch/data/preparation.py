@@ -6,11 +6,12 @@ from pathlib import Path
 
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_rows, prepare_calibration_tokens
+from launch.data.inputs import describe_mixed_tokens
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.task_rows import RowFolder, make_head, obtain_all_rows
-from launch.data.token_cache import SPECIAL, check_refused_rows, make_tokens
+from launch.data.token_cache import SPECIAL, TokenFolder, check_refused_rows, make_tokens
 from launch.models.check import (
     check_max_length,
     check_token_ids,
@@ -18,6 +19,8 @@ from launch.models.check import (
     read_config,
 )
 from launch.models.files import fetch_model, load_tokenizer
+from launch.run.results import Data as Record
+from launch.run.results import describe_mix
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 
@@ -63,8 +66,10 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
     if benchmarks:
         overlaps |= find_overlaps(recipe, benchmarks)
         write_json(path, overlaps)
-    render = render_mix_report if data.sources else render_report
-    report = render(data, recipe.model.name, manifest, overlaps)
+    if data.sources:
+        report = render_mix_report(data, recipe.model.name, prepared, overlaps)
+    else:
+        report = render_report(data, recipe.model.name, manifest, overlaps)
     write_text(folder / REPORT, report)
     print(report, flush=True)
     # Last: the report says which rows those are.
@@ -152,9 +157,10 @@ def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
 
 
 def render_mix_report(
-    data: Data, model_name: str, manifest: dict, overlaps: Mapping[str, dict]
+    data: Data, model_name: str, tokens: TokenFolder, overlaps: Mapping[str, dict]
 ) -> str:
     """Render in Markdown what a mix has of each source, and of each what `render_report` says."""
+    manifest = tokens.manifest
     head = ["source", "weight", "count", "rows of an epoch", "available", "held out", "repeats"]
     lines = [
         f"# Tokens of {data.label}",
@@ -170,11 +176,9 @@ def render_mix_report(
         amount = ["" if rows.weight is None else f"{rows.weight:g}", rows.count or ""]
         cells = [name, *amount, share["rows"], share["available"], share["held_out"], rows.repeats]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if manifest["scarce_source"] is not None:
-        scarce = manifest["scarce_source"]
-        lines += ["", f"{scarce} is used up; data.sources.{scarce}.repeats makes the mix larger."]
-    if manifest["held_out_trained"]:
-        lines += ["", f"{manifest['held_out_trained']} held-out rows are trained on too."]
+    said = describe_mix(Record.model_validate(describe_mixed_tokens(tokens, data)))
+    for subject, line in said[len(data.sources) :]:  # the table has what is before
+        lines += ["", f"{subject}: {line}."]
     for name, source in data.list_sources().items():
         lines += ["", f"## {name}: {source.path}", ""]
         lines += _render_rows(source, model_name, manifest["parts"][name])

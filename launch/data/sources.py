@@ -111,7 +111,8 @@ def naming_fields(section: str, fields: Iterable[str]) -> Iterator[None]:
         yield
     except UserError as error:
         line = names.sub(lambda match: f"{section}.{match[1]}", str(error))
-        raise UserError(line) from None
+        # An error about a field that stays `data`'s does not name the rows that have it.
+        raise UserError(line if section in line else f"{line} ({section})") from None
 
 
 def fetch_source(data: Data) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from launch.calibration.store import SPECTRUM, read_summary
-from launch.config.loading import read_stored_recipe
+from launch.config.loading import flatten_recipe, read_stored_recipe
 from launch.config.schema import Recipe
 from launch.run.folder import BASELINE
 from launch.run.metrics import METRICS, Metrics, read_metrics
@@ -32,7 +32,7 @@ class RunRecord:
     error: str | None  # why the run ended, if it failed
     recipe: Recipe
     recipe_text: str
-    fields: dict[str, Any]  # of recipe_text: field with its section, such as train.lr -> value
+    fields: dict[str, Any]  # of recipe: field with its section, such as train.lr -> value
     results: RunResults | None  # None until the run has finished
     steps: list[Metrics]
     num_steps: int | None  # of the whole run; None where that is not known yet
@@ -84,7 +84,7 @@ def make_record(folder: Path, name: str, recipe: Recipe, recipe_text: str) -> Ru
         error=state.get("error"),
         recipe=recipe,
         recipe_text=recipe_text,
-        fields=_flatten(yaml.safe_load(recipe_text)),
+        fields=flatten_recipe(recipe),
         results=results,
         steps=steps,
         num_steps=results.steps if results is not None else _estimate_num_steps(steps),
@@ -111,17 +111,6 @@ def _read_state(folder: Path, finished: bool) -> dict[str, Any]:
     if not path.is_file():
         return {"state": "unfinished"}
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _flatten(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a recipe by their whole names: section.field."""
-    fields = {}
-    for section, value in recipe.items():
-        if isinstance(value, dict):
-            fields |= {f"{section}.{field}": inner for field, inner in value.items()}
-        else:
-            fields[section] = value
-    return fields
 
 
 def _estimate_num_steps(steps: Sequence[Metrics]) -> int | None:

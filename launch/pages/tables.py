@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from launch.pages.curves import WHEN, get_scores, list_benchmarks
 from launch.pages.records import RunRecord
-from launch.run.results import Data, Score, TaskScore, describe_score, describe_sources
+from launch.run.results import Score, TaskScore, describe_mix, describe_score
 
 MISSING = object()  # a field that a recipe does not have
 
@@ -148,7 +148,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "rows": results.data.rows,
         "rows cut short": results.data.cut,
         "rows dropped": results.data.dropped,
-        **_list_sources(results.data),
+        **_join_lines(describe_mix(results.data)),
         "largest change of a logit at step 0": results.logit_drift,
         "largest rounding of a residual": results.residual_rounding,
         **{f"{field} (auto)": value for field, value in results.decided.items()},
@@ -173,13 +173,12 @@ def _list_steps(record: RunRecord) -> dict[str, Any]:
     return listed
 
 
-def _list_sources(data: Data) -> dict[str, Any]:
-    """Return what a mix has of each source, by name."""
-    lines = [line.split(": ", 1) for line in describe_sources(data)]
-    listed = {f"data.sources.{name}": line for name, line in lines}
-    if data.held_out_trained:
-        listed["held-out rows that are trained on too"] = data.held_out_trained
-    return listed
+def _join_lines(described: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return pairs by their first element; what is said of one thing stands together."""
+    joined: dict[str, str] = {}
+    for subject, line in described:
+        joined[subject] = f"{joined[subject]}; {line}" if subject in joined else line
+    return joined
 
 
 def _format_value(value: Any) -> str:

@@ -59,11 +59,14 @@ def resolve_quickstart(recipe: Recipe, device: torch.device) -> Recipe:
     """
     values = recipe.model_dump()
     named = [place for place in PLACES if values[place[0]][place[1]] == NAME]
-    if not named:
+    sources = [rows for rows in values["data"]["sources"].values() if rows["path"] == NAME]
+    if not named and not sources:
         return recipe
     folder = ensure_quickstart(device)
     for section, field in named:
         values[section][field] = str(folder / PLACES[section, field])
+    for rows in sources:
+        rows["path"] = str(folder / PLACES["data", "path"])
     return validate_recipe(values)
 
 

@@ -131,7 +131,7 @@ class Data(Record):
     cut: int  # rows whose answer max_length cut short
     dropped: dict[str, int]  # reason -> rows
     sources: dict[str, Source] = {}  # of a mix, by name
-    scarce_source: str | None = None  # that keeps a mix by weights from being larger
+    scarce_sources: list[str] = []  # that keep a mix by weights from being larger
     held_out_trained: int = 0  # held-out rows of a mix that are trained on too, in another source
 
 
@@ -349,12 +349,16 @@ def describe_task_score(score: TaskScore) -> str:
     return f"{'; '.join(parts)}; n = {score.n}"
 
 
-def describe_sources(data: Data) -> list[str]:
-    """Say in a line for each source of a mix what is taken of it; [] where there is no mix."""
+def describe_mix(data: Data) -> list[tuple[str, str]]:
+    """Say what a mix has of each source, and what of it may surprise; [] where there is no mix.
+
+    Returns:
+        Pairs of what is described, such as data.sources.NAME, and what is said of it.
+    """
     total = sum(source.rows for source in data.sources.values())
-    lines = []
+    described = []
     for name, source in data.sources.items():
-        line = f"{name}: {source.rows} rows, {source.rows / total:.1%} of an epoch, out of "
+        line = f"{source.rows} rows, {source.rows / total:.1%} of an epoch, out of "
         line += f"{source.available} in {source.path}"
         if source.rows > source.available:
             line += f", each up to {-(-source.rows // source.available)} times"
@@ -362,8 +366,36 @@ def describe_sources(data: Data) -> list[str]:
             line += f"; {source.held_out} more held out"
         for reason, count in source.dropped.items():
             line += f"; {count} {reason}"
-        lines.append(line)
-    return lines
+        described.append((f"data.sources.{name}", line))
+    return described + _describe_limits(data)
+
+
+def _describe_limits(data: Data) -> list[tuple[str, str]]:
+    """Say what keeps a mix from being larger, and what its held-out rows share with the others."""
+    described = []
+    if data.scarce_sources:
+        names = " and ".join(data.scarce_sources)
+        fields = " and ".join(f"data.sources.{name}.repeats" for name in data.scarce_sources)
+        line = f"the mix is as large as {names} permits; a larger {fields} makes it larger"
+        described.append(("data.sources", line))
+    num_held_out = sum(source.held_out for source in data.sources.values())
+    if data.held_out_trained:
+        line = (
+            f"{data.held_out_trained} of {num_held_out} held-out rows are trained on too, as rows "
+        )
+        line += "of another source: their loss is no held-out loss"
+        described.append(("data.held_out", line))
+    by_path: dict[str, list[str]] = {}
+    for name, source in data.sources.items():
+        by_path.setdefault(source.path, []).append(name)
+    for names in by_path.values() if num_held_out else ():
+        if len(names) > 1:
+            line = (
+                f"{' and '.join(names)} read the same rows: what one holds out, the other may be "
+            )
+            line += "trained on in another form, which is not counted"
+            described.append(("data.held_out", line))
+    return described
 
 
 def runs_table(folders: Sequence[Path]) -> str:

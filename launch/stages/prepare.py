@@ -21,7 +21,7 @@ from launch.models.files import load_tokenizer
 from launch.planning.budget import decide_memory
 from launch.planning.decisions import CHECKPOINTING, ENGINE, decide_run
 from launch.quickstart.base import resolve_quickstart
-from launch.run.results import Data, RunFacts, describe_sources
+from launch.run.results import Data, RunFacts, describe_mix
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
@@ -129,25 +129,14 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
         f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
         f"{recipe.train.micro_batch}"
     )
-    data = Data.model_validate(inputs.data)
-    for line in describe_sources(data):
-        print_rank0(f"data.sources.{line}")
-    scarce = data.scarce_source
-    if scarce is not None:
-        print_rank0(
-            f"the mix is as large as {scarce} allows, whose rows are used up; a larger "
-            f"data.sources.{scarce}.repeats makes it larger"
-        )
-    if data.held_out_trained:
-        print_rank0(
-            f"data.held_out: {data.held_out_trained} of {recipe.data.held_out} held-out rows are "
-            "trained on too, since they are in data.sources twice: their loss is no held-out loss"
-        )
+    for subject, line in describe_mix(Data.model_validate(inputs.data)):
+        print_rank0(f"{subject}: {line}")
     for name, rows in inputs.dev.items():
         print_rank0(f"development: {name}, {len(rows)} rows ({rows.num_truncated} truncated)")
     if tokens.num_special:
+        of = " of the sources" if recipe.data.sources else ""
         print_rank0(
-            f"{tokens.num_special} rows hold text that became special tokens, since this tokenizer "
+            f"{tokens.num_special} rows{of} hold text that became special tokens, since this tokenizer "
             "cannot take it for text; launch/prepare.py names the first"
         )
     idle = describe_idle_ranks(steps, world_size)

@@ -34,6 +34,7 @@ TABLES = RECIPES / "tables"
 KEPT = RECIPES.parent / "docs" / "results"
 # Significant digits of a learning rate times rate_factor. 0.1 * 2e-5 is 2.0000000000000003e-6 in
 # floating point and must become exactly 2e-6, because the recipe's hash names the folder.
+MAX_SLUG = 100  # characters of a run's name before its hash
 SIGNIFICANT_DIGITS = 6
 
 Rate = Literal["recipe", "own", "below", "above", "common"]
@@ -227,7 +228,8 @@ class Sweep:
 
         words = [cell.label] if cell.value is None else [cell.label, str(cell.value)]
         words += [f"lr{recipe.train.lr:g}", f"seed{seed}"]
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-")
+        # Cut, since a whole section may vary; the hash tells runs apart.
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(words)).strip("-")[:MAX_SLUG]
         arguments = ["--recipe", source]
         for override in overrides:
             arguments += ["--set", override]

@@ -8,8 +8,8 @@ from launch.run.results import (
     RunResults,
     Score,
     TaskScore,
+    describe_mix,
     describe_source,
-    describe_sources,
     describe_task_score,
 )
 
@@ -80,7 +80,7 @@ def _render_source(recipe: Recipe, results: RunResults) -> str:
 
 def _render_sources(results: RunResults) -> str:
     """Render what a mix has of each source as a Markdown list; empty where there is no mix."""
-    lines = [f"- data.sources.{line}\n" for line in describe_sources(results.data)]
+    lines = [f"- {subject}: {line}\n" for subject, line in describe_mix(results.data)]
     return "".join(["\n", *lines]) if lines else ""
 
 

@@ -6,6 +6,7 @@ as the weights say. `datasets.interleave_datasets` ends there too (first_exhaust
 sources at random, so that its proportions hold on average only.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from launch.config.rows import MixedRows
 from launch.runtime.errors import UserError
+
+MAX_ROWS = 100_000_000  # of an epoch: more is a mistake, and would fill memory and disk
 
 
 class Share(NamedTuple):
@@ -53,6 +56,11 @@ def plan_shares(
         rows = {name: _check_count(name, sources[name], available[name]) for name in sources}
     else:
         rows = _fill_proportions(available, sources, proportions)
+    if sum(rows.values()) > MAX_ROWS:
+        raise UserError(
+            f"data.sources: an epoch of the mix would have {sum(rows.values())} rows, above "
+            f"{MAX_ROWS}; lower repeats"
+        )
     return {name: Share(rows[name], available[name], held_out[name]) for name in sources}
 
 
@@ -94,37 +102,69 @@ def _fill_proportions(
     proportions: Mapping[str, Fraction],
 ) -> dict[str, int]:
     """Return the rows of the largest mix with these proportions, each rounded to the nearest."""
-    capacities = {name: available[name] * sources[name].repeats for name in sources}
-    scarce = min(sources, key=lambda name: capacities[name] / proportions[name])
-    scale = capacities[scarce] / proportions[scarce]
-    rows = {name: math.floor(scale * part + Fraction(1, 2)) for name, part in proportions.items()}
-    for name, number in rows.items():
-        if number == 0:
+    scales = _find_scales(available, sources, proportions)
+    scarce = min(scales, key=scales.get)
+    rows = {}
+    for name, part in proportions.items():
+        rows[name] = math.floor(scales[scarce] * part + Fraction(1, 2))
+        if rows[name] == 0:
             raise UserError(
                 f"data.sources.{name}.weight: {sources[name].weight:g} gives no row of it beside "
-                f"{capacities[scarce]} of {scarce}, which has weight {sources[scarce].weight:g}; "
-                f"raise it, or data.sources.{scarce}.repeats"
+                f"{available[scarce] * sources[scarce].repeats} of {scarce}, which has weight "
+                f"{sources[scarce].weight:g}; raise it, or data.sources.{scarce}.repeats"
             )
     return rows
 
 
-def find_scarce(shares: Mapping[str, Share], sources: Mapping[str, MixedRows]) -> str | None:
-    """Return the source that keeps a mix by weights from being larger; None if all are used up."""
-    used_up = []
-    for name, share in shares.items():
-        rows = sources[name]
-        if rows.weight is not None and share.rows == share.available * rows.repeats:
-            used_up.append(name)
-    return used_up[0] if 0 < len(used_up) < len(shares) else None
+def _find_scales(
+    available: Mapping[str, int],
+    sources: Mapping[str, MixedRows],
+    proportions: Mapping[str, Fraction],
+) -> dict[str, Fraction]:
+    """Return how large a mix each source permits: its rows, repeated, over its proportion."""
+    return {
+        name: available[name] * sources[name].repeats / part for name, part in proportions.items()
+    }
 
 
-def choose_examples(num_available: int, num_rows: int, seed: int) -> Tensor:
+def find_scarce(shares: Mapping[str, Share], sources: Mapping[str, MixedRows]) -> list[str]:
+    """Return the sources that keep a mix by weights from being larger.
+
+    None where there are counts, or where all rows of all sources are used up.
+    """
+    if all(share.rows == share.available * sources[name].repeats for name, share in shares.items()):
+        return []
+    if any(rows.weight is None for rows in sources.values()):
+        return []
+    proportions = {name: _find_proportion(sources[name], 0) for name in shares}
+    available = {name: share.available for name, share in shares.items()}
+    scales = _find_scales(available, sources, proportions)
+    return [name for name, scale in scales.items() if scale == min(scales.values())]
+
+
+def choose_examples(name: str, num_available: int, num_rows: int) -> Tensor:
     """Choose examples of the first `num_available`, each as often as any other or once more.
+
+    Args:
+        name: of the source, which seeds the choice: parallel sources give different rows.
 
     Returns:
         (num_rows,), int64, ascending.
     """
     times, rest = divmod(num_rows, num_available)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
     generator = torch.Generator().manual_seed(seed)
     others = torch.randperm(num_available, generator=generator)[:rest]
     return torch.cat([torch.arange(num_available).repeat(times), others]).sort().values
+
+
+def list_distinct(shares: Mapping[str, Share]) -> list[int]:
+    """List the places in a mix's training rows at which a row stands for the first time, ascending."""
+    places, start = [], 0
+    for name, share in shares.items():
+        chosen = choose_examples(name, share.available, share.rows)
+        is_new = torch.ones(len(chosen), dtype=torch.bool)
+        is_new[1:] = chosen[1:] != chosen[:-1]
+        places += (start + is_new.nonzero()[:, 0]).tolist()
+        start += share.rows
+    return places

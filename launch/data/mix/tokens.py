@@ -44,7 +44,6 @@ from launch.runtime.files import write_json
 from launch.runtime.locks import hold_lock
 
 MIXING = 1  # raised with every change of which examples a mix has, or in which order
-SEED = 0  # of the choice among a source's rows
 CHUNK = 2000  # examples that are copied at a time
 _ROW_FIELDS = [name for name in MixedRows.model_fields if name not in MIXED_FIELDS]
 
@@ -167,9 +166,10 @@ def _write_mix(
             files[name] = stack.enter_context((folder / name_file(name)).open("wb"))
         _write(files["offsets"], "offsets", torch.zeros(1))
         for name, examples in chosen:
+            lengths = sets[name].lengths()
             for chunk in examples.split(CHUNK):
                 watchdog.heartbeat()
-                _copy_examples(files, sets[name], chunk, totals)
+                _copy_examples(files, sets[name], lengths[chunk], chunk, totals)
             totals["cut"] += _count_cut(parts[name].manifest, sets[name], examples)
     dropped: dict[str, int] = {}
     for part in parts.values():
@@ -179,7 +179,7 @@ def _write_mix(
     tally = {"made_from": wanted, **totals, "dropped": dropped}
     manifest = tally | {
         "shares": {name: share._asdict() for name, share in shares.items()},
-        "scarce_source": find_scarce(shares, sources),
+        "scarce_sources": find_scarce(shares, sources),
         "held_out_trained": _count_trained(sets, chosen, len(shares)),
         "parts": {name: part.manifest for name, part in parts.items()},
     }
@@ -191,7 +191,7 @@ def _choose(sets: Mapping[str, TokenSet], shares: Mapping[str, Share]) -> list[t
     """Return each source's name with its examples to train on, then with those held out."""
     training, held_out = [], []
     for name, share in shares.items():
-        training.append((name, choose_examples(share.available, share.rows, SEED)))
+        training.append((name, choose_examples(name, share.available, share.rows)))
         held_out.append((name, torch.arange(share.available, len(sets[name]))))
     return training + held_out
 
@@ -201,10 +201,14 @@ def _write(file: IO[bytes], name: str, values: Tensor) -> None:
 
 
 def _copy_examples(
-    files: Mapping[str, IO[bytes]], tokens: TokenSet, examples: Tensor, totals: dict[str, int]
+    files: Mapping[str, IO[bytes]],
+    tokens: TokenSet,
+    lengths: Tensor,
+    examples: Tensor,
+    totals: dict[str, int],
 ) -> None:
-    """Add examples to the files of a mix, and to its totals."""
-    lengths, prompts = tokens.lengths()[examples], tokens.prompt_lengths[examples]
+    """Add examples of these lengths to the files of a mix, and to its totals."""
+    prompts = tokens.prompt_lengths[examples]
     bounds = zip(tokens.offsets[examples].tolist(), lengths.tolist(), strict=True)
     spans = [slice(start, start + length) for start, length in bounds]
     _write(files["tokens"], "tokens", _join([tokens.tokens[span] for span in spans]))
@@ -245,7 +249,7 @@ def _count_cut(manifest: dict, tokens: TokenSet, examples: Tensor) -> int:
 def _count_trained(
     sets: Mapping[str, TokenSet], chosen: list[tuple[str, Tensor]], num_sources: int
 ) -> int:
-    """Count the held-out examples whose tokens are trained on too: a row may be in two sources.
+    """Count the held-out examples whose very tokens are trained on too: a row may be in two sources.
 
     Args:
         chosen: of `_choose`.

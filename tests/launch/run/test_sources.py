@@ -1,24 +1,41 @@
-"""What results.json has of a mix is said in a line for each source. Needs nothing; a second."""
+"""What results.json has of a mix is said, and what of it may surprise. Needs nothing; a second."""
 
-from launch.pages.tables import _list_sources
-from launch.run.results import Data, describe_sources
+from launch.pages.tables import _join_lines
+from launch.run.results import Data, describe_mix
 
 SOURCE = {"tokens_sha256": "0", "kept": 12, "cut": 0, "dropped": {}, "held_out": 0, "repeats": 1}
+WHOLE = {"path": "a mix of code, chat", "tokens_sha256": "0", "rows": 38, "cut": 0, "dropped": {}}
+
+
+def make_sources(**paths: str) -> dict[str, dict]:
+    """Return what is taken of two sources."""
+    chat = {"path": paths["chat"], "rows": 27, "available": 12, "dropped": {"empty": 3}}
+    return {
+        "code": SOURCE | {"path": paths["code"], "rows": 9, "available": 10, "held_out": 2},
+        "chat": SOURCE | chat,
+    }
 
 
 def test_each_source_is_said_with_its_share() -> None:
-    sources = {
-        "code": SOURCE | {"path": "a.jsonl", "rows": 9, "available": 10, "held_out": 2},
-        "chat": SOURCE | {"path": "b.jsonl", "rows": 27, "available": 12, "dropped": {"empty": 3}},
-    }
-    whole = {"path": "a mix of code, chat", "tokens_sha256": "0", "rows": 38, "cut": 0}
-    data = Data(**whole, dropped={}, sources=sources, held_out_trained=1)
+    sources = make_sources(code="a.jsonl", chat="b.jsonl")
     code = "9 rows, 25.0% of an epoch, out of 10 in a.jsonl; 2 more held out"
     chat = "27 rows, 75.0% of an epoch, out of 12 in b.jsonl, each up to 3 times; 3 empty"
-    assert describe_sources(data) == [f"code: {code}", f"chat: {chat}"]
-    assert _list_sources(data) == {
-        "data.sources.code": code,
-        "data.sources.chat": chat,
-        "held-out rows that are trained on too": 1,
-    }
-    assert describe_sources(Data(**whole, dropped={})) == []
+    said = [("data.sources.code", code), ("data.sources.chat", chat)]
+    assert describe_mix(Data(**WHOLE, sources=sources)) == said
+    assert _join_lines(said) == dict(said)
+    assert describe_mix(Data(**WHOLE)) == []
+
+
+def test_what_may_surprise_is_said() -> None:
+    sources = make_sources(code="a.jsonl", chat="a.jsonl")
+    data = Data(**WHOLE, sources=sources, scarce_sources=["code", "chat"], held_out_trained=1)
+    subjects, lines = zip(*describe_mix(data)[2:], strict=True)
+    assert subjects == ("data.sources", "data.held_out", "data.held_out")
+    assert lines[0] == (
+        "the mix is as large as code and chat permits; a larger data.sources.code.repeats and "
+        "data.sources.chat.repeats makes it larger"
+    )
+    assert lines[1].startswith("1 of 2 held-out rows are trained on too")
+    assert lines[2].startswith("code and chat read the same rows")
+    joined = _join_lines(describe_mix(data))
+    assert joined["data.held_out"] == f"{lines[1]}; {lines[2]}"

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         chats.append({"chat": [{"role": role, "content": text} for role, text in turns]})
     write_lines(folder / "chats.jsonl", chats)
     write_lines(folder / "sums.jsonl", [{"q": f"{i} + 1?", "a": "x" * i} for i in range(1, 21)])
-    write_lines(folder / "text.jsonl", [{"text": "a line of words"} for _ in range(60)])
+    write_lines(folder / "text.jsonl", [{"text": f"line {i} of words"} for i in range(60)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_CACHE", str(folder / "cache"))
         yield folder
@@ -178,7 +178,7 @@ def test_what_is_cut_is_counted_among_the_rows_that_are_taken(folder: Path, tmp_
     path = write_lines(tmp_path / "rows.jsonl", rows)
     source = {"path": str(path), "instruction": "q", "answer": "a"}
     lengths = obtain_tokens(Data(**source), folder / "model").open_tokens().lengths().tolist()
-    chosen = [*mix.choose_examples(27, 17, mix.SEED).tolist(), 27, 28, 29]
+    chosen = [*mix.choose_examples("rows", 27, 17).tolist(), 27, 28, 29]
     longest = lengths[chosen[8]]  # so this row fits exactly, and is not cut
     data = Data(sources={"rows": source | {"count": 17}}, max_length=longest, held_out=3)
     found = mix.obtain_mix(data, folder / "model")
@@ -196,6 +196,9 @@ def test_errors_name_the_source_the_file_and_the_row(folder: Path, tmp_path: Pat
     assert "set data.on_bad_row=drop" in str(caught.value)
     dropped = mix.obtain_mix(data.model_copy(update={"on_bad_row": "drop"}), folder / "model")
     assert dropped.manifest["dropped"] == {"empty": 1}
+    with pytest.raises(UserError, match=r"^data.max_length: .*\(data.sources.chats\)$"):
+        short = make_data(folder, {"chats": {"weight": 1}}, max_length=4)
+        mix.obtain_mix(short, folder / "model")
     for change, message in [
         ({"answer": "b"}, "data.sources.bad.answer: no field 'b' in the rows of .*bad.jsonl"),
         ({"split": "dev"}, "data.sources.bad.path: .* set data.sources.bad.split to train"),
@@ -246,7 +249,7 @@ def test_a_mix_is_prepared_checked_and_taken_without_its_rows(
     report = capsys.readouterr().out
     assert "# Tokens of a mix of chats, sums" in report
     assert "| chats | 1 |  | 8 | 8 | 1 | 1 |" in report
-    assert "chats is used up; data.sources.chats.repeats makes the mix larger." in report
+    assert "data.sources: the mix is as large as chats permits; a larger" in report
     assert f"## sums: {folder / 'sums.jsonl'}" in report
     assert "- row 3 of chats and p share a question: what is 2" in report
     prepared = recipe.data.model_copy(update={"prepared": str(made)})

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.config.rows import MixedRows
-from launch.data.mix.shares import choose_examples, find_scarce, plan_shares
+from launch.data.mix.shares import (
+    MAX_ROWS,
+    Share,
+    choose_examples,
+    find_scarce,
+    list_distinct,
+    plan_shares,
+)
 from launch.runtime.errors import UserError
 
 WEIGHTS = st.one_of(
@@ -61,8 +68,11 @@ def test_weights_are_the_proportions_of_the_largest_mix(
     used_up = {name for name, share in shares.items() if share.rows == capacities[name]}
     assert used_up
     scarce = find_scarce(shares, sources)
-    assert (scarce is None) == (len(used_up) == len(shares))
-    assert scarce is None or scarce in used_up
+    assert bool(scarce) == (len(used_up) < len(shares))
+    assert used_up.issuperset(scarce)
+    for name in sources.keys() - set(scarce) if scarce else ():
+        more = {name: sources[name].model_copy(update={"repeats": 100})}
+        assert plan_shares(sizes, sources | more, num_held_out) == shares
     # The order in which a recipe names the sources changes nothing.
     names = sorted(sources, reverse=True)
     again = plan_shares(sizes, {name: sources[name] for name in names}, num_held_out)
@@ -90,20 +100,57 @@ def test_counts_are_exact_or_refused(
         name: rows.count for name, rows in sources.items()
     }
     assert sum(share.held_out for share in shares.values()) == num_held_out
-    assert find_scarce(shares, sources) is None
+    assert find_scarce(shares, sources) == []
 
 
-@given(st.integers(1, 40), st.integers(1, 130), st.integers(0, 5))
+@given(st.integers(1, 40), st.integers(1, 130), st.sampled_from(["a", "chats"]))
 def test_every_example_is_chosen_as_often_as_any_other_or_once_more(
-    num_available: int, num_rows: int, seed: int
+    num_available: int, num_rows: int, name: str
 ) -> None:
-    chosen = choose_examples(num_available, num_rows, seed).tolist()
+    chosen = choose_examples(name, num_available, num_rows).tolist()
     assert len(chosen) == num_rows
-    assert chosen == sorted(chosen) == choose_examples(num_available, num_rows, seed).tolist()
+    assert chosen == sorted(chosen) == choose_examples(name, num_available, num_rows).tolist()
     counts = Counter(chosen)
     times = [counts[example] for example in range(num_available)]
     assert sum(times) == num_rows  # none from elsewhere
     assert max(times) - min(times) <= 1
+
+
+def test_rows_are_drawn_from_everywhere_and_differ_between_sources() -> None:
+    chosen = {name: set(choose_examples(name, 1000, 500).tolist()) for name in "abcd"}
+    for rows in chosen.values():
+        assert 200 < len(rows & set(range(500))) < 300
+    assert len({frozenset(rows) for rows in chosen.values()}) == 4
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("abc"), st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1
+    )
+)
+def test_the_distinct_rows_are_each_listed_once(sizes: dict[str, tuple[int, int]]) -> None:
+    shares = {name: Share(rows, available, 0) for name, (available, rows) in sizes.items()}
+    mixed = []
+    for name, share in shares.items():
+        mixed += [(name, i) for i in choose_examples(name, share.available, share.rows).tolist()]
+    listed = [mixed[place] for place in list_distinct(shares)]
+    assert listed == sorted(set(mixed), key=mixed.index)
+
+
+def test_the_source_that_binds_is_named_and_not_one_that_rounding_uses_up() -> None:
+    sources = {"a": make_rows(weight=1), "b": make_rows(weight=10.01), "c": make_rows(weight=10)}
+    shares = plan_shares({"a": 100, "b": 1000, "c": 5000}, sources, 0)
+    assert [share.rows for share in shares.values()] == [100, 1000, 999]
+    assert find_scarce(shares, sources) == ["b"]
+    sources = {"a": make_rows(weight=1), "b": make_rows(weight=1), "c": make_rows(weight=1)}
+    assert find_scarce(plan_shares({"a": 2, "b": 2, "c": 10}, sources, 0), sources) == ["a", "b"]
+
+
+def test_a_mix_without_bounds_is_refused() -> None:
+    many = {"weight": 1, "repeats": MAX_ROWS}
+    sources = {"a": make_rows(**many), "b": make_rows(**many)}
+    with pytest.raises(UserError, match=r"^data.sources: an epoch of the mix would have"):
+        plan_shares({"a": 10, "b": 20}, sources, 0)
 
 
 def test_all_rows_are_taken_beside_exact_counts() -> None:
@@ -123,7 +170,7 @@ def test_weights_are_taken_as_they_are_written() -> None:
     sources = {"a": make_rows(weight=0.7), "b": make_rows(weight=0.3)}
     shares = plan_shares({"a": 7, "b": 3}, sources, 0)
     assert [share.rows for share in shares.values()] == [7, 3]
-    assert find_scarce(shares, sources) is None
+    assert find_scarce(shares, sources) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""Which examples of a mix a calibration takes: distinct ones, and of every source in both halves.
+
+Needs nothing; 2 s.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+
+from launch.calibration.batches import _split_samples, draw_samples
+from launch.config.loading import validate_recipe
+from launch.config.schema import Recipe
+from launch.data.mix.shares import choose_examples
+from launch.runtime.errors import UserError
+
+SOURCES = {"b": {"rows": 90, "available": 30, "held_out": 0}}
+SOURCES = {"a": {"rows": 30, "available": 40, "held_out": 2}} | SOURCES
+
+
+def make_recipe(samples: int, is_mix: bool = True) -> Recipe:
+    """Return a recipe that calibrates on so many examples, of a mix or of one set."""
+    mix = {"a": {"path": "a.jsonl", "count": 30}}
+    mix["b"] = {"path": "b.jsonl", "count": 90, "repeats": 3}
+    data = {"sources": mix} if is_mix else {"path": "a.jsonl"}
+    calibration = {"samples": samples, "split_half": True}
+    return validate_recipe({"model": {"name": "m"}, "data": data, "calibration": calibration})
+
+
+def draw(recipe: Recipe) -> list[int]:
+    """Draw the samples of a recipe on a mix of SOURCES."""
+    tokens = range(120)
+    inputs = SimpleNamespace(
+        calibration=SimpleNamespace(tokens=tokens), data={"sources": SOURCES, "dropped": {}}
+    )
+    return draw_samples(recipe, inputs)
+
+
+def test_samples_of_a_mix_are_distinct_rows() -> None:
+    rows = [("a", i) for i in choose_examples("a", 40, 30).tolist()]
+    rows += [("b", i) for i in choose_examples("b", 30, 90).tolist()]
+    samples = draw(make_recipe(60))
+    assert {rows[i] for i in samples} == set(rows) and len(samples) == len(set(rows)) == 60
+    with pytest.raises(UserError, match=r"^calibration.samples: 61 is above the 60 examples"):
+        draw(make_recipe(61))
+
+
+def test_both_halves_have_every_source() -> None:
+    recipe = make_recipe(40)
+    halves = _split_samples(recipe, draw(recipe))
+    assert sorted(halves[0] + halves[1]) == draw(recipe) and len(halves[0]) == len(halves[1])
+    of_a = [sum(i < 30 for i in half) for half in halves]
+    assert abs(of_a[0] - of_a[1]) <= 1 and min(of_a) > 5
+    assert _split_samples(make_recipe(5, is_mix=False), [1, 4, 6, 8, 9]) == [[1, 4], [6, 8, 9]]
