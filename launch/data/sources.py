@@ -77,6 +77,10 @@ class Chunk(NamedTuple):
     bad: list[BadRow]
 
 
+# Fields in which other programs have a conversation's system prompt and tools.
+PARTS_BESIDE_MESSAGES = ("system", "tools")
+
+
 class RowForm(NamedTuple):
     """What is read of a row, and how it is checked."""
 
@@ -194,6 +198,8 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
     if split.note is not None:
         _announce(f"data.path: {data.path}: {split.note}")
     _require_fields(split, data, form or make_causal_form(data))
+    if data.messages is not None:
+        _announce_unread(split, data)
     return split
 
 
@@ -201,6 +207,17 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
 def _announce(note: str) -> None:
     """Print a note, once in a process."""
     print(note, file=sys.stderr, flush=True)
+
+
+def _announce_unread(split: Split, data: Data) -> None:
+    """Say which parts of a conversation stand beside the messages of the first row, and are not read."""
+    first = next(iterate_rows(split, data, None), {})
+    for name in PARTS_BESIDE_MESSAGES:
+        if name != data.messages and first.get(name):
+            _announce(
+                f"data.messages: the field {name!r} of the rows of {data.path} is not read; what it "
+                "says belongs into the list, as its first message"
+            )
 
 
 def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iterator[dict]:

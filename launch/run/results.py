@@ -406,16 +406,20 @@ def runs_table(folders: Sequence[Path]) -> str:
     rows = [read_run_results(folder) for folder in folders]
     benchmarks = sorted({name for row in rows for name in (*row.baseline, *row.scores)})
     head = ["run", "method", "rank", "lr", "seed", "steps", "final loss"]
+    # Development rows are scored in training alone, and a base only if asked.
+    columns = []
     for name in benchmarks:
-        head += [f"{name} before", f"{name} after"]
+        scored_before = any(name in row.baseline for row in rows)
+        columns += [(name, when) for when in (["before"] if scored_before else []) + ["after"]]
+    head += [f"{name} {when}" for name, when in columns]
     head.append("training (s)")
     lines = [head, ["---"] * len(head)]
     for folder, row in zip(folders, rows, strict=True):
         cells = [folder.resolve().name, row.label, row.rank or "", f"{row.lr:g}", row.seed]
         cells += [row.steps, f"{row.final_loss:.4f}"]
-        for name in benchmarks:
-            for score in (row.baseline.get(name), row.scores.get(name)):
-                cells.append("" if score is None else describe_score(score))
+        for name, when in columns:
+            score = (row.baseline if when == "before" else row.scores).get(name)
+            cells.append("" if score is None else describe_score(score))
         cells.append(f"{row.seconds.training:.0f}")
         lines.append(cells)
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)

@@ -154,3 +154,14 @@ def test_the_loss_of_every_batch_is_that_of_the_masked_tokens(model: Path, tmp_p
     counted = labels[labels != IGNORED]
     assert len(counted) == held_out.count_answer_tokens([0, 2])
     assert (labels[1] == IGNORED).all()
+
+
+def test_a_system_prompt_beside_the_messages_is_said_not_to_be_read(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [row | {"system": "Be kind.", "tools": [], "id": 3} for row in ROWS]
+    path = write(tmp_path / "rows.jsonl", rows)
+    make(path, model)
+    said = capsys.readouterr().err
+    assert f"the field 'system' of the rows of {path} is not read" in said
+    assert "'tools'" not in said and "'id'" not in said  # empty, and no part of a conversation
