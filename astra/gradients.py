@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from astra.moments import Batch
+from astra.moments import Batch, runs_on_relative_positions
 from astra.windows import Window
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -93,6 +93,8 @@ def _accumulate_gradients(
 ) -> Iterator[None]:
     """Within the context, let every backward pass add to the totals of `sums`."""
 
+    on_positions = runs_on_relative_positions(model)
+
     def require_grad(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # All parameters are frozen. A backward pass needs some tensor that requires a gradient.
         return output.requires_grad_()
@@ -100,7 +102,7 @@ def _accumulate_gradients(
     def make_hook(gradient: Gradient) -> Callable:
         def hook_output(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach().flatten(0, -2)
-            if not output.requires_grad:  # on relative positions, which come from frozen weights
+            if on_positions and not output.requires_grad:  # they come from frozen weights
                 output.requires_grad_()
 
             def add_product(output_gradient: Tensor) -> None:

@@ -136,6 +136,7 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     )
     values = recipe.model_dump(include={"model", "data", "task", "train", "engine"})
     values["task"]["dev"] = None  # its rows are not measured
+    values["train"] |= {"keep_best": None, "patience": None}  # nothing is scored
     values["calibration"] = calibrated
     values["adapter"] = {
         "method": "astra",

@@ -350,9 +350,12 @@ def _describe_head(recipe: Recipe) -> dict:
     """Describe what of a new head decides a calibration; nothing of a causal task."""
     if not recipe.task.has_head:
         return {}
-    # Gradients pass through the head, which is drawn from this seed.
-    seed = recipe.train.seed if recipe.statistic == "gradient" else None
-    return {"task": recipe.task.kind, "head_seed": seed}
+    # Gradients pass through the head, which is drawn from this seed and has these outputs.
+    if recipe.statistic == "gradient":
+        head = {"head_seed": recipe.train.seed, "labels": recipe.task.labels}
+    else:
+        head = {"head_seed": None}
+    return {"task": recipe.task.kind, **head}
 
 
 def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> dict:

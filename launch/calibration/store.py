@@ -58,6 +58,7 @@ COMPARED_FIELDS = {
     "exclude": "adapter.exclude",
     "task": "task.kind",
     "head_seed": "train.seed",
+    "labels": "task.labels",
 }
 
 

@@ -34,6 +34,8 @@ ADDED_FIELDS = (
     "adapter.start",
     "train.lr_ratio",
     "shard_within",
+    "calibration.data.sentence1",
+    "calibration.data.sentence2",
     "calibration.data",
     "data.messages",
     "data.chat_template",
@@ -130,10 +132,12 @@ def dump_for_hash(recipe: Recipe) -> str:
 def _drop_added_fields(recipe: Recipe, values: dict) -> None:
     """Remove ADDED_FIELDS that are at their defaults from the recipe's nested `values`."""
     for name in ADDED_FIELDS:
-        section, _, field = name.partition(".")
-        holder, key = (getattr(recipe, section), field) if field else (recipe, section)
-        if holder.is_default(key):
-            del (values[section] if field else values)[key]
+        *sections, key = name.split(".")
+        holder, inner = recipe, values
+        for section in sections:
+            holder, inner = getattr(holder, section), inner.get(section)
+        if inner is not None and holder.is_default(key):
+            del inner[key]
 
 
 def _restore_old_names(values: dict) -> None:

@@ -669,8 +669,8 @@ class Recipe(Section):
         for name in ("instruction", "answer", "input"):
             if not rows.is_default(name):
                 raise ValueError(
-                    f"calibration.data.{name}: rows of a {self.task.kind} have none; set sentence1 "
-                    "and leave this out, or set text"
+                    f"calibration.data.{name}: rows of a {self.task.kind} have none; leave it out, "
+                    "with a short name too, whose path has to be given then; set sentence1 or text"
                 )
         return self
 

@@ -9,6 +9,7 @@ from launch.config.rows import SHORT_NAMES, CalibrationRows
 from launch.config.schema import Recipe, SourceData
 from launch.data.sources import fetch_source, naming_fields
 from launch.data.task_rows import (
+    TRUNCATED,
     RowFolder,
     check_token_types,
     make_head,
@@ -52,6 +53,7 @@ def obtain_calibration_rows(
     config = read_config(model_path, head=make_head(recipe.task, model_path, tokenizer))
     with _naming_calibration_data(data):
         rows = obtain_unlabelled_rows(data, model_path, tokenizer, config, output)
+        check_refused_rows(rows.manifest, data, cut=TRUNCATED)
     check_token_types(rows.open_tokens(), config)
     return rows
 

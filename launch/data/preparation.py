@@ -10,7 +10,7 @@ from launch.data.inputs import describe_mixed_tokens
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
-from launch.data.task_rows import RowFolder, make_head, obtain_all_rows
+from launch.data.task_rows import RowFolder, check_all_rows, make_head, obtain_all_rows
 from launch.data.token_cache import SPECIAL, TokenFolder, check_refused_rows, make_tokens
 from launch.models.check import (
     check_max_length,
@@ -101,6 +101,7 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
         report += title + render_row_report(recipe, found)
     write_text(folder / REPORT, report)
     print(report, flush=True)
+    check_all_rows(recipe, rows, dev)  # last: the report says which rows those are
 
 
 def _prepare_calibration(recipe: Recipe, folder: Path, model_path: Path) -> None:
@@ -135,7 +136,7 @@ def render_row_report(recipe: Recipe, rows: RowFolder) -> str:
     """Render in Markdown what was kept, truncated and dropped of rows, and their labels if any."""
     made_from, tokens = rows.manifest["made_from"], rows.open_tokens()
     data = recipe.data.model_copy(
-        update={name: made_from["data"][name] for name in ("path", "split")}
+        update={name: made_from["data"][name] for name in ("path", "split", "revision")}
     )
     what = " blocks of text" if made_from["data"].get("text") else ""
     lines = [f"# Tokens of {data.path}", ""]

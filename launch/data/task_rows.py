@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +99,9 @@ def prepare_rows(
     """
     tokenizer = load_tokenizer(model_path, needs_end=False)
     model = check_model(model_path, head=make_head(recipe.task, model_path, tokenizer))
-    return model, *obtain_all_rows(recipe, model_path)
+    rows, dev = obtain_all_rows(recipe, model_path)
+    check_all_rows(recipe, rows, dev)
+    return model, rows, dev
 
 
 def make_head(task: Task, model_path: Path, tokenizer: PreTrainedTokenizerBase) -> Head:
@@ -116,7 +118,7 @@ def obtain_all_rows(
         output: folder to make them in, in the place of data.prepared or the cache.
 
     Raises:
-        UserError: rows cannot be read, or there are some that the recipe refuses.
+        UserError: rows cannot be read.
     """
     tokenizer = load_tokenizer(model_path, needs_end=False)
     head = make_head(recipe.task, model_path, tokenizer)
@@ -133,6 +135,22 @@ def obtain_all_rows(
     for found in (rows, *dev.values()):
         check_token_types(found.open_tokens(), config)
     return rows, dev
+
+
+def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]) -> None:
+    """Raise UserError if there are rows that the recipe refuses; of development rows, any bad one.
+
+    Args:
+        rows, dev: of `obtain_all_rows`.
+    """
+    check_refused_rows(rows.manifest, recipe.data, cut=TRUNCATED)
+    for name, place in recipe.task.dev_sets.items():
+        data = _locate_dev(recipe.data, name, place)
+        try:
+            remedy = "leave them out by data.filter: a score is of all rows that pass it"
+            check_refused_rows(dev[name].manifest, data, TRUNCATED, remedy)
+        except UserError as error:
+            raise UserError(f"task.dev: {place}: {error}") from None
 
 
 def _name_dev_folder(folder: Path, name: str) -> Path:
@@ -198,8 +216,7 @@ def obtain_rows(
         output: folder to make them in, in the place of both.
 
     Raises:
-        UserError: rows cannot be read, or there are some that the recipe refuses; or a folder holds
-            others.
+        UserError: rows cannot be read, or a folder holds others.
     """
     has_types = _takes_token_types(tokenizer, config)
     described = task.model_dump(include={"kind", "labels", "sentence1", "sentence2", "label"})
@@ -285,22 +302,21 @@ def _find_or_make(
         folder = output or cache_root() / "rows" / key
         if not (folder / MANIFEST).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            _refuse_other_files(folder, option)
             with hold_lock(folder / "lock"):
                 if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
+                    _refuse_other_files(folder, option)
                     _write_rows(folder, origin, data, reading, source)
     manifest = read_json(folder / MANIFEST)
     require_same_origin(folder, manifest, origin, option)
     if not (folder / ROWS).is_file() or hash_file(folder / ROWS) != manifest["tokens_sha256"]:
         raise UserError(f"{folder / ROWS}: damaged; delete {folder}, and start again")
-    check_refused_rows(manifest, data, cut=TRUNCATED)
     has_classes = bool(reading.task.get("labels"))
     return RowFolder(folder, manifest, has_classes, find_padding(tokenizer, config))
 
 
 def _refuse_other_files(folder: Path, option: str) -> None:
     """Raise UserError if an unfinished folder holds anything but what a kill may leave there."""
-    ours = {"lock", ROWS, f"{ROWS}.tmp", DEV, CALIBRATION_TOKENS}
+    ours = {"lock", ROWS, f"{ROWS}.tmp", f"{MANIFEST}.tmp", DEV, CALIBRATION_TOKENS}
     others = {file.name for file in folder.iterdir()} - ours
     if others:
         raise UserError(

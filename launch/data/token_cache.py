@@ -229,13 +229,16 @@ def make_tokens(
     return tokens
 
 
-def check_refused_rows(manifest: dict, data: Data, cut: str = CUT) -> None:
+def check_refused_rows(
+    manifest: dict, data: Data, cut: str = CUT, remedy: str | None = None
+) -> None:
     """Raise UserError if there are rows that data.on_bad_row or data.on_cut says to refuse.
 
     The error names the first of them and the counts.
 
     Args:
         cut: the manifest's reason for rows that data.on_cut is about.
+        remedy: what else than mending the rows helps; None: to set those two fields.
     """
     refused = dict(manifest["dropped"]) if data.on_bad_row == "refuse" else {}
     refused.pop(cut, None)
@@ -254,7 +257,7 @@ def check_refused_rows(manifest: dict, data: Data, cut: str = CUT) -> None:
     field = "data.max_length" if reason in (cut, TOO_LONG) else "data.path"
     raise UserError(
         f"{field}: row {row} of {data.path}: {what}; in all {counts}, of {manifest['selected']} "
-        f"rows: mend them, or set {' and '.join(remedies)}"
+        f"rows: mend them, or {remedy or 'set ' + ' and '.join(remedies)}"
     )
 
 

@@ -5,6 +5,7 @@ peak, the matrix products and the traffic of memory are counted while the run's 
 Every example is taken to be data.max_length tokens long. Nothing here depends on the engine.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from launch.training.row_loss import RowLoss, row_label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 EstimateT = TypeVar("EstimateT")
+# Names of the probability in configs of transformers.
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 CANNOT_SPLIT = "this model's layers do not pass on one tensor; set no limit"
 
 
@@ -109,7 +112,7 @@ def make_fake_model(
         head: parameters of the new head, of `CheckedModel.get_head`.
     """
     method = recipe.adapter.method_record
-    base = compat.make_meta_model(config, dtype)
+    base = compat.make_meta_model(_without_attention_dropout(config), dtype)
     base.requires_grad_(method.trains_all)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     num_head = sum(base.get_parameter(name).numel() for name in head)
@@ -125,6 +128,18 @@ def make_fake_model(
         num_head=num_head,
         trains_all=method.trains_all,
     )
+
+
+def _without_attention_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config with attention as GPUs run it, which keep no scores with dropout either.
+
+    On the CPU, for which fake tensors are, dropout keeps PyTorch from its fused attention.
+    """
+    config = copy.deepcopy(config)
+    for name in ATTENTION_DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 def count_weight_bytes(module: nn.Module, trains_all: bool) -> int:

@@ -56,8 +56,8 @@ def _expecting_closed_outputs() -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed at the start
+            stream.flush()
     except BrokenPipeError:
         if not _discard_closed_outputs():
             raise  # of another pipe

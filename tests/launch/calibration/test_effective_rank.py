@@ -63,3 +63,12 @@ def test_a_base_that_is_not_whole_has_no_before(run: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=r"--after: .* drew lm_head\.weight \(model\.new_weights"):
         make_measuring_recipe(run, None)
+
+
+def test_a_run_that_kept_its_best_step_is_measured_too(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["held_out"] = 4
+    recipe["eval"] |= {"every": 2}
+    recipe["train"] |= {"keep_best": "held_out", "patience": 2}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert make_measuring_recipe(run, None).train.keep_best is None

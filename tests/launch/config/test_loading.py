@@ -208,6 +208,11 @@ def test_what_is_stored_under_a_hash_is_found_again(
     assert digest(dump_for_hash(small)) != whole
 
 
+def test_a_run_on_other_calibration_data_is_found_again() -> None:
+    recipe = read_recipe("metamath", ["calibration.data=wikitext2"])
+    assert hashlib.sha256(dump_for_hash(recipe).encode()).hexdigest()[:10] == "9bd2c56b01"
+
+
 @pytest.mark.usefixtures("_not_yet_announced")
 def test_a_stored_recipe_is_read_in_silence_and_equals_the_new_one(
     tmp_path: Path, capsys: pytest.CaptureFixture

@@ -17,7 +17,8 @@ from astra.windows import make_plan
 from launch.config.schema import Data
 from launch.config.task import Task
 from launch.data.batches import collate_rows
-from launch.data.task_rows import RowFolder, obtain_rows
+from launch.data.task_rows import TRUNCATED, RowFolder, obtain_rows
+from launch.data.token_cache import check_refused_rows
 from launch.engines.base import load_pretrained
 from launch.models.check import check_model, read_config
 from launch.models.files import load_tokenizer
@@ -40,7 +41,9 @@ def obtain(
     settings = Data(path=str(path), max_length=MAX_LENGTH, **data)
     tokenizer = load_tokenizer(base, needs_end=False)
     config = read_config(base, head=Head(tuple(task.get("labels", ())), 0))
-    return obtain_rows(settings, Task(**task), base, tokenizer, config)
+    found = obtain_rows(settings, Task(**task), base, tokenizer, config)
+    check_refused_rows(found.manifest, settings, cut=TRUNCATED)
+    return found
 
 
 @pytest.mark.parametrize("kind", TARGETS)

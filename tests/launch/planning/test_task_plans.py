@@ -46,9 +46,10 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_recipe(folder / kind, kind) for kind in TARGETS}
 
 
-def plan(recipe: Recipe, usable: float | None = None) -> Estimate:
-    """Estimate three steps of a recipe with its base in fp32."""
+def plan(recipe: Recipe, usable: float | None = None, dropout: float = 0.0) -> Estimate:
+    """Estimate three steps of a recipe with its base in fp32, with dropout in its attention."""
     config = AutoConfig.from_pretrained(recipe.model.name)
+    config.attention_probs_dropout_prob = dropout
     HEAD.fill_config(config)
     machine = replace(make_machine(None, 1), usable=usable)
     head = find_outer_names(make_meta_model(config))
@@ -74,6 +75,11 @@ def make_rows(size: int) -> RowBatch:
         labels=torch.zeros(size, dtype=torch.long),
         weights=torch.ones(size, dtype=torch.float64),
     )
+
+
+def test_dropout_in_attention_keeps_no_scores(recipes: dict[str, Path]) -> None:
+    recipe = load_recipe(recipes["bert"])
+    assert plan(recipe, dropout=0.1) == plan(recipe)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
