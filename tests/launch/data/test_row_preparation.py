@@ -86,3 +86,17 @@ def test_other_rows_than_the_recipes_are_refused(tmp_path: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="damaged"):
         prepare_rows(load_recipe(path, given), base)
+
+
+def test_bad_rows_are_reported_before_they_are_refused(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path, "bert")
+    rows = make_rows(21, 2)
+    write_rows(tmp_path / "train.jsonl", [*make_rows(9, 1), rows[0] | {"label": "no such label"}])
+    with pytest.raises(UserError, match=r"row 10 of .* set data\.on_bad_row=drop"):
+        prepare_tokens(load_recipe(path), tmp_path / "prepared", [])
+    assert "no such label" in (tmp_path / "prepared" / "report.md").read_text()
+    write_rows(tmp_path / "dev.jsonl", [*rows[:5], rows[5] | {"label": "no such label"}])
+    dropping = load_recipe(path, "data.on_bad_row=drop")
+    with pytest.raises(UserError, match=r"^task\.dev: .* leave them out by data\.filter") as caught:
+        prepare_tokens(dropping, tmp_path / "again", [])
+    assert "on_bad_row" not in str(caught.value)
