@@ -11,37 +11,27 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
-from torch import nn
 
 from launch import pipeline
 from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
-from launch.engines import Engine
 from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from launch.runtime.errors import USER_ERRORS, describe_error
 from launch.runtime.files import write_json
-from launch.stages import score
 from tests.support.architectures import CELL_SETTINGS, METHODS, TARGETS
-from tests.support.worker import read_arguments, skip_plots
+from tests.support.worker import keeping_logits, read_arguments, skip_plots
 
 
 def run_cell(recipe: Recipe, folder: Path, device: torch.device, ids: list[list[int]]) -> None:
     """Run every stage, with the logits of the trained model in the place of scores."""
 
-    def keep_logits(engine: Engine, model: nn.Module, *_: object) -> dict:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor(ids)).logits
-        run_on_rank0(lambda: torch.save(logits, folder / "logits.pt"))
-        return {}
-
     line, fault = None, None
-    with mock.patch.object(score, "score_benchmarks", keep_logits):
+    with keeping_logits(folder, ids):
         try:
             pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
         except USER_ERRORS as error:  # the same on every rank

@@ -9,18 +9,15 @@ kept in the run folder.
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from launch import pipeline
 from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
-from launch.engines import Engine
 from launch.runtime.distributed import (
     FOREVER,
     run_on_rank0,
@@ -28,10 +25,9 @@ from launch.runtime.distributed import (
     stop_process_group,
 )
 from launch.runtime.entry import run_command
-from launch.stages import score
 from tests.support.cases import NO_SCORES, TRAINABLE_METHODS, TRAINABLE_STEPS
 from tests.support.runs import copy_unfinished
-from tests.support.worker import read_arguments, skip_plots
+from tests.support.worker import keeping_logits, read_arguments, skip_plots
 
 MIDDLE_STEP = 2
 
@@ -39,13 +35,7 @@ MIDDLE_STEP = 2
 def fine_tune(recipe: Recipe, folder: Path, device: torch.device, ids: list[list[int]]) -> None:
     """Run every stage, with the logits of the trained model in the place of scores."""
 
-    def keep_logits(engine: Engine, model: nn.Module, *_: object) -> dict:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor(ids)).logits
-        run_on_rank0(lambda: torch.save(logits, folder / "logits.pt"))
-        return {}
-
-    with mock.patch.object(score, "score_benchmarks", keep_logits):
+    with keeping_logits(folder, ids):
         pipeline.run_stages(recipe, recipe.adapter.method, folder, device)
 
 
