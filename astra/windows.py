@@ -22,6 +22,9 @@ from astra.moments import BLOCK_WIDTH, Group
 
 FP64_BYTES = 8  # of one number
 
+# Said of a model that cannot run in windows.
+CANNOT_SPLIT = "this model's layers do not pass on one tensor; set no limit"
+
 
 @dataclass(frozen=True)
 class Window:
@@ -246,9 +249,7 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if not isinstance(hidden_states, Tensor):
-            raise AstraError(
-                "this model's layers do not pass on one tensor; set no limit", "memory"
-            )
+            raise AstraError(CANNOT_SPLIT, "memory")
         self.received = hidden_states
         if self.replacement is None:
             return hidden_states
@@ -258,7 +259,7 @@ class _StandIn(nn.Module):
 def _require_tensor(_layer: nn.Module, _inputs: tuple, output: object) -> None:
     """Raise AstraError if a layer returns more than a hidden state, which no stand-in would."""
     if not isinstance(output, Tensor):
-        raise AstraError("this model's layers do not pass on one tensor; set no limit", "memory")
+        raise AstraError(CANNOT_SPLIT, "memory")
 
 
 @contextmanager

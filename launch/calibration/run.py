@@ -32,6 +32,7 @@ from launch.calibration.store import (
     read_summary,
     save_window,
 )
+from launch.config.rows import SENTENCES
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
@@ -52,7 +53,6 @@ TIE_BREAK = (
     "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
     "onto what the weight cannot reach, then onto the null space of the moment"
 )
-SENTENCES = ("sentence1", "sentence2")  # fields of calibration.data
 MIN_KEPT_RANK = 256  # vectors kept of a module where ranks follow from its spectrum
 
 

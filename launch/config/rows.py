@@ -76,6 +76,9 @@ class RowSource(Section):
     )
 
 
+SENTENCES = ("sentence1", "sentence2")  # fields of CalibrationRows for tasks with a head
+
+
 class CalibrationRows(RowSource):
     """Rows to calibrate on, in the place of the training rows.
 

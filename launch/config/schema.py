@@ -12,7 +12,13 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from eval.tasks import BENCHMARKS, GROUPS, expand_groups
-from launch.config.rows import CalibrationRows, MixedRows, RowSource, refuse_text_fields
+from launch.config.rows import (
+    SENTENCES,
+    CalibrationRows,
+    MixedRows,
+    RowSource,
+    refuse_text_fields,
+)
 from launch.config.section import Name, Number, Section, read_number
 from launch.config.task import Task
 from launch.methods.base import Method, MethodSettings
@@ -269,7 +275,7 @@ class SourceData(Data):
         Without plain text they are those of training rows, so both find the same tokens.
         """
         fields = super().token_fields()
-        for name in ("text", "sentence1", "sentence2"):
+        for name in ("text", *SENTENCES):
             if getattr(self, name) is None:
                 del fields[name]
         return fields

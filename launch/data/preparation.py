@@ -19,8 +19,7 @@ from launch.models.check import (
     read_config,
 )
 from launch.models.files import fetch_model, load_tokenizer
-from launch.run.results import Data as Record
-from launch.run.results import describe_mix
+from launch.run import results
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 
@@ -177,7 +176,7 @@ def render_mix_report(
         amount = ["" if rows.weight is None else f"{rows.weight:g}", rows.count or ""]
         cells = [name, *amount, share["rows"], share["available"], share["held_out"], rows.repeats]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    said = describe_mix(Record.model_validate(describe_mixed_tokens(tokens, data)))
+    said = results.describe_mix(results.Data.model_validate(describe_mixed_tokens(tokens, data)))
     for subject, line in said[len(data.sources) :]:  # the table has what is before
         lines += ["", f"{subject}: {line}."]
     for name, source in data.list_sources().items():

@@ -22,7 +22,7 @@ from astra.adapter import get_base_layers
 from astra.errors import AstraError
 from astra.gradients import Loss, sum_gradients
 from astra.moments import Batch, Group, find_groups, run_forward
-from astra.windows import CalibrationPlan, find_layers, make_plan
+from astra.windows import CANNOT_SPLIT, CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
 from launch.data.batches import RowBatch
 from launch.planning.counting import CountingMode, Operation, discard_gradients
@@ -35,7 +35,6 @@ from launch.training.trainable import as_base, attach_trainable, find_lora_layer
 EstimateT = TypeVar("EstimateT")
 # Names of the probability in configs of transformers.
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-CANNOT_SPLIT = "this model's layers do not pass on one tensor; set no limit"
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
     if data.scarce_sources:
         names = " and ".join(data.scarce_sources)
         fields = " and ".join(f"data.sources.{name}.repeats" for name in data.scarce_sources)
-        line = f"the mix is as large as {names} permits; a larger {fields} makes it larger"
+        line = f"the mix is as large as the rows of {names} allow; raise {fields} for a larger one"
         described.append(("data.sources", line))
     num_held_out = sum(source.held_out for source in data.sources.values())
     if data.held_out_trained:
@@ -388,12 +388,12 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
     by_path: dict[str, list[str]] = {}
     for name, source in data.sources.items():
         by_path.setdefault(source.path, []).append(name)
-    for names in by_path.values() if num_held_out else ():
+    for path, names in by_path.items() if num_held_out else ():
         if len(names) > 1:
             line = (
-                f"{' and '.join(names)} read the same rows: what one holds out, the other may be "
+                f"{' and '.join(names)} read {path}: a row that both read may be held out by the "
             )
-            line += "trained on in another form, which is not counted"
+            line += "one and trained on by the other, in another form that is not counted"
             described.append(("data.held_out", line))
     return described
 

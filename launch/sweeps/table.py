@@ -32,9 +32,9 @@ from launch.sweeps.rates import choose_next_rate, find_best_rate, find_neighbour
 TABLES = RECIPES / "tables"
 # Folders of the results that are committed, one for each table that has some.
 KEPT = RECIPES.parent / "docs" / "results"
+MAX_SLUG = 100  # characters of a run's name before its hash
 # Significant digits of a learning rate times rate_factor. 0.1 * 2e-5 is 2.0000000000000003e-6 in
 # floating point and must become exactly 2e-6, because the recipe's hash names the folder.
-MAX_SLUG = 100  # characters of a run's name before its hash
 SIGNIFICANT_DIGITS = 6
 
 Rate = Literal["recipe", "own", "below", "above", "common"]

@@ -134,12 +134,9 @@ def test_a_killed_run_resumes_with_its_best(
     assert f"resuming after step {after} of 12" in done.stdout
     assert runs_are_equal(tmp_path / "run", whole)
     assert read_dev(tmp_path / "run") == read_dev(whole)
-    generated = [
-        read_generations(run / "while_training" / f"step-{last:07d}")
-        for run in (tmp_path / "run", whole)
-        if when == "on the way"
-    ]
-    assert generated[:1] == generated[1:]
+    if when == "on the way":  # the responses of earlier steps are not made again
+        place = f"while_training/step-{last:07d}"
+        assert read_generations(tmp_path / "run" / place) == read_generations(whole / place)
     changing = ("seconds", "conditions", "peak_memory")
     results = [read_results(run) for run in (tmp_path / "run", whole)]
     first, second = ({k: v for k, v in one.items() if k not in changing} for one in results)

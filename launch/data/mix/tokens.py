@@ -57,14 +57,14 @@ def obtain_mix(data: Data, model_path: Path) -> TokenFolder:
     """
     if data.prepared is not None:
         tokens = open_prepared(data.prepared)
-        wanted = describe_mix(data, model_path, parts=None)
+        wanted = describe_mix_origin(data, model_path, parts=None)
         require_same_origin(tokens.folder, tokens.manifest, wanted, "data.prepared")
         check_sizes(tokens)
         check_refused_sources(tokens.manifest["parts"], data)
         return tokens
     parts = cache_sources(data, model_path)
     check_refused_sources({name: part.manifest for name, part in parts.items()}, data)
-    folder = find_cache_folder(describe_mix(data, model_path, parts))
+    folder = find_cache_folder(describe_mix_origin(data, model_path, parts))
     return make_mix(folder, data, model_path, parts, option=CACHE)
 
 
@@ -88,7 +88,9 @@ def check_refused_sources(manifests: Mapping[str, dict], data: Data) -> None:
             check_refused_rows(manifests[name], source)
 
 
-def describe_mix(data: Data, model_path: Path, parts: Mapping[str, TokenFolder] | None) -> dict:
+def describe_mix_origin(
+    data: Data, model_path: Path, parts: Mapping[str, TokenFolder] | None
+) -> dict:
     """Describe everything that decides the bytes of a mix, under the names of the recipe's fields.
 
     Args:
@@ -130,7 +132,7 @@ def make_mix(
     Raises:
         UserError: the folder holds something else or damaged tokens, or a source has too few rows.
     """
-    wanted = describe_mix(data, model_path, parts)
+    wanted = describe_mix_origin(data, model_path, parts)
     if not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(folder / "lock"):

@@ -32,10 +32,10 @@ def test_what_may_surprise_is_said() -> None:
     subjects, lines = zip(*describe_mix(data)[2:], strict=True)
     assert subjects == ("data.sources", "data.held_out", "data.held_out")
     assert lines[0] == (
-        "the mix is as large as code and chat permits; a larger data.sources.code.repeats and "
-        "data.sources.chat.repeats makes it larger"
+        "the mix is as large as the rows of code and chat allow; raise data.sources.code.repeats and "
+        "data.sources.chat.repeats for a larger one"
     )
     assert lines[1].startswith("1 of 2 held-out rows are trained on too")
-    assert lines[2].startswith("code and chat read the same rows")
+    assert lines[2].startswith("code and chat read a.jsonl: a row that both read")
     joined = _join_lines(describe_mix(data))
     assert joined["data.held_out"] == f"{lines[1]}; {lines[2]}"

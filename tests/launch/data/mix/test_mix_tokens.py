@@ -249,7 +249,7 @@ def test_a_mix_is_prepared_checked_and_taken_without_its_rows(
     report = capsys.readouterr().out
     assert "# Tokens of a mix of chats, sums" in report
     assert "| chats | 1 |  | 8 | 8 | 1 | 1 |" in report
-    assert "data.sources: the mix is as large as chats permits; a larger" in report
+    assert "data.sources: the mix is as large as the rows of chats allow; raise" in report
     assert f"## sums: {folder / 'sums.jsonl'}" in report
     assert "- row 3 of chats and p share a question: what is 2" in report
     prepared = recipe.data.model_copy(update={"prepared": str(made)})
