@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from peft import PeftModel
@@ -27,6 +28,7 @@ from launch.config.loading import read_stored_recipe
 from launch.config.schema import Recipe
 from launch.data.layout import find_split
 from launch.data.sources import fetch_source
+from launch.data.task_rows import locate_dev
 
 TOLERANCE = 1e-3  # relative; exported factors are fp32 and the order of sums differs
 BATCH = 32
@@ -34,13 +36,8 @@ BATCH = 32
 
 def read_development_rows(recipe: Recipe, name: str) -> list[dict]:
     """Return the rows of one development set, as they are read."""
-    where = recipe.task.dev_sets[name]
-    is_file = Path(where).expanduser().is_file()
-    data = recipe.data.model_copy(update={"path": where} if is_file else {})
-    split = find_split(
-        fetch_source(data), "train" if is_file else where, None if is_file else data.config
-    )
-    return list(split.iterate_rows(None))
+    data = locate_dev(recipe.data, name, recipe.task.dev_sets[name])
+    return list(find_split(fetch_source(data), data.split, data.config).iterate_rows(None))
 
 
 @torch.no_grad()
@@ -78,8 +75,8 @@ def fields_of(recipe: Recipe) -> tuple[str, str | None]:
 def read_label(value: object, recipe: Recipe) -> int | float:
     """Return a row's label as an index of its class, or as a number."""
     labels = recipe.task.labels
-    if value in labels:
-        return labels.index(value)
+    if str(value) in labels:
+        return labels.index(str(value))
     return int(value) if labels else float(value)
 
 
@@ -87,6 +84,10 @@ def compare_run(folder: Path) -> bool:
     """Print a run's scores beside those of plain PEFT, and return whether they agree."""
     recipe = read_stored_recipe(folder / "recipe.yaml")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if results["dtype"] != "float32" or recipe.data.filter or recipe.data.prepared:
+        sys.exit(
+            f"{folder}: only runs in float32, without data.filter and data.prepared, are compared"
+        )
     agrees = True
     for name, stored in results["scores"].items():
         rows = read_development_rows(recipe, name)
@@ -95,7 +96,9 @@ def compare_run(folder: Path) -> bool:
         epochs = [epoch["values"] for epoch in stored["epochs"] if epoch["step"] == step]
         if not epochs:
             sys.exit(f"{folder}: step {step}, which it exports, was not scored on {name}")
-        kept = (folder / "predictions" / f"{name}-step-{step:07d}.jsonl").read_text("utf-8")
+        kept = (folder / "predictions" / f"{quote(name, safe='')}-step-{step:07d}.jsonl").read_text(
+            "utf-8"
+        )
         ours = torch.tensor(
             [json.loads(line)["outputs"] for line in kept.splitlines()], dtype=torch.float64
         )

@@ -54,7 +54,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add(
         "--adapter",
         type=Path,
-        help="lora/ or adapter/ of a run, or any PEFT adapter; none for the base",
+        help="lora/, lora_small/ or adapter/ of a run, or another LoRA of PEFT"
+        " (docs/evaluation.md says which); none for the base",
     )
     add(
         "--suite",

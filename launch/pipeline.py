@@ -51,7 +51,7 @@ def fine_tune(
         name: the recipe's name, for the results.
         stall: seconds without progress after which the run is ended.
         profile: whether to record a few steps (launch.training.profiling).
-        peak_tflops: peak TFLOP/s of one device, in the place of launch.training.flops' table.
+        peak_tflops: peak TFLOP/s of one device, in the place of that in launch.runtime.gpus.
     """
     device = start_process_group(stall)
     world_size = dist.get_world_size()

@@ -101,7 +101,10 @@ def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None
     figures.mkdir(parents=True, exist_ok=True)
     steps = {}
     for folder in finished:
-        label = f"{folder.resolve().name} ({read_run_results(folder).label})"
+        method = read_run_results(folder).label
+        label = f"{folder.resolve().name} ({method})"
+        if label in steps:  # folders of the same name in different places
+            label = f"{folder} ({method})"
         steps[label] = read_metrics(folder)
     paths = plot_runs(steps, figures)
     print("plots: " + " ".join(map(str, paths)))

@@ -43,8 +43,8 @@ class Task(Section):
     )
     dev: dict[Name, Name] | Name | None = Field(
         None,
-        description="development rows, scored after every epoch: a split of data.path, or a file; "
-        "or several, {name of the score: split or file}",
+        description="development rows, scored after every epoch: a split of data.path, a file, or a "
+        "folder with a / in its path; or several, {name of the score: one of these}",
     )
 
     @property

@@ -69,7 +69,8 @@ def fill_glue_fields(values: dict) -> None:
     Fields that are set, to null too, are left: rows may come from elsewhere.
 
     Raises:
-        UserError: the name is not one of GLUE's, and nothing says what kind of task it is.
+        UserError: the name is not one of GLUE's, and nothing says what kind of task it is; or it is,
+            and kind or order of labels are others, for which GLUE's metrics are wrong.
     """
     name = _get_task_name(values)
     if name is None:
@@ -85,6 +86,17 @@ def fill_glue_fields(values: dict) -> None:
             )
         return
     facts = GLUE[name]
+    labels = task.get("labels")
+    is_reordered = isinstance(labels, list) and labels != list(facts.labels)
+    if task.get("kind", facts.kind) != facts.kind:
+        raise UserError(
+            f"task.kind: GLUE's {name} is a {facts.kind}; give a task of your own another name"
+        )
+    if is_reordered and sorted(map(str, labels)) == sorted(facts.labels):
+        raise UserError(
+            f"task.labels: GLUE's {name} has them in the order {', '.join(facts.labels)}, which its "
+            "numbers and metrics follow; leave the field out, or give a task of your own another name"
+        )
     decided = {
         "kind": facts.kind,
         "labels": list(facts.labels),

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -127,7 +128,7 @@ def obtain_all_rows(
     dev = {}
     for name, place in recipe.task.dev_sets.items():
         folder = None if output is None else _name_dev_folder(output, name)
-        data = _locate_dev(recipe.data, name, place)
+        data = locate_dev(recipe.data, name, place)
         try:
             dev[name] = obtain_rows(data, recipe.task, model_path, tokenizer, config, folder)
         except UserError as error:
@@ -144,8 +145,15 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
         rows, dev: of `obtain_all_rows`.
     """
     check_refused_rows(rows.manifest, recipe.data, cut=TRUNCATED)
+    if recipe.task.kind == "regression":
+        labels = rows.open_tokens().labels
+        if labels.min() == labels.max():  # the hub's test split of STS-B has -1 in every row
+            raise UserError(
+                f"data.split: the label of every row is {labels[0].item():g}, so there is nothing to "
+                "learn; take a split with labels"
+            )
     for name, place in recipe.task.dev_sets.items():
-        data = _locate_dev(recipe.data, name, place)
+        data = locate_dev(recipe.data, name, place)
         try:
             remedy = "leave them out by data.filter: a score is of all rows that pass it"
             check_refused_rows(dev[name].manifest, data, TRUNCATED, remedy)
@@ -158,13 +166,15 @@ def _name_dev_folder(folder: Path, name: str) -> Path:
     return folder / DEV / quote(name, safe="")
 
 
-def _locate_dev(data: Data, name: str, place: str) -> Data:
-    """Return where development rows are: in the file or folder of that path, or a split of the data.
+def locate_dev(data: Data, name: str, place: str) -> Data:
+    """Return where development rows are: a file, a folder with a separator in its path, or a split.
 
     A score is to be of all rows that pass data.filter, so none of them is dropped.
     """
     update = {"limit": None, "on_cut": "keep", "on_bad_row": "refuse"}
-    is_path = Path(place).expanduser().exists()
+    # A folder without a separator in its name could be a split too: `validation`, after a split was saved.
+    path = Path(place).expanduser()
+    is_path = path.is_file() or (os.sep in place and path.exists())
     if data.prepared is not None:
         folder = _name_dev_folder(Path(data.prepared).expanduser(), name)
         update["prepared"] = str(folder)

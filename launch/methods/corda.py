@@ -1,7 +1,7 @@
 """CorDA (arXiv 2406.05223): singular triplets of W C, with C the inputs' damped second moment.
 
-`adapter.corda_mode` takes the r largest (ipm) or the r smallest (kpm). Both take C from the task's
-own rows here; the paper's kpm takes it from other data.
+`adapter.corda_mode` takes the r largest (ipm) or the r smallest (kpm). Both take C from the training
+rows, unless `calibration.data` names others; the paper's kpm takes it from question answering.
 """
 
 from typing import TYPE_CHECKING

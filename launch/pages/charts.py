@@ -92,8 +92,7 @@ def add_line(
     trace["line"] = {"color": style["colour"], "dash": style["dash"], "width": 2}
     trace["marker"] = _make_marker(style) | {"maxdisplayed": max_markers}
     if half is not None:
-        bars = [value or 0 for value in half]
-        trace["error_y"] = {"type": "data", "array": _round_all(bars), "thickness": 1.3, "width": 4}
+        trace["error_y"] = {"type": "data", "array": _round_all(half), "thickness": 1.3, "width": 4}
     traces = [trace]
     if band is not None:
         traces.insert(0, _shade_band(label, x, band, style["colour"]))
@@ -119,12 +118,12 @@ def add_points(figure: Figure, label: str, x: Sequence[float], y: Sequence[float
 
 
 def add_intervals(
-    figure: Figure, label: str, rows: Mapping[str, tuple[float, float, float]]
+    figure: Figure, label: str, rows: Mapping[str, tuple[float | None, float, float | None]]
 ) -> None:
     """Add a point with its interval, from left to right, in each row of a figure of rows.
 
     Args:
-        rows: label of the row -> low, value, high.
+        rows: label of the row -> low, value, high; None for both ends where there is no interval.
     """
     style = _style_line(figure) | {"dash": "none"}
     values = [value for _, value, _ in rows.values()]
@@ -133,8 +132,12 @@ def add_intervals(
     trace["error_x"] = {
         "type": "data",
         "symmetric": False,
-        "array": _round_all([high - value for _, value, high in rows.values()]),
-        "arrayminus": _round_all([value - low for low, value, _ in rows.values()]),
+        "array": _round_all(
+            [None if high is None else high - value for _, value, high in rows.values()]
+        ),
+        "arrayminus": _round_all(
+            [None if low is None else value - low for low, value, _ in rows.values()]
+        ),
         "color": style["colour"],
         "thickness": 1.5,
         "width": 5,

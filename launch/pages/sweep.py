@@ -168,7 +168,9 @@ def _draw_by_row(sweep: Sweep, groups: Sequence[Group], column: Column) -> Figur
         for label, points in rows.items():
             if kind in points:
                 mean, half = points[kind]
-                intervals[label] = (mean - (half or 0), mean, mean + (half or 0))
+                intervals[label] = (
+                    (None, mean, None) if half is None else (mean - half, mean, mean + half)
+                )
         add_intervals(figure, kind, intervals)
     return figure
 

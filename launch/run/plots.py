@@ -28,7 +28,7 @@ DPI = 150
 
 # Field of metrics.jsonl that is plotted -> label of its axis.
 METRIC_LABELS = {
-    "loss": "loss (nats per answer token)",
+    "loss": "training loss (mean over answer tokens, or over rows with labels)",
     "grad_norm": "gradient norm before clipping",
 }
 

@@ -122,8 +122,16 @@ class Source(Record):
     count: int | str | None = None  # or "all"
 
 
+class DevelopmentRows(Record):
+    """Rows of task.dev."""
+
+    tokens_sha256: str
+    kept: int
+    cut: int  # rows that max_length truncated
+
+
 class Data(Record):
-    """The training rows."""
+    """The training rows, and those that are scored while training."""
 
     path: str  # or the names of the sources
     tokens_sha256: str
@@ -133,6 +141,7 @@ class Data(Record):
     sources: dict[str, Source] = {}  # of a mix, by name
     scarce_sources: list[str] = []  # that keep a mix by weights from being larger
     held_out_trained: int = 0  # held-out rows of a mix that are trained on too, in another source
+    dev: dict[str, DevelopmentRows] = {}  # by the name of their score
 
 
 class Prediction(Record):

@@ -6,9 +6,9 @@ every step of training seeds its own dropout. Each row's prediction is kept in p
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,11 @@ def check_dev(dev: Mapping[str, TokenSet], task: Task) -> None:
     """
     for name, tokens in dev.items():
         labels = _read_labels(tokens)
+        if task.kind == "regression" and len(set(labels)) == 1:
+            raise UserError(
+                f"task.dev: {name}: the label of every row is {labels[0]:g}, with which no prediction can "
+                "correlate; take rows with labels"
+            )
         try:
             score(_get_metric_name(task), labels, labels, kind=task.kind)
         except EvalError as error:
@@ -216,8 +221,8 @@ def _name_file(folder: Path, name: str, step: int) -> Path:
 
 
 def _clean_name(name: str) -> str:
-    """Return a name that can be a file's."""
-    return re.sub(r"[^\w.-]", "_", name)
+    """Return a name that can be a file's, another one for each name."""
+    return quote(name, safe="")
 
 
 def _write_predictions(

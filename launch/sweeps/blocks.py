@@ -117,14 +117,14 @@ def _build_neighbours(curves: Sequence[RateCurve]) -> list[list[Entry]]:
 
 
 def count_tests(sweep: Sweep, groups: Sequence[Group]) -> tuple[int, int] | None:
-    """Return the pairs of seeds of the largest family of tests, and its tests; None without any."""
+    """Return the pairs of seeds of the largest family of tests, and its size; None without any."""
     families = []
     for members in list_row_blocks(sweep, groups).values():
         for column in _choose_tested(sweep, list_columns(sweep, groups)):
             comparisons = compare_groups(members, column)
             if comparisons:
                 pairs = max(comparison.num_pairs for comparison in comparisons)
-                families.append((pairs, len(comparisons)))
+                families.append((pairs, comparisons[0].family))
     return max(families, default=None)
 
 

@@ -1,5 +1,7 @@
 """Draw a table's figures: losses by rate, metrics by step, scores, scores against what varies, effective ranks."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,16 +56,12 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
 
     # Where learning rates are chosen, these are the rows at their own.
     first = [group for group in finished if group.rate == rates[0]]
-    wanted = [*list_benchmarks(sweep.table), "mean", "held-out_loss"]
-    for column in list_columns(sweep, finished):
-        what = column.title.removesuffix(" (%)").replace(" ", "_")
-        if what not in wanted or not any(group.get_values(column) for group in finished):
-            continue
-        path = _get_path(sweep, folder, what)
-        if sweep.table.vary:
+    vary = sweep.table.vary
+    for column in _choose_drawn_columns(sweep, finished):
+        path = _get_path(sweep, folder, re.sub(r"[^\w-]+", "_", column.title.removesuffix(" (%)")))
+        if vary and "task.name" not in vary.fields:
             lines = collect_lines(first, column)
-            field = sweep.table.vary.fields[0]
-            paths.append(draw_scores_by_value(lines, field, column.title, path))
+            paths.append(draw_scores_by_value(lines, vary.fields[0], column.title, path))
         else:
             paths.append(draw_scores(collect_points(finished, column), column.title, path))
 
@@ -71,6 +69,23 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
     if ranks:
         paths.append(plot_effective_ranks(ranks, _get_path(sweep, folder, "effective_rank")))
     return paths
+
+
+def _choose_drawn_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
+    """Return the columns with a figure: scores, those of the last epoch alone, and held-out loss.
+
+    Where tasks vary the loss has none: the losses of different tasks are different numbers.
+    """
+    vary = sweep.table.vary
+    wanted = [f"{name} (%)" for name in [*list_benchmarks(sweep.table), "mean"]]
+    if not (vary and "task.name" in vary.fields):
+        wanted.append("held-out loss")
+    return [
+        column
+        for column in list_columns(sweep, groups)
+        if (column.title in wanted or column.title.endswith(", last epoch (%)"))
+        and any(group.get_values(column) for group in groups)
+    ]
 
 
 def _get_path(sweep: Sweep, folder: Path, what: str) -> Path:
@@ -236,7 +251,7 @@ def draw_scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path)
         axis.errorbar(
             [point.mean for point in points.values()],
             list(points),
-            xerr=[point.half or 0 for point in points.values()],
+            xerr=[_draw_half(point.half) for point in points.values()],
             fmt=plots.MARKERS[i],
             color=plots.COLOURS[i],
             markerfacecolor=plots.COLOURS[i] if i == 0 else "white",
@@ -279,7 +294,7 @@ def draw_scores_by_value(
             axis.errorbar(
                 [place for place, _, _ in places],
                 [mean for _, mean, _ in places],
-                yerr=[half or 0 for _, _, half in places],
+                yerr=[_draw_half(half) for _, _, half in places],
                 **plots.style_line(index),
                 markersize=5,
                 capsize=2,
@@ -295,6 +310,11 @@ def draw_scores_by_value(
         _add_legend(axis)
     _share_limits(list(axes.flat))
     return plots.save_figure(figure, path)
+
+
+def _draw_half(half: float | None) -> float:
+    """Return what matplotlib draws: no bar, not one of width 0, where a single seed has no interval."""
+    return math.nan if half is None else half
 
 
 def _clip_percent(limits: tuple[float, float], label: str) -> tuple[float, float]:

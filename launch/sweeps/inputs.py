@@ -50,6 +50,9 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
         yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
     tokens = [weights, data.token_fields()]
     yield f"content of {data.field} {data.label}", tokens, results.data.tokens_sha256
+    for name, dev in results.data.dev.items():
+        fields = [*tokens, recipe.task.model_dump()]
+        yield f"content of task.dev {name}", fields, dev.tokens_sha256
     rows = recipe.calibration_tokens
     if rows is not None and results.calibration_data is not None:
         fields = [weights, rows.token_fields()]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,6 +72,11 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     rates = sweep.table.learning_rates
     if rates:
         notes.append(describe_choice(rates))
+    if any(group.recipe.train.keep_best == "held_out" for group in groups):
+        notes.append(
+            "The held-out loss chose the step that each run exports (train.keep_best), so it is better "
+            "than it would be on other rows."
+        )
     sizes, machines, revisions = set(), set(), set()
     for results in runs:
         sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
@@ -101,7 +107,14 @@ def describe_choice(rates: LearningRates) -> str:
         text += " of a grid at four rates a decade, extended while the best was at an end"
     else:
         text += " of its grid"
-    return f"{text}, on seed {rates.seed}; no score counts. Fresh: the other seeds."
+    text += f", on seed {rates.seed}; no score counts. Fresh: the other seeds."
+    if rates.set:
+        values = ", ".join(f"{field}={json.dumps(value)}" for field, value in rates.set.items())
+        text += (
+            f" The runs that choose have {values}, so their losses are not comparable with those of "
+            "the fresh seeds."
+        )
+    return text
 
 
 def list_recipe_notes(sweep: Sweep) -> list[str]:

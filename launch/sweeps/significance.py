@@ -3,8 +3,9 @@
 Runs of one seed share the order of the training data, so rows are compared seed by seed: a two-sided
 paired t-test over the seeds that both have. The tests of one column, of every pair of rows in a
 block, are a family. S. Holm's procedure (Scandinavian Journal of Statistics 6, 1979) keeps the
-chance of any false difference in it below 5 %. One seed decides nothing, and neither do
-differences without spread: few seeds with coarse scores give equal ones by chance.
+chance of any false difference in it below 5 %. One seed decides nothing. Neither do differences
+without spread, since few seeds with coarse scores give equal ones by chance: such a pair has no test,
+but remains in the family.
 """
 
 import itertools
@@ -29,6 +30,7 @@ class Comparison(NamedTuple):
     num_pairs: int
     p: float  # of this test alone
     adjusted: float  # by Holm's correction
+    family: int  # pairs that the correction counts
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
@@ -46,12 +48,10 @@ def compare_pairs(first: dict[int, float], second: dict[int, float]) -> float | 
     """Return the p value of the paired t-test of two rows (seed -> number).
 
     Returns:
-        None where there is no test: fewer than two common seeds, a number that is not finite, or
-        differences without spread.
+        None where there is no test: no values to pair, or differences without spread.
     """
-    seeds = sorted(first.keys() & second.keys())
-    values = [[row[seed] for seed in seeds] for row in (first, second)]
-    if len(seeds) < 2 or not all(map(math.isfinite, values[0] + values[1])):
+    values = pair_values(first, second)
+    if values is None:
         return None
     differences = [a - b for a, b in zip(*values, strict=True)]
     size = max(map(abs, values[0] + values[1]))
@@ -60,19 +60,39 @@ def compare_pairs(first: dict[int, float], second: dict[int, float]) -> float | 
     return float(stats.ttest_rel(*values).pvalue)
 
 
+def pair_values(
+    first: dict[int, float], second: dict[int, float]
+) -> tuple[list[float], list[float]] | None:
+    """Return the numbers of two rows (seed -> number) on their common seeds, in one order.
+
+    Returns:
+        None for fewer than two common seeds, or if a number is not finite.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    values = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+    is_finite = all(map(math.isfinite, values[0] + values[1]))
+    return values if len(seeds) > 1 and is_finite else None
+
+
 def compare_groups(groups: Sequence[Group], column: Column) -> list[Comparison]:
-    """Test every pair of groups in a column, and correct for the number of pairs."""
+    """Test every pair of groups in a column, and correct for the number of pairs.
+
+    Pairs without spread have no test, but count in the correction: whether a pair is in the family
+    must not depend on its numbers.
+    """
     values = [group.get_values(column) for group in groups]
-    tested = []
+    family = []
     for i, j in itertools.combinations(range(len(groups)), 2):
-        p = compare_pairs(values[i], values[j])
-        if p is not None:
-            tested.append((i, j, p))
+        if pair_values(values[i], values[j]) is not None:
+            family.append((i, j, compare_pairs(values[i], values[j])))
+    adjusted = adjust_holm([1.0 if p is None else p for _, _, p in family])
     comparisons = []
-    for (i, j, p), adjusted in zip(tested, adjust_holm([p for _, _, p in tested]), strict=True):
-        seeds = values[i].keys() & values[j].keys()
-        difference = estimate_mean([values[i][seed] - values[j][seed] for seed in sorted(seeds)])
-        comparisons.append(Comparison(i, j, difference, len(seeds), p, adjusted))
+    for (i, j, p), corrected in zip(family, adjusted, strict=True):
+        if p is None:
+            continue
+        first, second = pair_values(values[i], values[j])
+        difference = estimate_mean([a - b for a, b in zip(first, second, strict=True)])
+        comparisons.append(Comparison(i, j, difference, len(first), p, corrected, len(family)))
     return comparisons
 
 
@@ -87,14 +107,20 @@ def order_groups(groups: Sequence[Group], column: Column) -> list[int]:
 
 
 def find_best(groups: Sequence[Group], column: Column) -> int | None:
-    """Return the index of the group whose mean is best and differs from the next best, if any."""
+    """Return the index of the group whose mean is best and differs from the next best, if any.
+
+    Rows may lack different seeds, so a row that leads by its mean may be behind on the seeds that
+    both have. Then none is best.
+    """
     order = order_groups(groups, column)
     if column.better is None or len(order) < 2:
         return None
     for comparison in compare_groups(groups, column):
         is_of_these = {comparison.first, comparison.second} == set(order[:2])
         if is_of_these and comparison.adjusted < SIGNIFICANCE_LEVEL:
-            return order[0]
+            first_leads = (comparison.difference.mean > 0) == (column.better == "high")
+            leader = comparison.first if first_leads else comparison.second
+            return leader if leader == order[0] else None
     return None
 
 

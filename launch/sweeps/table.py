@@ -125,6 +125,10 @@ class Table(Section):
                 f"learning_rates.seed: {rates.seed} is one of `seeds` too, and the run that chose "
                 "a rate cannot judge it; take another"
             )
+        if self.vary and "train.lr" in self.vary.fields:
+            raise ValueError(
+                "vary.fields: train.lr is chosen by learning_rates; leave one of them out"
+            )
         if len(set(rates.grid)) < len(rates.grid):
             raise ValueError("learning_rates.grid: the same value twice")
         for label, row in self.rows.items():
@@ -198,7 +202,7 @@ class Sweep:
             settings: overrides of this run, field: value.
 
         Raises:
-            UserError: what `read_recipe` finds wrong in the recipe.
+            UserError: what `read_recipe` finds wrong in the recipe, or it has another seed or rate.
         """
         # Resolving a recipe takes milliseconds, and a sweep asks for all runs whenever one ends.
         key = json.dumps([cell, lr, seed, list(benchmarks), settings or {}])
@@ -225,6 +229,10 @@ class Sweep:
         overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
         recipe = read_recipe(source, overrides)
+        if recipe.train.seed != seed:
+            raise UserError("train.seed: is one of the table's `seeds`; set those in the table")
+        if lr is not None and recipe.train.lr != lr:
+            raise UserError("train.lr: is one of learning_rates; take it out of learning_rates.set")
 
         words = [cell.label] if cell.value is None else [cell.label, str(cell.value)]
         words += [f"lr{recipe.train.lr:g}", f"seed{seed}"]
@@ -275,8 +283,8 @@ class Sweep:
     def _make_tuning_run(self, cell: Cell, rate: float) -> Run:
         """Return the run that measures one rate.
 
-        It is scored on no benchmark, and none of the table's chooses its step (`_resolve_runs`), so
-        no benchmark score can influence the choice.
+        It is scored on no benchmark, and neither a benchmark nor development rows choose its step
+        (`_resolve_runs`), so no score can influence the choice.
         """
         settings = self.table.learning_rates
         return self.make_run(cell, rate, settings.seed, [], settings.set)
@@ -404,10 +412,18 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
     The runs at the learning rate that tuning will choose only combine settings of these.
 
     Raises:
-        UserError: what `read_recipe` finds wrong in a recipe.
+        UserError: what `read_recipe` finds wrong in a recipe; or a score chooses the step of a run
+            for which it must not.
     """
     table = sweep.table
     runs = list(sweep.tuning_runs(cell).values())
+    for run in runs:
+        best = run.recipe.train.keep_best
+        if best in run.recipe.task.dev_sets:
+            raise UserError(
+                f"train.keep_best: {best} would choose the step of a run that chooses a learning rate; "
+                "set task.dev: null in learning_rates.set, or choose another"
+            )
     # None checks the row's own train.lr too, although the rates of the table replace it.
     lrs = [None]
     if table.learning_rates and table.learning_rates.common is not None:

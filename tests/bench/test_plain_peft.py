@@ -66,7 +66,7 @@ def write_run(
     (folder / "predictions" / f"{name}-step-{STEP:07d}.jsonl").write_text("".join(lines))
     last = {"step": STEP, "values": values}
     scores = {name: {"last": last, "epochs": [last]}}
-    (folder / "results.json").write_text(json.dumps({"scores": scores}))
+    (folder / "results.json").write_text(json.dumps({"dtype": "float32", "scores": scores}))
     return folder
 
 

@@ -91,15 +91,16 @@ def _read_number(value: object) -> float | None:
 
 
 def _find_label(value: object, labels: Sequence[str]) -> float | None:
-    """Return the place of a label: of its text or, where no label is a whole number, its place.
+    """Return the place of a label: of its text or, where no label is a number, its place.
 
-    Data sets of the hub hold places.
+    A number is the label with that value, `2` that of `2.0`. Data sets of the hub hold places.
     """
+    if value in labels:
+        return float(labels.index(value))
     number = _read_number(value)
-    is_whole = number is not None and number == int(number)
-    text = str(int(number)) if is_whole and not isinstance(value, str) else value
-    if text in labels:
-        return float(labels.index(text))
-    if is_whole and not any(label.lstrip("-").isdigit() for label in labels):
-        return number if 0 <= number < len(labels) else None
-    return None
+    if number is None:
+        return None
+    numbers = [_read_number(label) for label in labels]
+    if any(one is not None for one in numbers):
+        return float(numbers.index(number)) if number in numbers else None
+    return number if number == int(number) and 0 <= number < len(labels) else None

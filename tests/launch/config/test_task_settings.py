@@ -33,6 +33,24 @@ def test_what_is_set_is_left_also_null() -> None:
     assert recipe.task.dev_sets == {"mrpc": "dev.jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["task.labels=[equivalent, not_equivalent]"],
+            r"task\.labels: GLUE's mrpc has them in the order not_equivalent, equivalent",
+        ),
+        (
+            ["task.kind=regression", "task.labels=null"],
+            r"task\.kind: GLUE's mrpc is a classification",
+        ),
+    ],
+)
+def test_glues_metrics_are_not_used_for_other_labels(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe("glue", ["task.name=mrpc", *settings])
+
+
 def test_a_task_of_ones_own_has_what_is_set_alone() -> None:
     own = ["task.name=reviews", "task.kind=regression", "task.sentence1=text"]
     recipe = read_recipe("glue", own)

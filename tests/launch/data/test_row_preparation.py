@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.config.schema import Data
 from launch.data.preparation import prepare_tokens
-from launch.data.task_rows import RowFolder, prepare_rows
+from launch.data.task_rows import RowFolder, locate_dev, prepare_rows
 from launch.runtime.errors import UserError
 from tests.support.classifiers import load_recipe, make_recipe, make_rows, write_rows
 
@@ -53,6 +54,26 @@ def test_a_run_takes_prepared_rows_without_their_files(
         assert one.folder.is_relative_to(prepared) and other.folder.is_relative_to(
             tmp_path / "cache"
         )
+
+
+def test_a_regression_on_a_split_without_labels_is_refused(tmp_path: Path) -> None:
+    """The hub's test split of STS-B has -1 in every row."""
+    path = make_recipe(tmp_path, "bert", regression=True)
+    write_rows(tmp_path / "train.jsonl", [row | {"label": -1.0} for row in make_rows(60, 1, True)])
+    with pytest.raises(UserError, match=r"^data\.split: the label of every row is -1,"):
+        prepare_rows(load_recipe(path), tmp_path / "base")
+
+
+def test_a_split_is_not_taken_for_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("validation").mkdir()
+    Path("dev.jsonl").touch()
+    data = Data(path="train.jsonl")
+    assert locate_dev(data, "mrpc", "validation").path == "train.jsonl"
+    assert locate_dev(data, "mrpc", "./validation").path == "./validation"
+    assert locate_dev(data, "mrpc", "dev.jsonl").path == "dev.jsonl"
 
 
 def test_other_rows_than_the_recipes_are_refused(tmp_path: Path) -> None:

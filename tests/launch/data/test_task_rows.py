@@ -81,6 +81,8 @@ def test_labels_are_texts_or_places_or_numbers(tmp_path: Path) -> None:
 
     assert read(["yes", 0, 2.0, "1"], PAIRS) == [2, 0, 2, 1]
     assert read(["5", 3, 4.0], PAIRS | {"labels": ["3", "4", "5"]}) == [2, 0, 1]
+    assert read([1.0, 2, "3"], PAIRS | {"labels": ["1.0", "2.0", "3.0"]}) == [0, 1, 2]
+    assert read([2.0, 0.5], PAIRS | {"labels": ["0.5", "1.0", "1.5", "2.0"]}) == [3, 0]
     numbers = {"kind": "regression", "sentence1": "left", "sentence2": "right"}
     assert read([1, 2.5, " 3.25 "], numbers) == [1, 2.5, 3.25]
     refused = {

@@ -37,6 +37,18 @@ def test_rows_that_the_metrics_do_not_take_are_refused() -> None:
         check_dev({"mrpc": make_tokens([0, 1, 2])}, TASK)
     with pytest.raises(UserError, match=r"^task\.dev: mrpc: a score needs at least two rows"):
         check_dev({"mrpc": make_tokens([0])}, TASK)
+    numbers = Task(kind="regression", name="stsb", sentence1="text")
+    check_dev({"stsb": make_tokens([-1, 1])}, numbers)
+    with pytest.raises(UserError, match=r"^task\.dev: stsb: the label of every row is -1"):
+        check_dev({"stsb": make_tokens([-1, -1])}, numbers)
+
+
+def test_sets_of_rows_have_predictions_of_their_own() -> None:
+    names = ("hard set", "hard_set", "hard/set", "mrpc")
+    assert len({development._name_file(Path("run"), name, 3) for name in names}) == len(names)
+    assert development._name_file(Path("run"), "mrpc", 3) == Path(
+        "run/predictions/mrpc-step-0000003.jsonl"
+    )
 
 
 def test_outputs_that_are_not_finite_are_no_class(

@@ -3,9 +3,11 @@
 Needs nothing; takes 3 seconds.
 """
 
+import json
 from pathlib import Path
 
 from launch.sweeps.blocks import build_blocks
+from launch.sweeps.figures import draw_figures
 from launch.sweeps.render import list_notes, render_csv, render_markdown
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell, Sweep
@@ -38,6 +40,8 @@ def make_glue_sweep(folder: Path) -> Sweep:
             best = {metric: value + 0.1 for metric, value in last.items()}
             results = make_results(0.5, scores={task: make_task_score(last, best)})
             write_results(sweep, run, results)
+            line = json.dumps({"step": 1, "loss": 0.5, "grad_norm": 0.1})
+            (sweep.folder / run.name / "metrics.jsonl").write_text(line + "\n")
     return sweep
 
 
@@ -72,3 +76,15 @@ def test_means_intervals_and_medians_are_of_one_kind_of_epoch(tmp_path: Path) ->
     assert "mrpc: n = 200" in "\n".join(list_notes(sweep, groups))
     assert "| astra | 0.0005 | 1 of 3 | 71.0 |" in render_markdown(sweep, groups)
     assert 'lora,mrpc,recipe,0.0005,"mrpc f1, best epoch (%)",84.66' in render_csv(sweep, groups)
+
+
+def test_each_tasks_scores_are_drawn_apart(tmp_path: Path) -> None:
+    sweep = make_glue_sweep(tmp_path)
+    paths = draw_figures(sweep, collect_groups(sweep), tmp_path)
+    assert {path.name for path in paths} == {
+        "t_loss.png",
+        "t_grad_norm.png",
+        "t_mrpc_accuracy_last_epoch.png",
+        "t_mrpc_f1_last_epoch.png",
+        "t_cola_matthews_last_epoch.png",
+    }

@@ -77,6 +77,33 @@ def test_the_best_is_bold_only_after_correction(tmp_path: Path) -> None:
     assert find_best(groups[:2], column) == 0  # of one test
 
 
+def test_pairs_without_spread_remain_in_the_family(tmp_path: Path) -> None:
+    """c is b with 10 points more on every seed, which no t-test can judge."""
+    scores = {"a_1": [0.50, 0.52, 0.54], "b": [0.45, 0.48, 0.51], "c": [0.55, 0.58, 0.61]}
+    sweep = make_sweep(tmp_path, scores)
+    groups = collect_groups(sweep)
+    comparisons = compare_groups(groups, list_columns(sweep, groups)[0])
+    assert [(c.first, c.second, c.family) for c in comparisons] == [(0, 1, 3), (0, 2, 3)]
+    alone = stats.ttest_rel([50, 52, 54], [45, 48, 51]).pvalue
+    # By hand: of three p values it is the second; without the pair of b and c it would be the last.
+    assert (comparisons[0].p, comparisons[0].adjusted) == pytest.approx((alone, 2 * alone))
+
+
+def test_a_row_that_leads_only_by_other_seeds_is_not_best(tmp_path: Path) -> None:
+    """Without its third seed b has the higher mean; on the seeds of both, a is above it each time."""
+    sweep = make_sweep(
+        tmp_path, {"a_1": [0.62, 0.63, 0.30], "b": [0.61, 0.6201, 0.3], "c": [None] * 3}
+    )
+    missing = sweep.eval_runs(sweep.list_cells()[1])["recipe"][2]
+    (sweep.find_folder(missing) / "results.json").unlink()
+    groups = collect_groups(sweep)
+    column = list_columns(sweep, groups)[0]
+    (comparison,) = compare_groups(groups, column)
+    assert comparison.adjusted < 0.05 and comparison.difference.mean > 0
+    assert groups[1].estimate_column(column).mean > groups[0].estimate_column(column).mean
+    assert find_best(groups, column) is None
+
+
 def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
     scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
     sweep = make_sweep(tmp_path, scores)

@@ -77,6 +77,21 @@ def test_runs_calibrated_on_other_content_are_not_mixed(tmp_path: Path) -> None:
         collect_groups(sweep)
 
 
+def test_runs_scored_on_other_development_rows_are_not_mixed(tmp_path: Path) -> None:
+    """As after labels in dev.jsonl were corrected between two seeds."""
+    rows = {"lora": {"set": {"adapter.method": "lora"}}}
+    fields = {"recipe": "glue", "suites": [], "set": {"task.dev": "dev.jsonl"}}
+    sweep = make_sweep(tmp_path, {"lora": [None] * 3}, rows=rows, **fields)
+    runs = sweep.eval_runs(sweep.list_cells()[0])["recipe"]
+    for run, content in zip(runs, ("old", "old", "new"), strict=True):
+        collect_groups(sweep)
+        dev = {"mrpc": {"tokens_sha256": content, "kept": 9, "cut": 0}}
+        data = make_data() | {"dev": dev}
+        write_results(sweep, run, make_results(0.2, scores={}, data=data))
+    with pytest.raises(UserError, match=r"another content of task\.dev mrpc than "):
+        collect_groups(sweep)
+
+
 @pytest.mark.parametrize(
     "missing",
     [{"other_text_source": None}, {"scores": {"gsm8k": make_score(0.3, data_sha256=None)}}],

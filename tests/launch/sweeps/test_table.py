@@ -158,6 +158,22 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
             "rows.a: adapter.rnk: unknown key; did you mean adapter.rank?",
         ),
         ({"set": {}}, "data.held_out: learning rates of small are chosen by it"),
+        (
+            {"set": {"data.held_out": 20, "train.seed": 7}},
+            "train.seed: is one of the table's `seeds`",
+        ),
+        (
+            {"learning_rates": {"grid": [1e-3], "seed": 0, "set": {"train.lr": 1}}},
+            "train.lr: is one of learning_rates",
+        ),
+        (
+            {"learning_rates": {"grid": [1e-3], "seed": 0, "set": {"train.seed": 1}}},
+            "train.seed: is one of the table's `seeds`",
+        ),
+        (
+            {"vary": {"fields": ["train.lr"], "values": [1e-3, 1e-2]}},
+            "vary.fields: train.lr is chosen by learning_rates",
+        ),
         ({"extends": "mathz"}, "no table or file 'mathz'; did you mean maths?"),
     ],
     ids=str,
@@ -186,6 +202,17 @@ def test_the_runs_that_choose_a_rate_have_settings_of_their_own(tmp_path: Path) 
     assert {run.recipe.data.limit for run in common} == {90}
     # the same rate and seed with other settings is another run
     assert len({run.name for run in sweep.list_runs(LORA)}) == 4
+
+
+def test_development_rows_do_not_choose_the_step_of_a_run_that_chooses_a_rate(
+    tmp_path: Path,
+) -> None:
+    fields = {"train.keep_best": "mrpc", "data.held_out": 20}
+    rates = {"grid": [1e-3], "seed": 0}
+    with pytest.raises(UserError, match=r"train\.keep_best: mrpc would choose the step of a run"):
+        read_small_table(tmp_path, recipe="glue", set=fields, suites=[], learning_rates=rates)
+    rates["set"] = {"task.dev": None, "train.keep_best": None}
+    read_small_table(tmp_path, recipe="glue", set=fields, suites=[], learning_rates=rates)
 
 
 def test_a_wrong_setting_of_the_runs_that_choose_is_refused_before_a_run(tmp_path: Path) -> None:
