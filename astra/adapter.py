@@ -251,8 +251,8 @@ def save_adapter(
     """Write `factors` to `folder` in PEFT's format, for the base model `base`.
 
     `head`, parameters of the base by name, is written as the modules that PEFT saves beside the
-    factors. `config` is written as it is, but for `init_lora_weights`: that is PEFT's default, because PEFT
-    changes the base when it loads a config that names a data-driven initialisation.
+    factors. `config` is written as it is, but for `init_lora_weights`: that is PEFT's default,
+    because PEFT changes the base when it loads a config that names a data-driven initialisation.
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = base

@@ -122,7 +122,6 @@ def run_stages(
     small = export_small(run, loaded, initial)
     results = make_results(run, loaded, facts, history, best_step, scores, after, small, peak_flops)
     run_on_rank0(lambda: write_run_results(run, results))
-    if dist.get_rank() == 0:
-        print_rank0(runs_table([folder]))
+    print_rank0(run_on_rank0(lambda: runs_table([folder])))
     print_rank0(f"plots: {folder}/*.png  to load: {exported}")
     print_rank0(describe_next_steps(folder, run.recipe, results))

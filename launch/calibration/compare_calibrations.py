@@ -136,9 +136,9 @@ def _render_page(
         f"{manifest['base']['name']}, rank {manifest['rank']}.",
         "",
     ]
-    for folder, of in zip((first, second), manifests, strict=True):
-        samples = "no" if of["sample_ids"] is None else str(len(of["sample_ids"]))
-        lines.append(f"- {folder}: {samples} examples of {describe_data(of)}, seed {of['seed']}")
+    for folder, one in zip((first, second), manifests, strict=True):
+        samples = "no" if one["sample_ids"] is None else str(len(one["sample_ids"]))
+        lines.append(f"- {folder}: {samples} examples of {describe_data(one)}, seed {one['seed']}")
     if manifests[0]["seed"] != manifests[1]["seed"]:
         lines += ["", "The seeds differ, which also draw the directions within null spaces."]
     for side, modules in sides.items():
@@ -152,14 +152,15 @@ def _render_kinds(modules: Mapping[str, Comparison]) -> list[str]:
     lines = ["| module | d | r | median angle | largest angle | overlap | r / d |"]
     lines.append("|---|---|---|---|---|---|---|")
     for kind, names in group_by_kind(modules).items():
-        of = [modules[name] for name in names]
+        compared = [modules[name] for name in names]
         cells = [f"{kind} ({len(names)})"]
         cells += [
-            format_range([getattr(module, key) for module in of], "d") for key in ("size", "rank")
+            format_range([getattr(module, key) for module in compared], "d")
+            for key in ("size", "rank")
         ]
         for key, form in (("median_angle", ".1f"), ("largest_angle", ".1f"), ("overlap", ".3f")):
-            cells.append(format_range([getattr(module, key) for module in of], form))
-        cells.append(format_range([module.rank / module.size for module in of], ".3f"))
+            cells.append(format_range([getattr(module, key) for module in compared], form))
+        cells.append(format_range([module.rank / module.size for module in compared], ".3f"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

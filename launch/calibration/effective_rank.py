@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,6 +27,7 @@ from launch.engines import Engine, make_engine
 from launch.models.check import check_model
 from launch.models.identity import differs
 from launch.run import plots
+from launch.run.folder import EFFECTIVE_RANKS, RECIPE
 from launch.run.results import RESULTS, read_run_results
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = "after"  # in the run folder; holds everything that is measured here
-BEFORE = f"{FOLDER}/before"  # in the run folder; the first calibration that is made
-EFFECTIVE_RANKS = f"{FOLDER}/effective_rank.json"  # in the run folder
+BEFORE = f"{FOLDER}/before"  # in the run folder; calibration of the untrained base
 FIGURE = "effective_rank.png"
 # Exports of a run. The first that exists is measured. `adapter` is valid on the original base only
 # where the run exported no `lora`.
@@ -75,11 +74,10 @@ def measure_effective_ranks(
             trained = exported if when == "after" else None
             engine = make_engine(recipe.engine, device, inputs.dtype)
             _calibrate_model(recipe, inputs, engine, trained, folder)
-    if dist.get_rank() == 0:
-        _write_comparison(run / FOLDER, recipe.adapter.targets)
-        print_rank0(
-            f"effective ranks before and after: {run / EFFECTIVE_RANKS} and {run / FOLDER / FIGURE}"
-        )
+    run_on_rank0(lambda: _write_comparison(run, recipe.adapter.targets))
+    print_rank0(
+        f"effective ranks before and after: {run / EFFECTIVE_RANKS} and {run / FOLDER / FIGURE}"
+    )
 
 
 def _find_export(run: Path) -> Path:
@@ -125,7 +123,7 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
         UserError: `run` is not the folder of a finished run, or its base has no outputs.
     """
     _find_export(run)
-    recipe = read_stored_recipe(run / "recipe.yaml")
+    recipe = read_stored_recipe(run / RECIPE)
     if recipe.model.new_weights:
         raise UserError(
             f"--after: {run} drew {recipe.model.new_weights[0]} (model.new_weights), so its base is "
@@ -191,10 +189,10 @@ def _merge_adapter(base: nn.Module, folder: Path, engine: Engine) -> None:
         engine.write(parameter, merged.to(weight.dtype))
 
 
-def _write_comparison(folder: Path, targets: list[str]) -> None:
-    """Write effective_rank.json and its figure from the two calibrations in `folder`."""
-    before = read_summary(folder / "before")["modules"]
-    after = read_summary(folder / "after")["modules"]
+def _write_comparison(run: Path, targets: list[str]) -> None:
+    """Write effective_rank.json and its figure from the two calibrations of `run`."""
+    before = read_summary(run / FOLDER / "before")["modules"]
+    after = read_summary(run / FOLDER / "after")["modules"]
     modules = {}
     for name in sorted(before, key=lambda name: place_module(name, targets)):
         modules[name] = {
@@ -203,8 +201,8 @@ def _write_comparison(folder: Path, targets: list[str]) -> None:
             "after": after[name]["effective_rank"],
         }
     changes = _get_changes(modules)
-    plot_effective_ranks(group_by_layer(changes), folder / FIGURE)
-    write_json(folder / Path(EFFECTIVE_RANKS).name, modules)
+    plot_effective_ranks(group_by_layer(changes), run / FOLDER / FIGURE)
+    write_json(run / EFFECTIVE_RANKS, modules)
 
 
 def read_effective_ranks(run: Path) -> dict[str, RankChange]:
@@ -217,7 +215,7 @@ def read_effective_ranks(run: Path) -> dict[str, RankChange]:
 
 def _get_changes(modules: Mapping[str, Mapping[str, float]]) -> dict[str, RankChange]:
     """Return the effective ranks of the modules of effective_rank.json."""
-    return {name: RankChange(of["before"], of["after"]) for name, of in modules.items()}
+    return {name: RankChange(row["before"], row["after"]) for name, row in modules.items()}
 
 
 def group_by_layer(changes: Mapping[str, RankChange]) -> dict[str, dict[str, RankChange]]:

@@ -22,9 +22,9 @@ from launch.runtime.errors import UserError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # Fields that were renamed, `section.field` within one section. The old name works for one release.
 RENAMED_FIELDS = {"data.keep": "data.filter"}
-# Fields that came later and change no result: hashes are without them. And the
-# earlier default of fields whose default is another one now: hashes have it in the new one's place.
+# Fields that came later and change no result: hashes are without them.
 UNHASHED_FIELDS = ("calibration.reduction", "note")
+# Fields whose default has changed: hashes have the earlier one in the place of the present one.
 EARLIER_DEFAULTS = {"calibration.memory_gib": ("auto", None)}  # (now, earlier)
 # Fields and sections that came later: hashes are without them where they are at their defaults.
 ADDED_FIELDS = (

@@ -2,7 +2,7 @@
 
 A folder is one of `save_to_disk`, has the hub's layout, or holds GLUE's own TSV files.
 
-Whatever would leave rows out in silence is refused: a split or configuration that is not there,
+Whatever would leave rows out without a word is refused: a split or configuration that is not there,
 shards that are missing, files of another format among those of the split.
 """
 

@@ -28,9 +28,8 @@ class TokenSet:
     # the prompt's end on.
     is_trained: Tensor | None = None
     labels: Tensor | None = None  # (examples,): int64 places in task.labels, or fp64 numbers
-    token_types: Tensor | None = (
-        None  # as tokens, int8: 1 in a pair's second text; if models take it
-    )
+    # As tokens, int8: 1 in a pair's second text. None where models take none.
+    token_types: Tensor | None = None
     pad_token: int = 0  # id that fills up rows with labels
 
     def __len__(self) -> int:

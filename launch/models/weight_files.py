@@ -14,9 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from launch.runtime import compat
 from launch.runtime.errors import UserError
 
-LFS_POINTER = (
-    b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-)
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+LFS_POINTER = b"version https://git-lfs"
 
 
 class StoredTensor(NamedTuple):

@@ -1,6 +1,5 @@
 """Read what the folder of a run holds so far: all of a finished run, and of a running one its part."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,14 +11,12 @@ import yaml
 from launch.calibration.store import SPECTRUM, read_summary
 from launch.config.loading import flatten_recipe, read_stored_recipe
 from launch.config.schema import Recipe
-from launch.run.folder import BASELINE
+from launch.run.folder import BASELINE, RECIPE, read_state
 from launch.run.metrics import METRICS, Metrics, read_metrics
 from launch.run.results import RunResults, find_run_results
 from launch.runtime.errors import UserError
 from launch.scoring.responses import GENERATIONS, read_generations
 from launch.stages.records import CALIBRATION, WHILE_TRAINING
-
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -107,10 +104,7 @@ def _read_state(folder: Path, finished: bool) -> dict[str, Any]:
     """Return state.json; results.json alone decides whether the run has finished."""
     if finished:
         return {"state": "finished"}
-    path = folder / "state.json"
-    if not path.is_file():
-        return {"state": "unfinished"}
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_state(folder) or {"state": "unfinished"}
 
 
 def _estimate_num_steps(steps: Sequence[Metrics]) -> int | None:

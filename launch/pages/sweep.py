@@ -1,6 +1,5 @@
 """The page of a sweep: its table, its rates, curves, spectra and responses, with what is there so far."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def _choose_shown_runs(sweep: Sweep, groups: Sequence[Group]) -> list[ShownRun]:
     shown: dict[str, ShownRun] = {}
     runs = {run.name: run for run in sweep.list_all_runs()}
     for group in groups:  # those at own learning rates come first
-        name = group.label if group.value is None else f"{group.label} {group.value}"
+        name = Cell(group.label, group.value).name
         if name in shown or not group.results:
             continue
         run = runs[group.folders[min(group.results)].name]
@@ -120,10 +119,7 @@ def _chart_rates(sweep: Sweep) -> Chart | None:
     figure = make_figure("learning rate", "held-out loss", log_x=True)
     numbers, rates = {}, set()
     for curve in collect_rate_curves(sweep):
-        known = {}
-        for rate, loss in curve.losses.items():
-            if loss is not None and math.isfinite(loss):
-                known[rate] = loss
+        known = curve.list_finite()
         if not known:
             continue
         add_line(figure, curve.label, list(known), list(known.values()), max_markers=0)

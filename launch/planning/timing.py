@@ -32,9 +32,8 @@ HOST = Path(__file__).resolve().parents[2] / "bench" / "results" / "host.json"
 SAME_HOST_TIME = {"single": "zero2", "zero3_offload": "zero3"}
 # Measured with gradient checkpointing: forward, forward again, and a backward pass of two forwards.
 FORWARD_SHARE, NO_CHECKPOINTING_SHARE = 0.25, 0.75
-ADAMW_BYTES = (
-    28  # of a parameter: its value, gradient and moments read, all but the gradient written
-)
+# Of a parameter: its value, gradient and moments are read, all but the gradient written.
+ADAMW_BYTES = 28
 HOST_BANDWIDTH = 20.0  # GB/s of main memory for each rank; assumed
 
 
@@ -183,9 +182,9 @@ def time_calibration(
 
     A batch takes as long as the slowest of GPU, host (a quarter of a micro batch's time for a
     forward pass, three quarters with a backward pass) and links (the gathered weights, half of a
-    micro batch's for a forward pass). Sums are
-    fp64 products at GPU_EFFICIENCY of the peak. Their reduction is an all-reduce, or half of one
-    with calibration.reduction owner. How modules are solved: launch.calibration.solvers.
+    micro batch's for a forward pass). Sums are fp64 products at GPU_EFFICIENCY of the peak. Their
+    reduction is an all-reduce, or half of one with calibration.reduction owner. How modules are
+    solved: launch.calibration.solvers.
 
     Args:
         num_passes: passes over the samples.

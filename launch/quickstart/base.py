@@ -31,7 +31,7 @@ from launch.quickstart.data import (
 )
 from launch.run.progress import show_progress
 from launch.runtime import watchdog
-from launch.runtime.distributed import run_on_rank0
+from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.files import cache_root, write_json
 from launch.runtime.locks import hold_lock
 from launch.training.loop import make_train_state, train
@@ -120,8 +120,7 @@ def make_quickstart(folder: Path, device: torch.device) -> None:
 
     Collective.
     """
-    if dist.get_rank() == 0:
-        print(f"quickstart: pretraining a small base once, to {folder}", flush=True)
+    print_rank0(f"quickstart: pretraining a small base once, to {folder}")
     documents = list(generate_documents(NUM_DOCUMENTS, SEED))
     tokenizer_model, tokens = run_on_rank0(lambda: _make_pretraining_tokens(documents))
     torch.manual_seed(SEED)

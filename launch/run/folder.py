@@ -1,17 +1,23 @@
 """A run's folder: one run, started once at a time, and what has become of it."""
 
+import json
 import os
 import socket
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from launch.config.loading import dump_recipe, find_difference, read_stored_recipe
 from launch.config.schema import Recipe
+from launch.run.results import RESULTS
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 from launch.runtime.locks import FolderLock
 
-BASELINE = "baseline"  # folder in the run folder: the responses of the base before training
+# Files and folders of a run folder, beside those that have a module of their own.
+RECIPE, STATE = "recipe.yaml", "state.json"
+BASELINE = "baseline"  # the responses of the base before training
+EFFECTIVE_RANKS = Path("after") / "effective_rank.json"  # of launch/calibrate.py --after
 # Fields that say how a calibration is computed and not what, or nothing of it: a finished run may
 # have others too.
 OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")
@@ -55,12 +61,12 @@ def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
             be written.
     """
     make_folder(folder)
-    recipe_path = folder / "recipe.yaml"
+    recipe_path = folder / RECIPE
     if not recipe_path.is_file() and any(path.name != "lock" for path in folder.iterdir()):
         raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
     lock.acquire()
     if recipe_path.is_file():
-        finished = (folder / "results.json").is_file()
+        finished = (folder / RESULTS).is_file()
         _refuse_another_run(folder, read_stored_recipe(recipe_path), recipe, finished)
         if finished:
             write_state(folder, "finished")
@@ -106,7 +112,13 @@ def write_state(
     value: dict[str, str | int] = {"state": state, "host": socket.gethostname(), "pid": os.getpid()}
     if error is not None:
         value |= {"error": error, "exit_code": exit_code}
-    write_json(folder / "state.json", value)
+    write_json(folder / STATE, value)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Read state.json of a run folder; None where there is none."""
+    path = folder / STATE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def make_folder(folder: Path) -> None:

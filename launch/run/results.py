@@ -15,9 +15,8 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
 from launch.runtime.units import GIB
 
-RESULTS = (
-    "results.json"  # in the folder of a run or an evaluation; written last, it marks it as finished
-)
+# In the folder of a run or an evaluation; written last, it marks it as finished.
+RESULTS = "results.json"
 
 
 class Record(BaseModel):
@@ -249,9 +248,7 @@ class RunResults(Record):
     data: Data
     note: str | None = None  # of the recipe
     method: str
-    variant: str | None = (
-        None  # what the method's name leaves open, such as the end of the spectrum
-    )
+    variant: str | None = None  # what the method's name leaves open: the end of the spectrum
     eigen_select: str | None = None  # of astra
     rank: int | None  # None where no adapters were trained
     lora_rank: int | None = None  # of the exported plain LoRA; None where there is none
@@ -391,8 +388,8 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
     if data.held_out_trained:
         line = (
             f"{data.held_out_trained} of {num_held_out} held-out rows are trained on too, as rows "
+            "of another source: their loss is no held-out loss"
         )
-        line += "of another source: their loss is no held-out loss"
         described.append(("data.held_out", line))
     by_path: dict[str, list[str]] = {}
     for name, source in data.sources.items():
@@ -401,8 +398,8 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
         if len(names) > 1:
             line = (
                 f"{' and '.join(names)} read {path}: a row that both read may be held out by the "
+                "one and trained on by the other, in another form that is not counted"
             )
-            line += "one and trained on by the other, in another form that is not counted"
             described.append(("data.held_out", line))
     return described
 

@@ -40,7 +40,7 @@ def choose_device() -> torch.device:
 def _require_no_gpu() -> None:
     """Raise NodeError if this machine has GPUs that torch cannot use and nobody has hidden.
 
-    Training would go on in silence, on CPUs and in fp32, a thousand times slower.
+    Training would continue without a word, on CPUs and in fp32, a thousand times slower.
     """
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     if is_hidden or os.environ.get("DS_ACCELERATOR") == "cpu":

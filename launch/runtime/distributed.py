@@ -2,6 +2,8 @@
 
 `run_on_rank0` and `run_on_each_node` raise a user error of one rank on all of them. One that a rank
 meets outside of them reaches the others through the watchdog (launch.runtime.entry).
+
+"Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
 import logging

@@ -37,7 +37,7 @@ class Report:
     phase_heartbeats: int  # the same, since the phase began
     stop_reason: str | None  # why the rank was asked to stop
     failed: bool  # a collective of the rank has failed
-    error: str | None = None  # why the rank cannot go on, as a line
+    error: str | None = None  # why the rank must stop, as a line
     error_code: int = 1  # the exit code that belongs to it
 
 

@@ -61,7 +61,7 @@ class Watchdog:
     heartbeats_before: int = 0  # of them, those before the phase began
     failed: bool = False  # a collective of this rank has failed
     disarmed: bool = False  # the process ends in good order: watch no more
-    error: str | None = None  # why this rank cannot go on
+    error: str | None = None  # why this rank must stop
     error_code: int = 1
     on_preempted: Callable[[], None] | None = None
     on_error: Callable[[str, int], None] | None = None

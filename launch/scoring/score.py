@@ -214,8 +214,10 @@ def _count_responses(
     """Return the fields of Score that count empty responses, and those of too long prompts."""
     empty = sum(not response.output for response in responses.values())
     overlong = [request.problem.id for request in requests if responses[request.key].overlong]
-    counted = {"empty": empty}
-    return counted | {"overlong": list(dict.fromkeys(overlong))} if overlong else counted
+    counted: dict[str, object] = {"empty": empty}
+    if overlong:
+        counted["overlong"] = list(dict.fromkeys(overlong))
+    return counted
 
 
 def _get_responses(

@@ -1,7 +1,4 @@
-"""Export what was trained.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""Export what was trained."""
 
 import shutil
 from pathlib import Path

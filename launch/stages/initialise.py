@@ -1,7 +1,4 @@
-"""Load the base with its adapters, and set their values: from a calibration or a checkpoint.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""Load the base with its adapters, and set their values: from a calibration or a checkpoint."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config.schema import EVAL_OPTIONS, Recipe
-from launch.run.folder import BASELINE
+from launch.run.folder import BASELINE, RECIPE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
 from launch.training.model_card import find_vllm_rank, list_exports
@@ -41,7 +41,7 @@ def describe_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> st
 def make_repeat_command(folder: Path, engine: str, world_size: int) -> str:
     """Return the command that makes the run in `folder` again, in a new folder beside it."""
     again = folder.with_name(f"{folder.resolve().name}-again")
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     words = ["launch/train.py", "--recipe", str(recipe), "--output", str(again)]
     return shlex.join([*choose_launcher(engine, world_size), *words])
 

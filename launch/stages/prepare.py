@@ -1,7 +1,4 @@
-"""The first stage of a run: read, check and prepare all that it starts from.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""The first stage of a run: read, check and prepare all that it starts from."""
 
 import time
 from pathlib import Path
@@ -102,7 +99,7 @@ def _count_earlier_seconds(saved: Checkpoint) -> float:
 def _decide_auto(
     recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path, saved: Checkpoint | None
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Give fields that are `auto` values, or those again that the run was begun with. Collective.
+    """Decide the fields that are `auto`; a run that resumes takes what its checkpoint recorded. Collective.
 
     Returns:
         The recipe with the values, and by the fields' names the values to be recorded.
@@ -134,9 +131,9 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
     for name, rows in inputs.dev.items():
         print_rank0(f"development: {name}, {len(rows)} rows ({rows.num_truncated} truncated)")
     if tokens.num_special:
-        of = " of the sources" if recipe.data.sources else ""
+        whose = " of the sources" if recipe.data.sources else ""
         print_rank0(
-            f"{tokens.num_special} rows{of} hold text that became special tokens, since this tokenizer "
+            f"{tokens.num_special} rows{whose} hold text that became special tokens, since this tokenizer "
             "cannot take it for text; launch/prepare.py names the first"
         )
     idle = describe_idle_ranks(steps, world_size)

@@ -1,7 +1,4 @@
-"""Write the record of a finished run.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""Write the record of a finished run."""
 
 import time
 from typing import Any

@@ -1,7 +1,4 @@
-"""Score a model on benchmarks.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""Score a model on benchmarks."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 No number of the training changes by it: the model is in eval mode, nothing is updated, and every
 step of training seeds its own dropout.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
 """
 
 import shutil

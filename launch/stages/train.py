@@ -1,7 +1,4 @@
-"""Train, with checkpoints on the way and a rehearsal of every save after the first step.
-
-"Collective" in a docstring means that every rank must call the function, in the same order.
-"""
+"""Train, with checkpoints on the way and a rehearsal of every save after the first step."""
 
 import torch.distributed as dist
 from torch import nn

@@ -30,7 +30,15 @@ class RateCurve:
     @property
     def label(self) -> str:
         """The row, with its value where something varies."""
-        return name_cell(self.cell)
+        return self.cell.name
+
+    def list_finite(self) -> dict[float, float]:
+        """Return the finite losses, by rate."""
+        return {
+            rate: loss
+            for rate, loss in self.losses.items()
+            if loss is not None and math.isfinite(loss)
+        }
 
     def list_neighbours(self) -> list[RatePoint | None]:
         """Return the next lower rate, the best and the next higher; None where there is none."""
@@ -42,11 +50,6 @@ class RateCurve:
             known = None if rate is None else (rate, self.losses[rate], self.fresh.get(rate))
             points.append(known and RatePoint(*known))
         return points
-
-
-def name_cell(cell: Cell) -> str:
-    """Return the name of a cell: its row, with its value where something varies."""
-    return cell.label if cell.value is None else f"{cell.label} {cell.value}"
 
 
 def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
@@ -92,7 +95,7 @@ def list_missing(sweep: Sweep) -> list[str]:
             if seeds:
                 parts.append(f"{_name_rate(rate)}seed {', '.join(map(str, seeds))}")
         if parts:
-            missing.append(f"{name_cell(cell)}: {'; '.join(parts)}")
+            missing.append(f"{cell.name}: {'; '.join(parts)}")
     return missing
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from launch.run.folder import EFFECTIVE_RANKS
 from launch.run.progress import has_terminal
 from launch.run.results import RESULTS
 from launch.sweeps.inputs import check_inputs
-from launch.sweeps.kept import EFFECTIVE_RANKS, keep_runs
+from launch.sweeps.kept import keep_runs
 from launch.sweeps.rates import LOWEST_STEP, make_rate
 from launch.sweeps.remaining import describe_remaining, format_minutes
 from launch.sweeps.table import Cell, Run, Sweep, has_diverged, has_ended
@@ -122,8 +123,7 @@ def is_done(job: Job) -> bool:
 def print_jobs(sweep: Sweep) -> None:
     """Print every cell with its index, and under it its jobs that are known so far."""
     for index, cell in enumerate(sweep.list_cells()):
-        value = "" if cell.value is None else f" {cell.value}"
-        print(f"{index} {cell.label}{value}")
+        print(f"{index} {cell.name}")
         for job in list_jobs(sweep, cell):
             print(f"    {'done   ' if is_done(job) else 'missing'} {job.name}")
 

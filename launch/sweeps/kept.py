@@ -3,19 +3,16 @@
 A sweep starts from the runs kept there, and a report is made of them alone.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.run.folder import EFFECTIVE_RANKS, STATE, read_state
 from launch.run.metrics import METRICS
 from launch.run.results import RESULTS
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
 from launch.sweeps.table import Cell, Sweep, has_diverged, has_ended
 
-# What calibrate.py --after writes into a run folder. Named here too, as the module that writes it
-# imports torch, for which launch/sweep.py would take seconds to start.
-EFFECTIVE_RANKS = Path("after") / "effective_rank.json"
 # results.json comes last: that it is there marks a run as finished.
 KEPT_FILES = (Path(METRICS), EFFECTIVE_RANKS, Path(RESULTS))
 
@@ -39,12 +36,10 @@ def _keep_run(source: Path, target: Path) -> None:
         return
     if has_diverged(source):
         if not has_ended(target):
-            state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+            state = read_state(source)
             target.mkdir(parents=True, exist_ok=True)
             # Not the host and the process, which say nothing about the result.
-            write_json(
-                target / "state.json", {"state": state["state"], "error": state.get("error")}
-            )
+            write_json(target / STATE, {"state": state["state"], "error": state.get("error")})
         return
     for name in KEPT_FILES:
         if (source / name).is_file() and not (target / name).is_file():

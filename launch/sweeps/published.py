@@ -29,9 +29,8 @@ class Published(NamedTuple):
     method: str
     source: str
     scores: dict[str, float]  # benchmark, or `mean` -> percent
-    differences: tuple[
-        str, ...
-    ]  # from the row's protocol; the scores are shown where there are none
+    # From the row's protocol; the scores are shown where there are none.
+    differences: tuple[str, ...]
     unstated: tuple[str, ...]  # fields that the source does not state
 
     def describe(self) -> str:

@@ -46,7 +46,8 @@ def draw_rate_curves(curves: Sequence[RateCurve], path: Path) -> Path:
 def _draw_curves(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str]) -> None:
     """Draw the lines of one panel, those that are not in `part` in grey."""
     for curve in curves:
-        rates, losses = _list_finite(curve)
+        finite = curve.list_finite()
+        rates, losses = list(finite), list(finite.values())
         if curve.label not in part:
             axis.plot(rates, losses, color=plots.GREY, linewidth=0.7, zorder=1)
             continue
@@ -69,15 +70,6 @@ def _find_style(curve: RateCurve, part: Sequence[str]) -> dict[str, Any]:
     return plots.style_line(part.index(curve.label))
 
 
-def _list_finite(curve: RateCurve) -> tuple[list[float], list[float]]:
-    """Return the rates with a finite loss, and the losses."""
-    known = {}
-    for rate, loss in curve.losses.items():
-        if loss is not None and math.isfinite(loss):
-            known[rate] = loss
-    return list(known), list(known.values())
-
-
 def _set_whole_limits(axis: "Axes", curves: Sequence[RateCurve]) -> None:
     """Show every rate, and losses up to twice the range that the rows' lowest rates and bests span.
 
@@ -85,7 +77,9 @@ def _set_whole_limits(axis: "Axes", curves: Sequence[RateCurve]) -> None:
     """
     rates = [rate for curve in curves for rate in curve.losses]
     axis.set_xlim(min(rates) / 1.3, max(rates) * 1.3)
-    finite = [losses for _, losses in map(_list_finite, curves) if losses]
+    finite = [
+        losses for losses in (list(curve.list_finite().values()) for curve in curves) if losses
+    ]
     if finite:
         low, high = min(map(min, finite)), max(losses[0] for losses in finite)
         largest = max(map(max, finite))
@@ -124,7 +118,7 @@ def _name_lines(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str]) 
     ends = []
     for curve in curves:
         shown = []
-        for rate, loss in zip(*_list_finite(curve), strict=True):
+        for rate, loss in curve.list_finite().items():
             if left <= rate <= right and low <= loss <= high:
                 shown.append((rate, loss))
         if curve.label in part and shown:

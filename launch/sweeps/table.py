@@ -25,6 +25,7 @@ from launch.config.loading import (
     validate_section,
 )
 from launch.config.schema import Name, Number, Recipe, Section
+from launch.run.folder import read_state
 from launch.run.results import RESULTS, RunResults, find_run_results
 from launch.runtime.errors import UserError
 from launch.sweeps.rates import choose_next_rate, find_best_rate, find_neighbours, make_grid
@@ -145,6 +146,11 @@ class Cell(NamedTuple):
 
     label: str  # of the row
     value: Any  # None where nothing varies
+
+    @property
+    def name(self) -> str:
+        """The row, with its value where something varies."""
+        return self.label if self.value is None else f"{self.label} {self.value}"
 
 
 @dataclass(frozen=True)
@@ -460,8 +466,8 @@ def hash_recipe(recipe: Recipe) -> str:
 
 def has_diverged(folder: Path) -> bool:
     """Return whether a run ended because its loss was not finite. A new launch would repeat it."""
-    path = folder / "state.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "diverged"
+    state = read_state(folder)
+    return state is not None and state["state"] == "diverged"
 
 
 def has_ended(folder: Path) -> bool:

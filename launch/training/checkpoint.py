@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from astra.adapter import Factors
 from launch.engines.base import MOMENTS, STATE_KINDS, Engine, TrainState
 from launch.run.best import find_best
-from launch.run.metrics import Metrics
+from launch.run.metrics import METRICS, Metrics
 from launch.runtime import compat, watchdog
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
 from launch.runtime.errors import UserError
@@ -53,7 +53,7 @@ STEP_GLOB = f"step-{'[0-9]' * 7}"
 REHEARSAL = "tmp-rehearsal"  # beside the checkpoints
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-TENSORS, METRICS, MANIFEST = "tensors.safetensors", "metrics.jsonl", "manifest.json"
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 
 
 @dataclass(frozen=True)

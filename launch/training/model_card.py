@@ -38,8 +38,8 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.label}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
-{_render_source(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
-{_render_sources(results)}{_render_note(results)}
+{_render_history(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
+{_render_mix(results)}{_render_note(results)}
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
 {_render_rounding(exports, results)}
@@ -62,7 +62,7 @@ def list_exports(folder: Path, wanted: Export) -> list[str]:
     return [name for name in CONTENTS if (folder / name).is_dir() and asked.get(name, True)]
 
 
-def _render_source(recipe: Recipe, results: RunResults) -> str:
+def _render_history(recipe: Recipe, results: RunResults) -> str:
     """Say why the run ended, which step is exported, and what its initial factors were made from.
 
     Left out are an end and an export after the last planned step, and what is not known.
@@ -78,7 +78,7 @@ def _render_source(recipe: Recipe, results: RunResults) -> str:
     return "".join(lines)
 
 
-def _render_sources(results: RunResults) -> str:
+def _render_mix(results: RunResults) -> str:
     """Render what a mix has of each source as a Markdown list; empty where there is no mix."""
     lines = [f"- {subject}: {line}\n" for subject, line in describe_mix(results.data)]
     return "".join(["\n", *lines]) if lines else ""

@@ -144,7 +144,7 @@ def test_random_directions_serve_their_own_rank_only(tmp_path: Path) -> None:
         artifact.check_calibration(tmp_path, changed(eigen_select="random", rank=3))
 
 
-def test_a_calibration_goes_on_after_its_last_window_and_only_its_own(tmp_path: Path) -> None:
+def test_a_calibration_resumes_after_its_last_window_and_only_its_own(tmp_path: Path) -> None:
     assert artifact.begin_calibration(tmp_path, MANIFEST) == 0
     artifact.save_window(tmp_path, 0, {"layers.0.q_proj": found(4)})
     with pytest.raises(UserError, match=r"calibration\.path: .* is not finished"):

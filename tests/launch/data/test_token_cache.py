@@ -364,7 +364,7 @@ def command(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_goes_on_to_the_same_bytes_and_the_overlap_is_reported(
+def test_a_killed_preparation_resumes_to_the_same_bytes_and_the_overlap_is_reported(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "made"

@@ -145,7 +145,7 @@ def test_packed_steps_lose_what_padded_ones_lose(start: Callable, tokens: TokenS
         assert packed == pytest.approx(padded, rel=1e-4)
 
 
-def test_a_resumed_epoch_goes_on_with_the_next_row(
+def test_a_resumed_epoch_continues_with_the_next_row(
     start: Callable, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
@@ -284,7 +284,7 @@ def test_compiled_layers_train_alike_and_run_as_written_again(
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_goes_on_where_it_was(
+def test_a_tracker_continues_where_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(name, reason=f"{name} is not installed (requirements-extras.txt)")
