@@ -1,5 +1,6 @@
-"""How much memory this rank may still take: of its GPU, or its share of the machine's main memory."""
+"""Memory of this rank's GPU, or of its share of the machine: what may still be taken, and what was."""
 
+import resource
 import socket
 from pathlib import Path
 
@@ -90,3 +91,20 @@ def _read_stat(path: Path, key: str) -> int:
         return 0
     numbers = dict(line.split(maxsplit=1) for line in lines if " " in line)
     return int(numbers.get(key, 0))
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held.
+
+    On a GPU by PyTorch's count, else resident in main memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gather_peak_memory(device: torch.device) -> list[int]:
+    """Return the most bytes that each rank has held, by rank. Collective."""
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, read_peak_memory(device))
+    return peaks

@@ -1,4 +1,4 @@
-"""Measure the loss on tokens never trained on, and the memory and parameters of a training."""
+"""Measure how well a model predicts tokens, or labels, that it is never trained on."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,11 +18,9 @@ from launch.data.token_set import TokenSet, make_text_set
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine
 from launch.run.results import Prediction
-from launch.runtime.compat import count_elements
 from launch.runtime.distributed import all_reduce_sum
 from launch.runtime.errors import UserError
 from launch.scoring.development import predict_rows
-from launch.training.flops import read_peak_memory
 
 # Examples of one forward pass. Fixed, so that neither a setting nor the world size changes which
 # losses a sum in fp32 puts together.
@@ -121,15 +119,3 @@ def measure_predictions(
     """Measure the prediction of each of `sets`, by name. Collective."""
     model.eval()
     return {name: measure_prediction(engine, model, tokens) for name, tokens in sets.items()}
-
-
-def gather_peak_memory(device: torch.device) -> list[int]:
-    """Return the most bytes that each rank has held, by rank. Collective."""
-    peaks = [0] * dist.get_world_size()
-    dist.all_gather_object(peaks, read_peak_memory(device))
-    return peaks
-
-
-def count_trained_parameters(model: nn.Module) -> int:
-    """Count the numbers that training changes, over all ranks."""
-    return sum(count_elements(p) for p in model.parameters() if p.requires_grad)

@@ -24,11 +24,12 @@ from launch.run.results import (
     write_results,
 )
 from launch.runtime.distributed import run_on_rank0, try_or_say
+from launch.runtime.memory import gather_peak_memory
 from launch.scoring.development import summarise_epochs
-from launch.scoring.held_out import count_trained_parameters, gather_peak_memory
 from launch.stages.records import CONFIG, PreparedRun, RunModel
 from launch.training.export import read_plain_rank
 from launch.training.model_card import render_model_card
+from launch.training.trainable import count_trained_parameters
 
 
 def make_results(

@@ -1,6 +1,5 @@
-"""What a training makes of its hardware: a step's arithmetic, the device's peak, and memory."""
+"""What a training makes of its hardware: a step's arithmetic, and the device's peak."""
 
-import resource
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +85,3 @@ def find_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     gpu = find_gpu(torch.cuda.get_device_name(device))
     return gpu.bf16_tflops * 1e12 if gpu is not None and gpu.bf16_tflops else None
-
-
-def read_peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held.
-
-    On a GPU by PyTorch's count, else resident in main memory.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

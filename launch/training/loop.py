@@ -22,8 +22,9 @@ from launch.engines.base import Engine, TrainState
 from launch.run.metrics import Metrics
 from launch.runtime import watchdog
 from launch.runtime.errors import DivergedError
+from launch.runtime.memory import read_peak_memory
 from launch.runtime.units import GIB
-from launch.training.flops import FlopCounts, read_peak_memory
+from launch.training.flops import FlopCounts
 from launch.training.loss import AnswerLoss
 from launch.training.trainable import group_parameters
 

@@ -190,6 +190,11 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
 
 
+def count_trained_parameters(model: nn.Module) -> int:
+    """Count the numbers that training changes, over all ranks."""
+    return sum(compat.count_elements(p) for p in model.parameters() if p.requires_grad)
+
+
 def group_parameters(
     model: nn.Module, settings: Train, head: Collection[str] = ()
 ) -> list[ParameterGroup]:

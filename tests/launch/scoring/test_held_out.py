@@ -17,12 +17,9 @@ from launch.data.token_set import TokenSet
 from launch.engines import make_engine
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
-from launch.scoring.held_out import (
-    count_trained_parameters,
-    gather_peak_memory,
-    measure_prediction,
-    read_other_text,
-)
+from launch.runtime.memory import gather_peak_memory
+from launch.scoring.held_out import measure_prediction, read_other_text
+from launch.training.trainable import count_trained_parameters
 
 
 def make_token_set(lengths: list[int]) -> TokenSet:
