@@ -362,7 +362,8 @@ def _tokenize_chunk(
     added: dict[str, list[int]] = {name: [] for name in DTYPES}
     bad = list(chunk.bad)
     if data.text_field is not None:
-        for ids, prompt_length in tokenize_text(chunk.rows, tokenizer, special, data.max_length):
+        texts = [row.instruction for row in chunk.rows]
+        for ids, prompt_length in tokenize_text(tokenizer, texts, data.max_length, special):
             tally["special"] += not special.ids.isdisjoint(ids[special.num_before :])
             _add_example(added, tally, ids, prompt_length)
         tokenized = []

@@ -1,7 +1,7 @@
 """Rows to token ids."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
@@ -20,14 +20,28 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     """
     if not texts:
         return []
-    # transformers' own tokenizers in Python would take added tokens that are not special for text
-    # too; they are few, and old.
-    split = not isinstance(tokenizer, PreTrainedTokenizer)
     encoded = tokenizer(
-        texts, return_attention_mask=False, verbose=False, split_special_tokens=split
+        texts,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=can_split_special_tokens(tokenizer),
     ).input_ids
     # Some tokenizers add an end-of-sequence token by themselves.
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+
+
+def can_split_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer can split text that spells a special token as any other text.
+
+    Not transformers' own tokenizers in Python, which would take added tokens that are not special
+    for text too; they are few, and old.
+    """
+    return not isinstance(tokenizer, PreTrainedTokenizer)
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Join texts by empty lines, without blank ones; "" if all are."""
+    return "\n\n".join(text for text in texts if text.strip())
 
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -85,9 +99,12 @@ def tokenize_rows(
 
 
 def tokenize_text(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int,
+    special: SpecialTokens,
 ) -> list[tuple[list[int], int]]:
-    """Tokenise rows of plain text, joined by empty lines, in blocks of at most `length` tokens.
+    """Tokenise rows of plain text, joined by empty lines, in blocks of at most `max_length` tokens.
 
     Text such as wikitext's has a row for each line or paragraph, many of them blank, which are
     skipped. Row by row most examples would be a few tokens long; the loaders of Astra's and CorDA's
@@ -97,13 +114,13 @@ def tokenize_text(
         Token ids of each block, the last of which may be short, and the number of its tokens
         before the first that is predicted.
     """
-    text = "\n\n".join(row.instruction for row in rows if row.instruction.strip())
+    text = join_texts(texts)
     if not text:
         return []
     (ids,) = encode_texts(tokenizer, [text])
     before, end = ids[: special.num_before], len(ids) - special.num_after
     prompt_length = max(1, len(before))  # there is nothing to predict the first token from
-    size = max(1, length - len(before))
+    size = max(1, max_length - len(before))
     blocks = []
     for start in range(len(before), end, size):
         block = before + ids[start : min(start + size, end)]

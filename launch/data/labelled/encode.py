@@ -1,10 +1,11 @@
 """Texts, pairs and running text as a tokenizer encodes them for a model with a head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
+from launch.data.tokenize import can_split_special_tokens, join_texts
 from launch.runtime.errors import UserError
 
 
@@ -49,7 +50,7 @@ def tokenize_texts(
 
 
 def tokenize_blocks(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, has_types: bool
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int, has_types: bool
 ) -> list[EncodedText]:
     """Tokenise rows of plain text, joined by empty lines, in blocks of at most `max_length` tokens.
 
@@ -59,10 +60,10 @@ def tokenize_blocks(
     Raises:
         UserError: the special tokens alone fill `max_length`, or the tokenizer cannot make blocks.
     """
-    text = "\n\n".join(text for text in texts if text.strip())
+    text = join_texts(texts)
     if not text:
         return []
-    if isinstance(tokenizer, PreTrainedTokenizer):
+    if isinstance(tokenizer, PreTrainedTokenizer):  # it returns no blocks after the first
         raise UserError(
             "data.text: a tokenizer that is written in Python makes no blocks of text; give "
             "sentence1 in its place"
@@ -98,5 +99,5 @@ def _make_options(tokenizer: PreTrainedTokenizerBase, has_types: bool) -> dict[s
         "return_attention_mask": False,
         "return_token_type_ids": has_types,
         "verbose": False,
-        "split_special_tokens": not isinstance(tokenizer, PreTrainedTokenizer),
+        "split_special_tokens": can_split_special_tokens(tokenizer),
     }
