@@ -6,14 +6,11 @@ manifest, which ranks map into memory:
     tokens, offsets, labels, token_types    see TokenSet
 """
 
-import hashlib
 import inspect
-import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -42,8 +39,11 @@ from launch.data.token_cache import (
     MANIFEST,
     check_refused_rows,
     count_dropped,
+    describe_libraries,
+    find_cache_folder,
     name_row,
     read_json,
+    refuse_other_files,
     require_same_origin,
 )
 from launch.data.token_set import TokenSet
@@ -52,12 +52,14 @@ from launch.models.files import hash_tokenizer, load_tokenizer
 from launch.models.head import Head, find_padding
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
-from launch.runtime.files import cache_root, hash_file, write_json
+from launch.runtime.files import hash_file, write_json
 from launch.runtime.locks import hold_lock
 
 FORMAT = 1  # raised with every change of how rows are read, tokenised and stored
 ROWS = "rows.safetensors"
 DEV = "dev"  # in a prepared folder, with a folder for each set of development rows
+# What a killed process may leave in a folder without a manifest.
+LEFTOVERS = {"lock", ROWS, f"{ROWS}.tmp", f"{MANIFEST}.tmp", DEV, CALIBRATION_TOKENS}
 TRUNCATED = "truncated at max_length"
 
 # Good rows of a chunk -> each example with its tokens. A block of plain text is a row without texts.
@@ -295,7 +297,7 @@ def _find_or_make(
         "task": reading.task,
         "token_types": reading.has_types,
         "tokenizer": hash_tokenizer(model_path),
-        "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+        "libraries": describe_libraries(),
     }
     option = "row cache" if output is None else "--output"
     if output is None and data.prepared is not None:
@@ -308,13 +310,12 @@ def _find_or_make(
     else:
         source = fetch_source(data)
         origin["source"] = identify_source(source)
-        key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
-        folder = output or cache_root() / "rows" / key
+        folder = output or find_cache_folder("rows", origin)
         if not (folder / MANIFEST).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with hold_lock(folder / "lock"):
                 if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                    _refuse_other_files(folder, option)
+                    refuse_other_files(folder, LEFTOVERS, option)
                     _write_rows(folder, origin, data, reading, source)
     manifest = read_json(folder / MANIFEST)
     require_same_origin(folder, manifest, origin, option)
@@ -322,16 +323,6 @@ def _find_or_make(
         raise UserError(f"{folder / ROWS}: damaged; delete {folder}, and start again")
     has_classes = bool(reading.task.get("labels"))
     return RowFolder(folder, manifest, has_classes, find_padding(tokenizer, config))
-
-
-def _refuse_other_files(folder: Path, option: str) -> None:
-    """Raise UserError if an unfinished folder holds anything but what a kill may leave there."""
-    ours = {"lock", ROWS, f"{ROWS}.tmp", f"{MANIFEST}.tmp", DEV, CALIBRATION_TOKENS}
-    others = {file.name for file in folder.iterdir()} - ours
-    if others:
-        raise UserError(
-            f"{option}: {folder} holds other files ({min(others)}); choose an empty or new folder"
-        )
 
 
 def _takes_token_types(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:

@@ -15,10 +15,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -117,14 +117,14 @@ def obtain_tokens(data: Data, model_path: Path) -> TokenFolder:
 def cache_tokens(data: Data, model_path: Path) -> TokenFolder:
     """Find the tokens of `data` in the cache, or make them there, as `make_tokens` does."""
     source = fetch_source(data)
-    folder = find_cache_folder(describe_origin(data, model_path, source))
+    folder = find_cache_folder("tokens", describe_origin(data, model_path, source))
     return make_tokens(folder, data, model_path, source, option=CACHE)
 
 
-def find_cache_folder(made_from: dict) -> Path:
-    """Return the folder of the cache for tokens that are made from `made_from`."""
+def find_cache_folder(kind: Literal["tokens", "rows"], made_from: dict) -> Path:
+    """Return the folder of the cache for tokens, or rows with labels, made from `made_from`."""
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root() / "tokens" / key
+    return cache_root() / kind / key
 
 
 def open_prepared(path: str) -> TokenFolder:
@@ -182,7 +182,7 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
         "data": data.token_fields(),
         "prompts": [ALPACA_PROMPT, ALPACA_INPUT_PROMPT],
         "tokenizer": hash_tokenizer(model_path),
-        "libraries": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+        "libraries": describe_libraries(),
     }
     if data.messages is not None:
         del origin["prompts"]
@@ -193,6 +193,11 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
     if source is not None:
         origin["source"] = identify_source(source)
     return origin
+
+
+def describe_libraries() -> dict[str, str]:
+    """Return the versions of the libraries that decide how rows are read and tokenised."""
+    return {name: version(name) for name in ("transformers", "tokenizers", "datasets")}
 
 
 def make_tokens(
@@ -479,14 +484,19 @@ def read_tally(folder: Path, wanted: dict, option: str) -> dict:
         return tally
     # What a kill before the first chunk may leave.
     ours = {"lock", f"{PROGRESS}.tmp", *map(name_file, CHAT_DTYPES)}
-    others = {file.name for file in folder.iterdir()} - ours
+    refuse_other_files(folder, ours, option)
+    names = ("read", "selected", "kept", "cut", "special", "tokens", "answer_tokens")
+    counts = dict.fromkeys(names, 0)
+    return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
+
+
+def refuse_other_files(folder: Path, ours: Collection[str], option: str) -> None:
+    """Raise UserError if an unfinished folder holds anything but the files that `ours` names."""
+    others = {file.name for file in folder.iterdir()}.difference(ours)
     if others:
         raise UserError(
             f"{option}: {folder} holds other files ({min(others)}); choose an empty or new folder"
         )
-    names = ("read", "selected", "kept", "cut", "special", "tokens", "answer_tokens")
-    counts = dict.fromkeys(names, 0)
-    return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
 
 
 def _describe_no_rows(tally: dict, data: Data) -> str:

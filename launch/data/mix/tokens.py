@@ -64,7 +64,7 @@ def obtain_mix(data: Data, model_path: Path) -> TokenFolder:
         return tokens
     parts = cache_sources(data, model_path)
     check_refused_sources({name: part.manifest for name, part in parts.items()}, data)
-    folder = find_cache_folder(describe_mix_origin(data, model_path, parts))
+    folder = find_cache_folder("tokens", describe_mix_origin(data, model_path, parts))
     return make_mix(folder, data, model_path, parts, option=CACHE)
 
 
