@@ -354,7 +354,7 @@ def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | Conversati
         if fault is None and field != data.input and not value.strip():
             fault = EMPTY
         if fault is not None:
-            return BadRow(number, fault, f"field {field!r} is {show_value(value)}, {fault}")
+            return make_bad_row(number, field, value, fault)
     input_text = texts[data.input] if data.input else ""
     if not input_text.strip():
         input_text = ""
@@ -365,7 +365,7 @@ def _check_text(number: int, text: object, field: str) -> Row | BadRow:
     """Return a row of plain text, as its instruction, or what is wrong with it. It may be blank."""
     fault = find_text_fault(text)
     if fault is not None:
-        return BadRow(number, fault, f"field {field!r} is {show_value(text)}, {fault}")
+        return make_bad_row(number, field, text, fault)
     return Row(number, text, input="", answer="")
 
 
@@ -378,6 +378,11 @@ def find_text_fault(value: object) -> str | None:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but UTF-8 cannot
         return NOT_UNICODE
     return None
+
+
+def make_bad_row(number: int, field: str, value: object, fault: str) -> BadRow:
+    """Make the bad row of a field whose value has a fault, by which the row is counted."""
+    return BadRow(number, fault, f"field {field!r} is {show_value(value)}, {fault}")
 
 
 def show_value(value: object) -> str:

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 
 from launch.config.schema import Data
 from launch.config.task import Task
-from launch.data.sources import EMPTY, BadRow, RowForm, find_text_fault, show_value
+from launch.data.sources import (
+    EMPTY,
+    BadRow,
+    RowForm,
+    find_text_fault,
+    make_bad_row,
+    show_value,
+)
 
 NO_LABEL, NO_NUMBER = "label not in task.labels", "label no number"
 
@@ -55,10 +62,10 @@ def _check_texts(
         value = row.get(field)
         fault = find_text_fault(value)
         if fault is not None:
-            return BadRow(number, fault, f"field {field!r} is {show_value(value)}, {fault}")
+            return make_bad_row(number, field, value, fault)
         texts.append(value)
     if not any(text.strip() for text in texts):  # GLUE's QQP has pairs with one empty text
-        return BadRow(number, EMPTY, f"field {fields[0]!r} is {show_value(texts[0])}, {EMPTY}")
+        return make_bad_row(number, fields[0], texts[0], EMPTY)
     return tuple(texts)
 
 
