@@ -196,7 +196,7 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
         where = "" if path.is_file() else f"cannot load {data.path} (split {data.split}): "
         raise UserError(f"data.path: {where}{error}") from None
     if split.note is not None:
-        _announce(f"data.path: {data.path}: {split.note}")
+        announce_once(f"data.path: {data.path}: {split.note}")
     _require_fields(split, data, form or make_causal_form(data))
     if data.messages is not None:
         _announce_unread(split, data)
@@ -204,7 +204,7 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
 
 
 @functools.cache
-def _announce(note: str) -> None:
+def announce_once(note: str) -> None:
     """Print a note, once in a process."""
     print(note, file=sys.stderr, flush=True)
 
@@ -214,7 +214,7 @@ def _announce_unread(split: Split, data: Data) -> None:
     first = next(iterate_rows(split, data, None), {})
     for name in PARTS_BESIDE_MESSAGES:
         if name != data.messages and first.get(name):
-            _announce(
+            announce_once(
                 f"data.messages: the field {name!r} of the rows of {data.path} is not read; what it "
                 "says belongs into the list, as its first message"
             )

@@ -4,9 +4,7 @@ The template's special tokens are special tokens. Text of a message that spells 
 other rows (launch.data.tokenize): it is tokenised apart from what is around it.
 """
 
-import functools
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -15,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.data.chat.messages import Message, MessagesError, read_messages
 from launch.data.chat.template import UNCLEAR, ChatTemplate, Span
-from launch.data.sources import BadRow, Conversation
+from launch.data.sources import BadRow, Conversation, announce_once
 
 SPELLED = "which spells a special token"
 # Characters for private use, put around what spells a special token until it is tokenised.
@@ -93,7 +91,7 @@ def _render_row(
 ) -> _Rendered:
     """Read and render the messages of one row. Raises MessagesError."""
     messages, names = read_messages(row.messages, field)
-    _announce_names(field, names)
+    announce_once(f"data.messages: messages of {field!r} have {names}")
     text, turns = template.find_turns(messages, train_on)
     marked_messages = _mark(messages, template.special)
     if marked_messages == messages:
@@ -102,12 +100,6 @@ def _render_row(
     if marked.replace(_BEGIN, "").replace(_END, "") != text:
         raise MessagesError(SPELLED, f"it holds text {SPELLED}, which the chat template changes")
     return _Rendered(text, turns, marked)
-
-
-@functools.cache
-def _announce_names(field: str, names: str) -> None:
-    """Say, once in a process, by which names messages are read."""
-    print(f"data.messages: messages of {field!r} have {names}", file=sys.stderr, flush=True)
 
 
 def _mark(value: object, special: re.Pattern) -> object:
