@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.config.rows import SHORT_NAMES, CalibrationRows
 from launch.config.schema import Recipe, SourceData
+from launch.data.manifest import check_refused_rows
 from launch.data.sources import fetch_source, naming_fields
 from launch.data.task_rows import (
     TRUNCATED,
@@ -15,7 +16,7 @@ from launch.data.task_rows import (
     make_head,
     obtain_unlabelled_rows,
 )
-from launch.data.token_cache import TokenFolder, check_refused_rows, make_tokens, obtain_tokens
+from launch.data.token_cache import TokenFolder, make_tokens, obtain_tokens
 from launch.models.check import read_config
 from launch.models.files import load_tokenizer
 from launch.runtime.errors import UserError

@@ -7,11 +7,12 @@ from pathlib import Path
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_rows, prepare_calibration_tokens
 from launch.data.inputs import describe_mixed_tokens
+from launch.data.manifest import check_refused_rows
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source
 from launch.data.task_rows import RowFolder, check_all_rows, make_head, obtain_all_rows
-from launch.data.token_cache import SPECIAL, TokenFolder, check_refused_rows, make_tokens
+from launch.data.token_cache import SPECIAL, TokenFolder, make_tokens
 from launch.models.check import (
     check_max_length,
     check_token_ids,

@@ -24,6 +24,14 @@ from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe, SourceData
 from launch.config.task import Task
 from launch.data.labelled.encode import EncodedText, tokenize_blocks, tokenize_texts
 from launch.data.labelled.forms import TaskRow, make_task_form, make_unlabelled_form
+from launch.data.manifest import (
+    MANIFEST,
+    check_refused_rows,
+    count_dropped,
+    name_row,
+    read_json,
+    require_same_origin,
+)
 from launch.data.sources import (
     BadRow,
     Row,
@@ -35,17 +43,7 @@ from launch.data.sources import (
     select_rows,
     show_rows,
 )
-from launch.data.token_cache import (
-    MANIFEST,
-    check_refused_rows,
-    count_dropped,
-    describe_libraries,
-    find_cache_folder,
-    name_row,
-    read_json,
-    refuse_other_files,
-    require_same_origin,
-)
+from launch.data.token_cache import describe_libraries, find_cache_folder, refuse_other_files
 from launch.data.token_set import TokenSet
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
 from launch.models.files import hash_tokenizer, load_tokenizer

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,19 +24,27 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from eval.tasks.base import ALPACA_PROMPT
-from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
 from launch.data.chat.template import ChatTemplate, hash_template, load_template, read_template
 from launch.data.chat.tokenize import tokenize_conversations
 from launch.data.earlier_tokens import find_doubt
 from launch.data.hub_layout import list_data_files
+from launch.data.manifest import (
+    CUT,
+    MANIFEST,
+    TOO_LONG,
+    check_refused_rows,
+    count_dropped,
+    name_row,
+    read_json,
+    require_same_origin,
+)
 from launch.data.prompts import ALPACA_INPUT_PROMPT
 from launch.data.sources import (
     BadRow,
     Chunk,
     fetch_source,
     identify_source,
-    limit_identity,
     load_split,
     select_rows,
     show_rows,
@@ -58,11 +66,9 @@ FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 CHAT_DTYPES = DTYPES | {"trained": torch.int8}  # of messages
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+PROGRESS = "progress.json"
 CACHE = "token cache"  # what errors name in the place of a field
-TOO_LONG, CUT = "no answer token within max_length", "answer cut at max_length"
 SPECIAL = "text that became special tokens"
-NUM_NAMED = 3  # rows of each reason that the manifest names
 
 
 class TokenFolder(NamedTuple):
@@ -232,38 +238,6 @@ def make_tokens(
     if verify:
         check_hashes(tokens)
     return tokens
-
-
-def check_refused_rows(
-    manifest: dict, data: Data, cut: str = CUT, remedy: str | None = None
-) -> None:
-    """Raise UserError if there are rows that data.on_bad_row or data.on_cut says to refuse.
-
-    The error names the first of them and the counts.
-
-    Args:
-        cut: the manifest's reason for rows that data.on_cut is about.
-        remedy: what else than mending the rows helps; None: to set those two fields.
-    """
-    refused = dict(manifest["dropped"]) if data.on_bad_row == "refuse" else {}
-    refused.pop(cut, None)
-    if data.on_cut == "refuse" and manifest["cut"]:
-        refused[cut] = manifest["cut"]
-    if not refused:
-        return
-    named = [(*manifest["examples"][reason][0], reason) for reason in refused]
-    row, what, reason = min(named)  # the lowest row number
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
-    remedies = []
-    if cut in refused:
-        remedies.append("data.on_cut=keep or drop")
-    if refused.keys() - {cut}:
-        remedies.append("data.on_bad_row=drop")
-    field = "data.max_length" if reason in (cut, TOO_LONG) else "data.path"
-    raise UserError(
-        f"{field}: row {row} of {data.path}: {what}; in all {counts}, of {manifest['selected']} "
-        f"rows: mend them, or {remedy or 'set ' + ' and '.join(remedies)}"
-    )
 
 
 def _write_tokens(
@@ -459,20 +433,6 @@ def _count_numbers(tally: dict) -> dict[str, int]:
     }
 
 
-def count_dropped(tally: dict, bad: Iterable[BadRow]) -> None:
-    """Count rows that are left out by their reason, and name the first few of each."""
-    for row in bad:
-        tally["dropped"][row.reason] = tally["dropped"].get(row.reason, 0) + 1
-        name_row(tally, row)
-
-
-def name_row(tally: dict, row: BadRow) -> None:
-    """Note a row among the first few of its reason."""
-    named = tally["examples"].setdefault(row.reason, [])
-    if len(named) < NUM_NAMED:
-        named.append([row.number, row.what])
-
-
 def read_tally(folder: Path, wanted: dict, option: str) -> dict:
     """Read up to where the folder's files are whole; all zero in a new folder.
 
@@ -515,46 +475,6 @@ def _describe_no_rows(tally: dict, data: Data) -> str:
     )
 
 
-def require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
-    """Raise UserError, naming the first difference, if `folder` was not made from `wanted`."""
-    found = manifest["made_from"]
-    if "source" in wanted:
-        wanted = wanted | {"source": limit_identity(wanted["source"], found.get("source", {}))}
-    for name, before, after in _list_differences(found, json.loads(json.dumps(wanted))):
-        field = RENAMED_FIELDS.get(name, name)  # manifests hold old names
-        values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"
-        raise UserError(
-            f"{option}: {folder} was made with another {field} ({values}); bring that back, "
-            "or prepare into another folder"
-        )
-
-
-def _list_differences(found: dict, wanted: dict) -> Iterator[tuple[str, object, object]]:
-    """Yield (name, found, wanted) of what differs.
-
-    Keys that only `found` has do not count at the top: `wanted` may leave `source` out.
-    """
-    for key, now in wanted.items():
-        before = found.get(key)
-        if not (isinstance(before, dict) and isinstance(now, dict)):
-            if before != now:
-                yield key, before, now
-            continue
-        for name in dict.fromkeys([*now, *before]):
-            if before.get(name) != now.get(name):
-                yield f"{key}.{name}", before.get(name), now.get(name)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file of a folder of tokens. Raises UserError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); delete {path.parent} and prepare again"
-        ) from None
-
-
 def check_sizes(tokens: TokenFolder) -> None:
     """Raise UserError if a file is not as long as it was written."""
     for name, file in tokens.manifest["files"].items():
@@ -576,4 +496,5 @@ def check_hashes(tokens: TokenFolder) -> None:
 
 
 def name_file(name: str) -> str:
+    """Return the file name of raw numbers: of `tokens`, `tokens.bin`."""
     return f"{name}.bin"

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from launch.config.rows import MixedRows
 from launch.config.schema import MIXED_FIELDS, Data
+from launch.data.manifest import MANIFEST, check_refused_rows, read_json, require_same_origin
 from launch.data.mix.shares import Share, choose_examples, find_scarce, plan_shares
 from launch.data.sources import naming_fields
 from launch.data.token_cache import (
     CACHE,
     CHAT_DTYPES,
-    MANIFEST,
     PROGRESS,
     TokenFolder,
     cache_tokens,
     check_hashes,
-    check_refused_rows,
     check_sizes,
     describe_files,
     describe_origin,
@@ -34,9 +33,7 @@ from launch.data.token_cache import (
     list_dtypes,
     name_file,
     open_prepared,
-    read_json,
     read_tally,
-    require_same_origin,
 )
 from launch.data.token_set import TokenSet
 from launch.runtime import watchdog

@@ -17,8 +17,8 @@ from astra.windows import make_plan
 from launch.config.schema import Data
 from launch.config.task import Task
 from launch.data.batches import collate_rows
+from launch.data.manifest import check_refused_rows
 from launch.data.task_rows import TRUNCATED, RowFolder, obtain_rows
-from launch.data.token_cache import check_refused_rows
 from launch.engines.base import load_pretrained
 from launch.models.check import check_model, read_config
 from launch.models.files import load_tokenizer

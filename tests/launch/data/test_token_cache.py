@@ -25,6 +25,7 @@ from launch.data import overlap
 from launch.data import sources as rows
 from launch.data import token_cache as prepared
 from launch.data.batches import collate_sequences
+from launch.data.manifest import CUT, TOO_LONG
 from launch.data.order import Packing, plan_micro_batches, plan_steps
 from launch.data.preparation import prepare_tokens, render_report
 from launch.data.prompts import ALPACA_INPUT_PROMPT, format_prompt
@@ -233,12 +234,12 @@ def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Pat
         refused.value
     )
     found = prepared.obtain_tokens(data.model_copy(update={"on_bad_row": "drop"}), model)
-    assert found.manifest["dropped"] == {rows.EMPTY: 2, rows.NOT_TEXT: 2, prepared.TOO_LONG: 1}
+    assert found.manifest["dropped"] == {rows.EMPTY: 2, rows.NOT_TEXT: 2, TOO_LONG: 1}
     tokens = found.open_tokens()
     assert (len(tokens), tokens.num_truncated, tokens.num_dropped) == (3, 1, 5)
     assert [end for _, end in texts(tokens, model)] == ["a0\n</s>", "abcd", "a1\n</s>"]
     cut = data.model_copy(update={"on_bad_row": "drop", "on_cut": "drop"})
-    assert prepared.obtain_tokens(cut, model).manifest["dropped"][prepared.CUT] == 1
+    assert prepared.obtain_tokens(cut, model).manifest["dropped"][CUT] == 1
     with pytest.raises(
         UserError, match=r"data\.max_length: row 7 of .*its answer is cut, .*data\.on_cut=keep"
     ):
