@@ -105,7 +105,7 @@ def _require_reader(path: Path) -> Reader:
             )
         raise UnreadableError(f"{path} is none of {ENDINGS}{hint}")
     if path.stat().st_size == 0:
-        raise UnreadableError(f"{path} is empty")
+        raise UnreadableError(f"{path} is empty; give a file with rows")
     return reader
 
 

@@ -73,7 +73,7 @@ def read_json(path: Path, fields: Collection[str] | None = None) -> Iterator[dic
     mark_length = len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
     content = begin[mark_length:].lstrip(_LINE_SPACE)
     if not content and len(begin) < BEGIN:
-        raise UnreadableError(f"{path} is empty")
+        raise UnreadableError(f"{path} is empty; give a file with rows")
     read = _read_list if content.startswith(b"[") else _read_lines
     with _explain_faults(path), _open_binary(path) as file:
         file.read(mark_length)
@@ -383,7 +383,7 @@ def _require_content(path: Path) -> None:
     with _explain_faults(path):
         size = path.stat().st_size
     if size == 0:
-        raise UnreadableError(f"{path} is empty")
+        raise UnreadableError(f"{path} is empty; give a file with rows")
 
 
 def _require_utf8(path: Path, begin: bytes) -> None:

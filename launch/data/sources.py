@@ -131,7 +131,9 @@ def fetch_source(data: Data) -> Path:
     if path.exists():
         raise UserError(f"data.path: {path} is neither a file nor a folder; copy it into a file")
     if not is_hub_id(data.path):
-        raise UserError(f"data.path: no file or folder {data.path}")
+        raise UserError(
+            f"data.path: no file or folder {data.path}; correct the path, or give a hub id"
+        )
     try:
         folder = snapshot_download(
             data.path, repo_type="dataset", revision=data.revision, allow_patterns=HUB_FILES

@@ -31,6 +31,7 @@ TOKENIZER_FILES = [
     "*.model",
 ]
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # an adapter's values in PEFT
+NO_FOLDER_REMEDY = "correct the path, or give a hub id"
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
 
@@ -40,7 +41,13 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not is_file
 
 
-def fetch_model(name: str, revision: str, weights: bool = True, field: str = "model.name") -> Path:
+def fetch_model(
+    name: str,
+    revision: str,
+    weights: bool = True,
+    field: str = "model.name",
+    remedy: str = NO_FOLDER_REMEDY,
+) -> Path:
     """Return the local folder of model `name`.
 
     It is the folder itself, or the hub's files, downloaded or from the hub's cache. What it holds
@@ -51,6 +58,7 @@ def fetch_model(name: str, revision: str, weights: bool = True, field: str = "mo
         revision: branch, tag or commit on the hub.
         weights: whether the weights are wanted too; without them, the config and the tokenizer.
         field: what a message begins with, the recipe field or option that names the model.
+        remedy: what to do where `name` is the path of a folder that is not there.
 
     Raises:
         UserError: no such folder or model, the hub is not reachable, or there is no config.json.
@@ -58,7 +66,7 @@ def fetch_model(name: str, revision: str, weights: bool = True, field: str = "mo
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if not is_hub_id(name):
-            raise UserError(f"{field}: no folder {name}")
+            raise UserError(f"{field}: no folder {name}; {remedy}")
         try:
             patterns = FILES if weights else FILES[1:]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -85,7 +93,7 @@ def fetch_config(name: str, revision: str) -> PretrainedConfig:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir() and not is_hub_id(name):
-        raise UserError(f"model.name: no folder {name}")
+        raise UserError(f"model.name: no folder {name}; {NO_FOLDER_REMEDY}")
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else name, revision=revision)
     except (OSError, ValueError) as error:

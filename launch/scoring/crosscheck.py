@@ -295,7 +295,7 @@ def _find_model(results: EvaluationResults, revision: str) -> dict[str, str]:
         UserError: the base's weights have changed, or lm-eval cannot make the adapter's base.
     """
     base, adapter = results.base, results.adapter
-    path = fetch_model(base.name, revision, field="--scores")
+    path = fetch_model(base.name, revision, field="--scores", remedy="bring the scored base back")
     if differs(base.config_sha256, hash_config(path)):
         raise UserError(
             f"--scores: {base.name} has another config.json now than was scored; bring that back"

@@ -55,7 +55,7 @@ def read_other_text(
         pieces += [ids[start : start + max_length] for start in starts]
     pieces = [piece for piece in pieces if len(piece) > 1]  # one token alone predicts nothing
     if not pieces:
-        raise UserError(f"eval.other_text: {path} has no text")
+        raise UserError(f"eval.other_text: {path} has no text; give another file")
     sha256 = hashlib.sha256(content).hexdigest()
     return make_text_set(pieces), {"path": str(path), "sha256": sha256}
 
