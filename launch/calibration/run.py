@@ -306,14 +306,8 @@ def _choose_kept_ranks(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict
     return ranks
 
 
-def allocate_lora_ranks(recipe: Recipe, folder: Path) -> dict[str, int] | None:
-    """Return each module's rank by its effective rank in the calibration in `folder`. Collective.
-
-    Returns:
-        None where all ranks are alike.
-    """
-    if recipe.adapter.rank_allocation == "uniform":
-        return None
+def allocate_lora_ranks(recipe: Recipe, folder: Path) -> dict[str, int]:
+    """Return each module's rank by its effective rank in the calibration in `folder`. Collective."""
     modules = run_on_rank0(lambda: read_summary(folder)["modules"])
     effective = {name: module["effective_rank"] for name, module in modules.items()}
     kept = {name: module["rank"] for name, module in modules.items()}
@@ -380,8 +374,9 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "statistics": settings.statistics,
         "tie_break": TIE_BREAK,
     }
-    if settings.data is not None:  # left out of those of training rows, as in earlier versions
-        # Left out of those of rows without them, as in earlier versions.
+    # Manifests of earlier versions have no such key: it is there only for calibration.data, and its
+    # sentence fields only where set.
+    if settings.data is not None:
         unset = {name for name in SENTENCES if getattr(settings.data, name) is None}
         of_data["calibration_data"] = settings.data.model_dump(exclude=unset)
     if recipe.statistic == "weight":
