@@ -53,7 +53,7 @@ from astra.output_moment import Basis, form_output_moment
 from astra.reduction import Reduction, reduce_sums
 from astra.weights import TorchWeights
 from astra.windows import FP64_BYTES, count_moment_bytes, make_plan
-from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
+from bench.memory import ENVIRONMENT, MIB, Peak, read_anonymous_bytes
 from launch.data.order import shard_batches
 from launch.runtime.distributed import all_reduce_sum, start_process_group, stop_process_group
 
@@ -395,7 +395,7 @@ def _time_reduction(
         for tensor in moment.tensors():
             tensor.fill_(1.0 + dist.get_rank())
     dist.barrier()
-    sent, before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, anonymous()
+    sent, before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent, read_anonymous_bytes()
     peak.take()
     start, cpu = time.perf_counter(), time.process_time()
     reduce_sums(sums, owners, reduction)
@@ -451,7 +451,7 @@ def run_within_budget(budget: float, output: Path) -> None:
     lora_ranks = dict.fromkeys(linears, SMALL_RANK)
     torch.linalg.eigh(torch.eye(300, dtype=torch.float64))  # loads what it needs
     plan = make_plan(model, linears, groups, tokens=SMALL_LENGTH, memory=budget * MIB or None)
-    before, peak = anonymous(), Peak()
+    before, peak = read_anonymous_bytes(), Peak()
     windows = calibrate_modules(
         model,
         linears,

@@ -1,11 +1,12 @@
-"""Peak memory of every rank at load, calibration and training, by engine and number of ranks, beside what plan.py says.
+"""Measure every rank's peak memory at load, calibration and training, beside what plan.py says.
 
     python bench/memory.py
 
-A random Llama of 122 M parameters in fp32 on CPUs: real launches, the functions of the main path. Of each stage the
-table gives, for the rank that has most, the bytes of the base that it holds (what sharding divides) and the peak of
-its anonymous memory above what it had before the base was loaded, less the same for a model of 0.1 M parameters: what
-the libraries load and keep. File pages mapped by safetensors are the page cache's and not counted.
+By engine and number of ranks, for a random Llama of 122 M parameters in fp32 on CPUs: real launches, the functions of
+the main path. Of each stage the table gives, for the rank that has most, the bytes of the base that it holds (what
+sharding divides) and the peak of its anonymous memory above what it had before the base was loaded, less the same for
+a model of 0.1 M parameters: what the libraries load and keep. File pages mapped by safetensors are the page cache's
+and not counted.
 """
 
 import argparse
@@ -17,9 +18,19 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from astra.calibrate import Solution
+    from launch.config.schema import Recipe
+    from launch.data.token_set import TokenSet
+    from launch.engines.base import Engine
 
 ENGINES, RANKS = ("single", "fsdp", "zero3", "zero2"), (1, 2, 4)
 STAGES = ("load", "calibration", "initialisation", "training")
@@ -33,14 +44,14 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def anonymous() -> int:
-    """Bytes of this process's anonymous resident memory."""
+def read_anonymous_bytes() -> int:
+    """Read how many bytes of this process's resident memory are anonymous."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 class Peak:
-    """Samples `anonymous` every few milliseconds."""
+    """Sample `read_anonymous_bytes` every few milliseconds."""
 
     def __init__(self) -> None:
         self.highest, self.lock = 0, threading.Lock()
@@ -49,13 +60,13 @@ class Peak:
     def _sample(self) -> None:
         while True:
             with self.lock:
-                self.highest = max(self.highest, anonymous())
+                self.highest = max(self.highest, read_anonymous_bytes())
             time.sleep(0.003)
 
     def take(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call, in bytes."""
         with self.lock:
-            highest, self.highest = max(self.highest, anonymous()), 0
+            highest, self.highest = max(self.highest, read_anonymous_bytes()), 0
         return highest
 
 
@@ -71,7 +82,14 @@ SIZES = {  # of the model measured, and of the one that shows what the libraries
 
 
 def make_inputs(folder: Path, size: dict) -> int:
-    """A base with its tokenizer, and rows to train on, in `folder`; the base's parameters."""
+    """Write a base with its tokenizer, and rows to train on, to `folder`.
+
+    Args:
+        size: fields of LlamaConfig.
+
+    Returns:
+        the number of the base's parameters.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,8 +124,8 @@ def make_inputs(folder: Path, size: dict) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
-    """The recipe whose stages are measured."""
+def make_recipe(folder: Path, engine: str) -> "Recipe":
+    """Make the recipe whose stages are measured."""
     from launch.config.loading import validate_recipe
 
     return validate_recipe(
@@ -122,40 +140,43 @@ def recipe_of(folder: Path, engine: str):  # noqa: ANN201 (imported late)
     )
 
 
-def worker(folder: Path, engine_name: str) -> None:
-    """One rank: the stages of launch/pipeline.py, measured; writes rank<i>.json."""
+def count_held_bytes(model: "nn.Module") -> int:
+    """Count the bytes of the base that this rank holds: what sharding divides."""
+    held = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # an adapter's
+            continue
+        # A shard of FSDP2's DTensor, or ZeRO-3's, or else the whole.
+        shard = (
+            parameter.to_local()
+            if hasattr(parameter, "to_local")
+            else getattr(parameter, "ds_tensor", parameter)
+        )
+        held += shard.numel() * shard.element_size()
+    return held
+
+
+def run_worker(folder: Path, engine_name: str) -> None:
+    """Run the stages of launch/pipeline.py on one rank, measured; write rank<i>.json."""
     import torch.distributed as dist
     from torch import Tensor
-    from torch.distributed.tensor import DTensor
 
     from astra import adapter, inits
-    from astra.calibrate import calibrate_modules, solve_subspace
     from astra.eigen import Subspace
-    from astra.moments import find_groups
-    from astra.windows import make_plan
-    from launch.data.batches import collate_examples
     from launch.data.inputs import prepare_inputs
     from launch.data.order import plan_steps
     from launch.engines import make_engine
     from launch.runtime.distributed import start_process_group, stop_process_group
     from launch.training.loop import make_train_state, train
 
-    recipe = recipe_of(folder, engine_name)
+    recipe = make_recipe(folder, engine_name)
     device = start_process_group()
     inputs = prepare_inputs(recipe, device)
     engine = make_engine(recipe.engine, device, inputs.dtype)
-    before, peak, found = anonymous(), Peak(), {}
+    before, peak, found = read_anonymous_bytes(), Peak(), {}
 
-    def end_of(stage: str) -> None:
-        held = 0
-        for parameter in (p for p in model.parameters() if not p.requires_grad):
-            shard = (
-                parameter.to_local()
-                if isinstance(parameter, DTensor)
-                else getattr(parameter, "ds_tensor", parameter)
-            )
-            held += shard.numel() * shard.element_size()
-        found[stage] = {"base": held, "peak": peak.take() - before}
+    def record_stage(stage: str) -> None:
+        found[stage] = {"base": count_held_bytes(model), "peak": peak.take() - before}
 
     base = engine.load_model(inputs.model)
     model = adapter.attach_adapters(
@@ -165,24 +186,11 @@ def worker(folder: Path, engine_name: str) -> None:
     linears = adapter.get_base_layers(layers)
     engine.materialize(model)
     with engine.inference_mode(model), model.disable_adapter():
-        end_of("load")
-        batches = [
-            collate_examples(inputs.tokens, [(dist.get_rank() + i) % 8], device)[0]
-            for i in range(4)
-        ]
-        groups = find_groups(model, linears, batches[0])
-        plan = make_plan(model, linears, groups, tokens=LENGTH)
-        ranks = dict.fromkeys(linears, recipe.adapter.rank)
-        (modules,) = calibrate_modules(
-            model,
-            linears,
-            [batches],
-            engine,
-            plan,
-            lambda p: solve_subspace(p, "largest", 0),
-            lora_ranks=ranks,
+        record_stage("load")
+        modules = calibrate_model(
+            model, linears, inputs.tokens, recipe.adapter.rank, engine, device
         )
-        end_of("calibration")
+        record_stage("calibration")
 
     def make_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         fields = ("vectors", "values", "spectrum", "checks")
@@ -190,24 +198,62 @@ def worker(folder: Path, engine_name: str) -> None:
 
     adapter.initialise_layers(layers, make_factors, engine)
     modules.clear()
-    end_of("initialisation")
+    record_stage("initialisation")
     steps = list(plan_steps(len(inputs.tokens), 8, 2, 2, 0))
-    list(
-        train(
-            make_train_state(engine, model, recipe.train),
-            inputs.tokens,
-            steps,
-            recipe.train,
-            device,
-        )
-    )
-    end_of("training")
+    state = make_train_state(engine, model, recipe.train)
+    list(train(state, inputs.tokens, steps, recipe.train, device))
+    record_stage("training")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     stop_process_group()
 
 
+def calibrate_model(
+    model: "nn.Module",
+    linears: "dict[str, nn.Linear]",
+    tokens: "TokenSet",
+    lora_rank: int,
+    engine: "Engine",
+    device: "torch.device",
+) -> "dict[str, Solution]":
+    """Calibrate on four examples a rank, in one window.
+
+    Args:
+        linears: module name -> module.
+
+    Returns:
+        module name -> its solution.
+    """
+    import torch.distributed as dist
+
+    from astra.calibrate import calibrate_modules, solve_subspace
+    from astra.moments import find_groups
+    from astra.windows import make_plan
+    from launch.data.batches import collate_examples
+
+    batches = [collate_examples(tokens, [(dist.get_rank() + i) % 8], device)[0] for i in range(4)]
+    groups = find_groups(model, linears, batches[0])
+    plan = make_plan(model, linears, groups, tokens=LENGTH)
+    (modules,) = calibrate_modules(
+        model,
+        linears,
+        [batches],
+        engine,
+        plan,
+        lambda problem: solve_subspace(problem, "largest", 0),
+        lora_ranks=dict.fromkeys(linears, lora_rank),
+    )
+    return modules
+
+
 def measure(folder: Path, engine: str, ranks: int) -> dict:
-    """The largest figure of any rank, in bytes, by stage."""
+    """Launch the ranks of one run and measure them.
+
+    Returns:
+        stage -> "base" and "peak" -> bytes on the rank that has most.
+
+    Raises:
+        RuntimeError: a rank failed; with the end of what it printed.
+    """
     for old in folder.glob("rank*.json"):
         old.unlink()
     launcher = [
@@ -227,8 +273,12 @@ def measure(folder: Path, engine: str, ranks: int) -> dict:
     }
 
 
-def planned(folder: Path, engine: str, ranks: int) -> dict:
-    """What launch/plan.py says of the same run, in bytes, by stage."""
+def plan_stages(folder: Path, engine: str, ranks: int) -> dict:
+    """Plan the same run as launch/plan.py does.
+
+    Returns:
+        stage -> what needs memory -> bytes on a rank.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -238,23 +288,21 @@ def planned(folder: Path, engine: str, ranks: int) -> dict:
     config = AutoConfig.from_pretrained(folder / "base")
     found = estimate_run(
         config,
-        recipe_of(folder, engine),
+        make_recipe(folder, engine),
         make_machine(None, ranks),
         dtype=torch.float32,
         checkpointing=False,
         steps=2,
     )
     memory = {stage: getattr(found, stage).memory for stage in STAGES[1:]}
-    if engine in (
-        "single",
-        "zero2",
-    ):  # on CPUs they map the files, and copy a page when it is written
+    # On CPUs these two map the files, and copy a page when it is written.
+    if engine in ("single", "zero2"):
         memory["calibration"]["base"] = 0
     return memory
 
 
-def table(records: list[dict]) -> str:
-    """Markdown, in MiB."""
+def render_table(records: list[dict]) -> str:
+    """Render the records as a Markdown table, in MiB."""
     head = ["engine", "ranks", "base held", "libraries", "load"]
     head += [f"{stage}: measured, planned" for stage in STAGES[1:]]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -263,22 +311,24 @@ def table(records: list[dict]) -> str:
         numbers = [
             record["training"]["base"],
             record["tiny"]["training"]["peak"],
-            net(record, "load"),
+            subtract_libraries(record, "load"),
         ]
         cells += [f"{number / MIB:.0f}" for number in numbers]
         for stage in STAGES[1:]:
-            measured, plan = net(record, stage), sum(record["planned"][stage].values())
+            measured = subtract_libraries(record, stage)
+            plan = sum(record["planned"][stage].values())
             cells.append(f"{measured / MIB:.0f}, {plan / MIB:.0f} ({plan / measured - 1:+.0%})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def net(record: dict, stage: str) -> int:
-    """Peak bytes of a stage, less what the libraries take."""
+def subtract_libraries(record: dict, stage: str) -> int:
+    """Return the peak of a stage less what the libraries take, in bytes."""
     return record[stage]["peak"] - record["tiny"][stage]["peak"]
 
 
 def main() -> None:
+    """Measure the engines of the command line and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -297,7 +347,7 @@ def main() -> None:
     if arguments.worker:
         from launch.runtime.entry import run_command
 
-        run_command(lambda: worker(arguments.folder, arguments.worker))
+        run_command(lambda: run_worker(arguments.folder, arguments.worker))
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / name for name in SIZES}
         for name, folder in folders.items():
@@ -319,10 +369,10 @@ def main() -> None:
                         **measured["model"],
                     }
                 )
-                records[-1]["planned"] = planned(folders["model"], engine, ranks)
-                print(table(records[-1:]).splitlines()[-1], flush=True)
+                records[-1]["planned"] = plan_stages(folders["model"], engine, ranks)
+                print(render_table(records[-1:]).splitlines()[-1], flush=True)
     print(f"\n{total / 1e6:.0f} M parameters, {4 * total / MIB:.0f} MiB in fp32; MiB a rank:\n")
-    print(table(records))
+    print(render_table(records))
     arguments.output.write_text(
         json.dumps({"parameters": total, "records": records}, indent=1) + "\n"
     )

@@ -1,4 +1,4 @@
-"""Training speed and memory, as ratios from one run: against HF Trainer, DDP, LoRA, and with techniques off.
+"""Measure training speed and memory as ratios of one run: against HF Trainer, DDP, LoRA, and with techniques off.
 
     python bench/training.py                                  # all parts, into bench/results/training.json
     python bench/training.py --part hf --rows 32 --micro-batch 8   # a rank's share of metamath's batch on 4 GPUs
@@ -34,7 +34,7 @@ sys.path[0] = str(ROOT)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
@@ -50,9 +50,9 @@ from transformers import (
 
 from astra import adapter, inits
 from astra.eigen import make_generator
-from bench.memory import ENVIRONMENT, MIB, Peak, anonymous
+from bench.memory import ENVIRONMENT, MIB, Peak, count_held_bytes, read_anonymous_bytes
 from launch.config.schema import Adapter, Train
-from launch.data.order import Packing
+from launch.data.order import Packing, plan_micro_batches
 from launch.data.token_set import TokenSet
 from launch.engines import make_engine
 from launch.engines.single import TorchTrainState
@@ -74,7 +74,7 @@ Turn = Callable[[list[int]], None]  # one optimiser step on these rows
 
 
 def make_base(folder: Path, size: str) -> None:
-    """A random Llama, as files that the engines load."""
+    """Write a random Llama as files that the engines load."""
     layers, width, inner, heads, kv_heads = SHAPES[size]
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -92,7 +92,10 @@ def make_base(folder: Path, size: str) -> None:
 
 
 def make_rows(count: int) -> TokenSet:
-    """Random tokens with lengths like MetaMathQA's rows in the Alpaca prompt: log-normal, by a fit to 3000 rows."""
+    """Draw random tokens with lengths like MetaMathQA's rows in the Alpaca prompt.
+
+    Lengths are log-normal, by a fit to 3000 rows.
+    """
     draw = torch.Generator().manual_seed(SEED)
     questions = (torch.randn(count, generator=draw) * 0.58).exp() * 50
     answers = (torch.randn(count, generator=draw) * 0.65).exp() * 70
@@ -103,12 +106,13 @@ def make_rows(count: int) -> TokenSet:
     return TokenSet(ids, offsets, starts, 0, 0)
 
 
-def lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+def make_lora_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Make LoRA's factors of a module."""
     return inits.init_lora(weight, RANK, SEED, name)
 
 
-def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of random orthonormal vectors: which ones does not change a step's cost."""
+def make_astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Make Astra's factors of random orthonormal vectors: which ones does not change a step's cost."""
     draw = make_generator(SEED, name)
     vectors = torch.linalg.qr(torch.randn(len(weight), RANK, generator=draw, dtype=torch.float64))[
         0
@@ -116,11 +120,11 @@ def astra_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.T @ weight.double(), vectors
 
 
-INITIALISERS = {"lora": lora_factors, "astra": astra_factors}
+INITIALISERS = {"lora": make_lora_factors, "astra": make_astra_factors}
 
 
 class Bench:
-    """The rows, and turns of several trainings on the same ones, timed."""
+    """Hold the rows; take and time the turns of several trainings on the same ones."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
@@ -132,10 +136,12 @@ class Bench:
         self.tokens = make_rows(arguments.rows * (arguments.pairs + 1))
         self.peak = None if GPU else Peak()
 
-    def engine_turn(
-        self, name: str, method: str = "lora", held: dict | None = None
-    ) -> tuple[Turn, PeftModel]:
-        """A training by the functions of the main path."""
+    def make_engine_turn(self, name: str, method: str = "lora", held: dict | None = None) -> Turn:
+        """Make a training by the functions of the main path; return its turn.
+
+        Args:
+            held: is given the bytes of the base that this rank holds, under the engine's name.
+        """
         engine = make_engine(name, self.device, self.dtype)
         base = engine.load_model(check_model(self.folder))
         model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
@@ -143,14 +149,19 @@ class Bench:
         adapter.initialise_layers(adapter.get_lora_layers(model), INITIALISERS[method], engine)
         state = loop.make_train_state(engine, model, self.settings)
         if held is not None:
-            held[name] = held_bytes(model)
-        return lambda rows: self.step(state, rows), model
+            held[name] = count_held_bytes(model)
+        return lambda rows: self.step(state, rows)
 
     def step(self, state: loop.TrainState, rows: list[int], packing: Packing | None = None) -> None:
+        """Take one optimiser step on these rows."""
         next(loop.train(state, self.tokens, [rows], self.settings, self.device, packing=packing))
 
     def compare(self, turns: dict[str, Turn]) -> dict[str, dict]:
-        """Every turn on the same rows, round after round, the first of which warms up."""
+        """Take every turn on the same rows, round after round, the first of which warms up.
+
+        Returns:
+            name -> its rate, its memory and its seconds of every round but the first.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in turns}
         added = dict.fromkeys(turns, 0)
         answers, size = [], self.arguments.rows
@@ -158,13 +169,13 @@ class Bench:
             rows = list(range(number * size, (number + 1) * size))
             order = list(turns) if number % 2 else list(turns)[::-1]
             for name in order:
-                began, before = time.perf_counter(), self.memory_now()
+                began, before = time.perf_counter(), self.restart_peak()
                 turns[name](rows)
                 if GPU:
                     torch.cuda.synchronize()
                 if number:
                     seconds[name].append(time.perf_counter() - began)
-                    added[name] = max(added[name], self.memory_peak() - before)
+                    added[name] = max(added[name], self.read_peak() - before)
             answers.append(self.tokens.count_answer_tokens(rows))
         if dist.get_rank() == 0:
             print(
@@ -181,33 +192,21 @@ class Bench:
             for name, values in seconds.items()
         }
 
-    def memory_now(self) -> int:
-        """Bytes held; starts a new peak."""
+    def restart_peak(self) -> int:
+        """Start a new peak; return the bytes held now."""
         if GPU:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         self.peak.take()
-        return anonymous()
+        return read_anonymous_bytes()
 
-    def memory_peak(self) -> int:
+    def read_peak(self) -> int:
+        """Return the peak since `restart_peak`, in bytes."""
         return torch.cuda.max_memory_allocated() if GPU else self.peak.take()
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Of the base, on this rank."""
-    held = 0
-    for parameter in (p for p in model.parameters() if not p.requires_grad):
-        shard = (
-            parameter.to_local()
-            if hasattr(parameter, "to_local")
-            else getattr(parameter, "ds_tensor", parameter)
-        )
-        held += shard.numel() * shard.element_size()
-    return held
-
-
-def ratio(found: dict[str, dict], ours: str, theirs: str) -> dict:
-    """How many times faster `ours` is than `theirs`, turn by turn."""
+def compute_speedup(found: dict[str, dict], ours: str, theirs: str) -> dict:
+    """Compute how many times faster `ours` is than `theirs`, turn by turn."""
     ratios = [b / a for a, b in zip(found[ours]["seconds"], found[theirs]["seconds"], strict=True)]
     return {
         "median": round(statistics.median(ratios), 3),
@@ -215,22 +214,24 @@ def ratio(found: dict[str, dict], ours: str, theirs: str) -> dict:
     }
 
 
-def hf(bench: Bench) -> dict:
-    ours, _ = bench.engine_turn("single")
-    with trainer_turn(bench) as theirs:
+def compare_hf_trainer(bench: Bench) -> dict:
+    """Compare the main path with the HF Trainer and PEFT's LoRA."""
+    ours = bench.make_engine_turn("single")
+    with start_trainer(bench) as theirs:
         found = bench.compare({"astra recipes": ours, "hf trainer": theirs})
-    return {"runs": found, "speed_of_hf_trainer": ratio(found, "astra recipes", "hf trainer")}
+    speedup = compute_speedup(found, "astra recipes", "hf trainer")
+    return {"runs": found, "speed_of_hf_trainer": speedup}
 
 
 class InOrder(Trainer):
-    """Trains on the rows in their order."""
+    """Train on the rows in their order."""
 
     def _get_train_sampler(self, *_: object) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
 
 class Rows(Dataset):
-    """A TokenSet's rows as HF Trainer takes them, over again until there are `count`."""
+    """Give a TokenSet's rows as HF Trainer takes them, over again until there are `count`."""
 
     def __init__(self, tokens: TokenSet, count: int) -> None:
         self.tokens, self.count = tokens, count
@@ -295,8 +296,11 @@ def make_trainer(
 
 
 @contextmanager
-def trainer_turn(bench: Bench) -> Iterator[Turn]:
-    """HF Trainer with PEFT's LoRA on the same rows: its loop, in a thread that waits between steps."""
+def start_trainer(bench: Bench) -> Iterator[Turn]:
+    """Start HF Trainer with PEFT's LoRA on the same rows, in a thread that waits between steps.
+
+    Yields the turn that lets it take a step.
+    """
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
     class InTurns(TrainerCallback):
@@ -315,26 +319,29 @@ def trainer_turn(bench: Bench) -> Iterator[Turn]:
         InTurns(),
     )
 
-    def run() -> None:
+    def run_trainer() -> None:
         go.acquire()
         trainer.train()
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run_trainer, daemon=True)
     thread.start()
 
-    def turn(_: list[int]) -> None:
+    def take_turn(_: list[int]) -> None:
         go.release()
         while not done.acquire(timeout=1):
             if not thread.is_alive():
                 raise RuntimeError("HF Trainer stopped")
 
-    yield turn
+    yield take_turn
     go.release()  # after the last step
     thread.join()
 
 
-def sharded(bench: Bench) -> dict:
-    """All three in the same two processes; what they hold of the base is on one of them."""
+def compare_sharded(bench: Bench) -> dict:
+    """Compare ZeRO-3 and FSDP2 with DistributedDataParallel, all in the same two processes.
+
+    What they hold of the base is what one of the processes holds.
+    """
     held: dict[str, int] = {}
     base = (
         LlamaForCausalLM.from_pretrained(bench.folder, dtype=bench.dtype)
@@ -342,95 +349,105 @@ def sharded(bench: Bench) -> dict:
         .requires_grad_(False)
     )
     model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
-    held["ddp"] = held_bytes(model)
+    held["ddp"] = count_held_bytes(model)
     wrapped = nn.parallel.DistributedDataParallel(objective.AnswerLoss(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = TorchTrainState(wrapped, torch.optim.AdamW(parameters, lr=bench.settings.lr), 1.0)
     turns = {"ddp": lambda rows: bench.step(plain, rows)}
     for name in ("fsdp", "zero3"):
-        turns[name], _ = bench.engine_turn(name, held=held)
+        turns[name] = bench.make_engine_turn(name, held=held)
     found = bench.compare(turns)
     for name in found:
         found[name]["base_held_mib"] = round(held[name] / MIB, 1)
     return {"runs": found} | {
-        f"speed_of_ddp.{name}": ratio(found, name, "ddp") for name in ("fsdp", "zero3")
+        f"speed_of_ddp.{name}": compute_speedup(found, name, "ddp") for name in ("fsdp", "zero3")
     }
 
 
-def astra(bench: Bench) -> dict:
-    turns = {method: bench.engine_turn("single", method)[0] for method in ("astra", "lora")}
+def compare_methods(bench: Bench) -> dict:
+    """Compare Astra's adapters on the residual base with plain LoRA's."""
+    turns = {method: bench.make_engine_turn("single", method) for method in ("astra", "lora")}
     found = bench.compare(turns)
-    return {"runs": found, "speed_of_lora": ratio(found, "astra", "lora")}
+    return {"runs": found, "speed_of_lora": compute_speedup(found, "astra", "lora")}
 
 
-def ablation(bench: Bench) -> dict:
-    """One model, its step as it is by default and with one thing changed."""
+def sum_whole_logits(
+    loss: objective.AnswerLoss, ids: Tensor, positions: Tensor, targets: Tensor, places: Tensor
+) -> Tensor:
+    """Sum the cross-entropy over logits of every position, where AnswerLoss has the answers' alone."""
+    logits = loss.model(input_ids=ids, position_ids=places, use_cache=False).logits
+    labels = torch.full_like(ids, -100).flatten().index_put((positions,), targets)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
+
+
+def plan_unsorted(rows: list[int], lengths: Tensor, *rest: object) -> list:
+    """Plan micro batches as the loop does, but in the rows' order: all count as equally long."""
+    return plan_micro_batches(rows, torch.zeros_like(lengths), *rest)
+
+
+def compare_ablations(bench: Bench) -> dict:
+    """Compare one model's step as it is by default with the same step with one thing changed."""
     engine = make_engine("single", bench.device, bench.dtype)
     base = engine.load_model(check_model(bench.folder))
     model = adapter.attach_adapters(base, TARGETS, RANK, RANK, 0.0)
     state = loop.make_train_state(engine, model, bench.settings)
 
-    def with_patch(target: str, replacement: object) -> Turn:
-        def turn(rows: list[int]) -> None:
+    def make_patched_turn(target: str, replacement: object) -> Turn:
+        def take_turn(rows: list[int]) -> None:
             with mock.patch(target, replacement):
                 bench.step(state, rows)
 
-        return turn
+        return take_turn
 
-    def unsorted(rows: list[int], lengths: Tensor, *rest: object) -> list:
-        return plan_micro_batches(rows, torch.zeros_like(lengths), *rest)
-
-    def whole_logits(
-        loss: objective.AnswerLoss, ids: Tensor, positions: Tensor, targets: Tensor, places: Tensor
-    ) -> Tensor:
-        logits = loss.model(input_ids=ids, position_ids=places, use_cache=False).logits
-        labels = torch.full_like(ids, -100).flatten().index_put((positions,), targets)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum"
-        )
-
-    def checkpointed(rows: list[int]) -> None:
+    def step_checkpointed(rows: list[int]) -> None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         bench.step(state, rows)
         model.gradient_checkpointing_disable()
         base.disable_input_require_grads()
 
-    def eager(rows: list[int]) -> None:
+    def step_eager(rows: list[int]) -> None:
         base.set_attn_implementation("eager")
         bench.step(state, rows)
         base.set_attn_implementation("sdpa")
 
-    def compiled(rows: list[int]) -> None:
+    def step_compiled(rows: list[int]) -> None:
         layers = kernels.compile_layers(base)
         bench.step(state, rows)
         kernels.uncompile_layers(layers)
 
-    plan_micro_batches = loop.plan_micro_batches
     turns: dict[str, Turn] = {
         "default": lambda rows: bench.step(state, rows),
-        "whole logits": with_patch("launch.training.loss.AnswerLoss.forward", whole_logits),
-        "rows not by length": with_patch("launch.training.loop.plan_micro_batches", unsorted),
-        "batches not ahead": with_patch(
+        "whole logits": make_patched_turn(
+            "launch.training.loss.AnswerLoss.forward", sum_whole_logits
+        ),
+        "rows not by length": make_patched_turn(
+            "launch.training.loop.plan_micro_batches", plan_unsorted
+        ),
+        "batches not ahead": make_patched_turn(
             "launch.training.loop.prefetch", lambda items, _device: items
         ),
         "packed": lambda rows: bench.step(state, rows, Packing(LENGTH, flat=False)),
-        "eager attention": eager,
-        "gradient checkpointing": checkpointed,
+        "eager attention": step_eager,
+        "gradient checkpointing": step_checkpointed,
     }
     if bench.arguments.compile:
-        turns["compiled"] = compiled
+        turns["compiled"] = step_compiled
     found = bench.compare(turns)
     return {"runs": found} | {
-        f"default_against.{name}": ratio(found, "default", name) for name in turns
+        f"default_against.{name}": compute_speedup(found, "default", name) for name in turns
     }
 
 
-def worker(arguments: argparse.Namespace) -> None:
-    bench = Bench(arguments, arguments.folder)
-    found = {"hf": hf, "sharded": sharded, "astra": astra, "ablation": ablation}[arguments.worker](
-        bench
-    )
+def run_worker(arguments: argparse.Namespace) -> None:
+    """Run one rank of a part; rank 0 writes what is found to found.json."""
+    compare = {
+        "hf": compare_hf_trainer,
+        "sharded": compare_sharded,
+        "astra": compare_methods,
+        "ablation": compare_ablations,
+    }
+    found = compare[arguments.worker](Bench(arguments, arguments.folder))
     for run in found["runs"].values():
         del run["seconds"]
     if dist.get_rank() == 0:
@@ -439,23 +456,26 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def measure(part: str, arguments: argparse.Namespace, folder: Path) -> dict:
-    """One part in processes of its own; on CPUs memory in further ones, whose allocator gives back what is freed."""
+    """Measure one part in processes of its own.
+
+    On CPUs memory is measured in further ones, whose allocator gives back what is freed.
+    """
     began = time.perf_counter()
-    found = run_worker(part, arguments, folder, arguments.pairs, os.environ)
+    found = launch_ranks(part, arguments, folder, arguments.pairs, os.environ)
     if not GPU:
-        for name, run in run_worker(part, arguments, folder, 1, ENVIRONMENT)["runs"].items():
+        for name, run in launch_ranks(part, arguments, folder, 1, ENVIRONMENT)["runs"].items():
             found["runs"][name]["memory_added_mib"] = run["memory_added_mib"]
     return found | {"seconds": round(time.perf_counter() - began)}
 
 
-def run_worker(
+def launch_ranks(
     part: str,
     arguments: argparse.Namespace,
     folder: Path,
     pairs: int,
     environment: Mapping[str, str],
 ) -> dict:
-    """What the ranks of one part found."""
+    """Run the ranks of one part as workers; return what they found."""
     ranks = PARTS[part]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     options = [
@@ -479,6 +499,7 @@ def run_worker(
 
 
 def main() -> None:
+    """Measure the parts of the command line and write each one's results as soon as it is there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -507,7 +528,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments)
+        run_worker(arguments)
         return
     record = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -536,7 +557,7 @@ def main() -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One that pads, for HF Trainer's collator."""
+    """Write a tokenizer that pads, for HF Trainer's collator."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {"<pad>": 0} | {f"t{i}": i for i in range(1, 10)}
