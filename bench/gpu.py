@@ -96,12 +96,12 @@ def make_environment() -> dict[str, str]:
 
 def run_worker(arguments: argparse.Namespace) -> None:
     """Measure one part and write what it finds, also where it fails half-way."""
-    from bench.gpu.report import Report, Work
+    from bench.gpu_parts.report import Report, Work
 
     work = Work(arguments.folder, arguments.tiny, arguments.model)
     report = Report(judges_speed=not arguments.tiny)
     try:
-        importlib.import_module(f"bench.gpu.{arguments.worker}").measure(work, report)
+        importlib.import_module(f"bench.gpu_parts.{arguments.worker}").measure(work, report)
     finally:
         report.write(arguments.folder / f"{arguments.worker}.json")
 

@@ -35,7 +35,7 @@ def write_base(folder: Path, layers: int) -> None:
     """Write a random Llama so narrow that its arithmetic hardly counts."""
     import torch
 
-    from bench.gpu.common import Shape, make_base
+    from bench.gpu_parts.common import Shape, make_base
 
     shape = Shape(layers, width=64, inner=128, heads=4, kv_heads=4)
     make_base(folder, shape, VOCABULARY, torch.bfloat16, torch.device("cpu"))
@@ -46,7 +46,7 @@ def measure_engine(folder: Path, engine: str, steps: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from bench.gpu.common import make_tokens, start_training
+    from bench.gpu_parts.common import make_tokens, start_training
     from launch.config.schema import Train
     from launch.runtime.distributed import start_process_group, stop_process_group
     from launch.training import loop

@@ -3,8 +3,8 @@
 import gc
 import math
 
-from bench.gpu.common import read_losses, write_recipe
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.common import read_losses, write_recipe
+from bench.gpu_parts.report import Report, Work
 from launch import pipeline
 from launch.config.loading import read_recipe
 from launch.methods.registry import METHODS

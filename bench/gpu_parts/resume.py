@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from bench.gpu.common import find_largest_difference, read_losses, write_recipe
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.common import find_largest_difference, read_losses, write_recipe
+from bench.gpu_parts.report import Report, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-4  # of losses; some kernels of GPUs add up in an order that changes

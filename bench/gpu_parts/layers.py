@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bench.gpu.common import (
+from bench.gpu_parts.common import (
     ENGINES,
     Shape,
     free_memory,
@@ -21,7 +21,7 @@ from bench.gpu.common import (
     make_tokens,
     start_training,
 )
-from bench.gpu.report import Report, Work, synchronise
+from bench.gpu_parts.report import Report, Work, synchronise
 from bench.training import make_trainer, write_tokenizer
 from launch.config.schema import Train
 from launch.data.token_set import TokenSet

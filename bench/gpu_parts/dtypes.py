@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.common import make_small_base, make_tokens, start_training
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.common import make_small_base, make_tokens, start_training
+from bench.gpu_parts.report import Report, Work
 from launch.config.schema import Train
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.training import loop

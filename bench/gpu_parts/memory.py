@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.gpu.common import write_recipe
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.common import write_recipe
+from bench.gpu_parts.report import Report, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 512  # of the one micro batch

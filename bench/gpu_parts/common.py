@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from astra import adapter, inits
-from bench.gpu.report import Work
+from bench.gpu_parts.report import Work
 from launch.config.schema import Adapter, Train
 from launch.data.token_set import TokenSet
 from launch.engines import make_engine

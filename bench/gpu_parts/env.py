@@ -6,7 +6,7 @@ import subprocess
 
 import torch
 
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.report import Report, Work
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy", "triton")
 

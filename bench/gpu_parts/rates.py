@@ -9,7 +9,7 @@ from torch import Tensor
 from astra.eigen import solve_eigenproblem
 from astra.moments import BLOCK_WIDTH, Moment
 from astra.svd import compute_svd
-from bench.gpu.report import Report, Work, synchronise
+from bench.gpu_parts.report import Report, Work, synchronise
 
 SEED = 0
 TOKENS = 4096  # of a calibration batch, 8 examples of 512

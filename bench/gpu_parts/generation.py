@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bench.generation import Work as Generation
 from bench.generation import measure_pairs
-from bench.gpu.common import Shape, make_base, make_questions, write_tokenizer
-from bench.gpu.report import Report, Work
+from bench.gpu_parts.common import Shape, make_base, make_questions, write_tokenizer
+from bench.gpu_parts.report import Report, Work
 from launch.data.prompts import format_prompt
 from launch.data.tokenize import encode_texts
 
