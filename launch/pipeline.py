@@ -12,7 +12,7 @@ import torch.distributed as dist
 from astra.adapter import read_factors
 from launch.config.schema import Recipe
 from launch.run.folder import open_run, write_state
-from launch.run.results import RESULTS, runs_table
+from launch.run.results import RESULTS, render_runs
 from launch.runtime import watchdog
 from launch.runtime.distributed import (
     print_rank0,
@@ -122,6 +122,6 @@ def run_stages(
     small = export_small(run, loaded, initial)
     results = make_results(run, loaded, facts, history, best_step, scores, after, small, peak_flops)
     run_on_rank0(lambda: write_run_results(run, results))
-    print_rank0(run_on_rank0(lambda: runs_table([folder])))
+    print_rank0(run_on_rank0(lambda: render_runs([folder])))
     print_rank0(f"plots: {folder}/*.png  to load: {exported}")
     print_rank0(describe_next_steps(folder, run.recipe, results))

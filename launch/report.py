@@ -19,7 +19,7 @@ from launch.run.results import (
     describe_mix,
     find_run_results,
     read_run_results,
-    runs_table,
+    render_runs,
 )
 from launch.runtime.entry import run_command
 from launch.runtime.errors import UserError
@@ -87,7 +87,7 @@ def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None
     if page is not None:
         finished = [folder for folder in folders if find_run_results(folder) is not None]
     if finished:
-        print(runs_table(finished))
+        print(render_runs(finished))
     for folder in finished:
         for subject, line in describe_mix(read_run_results(folder).data):
             print(f"{folder.resolve().name}, {subject}: {line}")

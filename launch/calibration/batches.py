@@ -122,7 +122,7 @@ def make_calibration_batches(
     """
     if not samples:
         return []
-    halves = _split_samples(recipe, samples) if recipe.calibration.split_half else [samples]
+    halves = split_samples(recipe, samples) if recipe.calibration.split_half else [samples]
     if recipe.calibration.statistics == "reference":
         encoded = run_on_rank0(lambda: _encode_reference(recipe, inputs, samples))
         length = recipe.data.max_length
@@ -130,7 +130,7 @@ def make_calibration_batches(
     return [_make_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
 
 
-def _split_samples(recipe: Recipe, samples: list[int]) -> list[list[int]]:
+def split_samples(recipe: Recipe, samples: list[int]) -> list[list[int]]:
     """Return the two halves of the samples. Raises UserError if one would be empty."""
     if len(samples) < 2:
         raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")

@@ -39,14 +39,14 @@ from launch.engines import Engine, make_engine
 from launch.methods.base import crop_solution
 from launch.run.folder import make_folder
 from launch.run.progress import show_progress
-from launch.run.provenance import describe_conditions, dtype_name
+from launch.run.provenance import describe_conditions, name_dtype
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.locks import FolderLock
 from launch.runtime.units import GIB
-from launch.training.loss import label_loss
-from launch.training.row_loss import row_label_loss
+from launch.training.loss import sum_label_loss
+from launch.training.row_loss import sum_row_label_loss
 from launch.training.trainable import describe_model, draw_new_weights
 
 TIE_BREAK = (
@@ -201,7 +201,7 @@ def make_calibration(
         engine,
         plan,
         _make_solver(recipe, engine.device),
-        loss=row_label_loss if recipe.task.has_head else label_loss,
+        loss=sum_row_label_loss if recipe.task.has_head else sum_label_loss,
         lora_ranks=lora_ranks,
         reduction=recipe.calibration.reduction,
         solve_device=solve_device,
@@ -386,7 +386,7 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
     return {
         "method": adapter.method,
         "base": inputs.base,
-        "dtype": dtype_name(inputs.dtype),
+        "dtype": name_dtype(inputs.dtype),
         "rank": choose_kept_rank(recipe),
         "corda_mode": adapter.corda_mode if method.variant == "corda_mode" else None,
         "scaling": recipe.method_settings().scaling if method.depends_on_scaling else None,

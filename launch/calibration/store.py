@@ -94,7 +94,7 @@ def _without_conditions(manifest: dict) -> dict:
 def _count_windows(folder: Path) -> int:
     """Count the windows from the first one on, without gaps."""
     count = 0
-    while _window_path(folder, count).is_file():
+    while _name_window(folder, count).is_file():
         count += 1
     return count
 
@@ -108,7 +108,7 @@ def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) ->
     for name, solution in solutions.items():
         for field, value in solution.items():
             tensors[f"{name}.{field}"] = value.cpu().contiguous()
-    path = _window_path(folder, number)
+    path = _name_window(folder, number)
     aside = path.with_suffix(".tmp")
     try:
         save_file(tensors, aside)
@@ -269,7 +269,7 @@ def read_summary(folder: Path) -> dict:
     return json.loads((folder / SPECTRUM).read_text(encoding="utf-8"))
 
 
-def _window_path(folder: Path, number: int) -> Path:
+def _name_window(folder: Path, number: int) -> Path:
     return folder / f"window-{number:04d}.safetensors"
 
 

@@ -100,7 +100,7 @@ def collate_rows(tokens: TokenSet, examples: Sequence[int | None]) -> RowBatch:
     """
     filler = next((example for example in reversed(examples) if example is not None), 0)
     chosen = [filler if example is None else example for example in examples]
-    pieces = [_example_tokens(tokens, example).long() for example in chosen]
+    pieces = [_get_example(tokens, example).long() for example in chosen]
     masks = [torch.ones_like(piece) for piece in pieces]
     types = None
     if tokens.token_types is not None:
@@ -142,7 +142,7 @@ def collate_sequences(
     filler = next((examples[0] for examples in reversed(sequences) if examples is not None), 0)
     pieces: list[list[Tensor]] = []  # of each sequence, the tokens of its examples
     for examples in sequences:
-        pieces.append([_example_tokens(tokens, i) for i in examples or [filler]])
+        pieces.append([_get_example(tokens, i) for i in examples or [filler]])
     flat = packing is not None and packing.flat
     indices = _find_loss_indices(tokens, sequences, pieces, flat)
     input_ids = _join_pieces(pieces, flat)
@@ -198,7 +198,7 @@ def collate_examples(
     filler = next((example for example in examples if example is not None), 0)
     pieces = []
     for example in examples:
-        pieces.append(_example_tokens(tokens, filler if example is None else example).long())
+        pieces.append(_get_example(tokens, filler if example is None else example).long())
     input_ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=0)
     columns = torch.arange(input_ids.shape[1])
     lengths = [
@@ -219,7 +219,7 @@ def collate_examples(
     return batch, labels.to(device)
 
 
-def _example_tokens(tokens: TokenSet, example: int) -> Tensor:
+def _get_example(tokens: TokenSet, example: int) -> Tensor:
     return tokens.tokens[tokens.offsets[example] : tokens.offsets[example + 1]]
 
 

@@ -95,7 +95,7 @@ def tokenize_rows(
     encoded_texts = encode_texts(tokenizer, texts)
     for prompt_ids, text_ids in zip(encoded_prompts, encoded_texts, strict=True):
         ids = [*text_ids, tokenizer.eos_token_id]
-        yield ids, _common_prefix_length(prompt_ids, ids)
+        yield ids, _count_common_prefix(prompt_ids, ids)
 
 
 def tokenize_text(
@@ -129,7 +129,7 @@ def tokenize_text(
     return blocks
 
 
-def _common_prefix_length(prompt_ids: list[int], ids: list[int]) -> int:
+def _count_common_prefix(prompt_ids: list[int], ids: list[int]) -> int:
     """Count the leading tokens that a prompt and its whole text share.
 
     They differ before the prompt's end where a tokenizer merges its last characters with the

@@ -148,7 +148,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "rows": results.data.rows,
         "rows cut short": results.data.cut,
         "rows dropped": results.data.dropped,
-        **_join_lines(describe_mix(results.data)),
+        **join_lines(describe_mix(results.data)),
         "largest change of a logit at step 0": results.logit_drift,
         "largest rounding of a residual": results.residual_rounding,
         **{f"{field} (auto)": value for field, value in results.decided.items()},
@@ -173,7 +173,7 @@ def _list_steps(record: RunRecord) -> dict[str, Any]:
     return listed
 
 
-def _join_lines(described: Sequence[tuple[str, str]]) -> dict[str, str]:
+def join_lines(described: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return pairs by their first element; what is said of one thing stands together."""
     joined: dict[str, str] = {}
     for subject, line in described:

@@ -28,8 +28,8 @@ from launch.data.batches import RowBatch
 from launch.planning.counting import CountingMode, Operation, discard_gradients
 from launch.runtime import compat
 from launch.runtime.units import GIB
-from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, label_loss
-from launch.training.row_loss import RowLoss, row_label_loss
+from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, sum_label_loss
+from launch.training.row_loss import RowLoss, sum_row_label_loss
 from launch.training.trainable import as_base, attach_trainable, find_lora_layers
 
 EstimateT = TypeVar("EstimateT")
@@ -235,7 +235,7 @@ def run_calibration_batch(fake: FakeModel, recipe: Recipe, world_size: int) -> C
 
     once, hidden_states = Pass(), 0
     if statistic == "gradient":
-        loss = row_label_loss if recipe.task.has_head else label_loss
+        loss = sum_row_label_loss if recipe.task.has_head else sum_label_loss
         once = _run_gradients(fake.model, fake.linears, batch, plan_windows(None), loss)
     elif statistic != "weight":
         once, can_split = _run_forward(fake, batch)

@@ -27,7 +27,7 @@ from launch.planning.model import run_without_numbers, try_estimate
 from launch.planning.options import PlanOptions
 from launch.quickstart import base as quickstart
 from launch.quickstart.data import NUM_TRAIN_PROBLEMS
-from launch.run.provenance import dtype_name
+from launch.run.provenance import name_dtype
 from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
 from launch.training.trainable import describe_trainable
@@ -56,7 +56,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     # A pooler in the base is taken to be in its files, as BERT's is.
     head = find_outer_names(model) if recipe.task.has_head else ()
     check_max_length(recipe.data.max_length, config, recipe.model.name)
-    steps = _count_steps(recipe, options)
+    steps = count_planned_steps(recipe, options)
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
     name = recipe.model.name
     print(f"planning {name}: running its layers without numbers", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     in_nodes = recipe.shard_within == "node" and machine.num_nodes > 1
     layout = ", each node holds the base" if in_nodes else ""
     print(
-        f"{name}, {estimate.engine} on {machine.world_size} ranks{layout}, {dtype_name(dtype)} base, "
+        f"{name}, {estimate.engine} on {machine.world_size} ranks{layout}, {name_dtype(dtype)} base, "
         f"gradient checkpointing {'on' if estimate.checkpointing else 'off'}"
     )
     print(
@@ -117,7 +117,7 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
     return config
 
 
-def _count_steps(recipe: Recipe, options: PlanOptions) -> int:
+def count_planned_steps(recipe: Recipe, options: PlanOptions) -> int:
     """Count the optimiser steps. Raises UserError if the number of training rows is unknown."""
     settings = recipe.train
     num_rows = options.num_rows or recipe.data.num_rows

@@ -41,6 +41,6 @@ def find_git_revision() -> str | None:
         return None
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
     """Return the name of a dtype as files have it: `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -404,7 +404,7 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
     return described
 
 
-def runs_table(folders: Sequence[Path]) -> str:
+def render_runs(folders: Sequence[Path]) -> str:
     """Render finished runs as a Markdown table, one row each.
 
     Scores are in percent with their 95 % Wilson interval and n. A score that was not made is left empty.

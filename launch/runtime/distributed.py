@@ -61,7 +61,7 @@ def start_process_group(stall: float = STALL) -> torch.device:
     """
     _silence_libraries()
     if "RANK" not in os.environ:
-        os.environ |= _slurm_ranks() if "SLURM_STEP_ID" in os.environ else _only_rank()
+        os.environ |= read_slurm_ranks() if "SLURM_STEP_ID" in os.environ else _make_only_rank()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = choose_device()
     compat.run_gloo_in_one_thread(FOREVER)
@@ -127,7 +127,7 @@ def _choose_backend(device: torch.device) -> dict[str, Any]:
     return {"backend": "nccl", "device_id": device}
 
 
-def _only_rank() -> dict[str, str]:
+def _make_only_rank() -> dict[str, str]:
     """Return the launcher's variables for a process that no launcher started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -141,8 +141,12 @@ def _only_rank() -> dict[str, str]:
     }
 
 
-def _slurm_ranks() -> dict[str, str]:
-    """Return the launcher's variables under `srun`, where every task is a rank."""
+def read_slurm_ranks() -> dict[str, str]:
+    """Read the launcher's variables under `srun`, where every task is a rank.
+
+    Raises:
+        UserError: there are several nodes, and MASTER_ADDR is not set.
+    """
     environment = os.environ
     if "MASTER_ADDR" not in environment and int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         raise UserError(

@@ -117,7 +117,7 @@ def _make_reference_rows(
     """Make rows whose response is the benchmark's own answer: MetaMath's form, or a program."""
     rows = []
     for name in expand_groups(list(benchmarks)):
-        form = _reference_form(name)
+        form = _get_reference_form(name)
         for problem in BENCHMARKS[name].read_problems(data_dir, limit):
             row = {"suite": name, "id": problem.id, "reference": problem.reference}
             row["output"] = form.format(problem.reference)
@@ -125,7 +125,7 @@ def _make_reference_rows(
     return rows
 
 
-def _reference_form(name: str) -> str:
+def _get_reference_form(name: str) -> str:
     """Return the response, as a format string, that states a benchmark's reference."""
     if BENCHMARKS[name].kind == "code":
         return "```python\n{0}\n```"

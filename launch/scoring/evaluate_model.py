@@ -29,7 +29,7 @@ from launch.models.identity import (
     hash_config,
     hash_tokenizer_files,
 )
-from launch.run.provenance import dtype_name
+from launch.run.provenance import name_dtype
 from launch.run.results import Score
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_each_node
@@ -73,7 +73,7 @@ def evaluate_model(
     engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
     watchdog.set_phase("loading the base")
     model = _load_model(checked, saved, on_residual, engine)
-    identity = {"base": base, **hashes, "dtype": dtype_name(engine.dtype)}
+    identity = {"base": base, **hashes, "dtype": name_dtype(engine.dtype)}
     with engine.inference_mode(model):
         watchdog.set_phase("scoring", timed=True)
         scores = score_benchmarks(engine, model, tokenizer, problems, settings, folder, identity)

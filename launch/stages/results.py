@@ -10,7 +10,7 @@ from launch.models.head import is_encoder
 from launch.run.best import find_best, list_score_names, list_scored_steps
 from launch.run.folder import write_state
 from launch.run.metrics import Metrics
-from launch.run.provenance import describe_conditions, dtype_name
+from launch.run.provenance import describe_conditions, name_dtype
 from launch.run.results import (
     LastAndBest,
     Prediction,
@@ -85,7 +85,7 @@ def make_results(
         logit_drift=facts.logit_drift,
         residual_rounding=facts.residual_rounding,
         engine=recipe.engine,
-        dtype=dtype_name(run.inputs.dtype),
+        dtype=name_dtype(run.inputs.dtype),
         seconds=_measure_seconds(run, facts, history),
         baseline=facts.baseline,
         scores=scores | _summarise_epochs(run, history),

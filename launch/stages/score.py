@@ -6,7 +6,7 @@ from pathlib import Path
 from eval.tasks.base import Problem
 from launch.config.schema import Eval
 from launch.models.identity import hash_tokenizer_files
-from launch.run.provenance import dtype_name
+from launch.run.provenance import name_dtype
 from launch.run.results import Score
 from launch.runtime.distributed import run_on_rank0
 from launch.scoring.score import score_benchmarks
@@ -34,7 +34,7 @@ def score_run(
     identity = {
         "base": run.inputs.base | {"tokenizer_sha256": tokenizer},
         "adapter": adapter,
-        "dtype": dtype_name(run.inputs.dtype),
+        "dtype": name_dtype(run.inputs.dtype),
     }
     return score_benchmarks(
         loaded.engine, loaded.model, run.tokenizer, problems, settings, folder, identity

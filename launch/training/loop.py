@@ -109,7 +109,7 @@ class StepRecorder:
         )
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
+def compute_learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
     """Return the learning rate of `step`, counted from 0.
 
     Linear warmup from 0 to `peak`, then half a cosine towards 0: transformers'
@@ -213,7 +213,7 @@ def train(
     with contextlib.closing(prefetch(micro_batches, device)) as batches:
         for index, examples in enumerate(remaining, start=len(history)):
             watchdog.heartbeat(f"training step {index + 1}")
-            torch.manual_seed(_dropout_seed(settings.seed, index, rank))
+            torch.manual_seed(_make_dropout_seed(settings.seed, index, rank))
 
             # Forward and backward. An answer token is one that the loss counts. The step has n of
             # them, spread over ranks and micro batches, and its loss is their mean:
@@ -236,7 +236,7 @@ def train(
                 step_sums[0] += summed_loss.detach()
 
             # Optimiser step.
-            lr = learning_rate(index, len(steps), settings.lr, settings.warmup_ratio)
+            lr = compute_learning_rate(index, len(steps), settings.lr, settings.warmup_ratio)
             grad_norm = state.step(lr)
 
             # Sum over ranks: n * L, and how many ranks were asked to stop. All ranks see the same
@@ -304,7 +304,7 @@ def _copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
+def _make_dropout_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of one step on one rank.
 
     It depends on nothing else, so a resumed run draws what the undisturbed one would have drawn.

@@ -86,7 +86,7 @@ class AnswerLoss(nn.Module):
         head = base.get_output_embeddings()
         if head is None:
             logits = self.model(**inputs).logits.flatten(0, 1)
-            return _cross_entropy(logits[loss_indices], targets)
+            return _sum_cross_entropy(logits[loss_indices], targets)
         if self.in_chunks:
             loss = self._compute_in_chunks(base, head, loss_indices, targets, inputs)
             if loss is not None:
@@ -98,7 +98,7 @@ class AnswerLoss(nn.Module):
             return own_forward(hidden.flatten(0, 1)[loss_indices][None])
 
         with _replace_forward(head, selected_logits):
-            return _cross_entropy(self.model(**inputs).logits[0], targets)
+            return _sum_cross_entropy(self.model(**inputs).logits[0], targets)
 
     def _compute_in_chunks(
         self,
@@ -124,7 +124,7 @@ class AnswerLoss(nn.Module):
             chunk = CHUNK_CPU if hidden.device.type == "cpu" else CHUNK_GPU
             chunk = self.chunk or chunk
             selected = hidden.flatten(0, 1)[loss_indices]
-            return chunked_cross_entropy(selected, head.weight, head.bias, targets, chunk)
+            return compute_chunked_cross_entropy(selected, head.weight, head.bias, targets, chunk)
 
         def watched_forward(*args: object, **kwargs: object) -> object:
             nonlocal untouched
@@ -216,11 +216,11 @@ def _replace_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def label_loss(model: nn.Module, batch: Batch) -> Tensor:
+def sum_label_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the sum of AnswerLoss.forward from the logits of every token.
 
     For a calibration, which may observe the head, so the head must run as it is.
@@ -229,10 +229,10 @@ def label_loss(model: nn.Module, batch: Batch) -> Tensor:
         batch: with `labels`; those of -100 do not count, as PyTorch's cross-entropy has it.
     """
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-    return _cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    return _sum_cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
-def chunked_cross_entropy(
+def compute_chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
 ) -> Tensor:
     """Compute `F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")`.

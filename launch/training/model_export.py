@@ -23,7 +23,7 @@ from launch.models.check import read_config
 from launch.models.files import FILES
 from launch.models.head import Head
 from launch.models.weight_files import find_weight_files
-from launch.run.provenance import dtype_name
+from launch.run.provenance import name_dtype
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.files import write_json
@@ -188,7 +188,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
     config.pop("transformers_weights", None)  # the name of the base's own file of weights
     if head is not None:
         config |= _describe_head(base, head)
-    write_json(folder / "config.json", config | {"dtype": dtype_name(dtype)})
+    write_json(folder / "config.json", config | {"dtype": name_dtype(dtype)})
     find_weight_files(folder, read_config(folder, "export", head), "export")
 
 

@@ -60,7 +60,7 @@ def compute_row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def row_label_loss(model: nn.Module, batch: Batch) -> Tensor:
+def sum_row_label_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the sum of RowLoss.forward for a calibration; rows without real tokens do not count.
 
     Args:

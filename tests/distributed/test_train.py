@@ -23,7 +23,7 @@ from astra import adapter
 from astra.weights import TorchWeights
 from launch.config.loading import read_recipe
 from launch.run.metrics import Metrics
-from launch.run.results import runs_table
+from launch.run.results import render_runs
 from tests.support.cases import (
     BF16,
     FSDP_2,
@@ -213,7 +213,7 @@ def test_the_run_folder_holds_what_the_readme_names(
     assert score["correct"] == sum(row["strict"] for row in generations)
     assert results["conditions"]["world_size"] == 2
     assert "smallest" in (run / "README.md").read_text()
-    assert "| astra smallest | 4 |" in runs_table([run])
+    assert "| astra smallest | 4 |" in render_runs([run])
     assert "residual" in (run / "adapter" / "README.md").read_text()
 
 

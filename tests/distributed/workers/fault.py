@@ -109,7 +109,7 @@ POINTS = {
     # calibrate.py has saved one window.
     "window": lambda: plant_fault(calibration, "save_window", 0, 2, die),
     # Step 5 lasts until a signal comes.
-    "signal": lambda: plant_fault(loop, "learning_rate", LAST_RANK, 5, wait_for_signal),
+    "signal": lambda: plant_fault(loop, "compute_learning_rate", LAST_RANK, 5, wait_for_signal),
     "memory": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, fill_memory),
     "refusal": lambda: plant_fault(loop, "collate_sequences", LAST_RANK, 9, refuse),
     "early": lambda: plant_fault(prepare, "load_tokenizer", LAST_RANK, 1, refuse),

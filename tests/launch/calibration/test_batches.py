@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.calibration.batches import _split_samples, draw_samples
+from launch.calibration.batches import draw_samples, split_samples
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.data.mix.shares import choose_examples
@@ -46,8 +46,8 @@ def test_samples_of_a_mix_are_distinct_rows() -> None:
 
 def test_both_halves_have_every_source() -> None:
     recipe = make_recipe(40)
-    halves = _split_samples(recipe, draw(recipe))
+    halves = split_samples(recipe, draw(recipe))
     assert sorted(halves[0] + halves[1]) == draw(recipe) and len(halves[0]) == len(halves[1])
     of_a = [sum(i < 30 for i in half) for half in halves]
     assert abs(of_a[0] - of_a[1]) <= 1 and min(of_a) > 5
-    assert _split_samples(make_recipe(5, is_mix=False), [1, 4, 6, 8, 9]) == [[1, 4], [6, 8, 9]]
+    assert split_samples(make_recipe(5, is_mix=False), [1, 4, 6, 8, 9]) == [[1, 4], [6, 8, 9]]

@@ -17,7 +17,7 @@ import yaml
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import sweep
-from launch.runtime.distributed import _slurm_ranks
+from launch.runtime.distributed import read_slurm_ranks
 from launch.runtime.errors import UserError
 from launch.sweeps import slurm
 from launch.sweeps.table import read_table
@@ -374,13 +374,13 @@ def test_tasks_of_srun_are_ranks(
     monkeypatch.delenv("MASTER_PORT", raising=False)
     set_environment(monkeypatch, STEP | changed)
     ranks = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert _slurm_ranks() == ranks | {"MASTER_ADDR": "node1", "MASTER_PORT": "30007"} | wanted
+    assert read_slurm_ranks() == ranks | {"MASTER_ADDR": "node1", "MASTER_PORT": "30007"} | wanted
 
 
 def test_tasks_of_srun_on_several_nodes_want_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, STEP | {"MASTER_ADDR": None})
     with pytest.raises(UserError, match="MASTER_ADDR: set it"):
-        _slurm_ranks()
+        read_slurm_ranks()
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None]) -> None:

@@ -16,7 +16,7 @@ from launch.config.loading import (
 )
 from launch.config.schema import Recipe
 from launch.planning.options import PlanOptions
-from launch.planning.printout import _count_steps
+from launch.planning.printout import count_planned_steps
 from launch.runtime.errors import UserError
 
 MIX = """
@@ -119,7 +119,7 @@ def test_a_stored_mix_is_the_same_and_a_change_is_named(mix: str, tmp_path: Path
 
 def test_the_rows_of_counts_are_planned_and_those_of_weights_are_asked_for(mix: str) -> None:
     def count(recipe: Recipe, num_rows: int | None = None) -> int:
-        return _count_steps(recipe, PlanOptions(machine=None, num_rows=num_rows))
+        return count_planned_steps(recipe, PlanOptions(machine=None, num_rows=num_rows))
 
     counted = read_recipe(mix, [*COUNTS, "train.global_batch=10"])
     assert count(counted) == 12

@@ -1,6 +1,6 @@
 """What results.json has of a mix is said, and what of it may surprise. Needs nothing; a second."""
 
-from launch.pages.tables import _join_lines
+from launch.pages.tables import join_lines
 from launch.run.results import Data, describe_mix
 
 SOURCE = {"tokens_sha256": "0", "kept": 12, "cut": 0, "dropped": {}, "held_out": 0, "repeats": 1}
@@ -22,7 +22,7 @@ def test_each_source_is_said_with_its_share() -> None:
     chat = "27 rows, 75.0% of an epoch, out of 12 in b.jsonl, each up to 3 times; 3 empty"
     said = [("data.sources.code", code), ("data.sources.chat", chat)]
     assert describe_mix(Data(**WHOLE, sources=sources)) == said
-    assert _join_lines(said) == dict(said)
+    assert join_lines(said) == dict(said)
     assert describe_mix(Data(**WHOLE)) == []
 
 
@@ -37,5 +37,5 @@ def test_what_may_surprise_is_said() -> None:
     )
     assert lines[1].startswith("1 of 2 held-out rows are trained on too")
     assert lines[2].startswith("code and chat read a.jsonl: a row that both read")
-    joined = _join_lines(describe_mix(data))
+    joined = join_lines(describe_mix(data))
     assert joined["data.held_out"] == f"{lines[1]}; {lines[2]}"

@@ -125,7 +125,7 @@ def test_what_a_step_waits_for_is_named(start: Callable, tokens: TokenSet) -> No
         "__int__ token_set.py:count_answer_tokens",
         "__int__ token_set.py:find_trained",
         "tolist token_set.py:find_trained",
-        "__index__ batches.py:_example_tokens",
+        "__index__ batches.py:_get_example",
         "__int__ batches.py:_find_loss_indices",
         "__bool__ order.py:plan_micro_batches",
         "__int__ loop.py:finish_step",

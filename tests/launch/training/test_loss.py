@@ -17,7 +17,7 @@ from astra import adapter
 from launch.data.batches import collate_sequences
 from launch.data.order import Packing, pack_examples, plan_micro_batches
 from launch.data.token_set import TokenSet
-from launch.training.loss import AnswerLoss, chunked_cross_entropy, in_bf16
+from launch.training.loss import AnswerLoss, compute_chunked_cross_entropy, in_bf16
 
 PACKED, FLAT = Packing(capacity=40, flat=False), Packing(capacity=40, flat=True)
 
@@ -42,7 +42,9 @@ def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(
     ]
     results = []
     for loss in (
-        lambda hidden, weight, bias: chunked_cross_entropy(hidden, weight, bias, targets, chunk),
+        lambda hidden, weight, bias: compute_chunked_cross_entropy(
+            hidden, weight, bias, targets, chunk
+        ),
         lambda hidden, weight, bias: F.cross_entropy(
             F.linear(hidden, weight, bias), targets, reduction="sum"
         ),

@@ -13,7 +13,7 @@ from launch.data.batches import collate_rows
 from launch.data.task_rows import prepare_rows
 from launch.engines.base import load_pretrained
 from launch.models.check import draw_weight
-from launch.training.row_loss import compute_row_losses, row_label_loss
+from launch.training.row_loss import compute_row_losses, sum_row_label_loss
 from tests.support.classifiers import TARGETS, load_recipe, make_recipe
 
 
@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_rows_own_losses(
         batches.append(Batch(**batch.inputs(), token_mask=is_real, row_labels=batch.labels))
     groups = find_groups(model, linears, batches[0], "gradient")
     plan = make_plan(model, linears, groups, tokens=64, decomposition="matrix")
-    found = sum_gradients(model, linears, batches, plan.windows[0], row_label_loss)
+    found = sum_gradients(model, linears, batches, plan.windows[0], sum_row_label_loss)
     assert all(parameter.grad is None for parameter in model.parameters())  # training starts anew
     for linear in linears.values():
         linear.weight.requires_grad_(True)
