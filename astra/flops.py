@@ -49,7 +49,7 @@ def count_eigh_flops(size: int, num_vectors: int, device_type: str) -> int:
 
 
 def count_eigen_flops(
-    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str = "cpu"
+    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str
 ) -> int:
     """Return the operations that find and check r eigenvectors of one module's `C` (eigen)."""
     d_out = linear.out_features
@@ -62,7 +62,7 @@ def count_eigen_flops(
 
 
 def count_svd_flops(
-    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str = "cpu"
+    statistic: Statistic, linear: nn.Linear, lora_rank: int, device_type: str
 ) -> int:
     """Return the operations that find r singular triplets of W, or of W times an input moment.
 

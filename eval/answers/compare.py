@@ -47,7 +47,7 @@ EqualValues = Callable[[Node, Node], bool]
 
 
 def are_equal(
-    answer: str, reference: str, equal_values: EqualValues, *, word_problem: bool = False
+    answer: str, reference: str, equal_values: EqualValues, *, word_problem: bool
 ) -> bool:
     """Return whether the text `answer` states the same as `reference`.
 

@@ -60,7 +60,7 @@ def _read_bytes(fd: int, size: int) -> bytes:
     return bytes(data)
 
 
-def limit_process(cpu_seconds: int, memory: int, processes: int | None = None) -> None:
+def limit_process(cpu_seconds: int, memory: int, processes: int) -> None:
     """Limit this process for good. `memory` is in bytes of address space."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
@@ -68,9 +68,8 @@ def limit_process(cpu_seconds: int, memory: int, processes: int | None = None) -
         resource.RLIMIT_FSIZE: MAX_FILE,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: processes,
     }
-    if processes is not None:
-        limits[resource.RLIMIT_NPROC] = processes
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

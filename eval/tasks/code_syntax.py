@@ -31,7 +31,7 @@ def parse_program(program: str) -> ast.Module | None:
         return None
 
 
-def find_prefix(lines: list[str], min_lines: int = 1) -> int:
+def find_prefix(lines: list[str], min_lines: int) -> int:
     """Return the most lines from the first on, at least `min_lines`, that are a program, else 0."""
     end = len(lines)
     for _ in range(MAX_PARSES):

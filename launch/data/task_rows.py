@@ -240,7 +240,7 @@ def obtain_unlabelled_rows(
     model_path: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-    output: Path | None = None,
+    output: Path | None,
 ) -> RowFolder:
     """Find or make rows to calibrate on, as `obtain_rows` does: texts, pairs or plain text."""
     has_types = _takes_token_types(tokenizer, config)

@@ -119,9 +119,7 @@ def time_host(engine: str, num_layers: int, checkpointing: bool) -> float:
     return share * num_layers * _read_host_seconds()[SAME_HOST_TIME.get(engine, engine)]
 
 
-def count_training_communication(
-    engine: str, fake: FakeModel, in_nodes: bool = False
-) -> Communication:
+def count_training_communication(engine: str, fake: FakeModel, in_nodes: bool) -> Communication:
     """Count what the training of a model communicates; see `count_communication`."""
     trained_bytes = FP32_BYTES * fake.num_trained
     return count_communication(
@@ -176,7 +174,7 @@ def time_calibration(
     num_passes: int,
     sum_flops: float,
     statistics_bytes: int,
-    in_nodes: bool = False,
+    in_nodes: bool,
 ) -> CalibrationTime:
     """Return the time of the recipe's calibration.
 

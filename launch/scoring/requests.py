@@ -36,7 +36,7 @@ def make_requests(
     benchmark: Benchmark,
     problems: Sequence[Problem],
     settings: Eval,
-    template: ChatTemplate | None = None,
+    template: ChatTemplate | None,
 ) -> list[Request]:
     """Make the requests of one benchmark: all samples of a problem, then those of the next.
 

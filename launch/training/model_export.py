@@ -79,7 +79,7 @@ def write_weights(
     model: PreTrainedModel,
     weights: Description,
     read: Callable[[str], Tensor],
-    rehearsal: bool = False,
+    rehearsal: bool,
 ) -> None:
     """Write weights to `folder` as safetensors files, under the names of the base's. Collective.
 
