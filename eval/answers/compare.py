@@ -225,15 +225,21 @@ def _compare_texts(given: str, wanted: str, equal_values: EqualValues) -> bool:
         return False
     bases = _BASE.fullmatch(given), _BASE.fullmatch(wanted)
     if any(bases):
-        return _compare_bases(given, wanted, *bases)
+        return _compare_bases(given, *bases)
     numbers = read_number(given), read_number(wanted)
     if None not in numbers:
         return numbers[0] == numbers[1]
     return equal_values(Node("value", given), Node("value", wanted))
 
 
-def _compare_bases(given: str, wanted: str, ours: re.Match | None, theirs: re.Match | None) -> bool:
-    """Return whether numbers such as 2516_8 have the same digits; an answer may have no base."""
+def _compare_bases(given: str, ours: re.Match | None, theirs: re.Match | None) -> bool:
+    """Return whether numbers such as 2516_8 have the same digits; an answer may have no base.
+
+    Args:
+        given: the answer.
+        ours: the answer's sign, digits and base; None if it has no base.
+        theirs: the reference's.
+    """
     if ours and theirs:
         return [g.upper() for g in ours.groups()] == [g.upper() for g in theirs.groups()]
     return bool(theirs) and given.upper() == (theirs[1] + theirs[2]).upper()
