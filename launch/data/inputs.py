@@ -12,7 +12,7 @@ from launch.data.calibration_tokens import obtain_calibration_rows, obtain_calib
 from launch.data.mix.tokens import obtain_mix
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
-from launch.data.token_set import TokenSet, split_held_out
+from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
 from launch.models.check import (
     CheckedModel,
     check_max_length,
@@ -119,6 +119,10 @@ def _prepare_node(recipe: Recipe) -> dict:
         tokens = obtain(recipe.data, model_path)
     describe = describe_mixed_tokens if recipe.data.sources else _describe_tokens
     data = describe(tokens, recipe.data) | describe_dev(dev)
+    if recipe.data.held_out and not recipe.data.sources:  # a mix has counted them
+        training, held_out = split_held_out(tokens.open_tokens(), recipe.data.held_out)
+        parts = (read_bytes(part, range(len(part))) for part in (held_out, training))
+        data["held_out_trained"] = count_trained(*parts)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_tokens is not None:
         if recipe.task.has_head:

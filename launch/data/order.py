@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,14 @@ class Packing:
 
 def count_steps(num_examples: int, global_batch: int, epochs: float, max_steps: int | None) -> int:
     """Count the optimiser steps of a run. The last one may have fewer examples."""
-    return max_steps or math.ceil(num_examples * epochs / global_batch)
+    return max_steps or math.ceil(count_rows(num_examples, epochs) / global_batch)
+
+
+def count_rows(num_examples: int, epochs: float) -> int:
+    """Count the rows of all epochs; a part of a row counts as one."""
+    return math.ceil(
+        num_examples * Fraction(str(epochs))
+    )  # 1.1 is eleven tenths, not a little more
 
 
 def plan_steps(
@@ -31,7 +39,7 @@ def plan_steps(
 ) -> Iterator[list[int]]:
     """Yield the examples of each optimiser step: epoch after epoch, each in a seeded order."""
     generator = torch.Generator().manual_seed(seed)
-    remaining = max_steps * global_batch if max_steps else math.ceil(num_examples * epochs)
+    remaining = max_steps * global_batch if max_steps else count_rows(num_examples, epochs)
     pending: list[int] = []
     while remaining > 0:
         size = min(global_batch, remaining)

@@ -1,6 +1,6 @@
 """Tokenised training examples: what every later stage reads rows from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +87,25 @@ def split_held_out(tokens: TokenSet, num_held_out: int) -> tuple[TokenSet, Token
     training = _cut_examples(tokens, 0, num_training)
     held_out = _cut_examples(tokens, num_training, len(tokens))
     return training, replace(held_out, num_truncated=0, num_dropped=0, num_special=0)
+
+
+def count_trained(held_out: Iterable[bytes], training: Iterable[bytes]) -> int:
+    """Count the held-out examples that are trained on too: data sets have rows twice.
+
+    Args:
+        held_out, training: of each example its tokens, as `read_bytes` gives them.
+    """
+    contents = list(held_out)
+    wanted = set(contents)
+    found = {content for content in training if content in wanted} if wanted else set()
+    return sum(content in found for content in contents)
+
+
+def read_bytes(tokens: TokenSet, examples: Iterable[int]) -> Iterator[bytes]:
+    """Yield the bytes of each example's tokens."""
+    for example in examples:
+        start, end = tokens.offsets[example : example + 2].tolist()
+        yield tokens.tokens[start:end].numpy().tobytes()
 
 
 def _cut_examples(tokens: TokenSet, start: int, stop: int) -> TokenSet:

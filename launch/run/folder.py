@@ -78,7 +78,7 @@ def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
 
 def _refuse_another_run(folder: Path, stored: Recipe, recipe: Recipe, finished: bool) -> None:
     """Raise UserError if `folder` holds a run that `recipe` does not resume."""
-    field = find_difference(stored, recipe, _list_free(recipe, finished))
+    field = find_difference(stored, recipe, _list_free(stored, recipe, finished))
     if field:
         state = "a finished" if finished else "an unfinished"
         raise UserError(
@@ -86,15 +86,16 @@ def _refuse_another_run(folder: Path, stored: Recipe, recipe: Recipe, finished: 
         )
 
 
-def _list_free(recipe: Recipe, finished: bool) -> tuple[str, ...]:
+def _list_free(stored: Recipe, recipe: Recipe, finished: bool) -> tuple[str, ...]:
     """List the fields and sections that may have changed."""
     if finished:
         return OF_COMPUTATION
-    if recipe.train.keep_best is None:
+    if recipe.train.keep_best is None and not stored.eval.baseline:
         return FREE_TO_CHANGE
-    # Scores of other settings are not to be compared with the best one so far.
+    # Scores of other settings are not to be compared with the best one so far, or with the base's.
+    of_base = ("samples", "baseline") if stored.eval.baseline else ()
     free = [name for name in FREE_TO_CHANGE if name != "eval"]
-    return (*free, *(f"eval.{name}" for name in FREE_IN_EVAL))
+    return (*free, *(f"eval.{name}" for name in FREE_IN_EVAL if name not in of_base))
 
 
 def write_state(

@@ -139,7 +139,7 @@ class Data(Record):
     dropped: dict[str, int]  # reason -> rows
     sources: dict[str, Source] = {}  # of a mix, by name
     scarce_sources: list[str] = []  # that keep a mix by weights from being larger
-    held_out_trained: int = 0  # held-out rows of a mix that are trained on too, in another source
+    held_out_trained: int = 0  # held-out rows whose very tokens are trained on too
     dev: dict[str, DevelopmentRows] = {}  # by the name of their score
 
 
@@ -356,7 +356,7 @@ def describe_task_score(score: TaskScore) -> str:
 
 
 def describe_mix(data: Data) -> list[tuple[str, str]]:
-    """Say what a mix has of each source, and what of it may surprise; [] where there is no mix.
+    """Say what a mix has of each source, and what of the rows may surprise.
 
     Returns:
         Pairs of what is described, such as data.sources.NAME, and what is said of it.
@@ -386,10 +386,10 @@ def _describe_limits(data: Data) -> list[tuple[str, str]]:
         described.append(("data.sources", line))
     num_held_out = sum(source.held_out for source in data.sources.values())
     if data.held_out_trained:
-        line = (
-            f"{data.held_out_trained} of {num_held_out} held-out rows are trained on too, as rows "
-            "of another source: their loss is no held-out loss"
-        )
+        counted, where = f"{data.held_out_trained}", ""
+        if data.sources:
+            counted, where = f"{counted} of {num_held_out}", ", as rows of another source"
+        line = f"{counted} held-out rows are trained on too{where}: their loss is no held-out loss"
         described.append(("data.held_out", line))
     by_path: dict[str, list[str]] = {}
     for name, source in data.sources.items():

@@ -60,8 +60,7 @@ def open_responses(
     folder.mkdir(parents=True, exist_ok=True)
     path, note = folder / GENERATIONS, folder / SETTINGS
     if path.is_file() and not _was_made_with(note, made_with):
-        previous = _name_previous(folder)
-        path.replace(previous)
+        previous = set_aside(folder)
         print(f"{path} was made with other settings, and is {previous.name} now", flush=True)
     write_json(note, made_with)
     rows = read_generations(path) if path.is_file() else []
@@ -86,6 +85,12 @@ def open_responses(
     # Written again without a last line that a kill cut short, which the next append would continue.
     write_rows(path, kept)
     return responses
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename the responses in `folder`, so that none is reused. Returns their file; None without any."""
+    path = folder / GENERATIONS
+    return path.replace(_name_previous(folder)) if path.is_file() else None
 
 
 def _name_previous(folder: Path) -> Path:

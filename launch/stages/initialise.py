@@ -92,7 +92,7 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         seconds = run_on_rank0(lambda: read_seconds(measured.calibration))
     return RunFacts(
         ranks=ranks if run.recipe.adapter.rank_allocation != "uniform" else None,
-        inputs=get_input_hashes(run.inputs),
+        inputs=get_input_hashes(run.inputs, run.other_text_source),
         calibration_seconds=seconds,
         calibration_data=data,
         decided=run.decided,

@@ -1,6 +1,7 @@
 """The first stage of a run: read, check and prepare all that it starts from."""
 
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from launch.runtime.errors import UserError
 from launch.scoring.development import check_dev
 from launch.scoring.held_out import read_other_text
 from launch.scoring.score import read_problems
-from launch.stages.records import CALIBRATION, PreparedRun, get_input_hashes
+from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, get_input_hashes
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import require_kernels
 from launch.training.loop import describe_low_rates
@@ -58,7 +59,8 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     problems_while_training = read_problems(recipe.eval.while_training)
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
     checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
-    saved = run_on_rank0(lambda: _find_checkpoint(checkpoints, inputs))
+    hashes = get_input_hashes(inputs, other_text_source)
+    saved = run_on_rank0(lambda: find_checkpoint(checkpoints, hashes, measured))
     steps = plan_steps(
         len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
     )
@@ -161,18 +163,33 @@ def _read_measured_sets(
     return measured, source
 
 
-def _find_checkpoint(checkpoints: CheckpointStore, inputs: Inputs) -> Checkpoint | None:
+def find_checkpoint(
+    checkpoints: CheckpointStore, hashes: Mapping[str, str], measured: Collection[str]
+) -> Checkpoint | None:
     """Return the newest intact checkpoint.
 
-    Raises UserError if it is of another base or of other examples.
+    Args:
+        hashes: of `get_input_hashes`.
+        measured: names of the sets whose loss is to be measured after training.
+
+    Raises:
+        UserError: it is of another base, of other examples or of another dtype; or the loss of a set
+            was not measured before training.
     """
     saved = checkpoints.find_newest()
     if saved is None:
         return None
-    for field, content in get_input_hashes(inputs).items():
+    for field, content in hashes.items():
         if saved.facts["inputs"].get(field, content) != content:
+            what = content if field == DTYPE else "its content"
             raise UserError(
-                f"{field}: its content is not what this run began with ({saved.folder}); bring "
-                "that back, or choose another --output"
+                f"{field}: {what} is not what this run began with ({saved.folder}); bring that back, "
+                "or choose another --output"
+            )
+    for name in measured:
+        if name not in saved.facts["before"]:
+            raise UserError(
+                f"eval.{name}: was not measured before training ({saved.folder}), so there is nothing "
+                "to compare with; leave it out, or choose another --output"
             )
     return saved

@@ -13,12 +13,14 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.data.token_set import TokenSet
 from launch.engines import Engine
+from launch.run.provenance import name_dtype
 from launch.run.results import Prediction, Score
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 
 CALIBRATION = "calibration"  # folder in the run folder
 WHILE_TRAINING = "while_training"  # the same, of responses: step-<n>/generations.jsonl
-CONFIG = "config.json of model.name"  # of get_input_hashes; not in earlier checkpoints
+# Keys of get_input_hashes that earlier checkpoints lack.
+CONFIG, DTYPE, OTHER_TEXT = "config.json of model.name", "model.dtype", "eval.other_text"
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,23 @@ class BaseMeasurements:
     baseline: dict[str, Score]  # benchmark -> the base's score
 
 
-def get_input_hashes(inputs: Inputs) -> dict[str, str]:
-    """Return the hashes of the base, its config and the examples, by the fields that name them."""
+def get_input_hashes(inputs: Inputs, other_text_source: dict | None) -> dict[str, str]:
+    """Return what a run's numbers depend on beside its recipe, by the fields that name it.
+
+    Returns:
+        Hashes of the base, its config, the examples and the other text; and the dtype, which
+        model.dtype may leave to the device.
+    """
     dev = {
         f"task.dev, {name}": rows["tokens_sha256"]
         for name, rows in inputs.data.get("dev", {}).items()
     }
+    other_text = {} if other_text_source is None else {OTHER_TEXT: other_text_source["sha256"]}
     return {
+        DTYPE: name_dtype(inputs.dtype),
         "model.name": inputs.base["weights_sha256"],
         CONFIG: inputs.base["config_sha256"],
         "data.sources" if "sources" in inputs.data else "data.path": inputs.data["tokens_sha256"],
         **dev,
+        **other_text,
     }

@@ -19,6 +19,7 @@ from launch.runtime.compat import run_uncompiled
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.scoring.development import find_epoch_ends, score_sets
 from launch.scoring.held_out import measure_predictions
+from launch.scoring.responses import set_aside
 from launch.stages.records import WHILE_TRAINING, PreparedRun, RunModel
 from launch.stages.score import score_run
 from launch.training.checkpoint import restore_trained
@@ -44,10 +45,12 @@ def plan_scoring(run: PreparedRun) -> ScoringPlan:
 
 
 def remove_later_responses(run: PreparedRun, num_done: int) -> None:
-    """Remove the responses of steps that are to be trained again. Rank 0 calls it.
+    """Remove the responses of steps that are to be trained again; those of the last are set aside.
 
     With dropout on another number of ranks, or on a GPU, the model after such a step is another one.
+    Rank 0 calls it.
     """
+    set_aside(run.folder)
     for folder in (run.folder / WHILE_TRAINING).glob("step-*"):
         if int(folder.name.removeprefix("step-")) > num_done:
             shutil.rmtree(folder)

@@ -118,12 +118,14 @@ def train_model(
     num_done = len(history)
     state, compiled = _make_state(run, loaded)
     plan = plan_scoring(run)
-    run_on_rank0(lambda: remove_later_responses(run, num_done))
+    is_over = num_done == total or has_stopped_early(run, history)
+    if not is_over:
+        run_on_rank0(lambda: remove_later_responses(run, num_done))
     watchdog.set_phase("training", timed=True, in_steps=True)
     training = train(
         state,
         run.inputs.tokens,
-        run.steps[:num_done] if has_stopped_early(run, history) else run.steps,
+        run.steps[:num_done] if is_over else run.steps,
         settings,
         engine.device,
         history=tuple(history),  # a copy: the loop below appends to it

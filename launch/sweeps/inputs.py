@@ -17,8 +17,7 @@ def check_inputs(sweep: Sweep) -> None:
 
     Raises:
         UserError: two runs with the same fields of an input had different content of it, or other
-            versions of the packages that compute; or a run that is to choose a learning rate was
-            trained on held-out rows.
+            versions of the packages that compute.
     """
     seen: dict[str, tuple[str, Path]] = {}  # input and its fields -> its content, and whose
     for run in sweep.list_all_runs():
@@ -26,12 +25,6 @@ def check_inputs(sweep: Sweep) -> None:
         results = find_run_results(folder)
         if results is None:
             continue
-        if sweep.table.learning_rates and results.data.held_out_trained:
-            raise UserError(
-                f"data.held_out: {folder} was trained on {results.data.held_out_trained} of its held-out "
-                "rows, as rows of another source, so they cannot choose a learning rate; leave them out "
-                "of that source by its filter"
-            )
         for name, fields, content in _list_inputs(run.recipe, results):
             key = json.dumps([name, fields])
             first, where = seen.setdefault(key, (content, folder))

@@ -77,6 +77,11 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             "The held-out loss chose the step that each run exports (train.keep_best), so it is better "
             "than it would be on other rows."
         )
+    num_trained = max((results.data.held_out_trained for results in runs), default=0)
+    if num_trained:
+        notes.append(
+            f"{num_trained} held-out rows are trained on too: their loss is no held-out loss."
+        )
     sizes, machines, revisions = set(), set(), set()
     for results in runs:
         sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}

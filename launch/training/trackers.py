@@ -116,11 +116,16 @@ def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
             f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline"
         ) from None
 
+    # wandb leaves out what is below its own count of steps, as are those that a resumed start trains
+    # again. So it counts for itself, and charts are drawn over ours.
+    run.define_metric("train/step")
+    run.define_metric("*", step_metric="train/step")
+
     def log_step(step: Metrics) -> None:
         logged = {f"train/{key}": value for key, value in step.items() if key != "dev"}
         for name, metric, score in _list_scores(step.get("dev", {})):
             logged[f"dev/{name}/{metric}"] = score
-        run.log(logged, step=step["step"])
+        run.log(logged)
 
     with run:
         yield log_step

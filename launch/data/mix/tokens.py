@@ -8,6 +8,7 @@ of ranks, so runs with several seeds train on the same mix and measure the same 
 
 import contextlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +36,7 @@ from launch.data.token_cache import (
     open_prepared,
     read_tally,
 )
-from launch.data.token_set import TokenSet
+from launch.data.token_set import TokenSet, count_trained, read_bytes
 from launch.runtime import watchdog
 from launch.runtime.files import write_json
 from launch.runtime.locks import hold_lock
@@ -253,18 +254,5 @@ def _count_trained(
     Args:
         chosen: of `_choose`.
     """
-    held_out = []
-    for name, examples in chosen[num_sources:]:
-        held_out += [_get_bytes(sets[name], example) for example in examples.tolist()]
-    wanted, found = set(held_out), set()
-    for name, examples in chosen[:num_sources] if wanted else []:
-        for example in examples.unique().tolist():
-            content = _get_bytes(sets[name], example)
-            if content in wanted:
-                found.add(content)
-    return sum(content in found for content in held_out)
-
-
-def _get_bytes(tokens: TokenSet, example: int) -> bytes:
-    start, end = tokens.offsets[example : example + 2].tolist()
-    return tokens.tokens[start:end].numpy().tobytes()
+    parts = [read_bytes(sets[name], examples.unique().tolist()) for name, examples in chosen]
+    return count_trained(chain(*parts[num_sources:]), chain(*parts[:num_sources]))

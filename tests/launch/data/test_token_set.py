@@ -6,8 +6,8 @@ Needs nothing; a second.
 import pytest
 import torch
 
-from launch.data.order import plan_steps, sample_examples
-from launch.data.token_set import TokenSet, split_held_out
+from launch.data.order import count_steps, plan_steps, sample_examples
+from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
 from launch.runtime.errors import UserError
 
 
@@ -37,3 +37,26 @@ def test_the_last_rows_are_split_off_whole() -> None:
     assert split_held_out(whole, 0) == (whole, None)
     with pytest.raises(UserError, match=r"data.held_out: 4 of 4 rows leave none"):
         split_held_out(whole, 4)
+
+
+def test_held_out_rows_that_are_trained_on_are_counted() -> None:
+    rows = make_token_set([3, 5, 4, 6])
+    rows.tokens[-6:-2] = 12  # the last row begins as the third does, which is all of that one
+    training, held_out = split_held_out(rows, 1)
+
+    def count(held_out: TokenSet) -> int:
+        parts = (read_bytes(part, range(len(part))) for part in (held_out, training))
+        return count_trained(*parts)
+
+    assert count(held_out) == 0
+    assert count(split_held_out(training, 2)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"), [(1.1, 110, 11), (1.0, 100, 10), (0.015, 2, 1), (2.5, 250, 25)]
+)
+def test_a_part_of_an_epoch_has_its_rows_exactly(epochs: float, rows: int, steps: int) -> None:
+    """1.1 times 100 is 110.00000000000001 in floating point."""
+    planned = list(plan_steps(100, 10, epochs, None, 0))
+    assert (sum(map(len, planned)), len(planned)) == (rows, steps)
+    assert count_steps(100, 10, epochs, None) == steps

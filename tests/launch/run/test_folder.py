@@ -36,6 +36,15 @@ def test_scores_of_other_settings_do_not_choose_the_best_step(tmp_path: Path) ->
         open_once(tmp_path / "best", [*best, "eval.every=5"])
 
 
+def test_the_bases_scores_keep_their_settings(tmp_path: Path) -> None:
+    scored = ["eval.baseline=true", "eval.suites=[gsm8k]"]
+    open_once(tmp_path / "run", scored)
+    open_once(tmp_path / "run", [*scored, "eval.batch_size=1", "eval.suites=[gsm8k, math]"])
+    for other in ("eval.prompt=literature", "eval.limit=3", "eval.baseline=false"):
+        with pytest.raises(UserError, match=f"with another {other.split('=')[0]}"):
+            open_once(tmp_path / "run", [*scored, "eval.suites=[gsm8k, math]", other])
+
+
 def test_a_run_begins_resumes_and_is_finished(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert not open_once(folder, [])
