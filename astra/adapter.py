@@ -199,8 +199,10 @@ def initialise_layers(
             error = (product + residual.double() - weight.double()).norm() / weight.double().norm()
             worst = max(worst, error.item())
         for vector in layer.lora_magnitude_vector.values():
-            # PEFT divides by the same norm in the forward pass: the ratio is exactly 1.
-            norms = vector.get_weight_norm(weight, torch.zeros_like(weight), 1)
+            # PEFT divides by the same norm in the forward pass: the ratio is exactly 1. It does so in
+            # the factors' dtype, and its function rounds the norm to the dtype of what it is given.
+            whole = weight.to(vector.weight.dtype)
+            norms = vector.get_weight_norm(whole, torch.zeros_like(whole), 1)
             weights.write(vector.weight, norms)
     return worst
 

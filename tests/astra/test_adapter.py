@@ -337,6 +337,19 @@ def test_only_the_factors_can_be_trained() -> None:
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
 
 
+def test_dora_on_a_bf16_base_starts_at_it() -> None:
+    model = adapter.attach_adapters(make_base(torch.bfloat16), TARGETS, 4, 10, 0.0, dora=True)
+    layers = adapter.get_lora_layers(model)
+    adapter.initialise_layers(
+        layers, lambda name, weight: inits.init_lora(weight, 4, 1, name), PLAIN
+    )
+    for name, norms in adapter.read_magnitudes(layers, PLAIN).items():
+        weight = layers[name].base_layer.weight.double()
+        torch.testing.assert_close(norms, weight.norm(dim=1).float())  # to fp32's rounding
+    # To the bit: PEFT adds (m / |W| - 1) W x, and that ratio is 1.
+    assert torch.equal(logits(model.eval()), logits(make_base(torch.bfloat16)))
+
+
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_the_same_values_in_pefts_own_layers_give_the_same_logits(
     method: str, tmp_path: Path
