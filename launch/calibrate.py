@@ -104,7 +104,7 @@ def _calibrate(recipe: Recipe, output: Path, stall: float) -> None:
 def _measure_run(run: Path, engine: str | None, stall: float) -> None:
     """Measure what the training of a finished run did to the outputs."""
     from launch.calibration.effective_rank import (
-        BEFORE,
+        find_unfinished,
         make_measuring_recipe,
         measure_effective_ranks,
     )
@@ -118,7 +118,7 @@ def _measure_run(run: Path, engine: str | None, stall: float) -> None:
     recipe = resolve_quickstart(make_measuring_recipe(run, engine), device)
     watchdog.set_phase("reading the inputs")
     inputs = prepare_inputs(recipe, device)
-    recipe, _ = decide_memory(recipe, inputs, device, run / BEFORE)
+    recipe, _ = decide_memory(recipe, inputs, device, find_unfinished(run))
     measure_effective_ranks(run, recipe, inputs, device)
     stop_process_group()
 

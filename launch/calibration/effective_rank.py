@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = "after"  # in the run folder; holds everything that is measured here
-BEFORE = f"{FOLDER}/before"  # in the run folder; calibration of the untrained base
+MODELS = ("before", "after")  # in FOLDER: calibrations of the base and of the trained model
 FIGURE = "effective_rank.png"
 # Exports of a run. The first that exists is measured. `adapter` is valid on the original base only
 # where the run exported no `lora`.
@@ -68,7 +68,7 @@ def measure_effective_ranks(
     """
     exported = _find_export(run)
     run_on_rank0(lambda: _check_inputs(run, inputs))
-    for when in ("before", "after"):
+    for when in MODELS:
         folder = run / FOLDER / when
         if not run_on_rank0(lambda folder=folder: is_finished(folder)):
             trained = exported if when == "after" else None
@@ -93,6 +93,17 @@ def _find_export(run: Path) -> Path:
         return exports[0]
 
     return run_on_rank0(find_export)
+
+
+def find_unfinished(run: Path) -> Path:
+    """Return the first of the run's two calibrations that is not finished, or the last. Collective."""
+
+    def find() -> Path:
+        folders = [run / FOLDER / when for when in MODELS]
+        unfinished = [folder for folder in folders if not is_finished(folder)]
+        return unfinished[0] if unfinished else folders[-1]
+
+    return run_on_rank0(find)
 
 
 def _check_inputs(run: Path, inputs: Inputs) -> None:
