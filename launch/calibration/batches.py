@@ -51,8 +51,9 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
     if recipe.statistic == "weight":
         return []
     num_examples = len(inputs.calibration.tokens)
-    if settings.statistics == "reference":
-        # The reference also has rows that are too long to be trained on.
+    if settings.statistics == "reference" and recipe.data.held_out == 0:
+        # The reference also has rows that are too long to be trained on. Among all rows the last
+        # ones may be held out; the first `num_examples` of all rows never are.
         for reason, count in inputs.data["dropped"].items():
             if reason not in BAD_TEXT:
                 num_examples += count

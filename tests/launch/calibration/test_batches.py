@@ -1,6 +1,6 @@
-"""Which examples of a mix a calibration takes: distinct ones, and of every source in both halves.
+"""Which examples a calibration takes: of a mix distinct ones, of every source in both halves.
 
-Needs nothing; 2 s.
+The reference statistics, which take rows that are too long too, take none that are held out. Needs nothing; 2 s.
 """
 
 from types import SimpleNamespace
@@ -10,7 +10,9 @@ import pytest
 from launch.calibration.batches import draw_samples, split_samples
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
+from launch.data.manifest import TOO_LONG
 from launch.data.mix.shares import choose_examples
+from launch.data.sources import EMPTY
 from launch.runtime.errors import UserError
 
 SOURCES = {"b": {"rows": 90, "available": 30, "held_out": 0}}
@@ -51,3 +53,30 @@ def test_both_halves_have_every_source() -> None:
     of_a = [sum(i < 30 for i in half) for half in halves]
     assert abs(of_a[0] - of_a[1]) <= 1 and min(of_a) > 5
     assert split_samples(make_recipe(5, is_mix=False), [1, 4, 6, 8, 9]) == [[1, 4], [6, 8, 9]]
+
+
+@pytest.mark.parametrize("num_held_out", [0, 2])
+def test_the_reference_takes_rows_that_are_too_long_but_none_that_are_held_out(
+    num_held_out: int,
+) -> None:
+    is_dropped = [False, True, False, False, False, False, True, False, True]
+    kept = [row for row in range(9) if not is_dropped[row]]
+    training, held_out = kept[: 6 - num_held_out], kept[6 - num_held_out :]
+    dropped = {TOO_LONG: 3, EMPTY: 5}  # empty rows are not among the 9
+    inputs = SimpleNamespace(
+        calibration=SimpleNamespace(tokens=training), data={"dropped": dropped}
+    )
+    num_samples = 4 if num_held_out else 9
+
+    def draw_reference(num_samples: int) -> list[int]:
+        data = {"path": "a.jsonl", "held_out": num_held_out}
+        calibration = {"samples": num_samples, "statistics": "reference"}
+        values = {"model": {"name": "m"}, "data": data, "calibration": calibration}
+        return draw_samples(validate_recipe(values), inputs)
+
+    samples = draw_reference(num_samples)
+    assert len(samples) == num_samples and not set(samples) & set(held_out)
+    if not num_held_out:
+        assert samples == list(range(9))
+    with pytest.raises(UserError, match=rf"above the {num_samples} examples"):
+        draw_reference(num_samples + 1)
