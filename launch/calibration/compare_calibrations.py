@@ -30,13 +30,21 @@ ANGLES, PAGE = "angles.json", "README.md"
 # Keys of the manifests that must agree, and the recipe field that is named where they do not.
 SAME = {
     "base.weights_sha256": "model.name",
+    "dtype": "model.dtype",
     "method": "adapter.method",
     "eigen_select": "adapter.eigen_select",
     "corda_mode": "adapter.corda_mode",
     "rank": "adapter.rank",
     "targets": "adapter.targets",
     "exclude": "adapter.exclude",
+    "statistics": "calibration.statistics",
+    "scaling": "adapter.alpha",
+    "task": "task.kind",
+    "max_length": "data.max_length",
 }
+# What a key stands for where a manifest has none: it is of an earlier version, of a causal task, or of
+# a method that does not depend on it.
+ABSENT = {"statistics": "exact", "task": "causal"}
 SIDES = {"B0": "the outputs' space", "A0": "the inputs' space"}
 NOTE = """Angles in degrees, least to greatest over the layers. Overlap: mean squared cosine of the angles, 1 for
 the same subspace; two random subspaces would have r / d. Where a subspace lies in what the weight
@@ -57,7 +65,7 @@ def compare_calibrations(first: Path, second: Path, output: Path) -> str:
     """Write angles.json, a figure for each side and README.md to `output`; return that page.
 
     Args:
-        first, second: folders of finished calibrations of one base, method, rank and targets.
+        first, second: folders of finished calibrations that agree in SAME.
         output: made if it is not there.
 
     Raises:
@@ -113,12 +121,18 @@ def _find_spans(solution: Solution) -> dict[str, Tensor]:
 def _require_comparable(first: Path, second: Path, manifests: list[dict]) -> None:
     """Raise UserError if the calibrations differ in what would decide the angles beside the data."""
     for key, field in SAME.items():
-        one, other = (get_value(manifest, key) for manifest in manifests)
+        one, other = (_get_value(manifest, key) for manifest in manifests)
         if one != other:
             raise UserError(
                 f"--compare: {first} and {second} differ in {field} ({str(one)[:40]}, "
                 f"{str(other)[:40]}); compare calibrations that differ in their examples"
             )
+
+
+def _get_value(manifest: dict, key: str) -> object:
+    """Return the value at a key of SAME, or what its absence stands for."""
+    value = get_value(manifest, key)
+    return ABSENT.get(key) if value is None else value
 
 
 def _render_page(

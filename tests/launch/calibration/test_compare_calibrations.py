@@ -16,14 +16,17 @@ from launch.calibration.compare_calibrations import compare_calibrations, compar
 from launch.runtime.errors import UserError
 
 BASE = {"name": "base", "weights_sha256": "ab"}
-MANIFEST = {
+MANIFEST = {  # of an earlier version, without calibration.statistics and task
     "method": "astra",
     "base": BASE,
+    "dtype": "float32",
     "data": {"path": "rows", "tokens_sha256": "cd" * 32},
+    "max_length": 300,
     "sample_ids": [1, 2, 3],
     "seed": 0,
     "eigen_select": "smallest",
     "corda_mode": None,
+    "scaling": None,
     "rank": 2,
     "targets": ["q_proj", "up_proj"],
 }
@@ -123,6 +126,11 @@ def test_random_subspaces_overlap_by_r_over_d() -> None:
         ({"rank": 3}, "adapter.rank"),
         ({"base": BASE | {"weights_sha256": "00"}}, "model.name"),
         ({"exclude": ["layers.0.*"]}, "adapter.exclude"),
+        ({"dtype": "bfloat16"}, "model.dtype"),
+        ({"statistics": "reference"}, "calibration.statistics"),
+        ({"scaling": 2.0}, "adapter.alpha"),
+        ({"task": "classification"}, "task.kind"),
+        ({"max_length": 200}, "data.max_length"),
     ],
 )
 def test_what_differs_beside_the_examples_is_refused(
@@ -131,6 +139,12 @@ def test_what_differs_beside_the_examples_is_refused(
     with pytest.raises(UserError, match=rf"^--compare: .* differ in {field} "):
         compare_calibrations(*write_pair(tmp_path, **values), tmp_path / "angles")
     assert not (tmp_path / "angles").exists()
+
+
+def test_plain_text_is_compared_with_rows_of_an_earlier_version(tmp_path: Path) -> None:
+    text = {"calibration_data": {"path": "text", "text": "ctx"}, "prompt": None}
+    own, other = write_pair(tmp_path, statistics="exact", **text)
+    assert "3 examples of text" in compare_calibrations(own, other, tmp_path / "angles")
 
 
 def test_another_seed_is_said_and_a_folder_without_a_calibration_is_refused(tmp_path: Path) -> None:
