@@ -105,6 +105,7 @@ def _measure_run(run: Path, engine: str | None, stall: float) -> None:
     """Measure what the training of a finished run did to the outputs."""
     from launch.calibration.effective_rank import (
         find_unfinished,
+        limit_samples,
         make_measuring_recipe,
         measure_effective_ranks,
     )
@@ -118,6 +119,7 @@ def _measure_run(run: Path, engine: str | None, stall: float) -> None:
     recipe = resolve_quickstart(make_measuring_recipe(run, engine), device)
     watchdog.set_phase("reading the inputs")
     inputs = prepare_inputs(recipe, device)
+    recipe = limit_samples(recipe, inputs)
     recipe, _ = decide_memory(recipe, inputs, device, find_unfinished(run))
     measure_effective_ranks(run, recipe, inputs, device)
     stop_process_group()

@@ -45,13 +45,10 @@ def choose_prompt(recipe: Recipe) -> str | None:
     return REFERENCE_PROMPT if recipe.calibration.statistics == "reference" else ALPACA_PROMPT
 
 
-def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
-    """Draw the examples to calibrate on; none for a method that looks at weights alone."""
-    settings = recipe.calibration
-    if recipe.statistic == "weight":
-        return []
+def list_examples(recipe: Recipe, inputs: Inputs) -> Sequence[int]:
+    """List the examples from which a calibration draws its samples, each of them once."""
     num_examples = len(inputs.calibration.tokens)
-    if settings.statistics == "reference" and recipe.data.held_out == 0:
+    if recipe.calibration.statistics == "reference" and recipe.data.held_out == 0:
         # The reference also has rows that are too long to be trained on. Among all rows the last
         # ones may be held out; the first `num_examples` of all rows never are.
         for reason, count in inputs.data["dropped"].items():
@@ -63,11 +60,18 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
         shares = {
             name: Share(*(sources[name][f] for f in Share._fields)) for name in sorted(sources)
         }
-        distinct = list_distinct(shares)
-        return [
-            distinct[i] for i in sample_examples(len(distinct), settings.samples, settings.seed)
-        ]
-    return sample_examples(num_examples, settings.samples, settings.seed)
+        return list_distinct(shares)
+    return range(num_examples)
+
+
+def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
+    """Draw the examples to calibrate on; none for a method that looks at weights alone."""
+    settings = recipe.calibration
+    if recipe.statistic == "weight":
+        return []
+    examples = list_examples(recipe, inputs)
+    places = sample_examples(len(examples), settings.samples, settings.seed)
+    return [examples[place] for place in places]
 
 
 def check_samples(recipe: Recipe, inputs: Inputs) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from astra.adapter import load_adapter
 from astra.targets import find_targets
+from launch.calibration.batches import list_examples
 from launch.calibration.report import group_by_kind, place_module
 from launch.calibration.run import make_calibration
 from launch.calibration.store import is_finished, read_summary
@@ -63,7 +64,7 @@ def measure_effective_ranks(
 
     Args:
         run: folder of a finished run.
-        recipe: see `make_measuring_recipe`.
+        recipe: see `make_measuring_recipe` and `limit_samples`.
         inputs: of `recipe`.
     """
     exported = _find_export(run)
@@ -159,6 +160,23 @@ def make_measuring_recipe(run: Path, engine: str | None) -> Recipe:
     if values["engine"] == "auto":
         values["engine"] = read_run_results(run).engine
     return validate_recipe(values)
+
+
+def limit_samples(recipe: Recipe, inputs: Inputs) -> Recipe:
+    """Return the measuring recipe with no more samples than there are examples, and print that.
+
+    The run's own method may need no calibration, and then nothing has checked calibration.samples.
+    """
+    settings = recipe.calibration
+    num_examples = len(list_examples(recipe, inputs))
+    if settings.samples <= num_examples:
+        return recipe
+    print_rank0(
+        f"calibration.samples: {settings.samples} is above the {num_examples} examples that there "
+        "are; all of them are measured"
+    )
+    calibration = settings.model_copy(update={"samples": num_examples})
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def _calibrate_model(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.calibration.batches import draw_samples, split_samples
+from launch.calibration.effective_rank import limit_samples
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.data.manifest import TOO_LONG
@@ -28,13 +29,14 @@ def make_recipe(samples: int, is_mix: bool = True) -> Recipe:
     return validate_recipe({"model": {"name": "m"}, "data": data, "calibration": calibration})
 
 
+MIX = SimpleNamespace(  # inputs
+    calibration=SimpleNamespace(tokens=range(120)), data={"sources": SOURCES, "dropped": {}}
+)
+
+
 def draw(recipe: Recipe) -> list[int]:
     """Draw the samples of a recipe on a mix of SOURCES."""
-    tokens = range(120)
-    inputs = SimpleNamespace(
-        calibration=SimpleNamespace(tokens=tokens), data={"sources": SOURCES, "dropped": {}}
-    )
-    return draw_samples(recipe, inputs)
+    return draw_samples(recipe, MIX)
 
 
 def test_samples_of_a_mix_are_distinct_rows() -> None:
@@ -44,6 +46,16 @@ def test_samples_of_a_mix_are_distinct_rows() -> None:
     assert {rows[i] for i in samples} == set(rows) and len(samples) == len(set(rows)) == 60
     with pytest.raises(UserError, match=r"^calibration.samples: 61 is above the 60 examples"):
         draw(make_recipe(61))
+
+
+def test_no_more_of_a_mix_is_measured_than_its_distinct_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = []
+    monkeypatch.setattr("launch.calibration.effective_rank.print_rank0", printed.append)
+    assert limit_samples(make_recipe(60), MIX).calibration.samples == 60 and not printed
+    limited = limit_samples(make_recipe(61), MIX)
+    assert len(draw(limited)) == 60 and len(printed) == 1
 
 
 def test_both_halves_have_every_source() -> None:

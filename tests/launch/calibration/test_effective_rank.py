@@ -134,3 +134,20 @@ def test_memory_is_decided_for_the_calibration_that_is_made_next(
         (run / "after" / when / MANIFEST).write_text(json.dumps({"conditions": {"memory_gib": 1}}))
     calibrate.main()
     assert [recipe.calibration.memory_gib for recipe in measured] == [limit]
+
+
+@pytest.mark.parametrize(("samples", "num_measured"), [(40, 40), (41, 40)])
+def test_a_run_of_fewer_rows_than_samples_is_measured_on_all(
+    samples: int,
+    num_measured: int,
+    run: Path,
+    measured: list[Recipe],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_calibration(run, samples=samples)
+    calibrate.main()
+    assert [recipe.calibration.samples for recipe in measured] == [num_measured]
+    line = (
+        "calibration.samples: 41 is above the 40 examples that there are; all of them are measured"
+    )
+    assert capsys.readouterr().out.splitlines().count(line) == (samples > num_measured)
