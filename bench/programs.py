@@ -42,7 +42,7 @@ jobs = []
 for problem in BENCHMARKS["humaneval"].read_problems(Path(sys.argv[2]), None):
     tests = problem.tests
     jobs.append(Job(problem.reference, tests["tests"], tests["entry_point"], setup=tests["setup"]))
-check_programs(jobs[:4], box=box)
+list(check_programs(jobs[:4], box=box))
 def read_cpu_seconds():
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

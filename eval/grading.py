@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def grade_responses(
     timeout: float = 10.0,
     box: Box | None = None,
 ) -> Iterator[dict[Grader, Grade]]:
-    """Yield the grades of each output, in order.
+    """Yield the grades of each output, in order, each as soon as it is known.
 
     Args:
         problems: the problem of each output.
@@ -59,17 +60,24 @@ def _grade_programs(
 ) -> Iterator[dict[Grader, Grade]]:
     """Yield the grades of each output. A program that several graders extract runs once."""
     programs: list[dict[Grader, str]] = []
-    jobs: dict[tuple[int, str], Job] = {}  # by index of the output, and program
-    for number, (problem, output) in enumerate(zip(problems, outputs, strict=True)):
+    jobs: list[Job] = []
+    for problem, output in zip(problems, outputs, strict=True):
         extracted = {
             grader: benchmark.extract_program(output, problem, grader) for grader in graders
         }
         programs.append(extracted)
-        for program in extracted.values():
-            jobs[number, program] = _make_job(program, problem, timeout)
-    verdicts = dict(zip(jobs, check_programs(jobs.values(), box=box), strict=True))
-    for number, extracted in enumerate(programs):
-        yield {grader: Grade(*verdicts[number, program]) for grader, program in extracted.items()}
+        jobs += [_make_job(program, problem, timeout) for program in _drop_repeated(extracted)]
+    # Each grade is handed on as soon as its programs have run: all of them may take hours, and
+    # grades are the progress that the watchdog of a run waits for.
+    with closing(check_programs(jobs, box=box)) as verdicts:
+        for extracted in programs:
+            found = {program: next(verdicts) for program in _drop_repeated(extracted)}
+            yield {grader: Grade(*found[program]) for grader, program in extracted.items()}
+
+
+def _drop_repeated(extracted: Mapping[Grader, str]) -> list[str]:
+    """Return the programs that graders extracted from one output, each once."""
+    return list(dict.fromkeys(extracted.values()))
 
 
 def _make_job(program: str, problem: Problem, timeout: float) -> Job:

@@ -19,7 +19,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -133,8 +133,13 @@ def _make_printable(reason: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)[:MAX_REASON]
 
 
-def check_programs(jobs: Iterable[Job], *, box: Box | None = None) -> list[Verdict]:
-    """Run programs against their tests, as many at a time as there are processors, in order.
+def check_programs(
+    jobs: Iterable[Job], *, box: Box | None = None
+) -> Generator[Verdict, None, None]:
+    """Run programs against their tests, as many at a time as there are processors.
+
+    Yields:
+        The verdicts, in the order of `jobs`, each as soon as it and those before it are known.
 
     Raises:
         EvalError: see `check_program`.
@@ -142,8 +147,9 @@ def check_programs(jobs: Iterable[Job], *, box: Box | None = None) -> list[Verdi
     check = partial(check_program, box=box or choose_box())
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
-            return list(pool.map(check, jobs))
-        except BaseException:  # after an interrupt or an error no further program starts
+            yield from pool.map(check, jobs)
+        # After an interrupt or an error, or if the caller stops, no further program starts.
+        except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

@@ -3,7 +3,8 @@
 Needs bubblewrap or user namespaces for the test of programs. A few seconds.
 """
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from eval import grading
 from eval.errors import EvalError
 from eval.grading import Grade, grade_responses, match_problems, summarise_passes
+from eval.sandbox import check
 from eval.sandbox.box import Box
 from eval.sandbox.check import Job, Verdict
 from eval.tasks import BENCHMARKS
@@ -54,10 +56,11 @@ def test_a_program_that_both_graders_extract_runs_once(monkeypatch: pytest.Monke
     seen: list[Job] = []
     unused = Box("none", [])
 
-    def check_programs(jobs: Iterable[Job], *, box: Box) -> list[Verdict]:
+    def check_programs(jobs: Iterable[Job], *, box: Box) -> Generator[Verdict, None, None]:
         assert box is unused
-        seen.extend(jobs)
-        return [Verdict(True, f"run {number}", box.level) for number in range(len(seen))]
+        for number, job in enumerate(jobs):
+            seen.append(job)
+            yield Verdict(True, f"run {number}", box.level)
 
     monkeypatch.setattr(grading, "check_programs", check_programs)
     outputs = ["def f(x):\n    return x + 1\n", ASSERTS, "def f(x):\n    return x + 1\n"]
@@ -65,6 +68,26 @@ def test_a_program_that_both_graders_extract_runs_once(monkeypatch: pytest.Monke
     assert [(job.entry_point, job.timeout) for job in seen] == [("f", 3)] * 4
     reasons = [(of["strict"].reason, of["literature"].reason) for of in found]
     assert reasons == [("run 0", "run 0"), ("run 1", "run 2"), ("run 3", "run 3")]
+
+
+def test_a_grade_comes_before_the_last_program_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watchdog ends a run that shows no progress, and all programs may take hours."""
+    graded = threading.Event()
+
+    def check_program(job: Job, box: Box) -> Verdict:
+        is_last = "assert x" in job.solution
+        has_waited = not is_last or graded.wait(10)
+        return Verdict(has_waited, "passed" if has_waited else "no grade came before", box.level)
+
+    monkeypatch.setattr(check, "check_program", check_program)
+    box = Box("none", [])
+    grades = grade_responses(
+        BENCHMARKS["mbpp"], [CODE] * 3, [RIGHT, RIGHT, ASSERTS], ["strict"], box=box
+    )
+    found = [next(grades)]
+    graded.set()
+    found += grades
+    assert found == [{"strict": Grade(True, "passed", "none")}] * 3
 
 
 def test_problems_are_matched_by_reference_or_id(tmp_path: Path) -> None:

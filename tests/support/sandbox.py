@@ -117,7 +117,7 @@ if platform.machine() == "x86_64":  # add_key(2), to the session's keyring
     ctypes.CDLL(None).syscall(248, b"user", b"sandbox-test-key", b"x", 1, -3)
 level, jobs = json.load(sys.stdin)
 box = find_box(level)
-verdicts = check_programs([Job(*job) for job in jobs], box=box) if box else None
+verdicts = list(check_programs([Job(*job) for job in jobs], box=box)) if box else None
 json.dump(verdicts, sys.stdout)
 """
 

@@ -78,7 +78,7 @@ def find_passes(ids: list, verdicts: list[Verdict]) -> list:
 def test_humaneval_references(shared: Path, box: Box) -> None:
     tasks = read_rows(shared, "humaneval.jsonl")
     began = time.monotonic()
-    right = check_programs([make_humaneval_job(row) for row in tasks], box=box)
+    right = list(check_programs([make_humaneval_job(row) for row in tasks], box=box))
     seconds = time.monotonic() - began
     print(
         f"HumanEval in {box.level}: {sum(v.passed for v in right)}/{len(right)} in {seconds:.1f} s"
@@ -102,7 +102,7 @@ def test_mbpp_references(shared: Path, any_box: None) -> None:
     ids = [row["task_id"] for row in tasks]
     jobs = [make_mbpp_job(row) for row in tasks]
     began = time.monotonic()
-    right = check_programs(jobs)
+    right = list(check_programs(jobs))
     print(f"MBPP: {sum(v.passed for v in right)}/{len(right)} in {time.monotonic() - began:.1f} s")
     assert find_failures(ids, right) == {}
     some = sorted(random.Random(0).sample(range(len(tasks)), 100))
