@@ -15,6 +15,9 @@ from eval.generation.decoding import cut_at_stops
 RETRIES = 5
 RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP; the server may recover
 MAX_STOPS = 4  # that the protocol allows in a request
+# Sent with every request: what a request leaves out, a server may take from the model's
+# generation_config.json, as vLLM does.
+SAMPLING = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 # How servers refuse a prompt that is too long for the model. The protocol fixes neither the status
 # nor the words: vLLM, OpenAI, SGLang and llama.cpp answer 400, text-generation-inference 422.
 OVERLONG_STATUSES = (400, 413, 422)
@@ -74,6 +77,7 @@ def request_completions(
                 "prompt": prompt,
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
+                **SAMPLING,
             }
             if stops:
                 body["stop"] = list(stops[:MAX_STOPS])

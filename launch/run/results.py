@@ -310,6 +310,7 @@ class EvaluationResults(Record):
     astra_init_config_sha256: str | None = None
     dtype: str | None = None  # None where a server holds the model
     url: str | None = None  # of the server
+    sampling: dict[str, float] | None = None  # what requests to the server fix besides `settings`
 
 
 def read_run_results(folder: Path) -> RunResults:

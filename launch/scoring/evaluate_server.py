@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from eval.generation.server import request_completions
+from eval.generation.server import SAMPLING, request_completions
 from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
 from launch.run.results import Score
@@ -55,6 +55,10 @@ def evaluate_server(
             "score the model with --backend transformers"
         )
     # A server does not say which weights it has: a name and an address are all there is.
-    identity = {"base": {"name": model, "weights_sha256": None}, "url": url}
+    identity = {
+        "base": {"name": model, "weights_sha256": None},
+        "url": url,
+        "sampling": SAMPLING,  # earlier versions left it to the server
+    }
     watchdog.set_phase("scoring", timed=True)
     return identity, score_responses(make_responses, problems, settings, folder, identity)

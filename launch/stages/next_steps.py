@@ -8,7 +8,7 @@ from launch.config.schema import EVAL_OPTIONS, Recipe
 from launch.run.folder import BASELINE, RECIPE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
-from launch.training.model_card import find_vllm_rank, list_exports
+from launch.training.model_card import VLLM_DEFAULTS, find_vllm_rank, list_exports
 
 PAGE = "page.html"  # of launch/report.py, in the run folder
 
@@ -101,9 +101,10 @@ def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]
     """Return vLLM's command for what was exported; None where it cannot serve that."""
     for name in ("merged", "model"):
         if name in exports:
-            return shlex.join(["vllm", "serve", str((folder / name).resolve())])
+            return shlex.join(["vllm", "serve", str((folder / name).resolve()), *VLLM_DEFAULTS])
     rank = find_vllm_rank(results.lora_rank) if "lora" in exports else None
     if rank is None:
         return None
-    words = ["vllm", "serve", results.base.name, "--enable-lora", "--max-lora-rank", str(rank)]
+    words = ["vllm", "serve", results.base.name, *VLLM_DEFAULTS, "--enable-lora"]
+    words += ["--max-lora-rank", str(rank)]
     return shlex.join([*words, "--lora-modules", f"tuned={(folder / 'lora').resolve()}"])

@@ -24,6 +24,9 @@ CONTENTS = {
     "merged": "the whole model with the adapter merged into it: it needs no base",
 }
 ON_RESIDUAL = "the trained factors, valid ONLY on the residual base `W_res = W - s B0 A0`"
+# Without it the defaults of requests are those of the model's generation_config.json.
+# Source: vllm-project/vllm, vllm/config/model.py, ModelConfig.get_diff_sampling_param.
+VLLM_DEFAULTS = ("--generation-config", "vllm")
 # What --max-lora-rank may be. Source: vllm-project/vllm, vllm/config/lora.py, MaxLoRARanks.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -186,6 +189,7 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
     loras = {"lora": results.lora_rank}
     if results.small is not None:
         loras["lora_small"] = results.small.rank
+    defaults = shlex.join(VLLM_DEFAULTS)
     lines = []
     if results.task is not None:  # servers of text have no use for it
         return f"""Upload it, from this folder:
@@ -197,12 +201,12 @@ hf upload USER/NAME {exports[0]} .
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
             lines.append(
-                f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {limit} "
-                f"--lora-modules tuned={name}"
+                f"vllm serve {shlex.quote(base)} {defaults} --enable-lora "
+                f"--max-lora-rank {limit} --lora-modules tuned={name}"
             )
     for name in ("model", "merged"):
         if name in exports:
-            lines.append(f"vllm serve ./{name}")
+            lines.append(f"vllm serve ./{name} {defaults}")
     if "lora" in exports:
         lines.append(
             f"python convert_lora_to_gguf.py --base {shlex.quote(base)} --outfile lora.gguf lora"

@@ -91,6 +91,13 @@ def test_every_prompt_is_answered_in_its_place(
     assert handler.seen[0].items() >= {"max_tokens": 7, "temperature": 0.0, "model": "m"}.items()
 
 
+def test_a_request_leaves_no_sampling_to_the_server(server: tuple) -> None:
+    url, handler = server
+    ask(url, "m", ["a"], temperature=0.5, seeds=[1])
+    body = handler.seen[0]
+    assert (body["top_p"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
+
+
 def test_a_busy_server_is_asked_again(server: tuple) -> None:
     url, handler = server
     assert ask(url, "flaky", ["a", "b"]) == ["a!a", "b!b"]

@@ -58,7 +58,10 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
     assert "--suite gsm8k --data-dir /my data --limit 7 --max-new-tokens 24" in score
     assert steps["score"][:3] == ["deepspeed", "--num_gpus", "2"]  # the run's ranks
     # 20 is no --max-lora-rank of vLLM; 32 is the next.
-    served = f"vllm serve /models/my base --enable-lora --max-lora-rank 32 --lora-modules tuned={folder}/lora"
+    served = (
+        "vllm serve /models/my base --generation-config vllm --enable-lora --max-lora-rank 32 "
+        f"--lora-modules tuned={folder}/lora"
+    )
     assert " ".join(steps["serve"]) == served
 
 
@@ -90,7 +93,8 @@ def test_other_exports_have_commands_of_their_own(
         assert str(folder / "model") in steps["score"] and "--adapter" not in steps["score"]
     else:
         assert steps["score"][steps["score"].index("--adapter") + 1] == str(folder / adapter)
-    assert steps.get("serve") == (served and ["vllm", "serve", str(folder / served)])
+    neutral = ["--generation-config", "vllm"]
+    assert steps.get("serve") == (served and ["vllm", "serve", str(folder / served), *neutral])
 
 
 def test_a_run_is_compared_with_its_base_where_that_was_scored(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def make_results(lora_rank: int | None, small: SmallExport | None = None) -> Run
 def test_a_base_whose_path_has_a_space_is_quoted() -> None:
     text = render_commands(["lora", "adapter"], "/my models/base", make_results(24))
     assert (
-        "vllm serve '/my models/base' --enable-lora --max-lora-rank 32 --lora-modules tuned=lora\n"
-        in text
+        "vllm serve '/my models/base' --generation-config vllm --enable-lora --max-lora-rank 32 "
+        "--lora-modules tuned=lora\n" in text
     )
     assert "convert_lora_to_gguf.py --base '/my models/base' --outfile lora.gguf lora" in text
     assert "hf upload USER/NAME lora ." in text
@@ -39,7 +39,7 @@ def test_what_vllm_cannot_serve_has_no_command() -> None:
     assert "--max-lora-rank 128 --lora-modules tuned=lora_small" in text
     text = render_commands(["adapter", "merged"], "base", make_results(None))  # dora
     assert "--enable-lora" not in text
-    assert "vllm serve ./merged" in text
+    assert "vllm serve ./merged --generation-config vllm\n" in text
     assert "convert_lora_to_gguf" not in text
     assert "hf upload USER/NAME adapter ." in text
 

@@ -1,0 +1,61 @@
+"""launch/evaluate.py in this process, on one rank: a server's sampling.
+
+Needs nothing, and no server: its responses are made here. A few seconds.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from eval.generation.server import SAMPLING
+from launch import evaluate
+from launch.run.results import read_evaluation_results
+from launch.runtime.distributed import stop_process_group
+from launch.scoring import evaluate_server
+from launch.scoring.responses import PREVIOUS, SETTINGS
+
+SERVER = ["--backend", "openai", "--url", "http://none/v1", "--model", "m", "--suite", "gsm8k"]
+
+
+@pytest.fixture
+def run_evaluate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that runs the command with some options."""
+
+    def run(*options: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, options)])
+        evaluate.main()
+
+    yield run
+    if dist.is_initialized():  # an error ended the command
+        stop_process_group()
+
+
+def respond(
+    url: str, model: str, prompts: Sequence[str], **_: object
+) -> Iterator[dict[int, str | None]]:
+    """Stand for `request_completions`."""
+    for index in range(len(prompts)):
+        yield {index: "The answer is: 2"}
+
+
+def test_responses_whose_sampling_the_server_chose_are_set_aside(
+    run_evaluate: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluate_server, "request_completions", respond)
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    output = tmp_path / "scores"
+    options = [*SERVER, "--data-dir", tmp_path, "--output", output]
+    run_evaluate(*options)
+    run_evaluate(*options)
+    assert not (output / PREVIOUS).exists()
+    results = read_evaluation_results(output)
+    assert (results.sampling, results.scores["gsm8k"].accuracy) == (SAMPLING, 1)
+    made_with = json.loads((output / SETTINGS).read_text())
+    assert made_with.pop("sampling") == SAMPLING
+    (output / SETTINGS).write_text(json.dumps(made_with))  # as an earlier version left it
+    run_evaluate(*options)
+    assert (output / PREVIOUS).is_file()
