@@ -133,7 +133,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             raise UserError(f"--{name}: is required")
 
-    from launch.run.folder import make_folder
     from launch.runtime import watchdog
     from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
     from launch.scoring.evaluate_model import ModelSource, evaluate_model
@@ -143,7 +142,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     device = start_process_group(arguments.stall)
     watchdog.set_phase("reading the inputs")
     output = arguments.output
-    run_on_rank0(lambda: make_folder(output))
+    run_on_rank0(lambda: _make_output_folder(output))
     model, data_dir = _resolve_quickstart(arguments.model, arguments.data_dir, device)
     values = {name: getattr(arguments, name) for name in EVAL_OPTIONS} | {"data_dir": data_dir}
     settings = validate_section(Eval, suites=arguments.suite or ["gsm8k"], **values)
@@ -161,6 +160,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         lambda: _write_results(output, identity, arguments.adapter, settings, scores, device)
     )
     stop_process_group()
+
+
+def _make_output_folder(folder: Path) -> None:
+    """Make the folder of the evaluation, if need be; on rank 0.
+
+    Raises:
+        UserError: it cannot be written, or holds a run, whose results would be replaced.
+    """
+    from launch.run.folder import RECIPE, make_folder
+
+    make_folder(folder)
+    if (folder / RECIPE).is_file():
+        raise UserError(
+            f"--output: {folder} holds a run; choose another, such as {folder / 'scores'}"
+        )
 
 
 def _resolve_quickstart(
