@@ -70,6 +70,8 @@ def make_score_command(
         words += ["--adapter", str(folder / exports[0])]
     if results.engine in ("zero3", "fsdp"):
         words += ["--engine", results.engine]
+    if recipe.model.dtype != "auto":
+        words += ["--dtype", recipe.model.dtype]
     settings = recipe.eval
     if recipe.data.is_chat and settings.prompt == "recipe":  # has no suites
         chat = {"prompt": "chat", "chat_template": recipe.data.chat_template}

@@ -56,6 +56,7 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
     score = " ".join(steps["score"])
     assert f"--model /models/my base --adapter {folder / 'lora'} --engine zero3" in score
     assert "--suite gsm8k --data-dir /my data --limit 7 --max-new-tokens 24" in score
+    assert "--dtype" not in score  # the run's was auto
     assert steps["score"][:3] == ["deepspeed", "--num_gpus", "2"]  # the run's ranks
     # 20 is no --max-lora-rank of vLLM; 32 is the next.
     served = (
@@ -68,8 +69,10 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
 def test_a_run_is_scored_again_as_it_was_whatever_auto_became(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "run", ["lora"])
     drawn = ["eval.samples=4", "eval.temperature=0.7", "eval.seed=3", "eval.allow_unsandboxed=true"]
-    steps = list_commands(folder, make_recipe("engine=auto", *drawn), engine="zero3")
+    changed = ["engine=auto", "model.dtype=bfloat16", *drawn]
+    steps = list_commands(folder, make_recipe(*changed), engine="zero3")
     score = " ".join(steps["score"])
+    assert "--dtype bfloat16" in score
     assert score.startswith("deepspeed --num_gpus 2 launch/evaluate.py")
     assert "--engine zero3" in score
     assert "--samples 4 --temperature 0.7 --seed 3 --allow-unsandboxed --output" in score
