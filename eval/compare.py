@@ -23,7 +23,8 @@ def compare_responses(
         (ids right in the first only), won (ids right in the second only)}.
 
     Raises:
-        EvalError: the two have no graded problem in common, or differ in a problem's reference.
+        EvalError: the two have no graded problem in common, or differ in a problem's reference or
+            question.
     """
     rows_a, rows_b = _index_graded(first, grader), _index_graded(second, grader)
     pairs: dict[str, list[tuple[dict, dict]]] = {}
@@ -31,7 +32,7 @@ def compare_responses(
         other = rows_b.get((benchmark, problem_id))
         if other is None:
             continue
-        if row["reference"] != other["reference"]:
+        if not _have_same_problem(row, other):
             raise EvalError(
                 f"{problem_id} of {benchmark} is not the same problem in both", subject="compare"
             )
@@ -46,6 +47,13 @@ def compare_responses(
         only_in_one = sum(key[0] == benchmark for key in rows_a.keys() ^ rows_b.keys())
         found[benchmark] = _compare_pairs(of_benchmark, grader, only_in_one)
     return found
+
+
+def _have_same_problem(row: dict, other: dict) -> bool:
+    """Return whether two rows of one id answer the same problem. Some rows have no question."""
+    questions = (row.get("question"), other.get("question"))
+    is_same_question = None in questions or questions[0] == questions[1]
+    return is_same_question and row["reference"] == other["reference"]
 
 
 def _index_graded(rows: Sequence[dict], grader: Grader) -> dict[tuple[str, str], dict]:

@@ -36,5 +36,10 @@ def test_only_common_problems_count_and_the_others_are_counted() -> None:
 def test_other_problems_and_ungraded_ones_are_refused() -> None:
     with pytest.raises(EvalError, match="not the same problem"):
         compare_responses(make_rows("1"), make_rows("1", reference="2"))
+    asked, asked_else = make_rows("1", question="1?"), make_rows("1", question="2 - 1?")
+    with pytest.raises(EvalError, match="gsm8k/0 of gsm8k is not the same problem"):
+        compare_responses(asked, asked_else)
+    for other in (asked, make_rows("1")):  # a row of another program may have no question
+        assert compare_responses(asked, other)["gsm8k"]["n"] == 1
     with pytest.raises(EvalError, match="no graded problem in common"):
         compare_responses(make_rows("1"), [{"suite": "gsm8k", "id": "gsm8k/0", "sample": 0}])
