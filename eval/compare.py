@@ -18,9 +18,10 @@ def compare_responses(
         first: rows of a generations.jsonl: {suite, id, sample, reference, strict, literature}.
 
     Returns:
-        Benchmark -> {n (problems in both), only_in_one (problems), first and second (accuracies, as
-        fractions), difference (second - first), interval (its 95 % interval), p (McNemar), lost
-        (ids right in the first only), won (ids right in the second only)}.
+        Benchmark -> {n (problems in both), only_in_one (problems), samples (the most responses to a
+        problem in the first and in the second), first and second (accuracies, as fractions),
+        difference (second - first), interval (its 95 % interval), p (McNemar), lost (ids right in
+        the first only), won (ids right in the second only)}.
 
     Raises:
         EvalError: the two have no graded problem in common, or differ in a problem's reference or
@@ -45,7 +46,8 @@ def compare_responses(
     found = {}
     for benchmark, of_benchmark in pairs.items():
         only_in_one = sum(key[0] == benchmark for key in rows_a.keys() ^ rows_b.keys())
-        found[benchmark] = _compare_pairs(of_benchmark, grader, only_in_one)
+        samples = [_count_samples(rows, benchmark, grader) for rows in (first, second)]
+        found[benchmark] = _compare_pairs(of_benchmark, grader, only_in_one) | {"samples": samples}
     return found
 
 
@@ -64,6 +66,12 @@ def _index_graded(rows: Sequence[dict], grader: Grader) -> dict[tuple[str, str],
         if row.get("sample", 0) == 0 and grader in row:
             indexed[row["suite"], row["id"]] = row
     return indexed
+
+
+def _count_samples(rows: Sequence[dict], benchmark: str, grader: Grader) -> int:
+    """Return the most responses to a problem of `benchmark` that `grader` has graded."""
+    numbers = [row.get("sample", 0) for row in rows if row["suite"] == benchmark and grader in row]
+    return max(numbers) + 1
 
 
 def _compare_pairs(pairs: list[tuple[dict, dict]], grader: Grader, only_in_one: int) -> dict:
@@ -97,6 +105,11 @@ def render_comparison(comparisons: dict[str, dict], names: tuple[str, str]) -> s
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [_render_row(name, comparison) for name, comparison in comparisons.items()]
     for name, comparison in comparisons.items():
+        if max(comparison["samples"]) > 1:
+            counts = " and ".join(map(str, dict.fromkeys(comparison["samples"])))
+            lines.append(
+                f"\n{name}: only the first of {counts} responses to each problem is compared"
+            )
         if comparison["only_in_one"]:
             lines.append(
                 f"\n{name}: {comparison['only_in_one']} problems are in one of the two only, "

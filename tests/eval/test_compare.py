@@ -27,6 +27,18 @@ def test_the_difference_and_what_changed() -> None:
     assert "right in the second only (2): gsm8k/2, gsm8k/5" in text
 
 
+def test_of_several_responses_the_first_is_compared_and_a_line_says_so() -> None:
+    single, several = make_rows("10"), make_rows("11") + make_rows("00", sample=2)
+    several += [{"suite": "gsm8k", "id": "gsm8k/0", "sample": 9}]  # not graded
+    line = "\n\ngsm8k: only the first of 3 responses to each problem is compared\n"
+    found = compare_responses(several, several)
+    assert (found["gsm8k"]["n"], found["gsm8k"]["first"]) == (2, 1)
+    assert line in render_comparison(found, ("a", "b")) + "\n"
+    found = compare_responses(single, several)
+    assert "first of 1 and 3 responses" in render_comparison(found, ("a", "b"))
+    assert "responses" not in render_comparison(compare_responses(single, single), ("a", "b"))
+
+
 def test_only_common_problems_count_and_the_others_are_counted() -> None:
     found = compare_responses(make_rows("1111"), make_rows("10") + make_rows("1", "math500"))
     assert found.keys() == {"gsm8k"}
