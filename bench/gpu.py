@@ -163,6 +163,9 @@ def main() -> None:
         parser.error(f"--model: {arguments.model} has no config.json")
     if arguments.tiny:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    else:  # HF Trainer would spread its batches over every GPU that it sees
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     if arguments.worker:
         run_worker(arguments)
         return

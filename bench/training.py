@@ -291,7 +291,7 @@ def make_trainer(
         train_dataset=Rows(tokens, steps * accumulation * micro_batch),
         callbacks=[callback],
     )
-    assert trainer.accelerator.distributed_type == "NO"
+    assert trainer.accelerator.distributed_type == "NO" and trainer.args.n_gpu <= 1
     return trainer
 
 
@@ -491,7 +491,11 @@ def launch_ranks(
         str(ranks),
     ]
     line = [*launcher, __file__, "--worker", part, "--folder", str(folder), *options]
-    subprocess.run(line, env=dict(environment) | {"OMP_NUM_THREADS": str(threads)}, check=True)
+    environment = dict(environment) | {"OMP_NUM_THREADS": str(threads)}
+    if ranks == 1:  # HF Trainer would spread its batches over every GPU that it sees
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    subprocess.run(line, env=environment, check=True)
     return json.loads((folder / "found.json").read_text()) | {
         "processes": ranks,
         "threads_each": threads,

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from astra.calibrate import Solution, compute_principal_angles
-from launch.calibration.report import format_range, group_by_kind, place_module, plot_by_layer
+from launch.calibration.report import (
+    format_range,
+    group_by_kind,
+    list_layers,
+    place_module,
+    plot_by_layer,
+)
 from launch.calibration.store import (
     describe_data,
     get_value,
@@ -180,12 +186,13 @@ def _render_kinds(modules: Mapping[str, Comparison]) -> list[str]:
 
 
 def _render_layers(modules: Mapping[str, Comparison]) -> list[str]:
-    """Return a table with a row for each layer: a module's place, from 0, among those of its kind."""
+    """Return a table with a row for each layer."""
     kinds = group_by_kind(modules)
     lines = [f"| layer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    for layer in range(max(map(len, kinds.values()))):
+    by_kind = [dict(zip(list_layers(names), names, strict=True)) for names in kinds.values()]
+    for layer in sorted(set().union(*by_kind)):
         cells = []
-        for names in kinds.values():
-            cells.append(f"{modules[names[layer]].median_angle:.1f}" if layer < len(names) else "")
+        for names in by_kind:
+            cells.append(f"{modules[names[layer]].median_angle:.1f}" if layer in names else "")
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return lines

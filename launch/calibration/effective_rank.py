@@ -18,7 +18,7 @@ from torch import nn
 from astra.adapter import load_adapter
 from astra.targets import find_targets
 from launch.calibration.batches import list_examples
-from launch.calibration.report import group_by_kind, place_module
+from launch.calibration.report import group_by_kind, list_layers, place_module
 from launch.calibration.run import make_calibration
 from launch.calibration.store import is_finished, read_summary
 from launch.config.loading import read_stored_recipe, validate_recipe
@@ -248,15 +248,12 @@ def _get_changes(modules: Mapping[str, Mapping[str, float]]) -> dict[str, RankCh
 
 
 def group_by_layer(changes: Mapping[str, RankChange]) -> dict[str, dict[str, RankChange]]:
-    """Group the modules of a run as `layer 1` -> kind -> change.
-
-    A module's layer is its place among the modules of its kind.
-    """
-    layers: dict[str, dict[str, RankChange]] = {}
+    """Group the modules of a run as `layer 0` -> kind -> change."""
+    layers: dict[int, dict[str, RankChange]] = {}
     for kind, names in group_by_kind(changes).items():
-        for number, name in enumerate(names, start=1):
-            layers.setdefault(f"layer {number}", {})[kind] = changes[name]
-    return layers
+        for layer, name in zip(list_layers(names), names, strict=True):
+            layers.setdefault(layer, {})[kind] = changes[name]
+    return {f"layer {layer}": layers[layer] for layer in sorted(layers)}
 
 
 def average_by_kind(changes: Mapping[str, RankChange]) -> dict[str, RankChange]:

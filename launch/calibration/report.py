@@ -140,6 +140,16 @@ def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     return kinds
 
 
+def list_layers(names: Sequence[str]) -> list[int]:
+    """Return the layer of each module of one kind: the first number in its name.
+
+    If some have none, or several are of one layer, as experts are: their places in `names`.
+    """
+    numbers = [next(filter(str.isdigit, name.split(".")), None) for name in names]
+    is_distinct = None not in numbers and len(set(numbers)) == len(names)
+    return [int(number) for number in numbers] if is_distinct else list(range(len(names)))
+
+
 def place_module(name: str, targets: list[str]) -> tuple[list[int], int, str]:
     """Return a sort key: the numbers in a module's name, then its kind's place in `targets`."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
@@ -193,7 +203,9 @@ def plot_by_layer(modules: Mapping[str, float], label: str, path: Path) -> Path:
     axis.set_prop_cycle(color=COLOURS)
     for i, (kind, names) in enumerate(group_by_kind(modules).items()):
         values = [modules[name] for name in names]
-        axis.plot(values, marker=MARKERS[i % len(MARKERS)], markersize=4, label=kind)
+        axis.plot(
+            list_layers(names), values, marker=MARKERS[i % len(MARKERS)], markersize=4, label=kind
+        )
     axis.set(xlabel="layer", ylabel=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)

@@ -13,10 +13,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from launch.config.overrides import format_value, parse_override, set_field
+from launch.config.overrides import format_value, parse_override, parse_yaml, set_field
 from launch.config.schema import Recipe, find_section
 from launch.config.section import Section, SectionT
-from launch.config.task_settings import apply_task_settings, drop_set_fields, fill_glue_fields
+from launch.config.task_settings import (
+    apply_task_settings,
+    drop_set_fields,
+    fill_glue_fields,
+    merge_task_settings,
+)
 from launch.runtime.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -204,7 +209,7 @@ def find_yaml(source: str, folder: Path, option: str) -> Path:
 def load_yaml(path: Path, option: str) -> dict:
     """Load the fields of a YAML file. Raises UserError naming `option`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option}: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -244,7 +249,7 @@ def _merge_sections(base: dict, values: dict) -> dict:
     for name, section in base.items():
         if isinstance(section, dict) and isinstance(values.get(name), dict):
             merged[name] = section | values[name]
-    return merged
+    return merged | merge_task_settings(base, values)
 
 
 def _rename_fields(values: dict) -> list[str]:

@@ -13,9 +13,29 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not field:
         raise UserError(f"--set: {text!r} is not of the form a.b=value")
     try:
-        return field, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set: the value of {text!r} is not YAML; quote it") from None
+        return field, parse_yaml(value)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "it cannot be read"
+        raise UserError(f"--set: the value of {text!r} is not YAML; quote it ({reason})") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values. Raises yaml.YAMLError, also where a mapping has a key twice."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader takes the last of two equal keys without a word; YAML forbids them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Construct a mapping, whose keys must differ. A merge (`<<`) may bring what is overridden."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for key, where in zip(keys, own, strict=True):
+            if keys.count(key) > 1:
+                problem = f"{key} is there twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def set_field(values: dict, field: str, value: Any) -> None:

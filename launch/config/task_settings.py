@@ -36,7 +36,28 @@ def apply_task_settings(values: dict, overrides: list[tuple[str, Any]]) -> None:
             "to one of those, or take another recipe"
         )
     for field, value in by_task[name].items():
+        if isinstance(value, dict) and "." not in field:
+            raise UserError(
+                f"{BY_TASK}: {name}: {field} is a section; write its fields one by one, such as "
+                f"{field}.{next(iter(value), 'name')}: ..."
+            )
         set_field(values, field, value)
+
+
+def merge_task_settings(base: dict, values: dict) -> dict:
+    """Return `by_task` of a recipe's `values` with what the extended `base` has for the same tasks.
+
+    Empty where one of them has none. What is not of the right form is left for
+    `apply_task_settings` to refuse.
+    """
+    first, second = base.get(BY_TASK), values.get(BY_TASK)
+    if not (_has_names(first) and _has_names(second)):
+        return {}
+    merged = first | second
+    for name, settings in first.items():
+        if _has_names(settings) and _has_names(second.get(name)):
+            merged[name] = settings | second[name]
+    return {BY_TASK: merged}
 
 
 def drop_set_fields(base: dict, values: dict) -> None:

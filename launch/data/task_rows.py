@@ -53,7 +53,7 @@ from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, write_json
 from launch.runtime.locks import hold_lock
 
-FORMAT = 1  # raised with every change of how rows are read, tokenised and stored
+FORMAT = 2  # raised with every change of how rows are read, tokenised and stored
 ROWS = "rows.safetensors"
 DEV = "dev"  # in a prepared folder, with a folder for each set of development rows
 # What a killed process may leave in a folder without a manifest.

@@ -19,7 +19,7 @@ from launch.runtime.files import cache_root, hash_file, read_blob_name
 
 WEIGHT_FILES = "*.safetensors"
 # That are fetched from the hub; *.jinja are chat templates, some in a folder of their own.
-FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.jinja"]
+FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.codes", "*.jinja"]
 # Files in a model's folder that decide its tokenizer; config.json may name the tokenizer's class.
 TOKENIZER_FILES = [
     "config.json",
@@ -28,6 +28,8 @@ TOKENIZER_FILES = [
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+    "*.codes",
+    "tekken.json",
     "*.model",
 ]
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # an adapter's values in PEFT

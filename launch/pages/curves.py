@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from launch.calibration.report import LAYER_LABELS, group_by_kind
+from launch.calibration.report import LAYER_LABELS, group_by_kind, list_layers
 from launch.pages.charts import (
     MAX_POINTS,
     Chart,
@@ -185,7 +185,7 @@ def chart_layers(runs: Mapping[str, Spectra]) -> list[Chart]:
     for run, modules in runs.items():
         for kind, names in group_by_kind(modules).items():
             choice = f"{run}: {kind}" if len(runs) > 1 else kind
-            spectra[choice] = _draw_spectra([modules[name] for name in names])
+            spectra[choice] = _draw_spectra({name: modules[name] for name in names})
     if spectra:
         about = (
             "Eigenvalues of the outputs' second moment over their trace, by index: "
@@ -204,20 +204,21 @@ def _draw_layers(modules: Spectra, key: str, label: str) -> Figure | None:
         values = [modules[name].get(key) for name in names]
         known = [value for value in values if value is not None]
         if known:
-            add_line(figure, kind, list(range(len(names))), values)
+            add_line(figure, kind, list_layers(names), values)
             numbers[kind] = (values[0], min(known), max(known), values[-1])
     list_numbers(figure, numbers, ["first layer", "least", "greatest", "last layer"])
     return figure if figure.lines else None
 
 
-def _draw_spectra(modules: Sequence[dict]) -> Figure:
+def _draw_spectra(modules: Spectra) -> Figure:
     """Draw the eigenvalues of the modules of one kind, a line for each layer."""
     figure = make_figure("index, ascending", "share of trace", log_y=True, hover="closest")
     figure.layout["yaxis"]["dtick"] = 1  # every decade: spectra span many
-    for layer, module in enumerate(modules):
+    layers = list_layers(list(modules))
+    for place, (layer, module) in enumerate(zip(layers, modules.values(), strict=True)):
         curve, trace = module["curve"], module["trace"]
         # The axis is logarithmic: zero eigenvalues are gaps.
         shares = [value / trace if trace and value > 0 else None for value in curve["value"]]
-        colour = pick_ordered(layer, len(modules))
+        colour = pick_ordered(place, len(modules))
         add_ordered_line(figure, f"layer {layer}", curve["index"], shares, colour)
     return figure

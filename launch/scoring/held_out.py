@@ -89,12 +89,15 @@ def measure_prediction(engine: Engine, model: nn.Module, tokens: TokenSet) -> Pr
     examples = range(len(tokens))
     for batch in shard_batches(examples, dist.get_rank(), dist.get_world_size(), BATCH_SIZE):
         inputs, labels = collate_examples(tokens, batch, engine.device)
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        logits = logits[:, :-1].flatten(0, 1).float()
-        targets = labels[:, 1:].flatten()
-        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        loss += losses.double().sum().item()
-        num_correct += (logits.argmax(-1) == targets).sum().item()
+        targets = labels[:, 1:]
+        losses = []
+        for row, wanted in zip(
+            model(input_ids=inputs["input_ids"], use_cache=False).logits, targets, strict=True
+        ):  # one at a time: the fp32 copies of all rows may be larger than what training takes
+            logits = row[:-1].float()
+            losses.append(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none"))
+            num_correct += (logits.argmax(-1) == wanted).sum().item()
+        loss += torch.cat(losses).double().sum().item()
         num_tokens += (targets != IGNORED).sum().item()
     loss, num_correct, num_tokens = all_reduce_sum([loss, num_correct, num_tokens], engine.device)
     return Prediction(

@@ -81,6 +81,21 @@ def read_problems(settings: Eval) -> dict[str, list[Problem]]:
     return run_on_rank0(read)
 
 
+def check_prompts(
+    problems: Mapping[str, list[Problem]], settings: Eval, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Try every question in the chat template: a wrong one would end the scoring hours later.
+
+    Raises:
+        UserError: there is no template, or it refuses a question.
+    """
+    if settings.prompt != "chat" or not problems:
+        return
+    template = load_template(settings.chat_template, tokenizer, "eval.chat_template")
+    for name, of_benchmark in problems.items():
+        make_requests(BENCHMARKS[name], of_benchmark, settings, template)
+
+
 def score_benchmarks(
     engine: Engine,
     model: nn.Module,

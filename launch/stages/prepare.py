@@ -25,7 +25,7 @@ from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_ran
 from launch.runtime.errors import UserError
 from launch.scoring.development import check_dev
 from launch.scoring.held_out import read_other_text
-from launch.scoring.score import read_problems
+from launch.scoring.score import check_prompts, read_problems
 from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, get_input_hashes
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import require_kernels
@@ -57,6 +57,10 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     )
     problems = read_problems(recipe.eval)
     problems_while_training = read_problems(recipe.eval.while_training)
+    run_on_rank0(lambda: check_prompts(problems, recipe.eval, tokenizer))
+    run_on_rank0(
+        lambda: check_prompts(problems_while_training, recipe.eval.while_training, tokenizer)
+    )
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
     checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
     hashes = get_input_hashes(inputs, other_text_source)

@@ -41,9 +41,11 @@ def tokenize_texts(
     for i, ids in enumerate(whole.input_ids):
         types = whole.token_type_ids[i] if has_types else None
         if len(ids) > max_length:
-            cut = tokenizer(*texts[i], truncation="longest_first", max_length=max_length, **options)
-            types = cut.token_type_ids if has_types else None
-            encoded.append(EncodedText(cut.input_ids, types, len(ids)))
+            # In a batch too: alone, a pair with an empty second text would be a single text.
+            pair = [[text] for text in texts[i]]
+            cut = tokenizer(*pair, truncation="longest_first", max_length=max_length, **options)
+            types = cut.token_type_ids[0] if has_types else None
+            encoded.append(EncodedText(cut.input_ids[0], types, len(ids)))
         else:
             encoded.append(EncodedText(ids, types, len(ids)))
     return encoded

@@ -3,7 +3,7 @@
 Needs nothing; takes 2 seconds.
 """
 
-from launch.calibration.report import list_warnings
+from launch.calibration.report import list_layers, list_warnings
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 
@@ -32,3 +32,12 @@ def test_enough_tokens_and_other_ends_of_the_spectrum_are_not() -> None:
     assert list_warnings(MODULES, 64, make_recipe()) == []
     assert list_warnings(MODULES, 1, make_recipe(eigen_select="largest")) == []
     assert list_warnings({"gate": MODULES["gate"]}, 1, make_recipe()) == []
+
+
+def test_a_modules_layer_is_the_first_number_in_its_name() -> None:
+    """A run may adapt the upper layers alone, or one kind of module in fewer layers than another."""
+    upper = [f"model.layers.{i}.self_attn.q_proj" for i in (10, 11, 13)]
+    assert list_layers(upper) == [10, 11, 13]
+    experts = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in (0, 1) for e in (0, 1)]
+    assert list_layers(experts) == [0, 1, 2, 3]
+    assert list_layers(["encoder.q_proj", "decoder.q_proj"]) == [0, 1]

@@ -91,6 +91,10 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
         ("engine.x=1", "--set: engine.x: engine has no fields of its own"),
         ("train.lr", "--set: 'train.lr' is not of the form a.b=value"),
         ("train.lr=[", "--set: the value of 'train.lr=[' is not YAML"),
+        (
+            "data.filter={type: a, type: b}",
+            "--set: the value of 'data.filter={type: a, type: b}' is not YAML; quote it (type is",
+        ),
     ],
 )
 def test_a_wrong_override_is_named_with_the_remedy(override: str, message: str) -> None:
@@ -101,7 +105,14 @@ def test_a_wrong_override_is_named_with_the_remedy(override: str, message: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("", "holds no fields"), ("[1]", "holds no")]
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("", "holds no fields"),
+        ("[1]", "holds no"),
+        ("train: {lr: 1}\ntrain: {epochs: 3}", "is not YAML: train is there twice; keep one"),
+        ("data: {filter: {type: a, type: b}}", "type is there twice"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"

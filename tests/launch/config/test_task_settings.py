@@ -110,6 +110,15 @@ def test_what_an_extending_recipe_sets_goes_before_the_settings_by_task(tmp_path
     assert (recipe.train.lr, recipe.train.epochs) == (0.123, 30)
 
 
+def test_settings_by_task_are_extended_task_by_task(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: glue_lora\ntask: {name: cola}\nby_task: {cola: {train.lr: 1.0e-3}}\n")
+    train = read_recipe(str(mine), []).train
+    assert (train.lr, train.epochs, train.global_batch) == (1e-3, 80, 256)
+    other = read_recipe(str(mine), ["task.name=mrpc"]).train
+    assert (other.lr, other.epochs) == (4e-4, 30)
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
@@ -119,6 +128,11 @@ def test_what_an_extending_recipe_sets_goes_before_the_settings_by_task(tmp_path
         ("extends: glue\nby_task: {3: {}}", [], r"by_task: is not of the form"),
         ("extends: glue\nby_task: {mrpc: {3: 1}}", [], r"by_task: is not of the form"),
         ("extends: smollm2\ncalibration: {data: {path: [a]}}", [], r"calibration\.data\.path: "),
+        (
+            "extends: glue\nby_task: {mrpc: {train: {lr: 0.1}}}",
+            [],
+            r"by_task: mrpc: train is a section; write its fields one by one, such as train\.lr: ",
+        ),
         ("extends: glue\nby_task: {cola: {}}", [], r"task\.name: .* for cola, not for mrpc"),
         ("extends: glue\nby_task: {mrpc: {train.lrr: 3}}", [], r"train\.lrr: unknown key; did you"),
         ("extends: glue", ["task.name=sts-b"], r"task\.name: no task 'sts-b' .* mean stsb\?"),

@@ -23,7 +23,7 @@ from launch.runtime.errors import UserError
 from launch.scoring import score as scoring
 from launch.scoring.requests import Request, make_requests
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
-from launch.scoring.score import score_benchmarks, score_responses
+from launch.scoring.score import check_prompts, score_benchmarks, score_responses
 from launch.scoring.score_table import render_scores
 from tests.support.chat import CASES, make_chat_model, make_chat_tokenizer
 from tests.support.generation import make_tokenizer
@@ -360,3 +360,22 @@ def test_the_table_has_both_graders_and_the_mean_of_the_eight() -> None:
         "gsm8k: the prompts of 1 problems are too long for the model, so they have an empty "
         "response: gsm8k/7"
     )
+
+
+def test_chat_prompts_are_tried_before_anything_is_trained() -> None:
+    problems = {"gsm8k": [Problem("gsm8k/0", "good", "3"), Problem("gsm8k/1", "bad", "3")]}
+    tokenizer = make_chat_tokenizer(CASES["llama3"])
+    check_prompts(problems, Eval(prompt="chat"), tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('not this') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    with pytest.raises(UserError, match=r"^eval\.prompt: chat, gsm8k: .*\(not this\)"):
+        check_prompts(problems, Eval(prompt="chat"), tokenizer)
+    check_prompts(problems, Eval(), tokenizer)
+    check_prompts({}, Eval(prompt="chat"), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(
+        UserError, match=r"^eval\.chat_template: the tokenizer has no chat template"
+    ):
+        check_prompts(problems, Eval(prompt="chat"), tokenizer)
