@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -160,12 +161,36 @@ def run_jobs(
             if stop.requested and not is_told:
                 is_told = True
                 for process in running:
-                    os.killpg(process.pid, signal.SIGTERM)
+                    _tell_to_stop(process, launcher)
             time.sleep(POLL_SECONDS)
         for process in finished:
             job = running.pop(process)
             ended.add(job.name)
             yield job, None if is_done(job) else _describe_failure(job, process.returncode)
+
+
+def _is_srun(launcher: list[str]) -> bool:
+    """Return whether Slurm's srun starts the ranks."""
+    return bool(launcher) and Path(launcher[0]).name == "srun"
+
+
+def _choose_stop_signal(launcher: list[str]) -> signal.Signals:
+    """Return the signal at which a run of `launcher` saves and ends.
+
+    srun sends its ranks SIGKILL when it gets SIGTERM or SIGHUP. It forwards SIGUSR1, which the
+    ranks take as they take SIGTERM (`_srun_signal_mgr` in Slurm's src/srun/libsrun/srun_job.c).
+    """
+    return signal.SIGUSR1 if _is_srun(launcher) else signal.SIGTERM
+
+
+def _tell_to_stop(process: subprocess.Popen, launcher: list[str]) -> None:
+    """Have a running job save and end."""
+    number = _choose_stop_signal(launcher)
+    if _is_srun(launcher):
+        # Not its group: the ranks are not in it, and srun's own helper is.
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
 
 
 def _start_job(job: Job, num_slots: int, launcher: list[str]) -> subprocess.Popen:
@@ -186,13 +211,13 @@ def _start_job(job: Job, num_slots: int, launcher: list[str]) -> subprocess.Pope
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_stop_with_parent,
+            preexec_fn=partial(_stop_with_parent, _choose_stop_signal(launcher)),
         )
 
 
-def _stop_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent is gone, however that ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _stop_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _describe_failure(job: Job, code: int) -> str:

@@ -1,11 +1,16 @@
-"""Proves which jobs a sweep has, and which of them it takes for done.
+"""Proves which jobs a sweep has, which of them it takes for done, and how a launcher is told to stop.
 
-Needs nothing, starts no process; takes 10 seconds. tests/distributed/test_sweep.py runs jobs.
+Needs bash: a script stands in for the launchers. Takes 10 seconds. tests/distributed/test_sweep.py
+runs jobs.
 """
 
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -97,3 +102,78 @@ def test_what_is_not_measured_any_more_is_not_waited_for(tmp_path: Path) -> None
     (folder / "state.json").write_text('{"state": "diverged"}')
     assert [jobs.count_jobs(sweep, cell) for cell in (kept, diverged)] == [3, 3]
     assert len(jobs.list_jobs(sweep, kept)) == len(jobs.list_jobs(sweep, diverged)) == 3
+
+
+# A launcher with a helper process. Each writes to the file `told` of the job's folder what it gets.
+LAUNCHER = """\
+#!/usr/bin/env bash
+for name in USR1 TERM; do
+    trap "echo $name >> '$1/told'; sleep 0.3; kill -KILL \\$(jobs -p); exit" "$name"
+done
+(
+    for name in USR1 TERM; do
+        trap "echo helper $name >> '$1/told'; exit" "$name"
+    done
+    touch "$1/started"
+    for _ in {1..600}; do sleep 0.05; done
+) &
+wait
+"""
+
+
+@dataclass(frozen=True)
+class StopOnceStarted:
+    """Stands in for `jobs.Stop`: a stop is requested as soon as the job has started."""
+
+    started: Path
+
+    @property
+    def requested(self) -> bool:
+        return self.started.exists()
+
+
+def make_launched_job(folder: Path, name: str) -> tuple[jobs.Job, list[str]]:
+    """Write LAUNCHER under a name, and return a job for it and its command line."""
+    launcher = folder / name
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    return jobs.Job("a", (str(folder),), folder / "results.json", folder / "log"), [str(launcher)]
+
+
+def test_srun_is_told_to_stop_with_a_signal_that_it_forwards(tmp_path: Path) -> None:
+    """At SIGTERM srun kills its ranks, so that nothing is saved; its helper is left alone."""
+    job, launcher = make_launched_job(tmp_path, "srun")
+    list(jobs.run_jobs(lambda: [job], 1, launcher, StopOnceStarted(tmp_path / "started")))
+    assert (tmp_path / "told").read_text() == "USR1\n"
+
+
+def test_other_launchers_are_told_to_stop_with_sigterm(tmp_path: Path) -> None:
+    job, launcher = make_launched_job(tmp_path, "deepspeed")
+    list(jobs.run_jobs(lambda: [job], 1, launcher, StopOnceStarted(tmp_path / "started")))
+    assert "TERM" in (tmp_path / "told").read_text().splitlines()
+
+
+def start_and_die(job: jobs.Job, launcher: list[str], started: Path) -> None:
+    """Start a job, and end without a word to it."""
+    jobs._start_job(job, 1, launcher)
+    while not started.exists():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("name", "told"), [("srun", "USR1"), ("deepspeed", "TERM")])
+def test_a_launcher_whose_sweep_is_gone_gets_the_same_signal(
+    name: str, told: str, tmp_path: Path
+) -> None:
+    job, launcher = make_launched_job(tmp_path, name)
+    sweep = multiprocessing.get_context("fork").Process(
+        target=start_and_die, args=(job, launcher, tmp_path / "started")
+    )
+    sweep.start()
+    sweep.join(timeout=20)
+    assert sweep.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    heard = tmp_path / "told"
+    while not (heard.exists() and heard.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert heard.read_text() == f"{told}\n"
