@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from deepspeed.launcher.runner import fetch_hostfile
+from torch.distributed.run import get_args_parser
 
 from launch import sweep
 from launch.runtime.distributed import read_slurm_ranks
@@ -95,6 +96,18 @@ def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_
         for code in rule.get("onExitCodes", {}).get("values", [])
     }
     assert codes == {75: "Ignore", 2: "FailJob"}
+
+
+def test_torchrun_gives_the_ranks_almost_all_of_the_pods_time_to_stop() -> None:
+    """Torchrun's own default, 30 s, is too short for a step and a checkpoint."""
+    pod = read_job()["spec"]["template"]["spec"]
+    script = pod["containers"][0]["args"][0].replace("\\\n", " ")
+    script = script.replace("$JOB_COMPLETION_INDEX", "0")
+    (line,) = (line for line in script.splitlines() if line.startswith("torchrun "))
+    options = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert options.training_script == "launch/train.py"
+    grace = pod["terminationGracePeriodSeconds"]
+    assert grace - 30 <= options.shutdown_timeout < grace
 
 
 def test_deepspeed_reads_the_hostfile() -> None:
