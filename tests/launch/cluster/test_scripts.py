@@ -14,6 +14,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from deepspeed.launcher.constants import PDSH_LAUNCHER
 from deepspeed.launcher.runner import fetch_hostfile
 from torch.distributed.run import get_args_parser
 
@@ -112,6 +113,12 @@ def test_torchrun_gives_the_ranks_almost_all_of_the_pods_time_to_stop() -> None:
 
 def test_deepspeed_reads_the_hostfile() -> None:
     assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node1": 8, "node2": 8}
+
+
+def test_the_image_has_the_program_with_which_deepspeed_reaches_other_machines() -> None:
+    image = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
+    (line,) = (line for line in image.splitlines() if "apt-get install" in line)
+    assert {PDSH_LAUNCHER, "openssh-client"} <= set(shlex.split(line))
 
 
 def write_stub(folder: Path, name: str, body: str) -> None:
