@@ -197,6 +197,25 @@ def test_the_slurm_script_queues_again_what_can_resume(
     )
 
 
+@pytest.mark.parametrize("words", [("--output", "elsewhere"), ("--output=elsewhere",)])
+def test_the_slurm_script_refuses_a_folder_in_which_it_would_not_look_for_the_state(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_srun_stub(tmp_path, "finished", 0)
+    write_stub(tmp_path, "scontrol", SCONTROL)
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sbatch"), "--set", "train.lr=1e-4", *words],
+        env=make_environment(tmp_path) | SLURM,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: --output: this script sets it; set RUNS in its place\n"
+    assert not (tmp_path / "srun.txt").exists()
+    assert not (tmp_path / "requeue.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "command"), [("slurm.sbatch", "srun"), ("sweep.sbatch", "python")]
 )
