@@ -26,15 +26,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+from scipy.linalg import LinAlgError
 from torch import Tensor
 
+from astra import lapack
 from astra.errors import AstraError, FallbackWarning
 from astra.output_moment import Basis
 
 EigenSelect = Literal["smallest", "largest", "middle", "random"]
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
+# Rows above which cuSOLVER is reported to fail, about (JuliaGPU/CUDA.jl#2908).
+CUSOLVER_ROWS = 23_000
 DENSE_BELOW = 64  # rows; for a smaller matrix one dense call is faster than the tridiagonal form
 
 
@@ -121,46 +124,24 @@ def canonicalise_signs(vectors: Tensor) -> Tensor:
 def decompose_tridiagonal(matrix: Tensor) -> Eigenpairs:
     """Return the eigenpairs of a CPU matrix, computing only the eigenvectors that are asked for.
 
-    LAPACK's sytrd reduces the matrix to tridiagonal form, `matrix = H T H^T`. scipy's default
-    routine (stevd, which without vectors is sterf) gives all eigenvalues of T, stemr (MRRR) the
-    wanted eigenvectors of T, and ormqr multiplies them by H.
+    LAPACK's sytrd reduces the matrix to tridiagonal form, `matrix = H T H^T`. stevd, which without
+    vectors is sterf, gives all eigenvalues of T, stemr (MRRR) the wanted eigenvectors of T, and
+    ormqr multiplies them by H. Other threads of Python run meanwhile (astra.lapack).
 
     Raises:
         LinAlgError: a LAPACK routine fails.
     """
-    workspace, _ = lapack.dsytrd_lwork(len(matrix), lower=1)
     # LAPACK stores by columns, PyTorch by rows. `matrix` is symmetric, so its transpose is the same
-    # matrix in LAPACK's order. dsytrd works on a copy: the checks need `matrix` again.
-    reflectors, diagonal, off_diagonal, tau, info = lapack.dsytrd(
-        matrix.numpy().T, lower=1, lwork=int(workspace)
-    )
-    if info:
-        raise LinAlgError(f"sytrd: info {info}")
+    # matrix in LAPACK's order. sytrd works on a copy: the checks need `matrix` again.
+    reflectors, diagonal, off_diagonal, tau = lapack.reduce_to_tridiagonal(matrix.numpy().T)
 
     def compute_vectors(start: int, end: int) -> Tensor:
         if start == end:
             return matrix.new_empty(len(matrix), 0)
-        _, vectors = eigh_tridiagonal(
-            diagonal,
-            off_diagonal,
-            select="i",
-            select_range=(start, end - 1),
-            lapack_driver="stemr",
-            check_finite=False,
-        )
-        # H leaves the first row as it is: its reflectors start one row below the diagonal.
-        below_first = vectors[1:]
-        shifted_reflectors = reflectors[1:, :-1]
-        # lwork=-1 asks for the best size of the workspace and computes nothing else.
-        _, workspace, _ = lapack.dormqr("L", "N", shifted_reflectors, tau, below_first, lwork=-1)
-        vectors[1:], _, info = lapack.dormqr(
-            "L", "N", shifted_reflectors, tau, below_first, lwork=int(workspace[0])
-        )
-        if info:
-            raise LinAlgError(f"ormqr: info {info}")
-        return torch.from_numpy(vectors)
+        vectors = lapack.compute_eigenvectors(diagonal, off_diagonal, start, end)
+        return torch.from_numpy(lapack.multiply_reflectors(reflectors, tau, vectors))
 
-    values = eigvalsh_tridiagonal(diagonal, off_diagonal, check_finite=False)
+    values = lapack.compute_eigenvalues(diagonal, off_diagonal)
     return torch.from_numpy(values), compute_vectors
 
 
@@ -194,8 +175,8 @@ def _move_to_cpu(decompose: Callable[[Tensor], Eigenpairs]) -> Callable[[Tensor]
 def choose_decompositions(device_type: str, size: int) -> list[Callable[[Tensor], Eigenpairs]]:
     """Return the solvers to try, each where the one before fails or its vectors fail the checks.
 
-    On GPUs the first is cuSOLVER's syevd. It fails on some matrices, and on all above about 23,000
-    rows (JuliaGPU/CUDA.jl#2908). Then the CPU's solvers follow.
+    On GPUs the first is cuSOLVER's syevd, up to CUSOLVER_ROWS rows. It fails on some matrices, so
+    the CPU's solvers follow.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -203,7 +184,7 @@ def choose_decompositions(device_type: str, size: int) -> list[Callable[[Tensor]
     """
     if device_type == "cuda":
         on_cpu = [_move_to_cpu(decompose) for decompose in choose_decompositions("cpu", size)]
-        return [decompose_dense, *on_cpu]
+        return [decompose_dense, *on_cpu] if size <= CUSOLVER_ROWS else on_cpu
     if size < DENSE_BELOW:
         return [decompose_dense]
     return [decompose_tridiagonal, decompose_dense]
@@ -247,14 +228,12 @@ def solve_eigenproblem(
     indices = select_indices(select, size, lora_rank, make_generator(seed, name))
     failure = errors = ""
     device_type = device_type or core.device.type
+    tries_cusolver = device_type == "cuda" and len(core) <= CUSOLVER_ROWS
+    if device_type == "cuda" and not tries_cusolver:
+        _warn_of_lapack(f"fails above {CUSOLVER_ROWS:,} rows")
     for i, decompose in enumerate(choose_decompositions(device_type, len(core))):
-        if device_type == "cuda" and i == 1:
-            warnings.warn(
-                f"eigenvectors: cuSOLVER failed ({failure}); taking LAPACK on the CPU, which is "
-                "slower",
-                FallbackWarning,
-                stacklevel=2,
-            )
+        if tries_cusolver and i == 1:
+            _warn_of_lapack(f"failed ({failure})")
         try:
             subspace = _form_subspace(basis, core, indices, decompose(core), seed, name)
         except (LinAlgError, torch.linalg.LinAlgError) as error:
@@ -266,6 +245,15 @@ def solve_eigenproblem(
         failure = "inexact"
         errors = f"; errors divided by their tolerances: {checks}"
     raise AstraError(f"{name}: its eigenproblem could not be solved: {failure}{errors}")
+
+
+def _warn_of_lapack(reason: str) -> None:
+    """Warn that LAPACK takes the place of cuSOLVER, to the caller of solve_eigenproblem."""
+    warnings.warn(
+        f"eigenvectors: cuSOLVER {reason}; taking LAPACK on the CPU, which is slower",
+        FallbackWarning,
+        stacklevel=3,
+    )
 
 
 def _form_subspace(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from astra.eigen import CUSOLVER_ROWS
 from astra.flops import (
     Decomposition,
     count_eigh_flops,
@@ -26,7 +27,6 @@ GPU_EFFICIENCY = 0.4  # share of a GPU's fp64 peak that is reached: bench/gpu.py
 # the host, so no peak says it: assumed is bench/gpu.py's goal, 4,096 rows in 1.5 s on an H100. No
 # GPU has been measured.
 GPU_EIGH_RATE = (14 / 3) * 4096**3 / 1.5
-CUSOLVER_ROWS = 23_000  # above it cuSOLVER fails, and LAPACK solves on the CPU (astra.eigen)
 # fp64 operations a second of one CPU core, measured on one layer of LLaMA2-7B's shape
 # (bench/results/calibration.json): matrix products, and the solvers, whose half is bound by memory.
 CORE_PRODUCT_RATE = 38e9

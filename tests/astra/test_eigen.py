@@ -298,6 +298,18 @@ def test_what_cusolver_cannot_solve_lapack_does(
     assert torch.equal(found.vectors, wanted.vectors)
 
 
+def test_above_cusolvers_limit_lapack_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: a limit of 80 rows, and torch.linalg.eigh stands for cuSOLVER's."""
+    core = with_spectrum(torch.logspace(-6, 0, 90))
+    wanted = solve_eigenproblem(None, core, 5, "smallest", 0, "m")
+    monkeypatch.setattr(eigen, "CUSOLVER_ROWS", 80)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("cuSOLVER was tried"))
+    with pytest.warns(FallbackWarning, match="cuSOLVER fails above 80 rows; taking LAPACK") as said:
+        found = solve_eigenproblem(None, core, 5, "smallest", 0, "m", "cuda")
+    assert len(said) == 1
+    assert torch.equal(found.vectors, wanted.vectors)
+
+
 def test_a_gpus_solver_gives_the_vectors_of_lapacks() -> None:
     """Simulated: torch.linalg.eigh of a CPU tensor stands for cuSOLVER's."""
     core = with_spectrum(torch.logspace(-6, 0, 90))
