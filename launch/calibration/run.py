@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -259,15 +260,17 @@ def _make_solver(recipe: Recipe, device: torch.device) -> Callable[[ModuleProble
         device: of the model. Beside GPUs, CPUs have all of a rank's cores to solve with.
     """
     solve, settings = recipe.adapter.method_record.solve, recipe.method_settings()
-    if device.type != "cuda":
-        return lambda problem: solve(problem, settings)
-    num_cores = count_own_cores()
+    num_cores = count_own_cores() if device.type == "cuda" else None
 
-    def solve_with_cores(problem: ModuleProblem) -> Solution:
-        with use_cores(num_cores):
+    def solve_module(problem: ModuleProblem) -> Solution:
+        # A module of tens of thousands of rows takes minutes on few cores, without a heartbeat.
+        with (
+            watchdog.without_stall_limit(),
+            nullcontext() if num_cores is None else use_cores(num_cores),
+        ):
             return solve(problem, settings)
 
-    return solve_with_cores
+    return solve_module
 
 
 def _show_calibration_progress(items: list, name: str) -> object:
