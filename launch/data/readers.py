@@ -334,9 +334,24 @@ def _convert_batch(
         else:
             kind = "json" if name in documents else str(column.type)
             values = column.to_pylist()
-            columns.append([NotText(kind, v) if isinstance(v, str) else v for v in values])
+            columns.append(
+                [NotText(kind, v) if isinstance(v, str) else _drop_absent(v) for v in values]
+            )
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
+
+
+def _drop_absent(value: object) -> object:
+    """Return a nested value without the keys whose value is null, at any depth.
+
+    Arrow gives every struct of a column the keys of all: one that a row lacks, and one that it has
+    as null, are the same there. Null as an element of a list stays.
+    """
+    if isinstance(value, dict):
+        return {key: _drop_absent(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_drop_absent(one) for one in value]
+    return value
 
 
 def _is_text(kind: "pa.DataType") -> bool:

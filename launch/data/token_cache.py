@@ -64,6 +64,7 @@ from launch.runtime.locks import hold_lock
 
 FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised
+MESSAGES_READING = 1  # raised with every change of that for messages alone
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 CHAT_DTYPES = DTYPES | {"trained": torch.int8}  # of messages
 PROGRESS = "progress.json"
@@ -192,6 +193,7 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
     }
     if data.messages is not None:
         del origin["prompts"]
+        origin["messages_reading"] = MESSAGES_READING
         origin["chat_template"] = hash_template(
             read_template(data.chat_template, load_tokenizer(model_path))
         )

@@ -19,7 +19,13 @@ from pyarrow.parquet import write_table
 from launch.config.schema import Data
 from launch.data import sources
 from launch.data.prompts import format_prompt
-from launch.data.readers import UnreadableError, find_reader, read_json
+from launch.data.readers import (
+    UnreadableError,
+    find_reader,
+    read_arrow,
+    read_json,
+    read_parquet,
+)
 from launch.data.sources import BadRow, Row, load_split, select_rows
 from launch.data.tokenize import tokenize_rows
 from launch.runtime.errors import UserError
@@ -166,6 +172,26 @@ def test_columns_of_other_types_are_not_text(tmp_path: Path) -> None:
     good, bad = read(tmp_path / "a.parquet")
     assert [row.number for row in bad] == [1]
     assert [row.answer for row in good] == ["a"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
+def test_objects_have_the_keys_of_their_own_row_alone(form: str, tmp_path: Path) -> None:
+    arguments = [{"city": "Paris"}, {"a": 1, "b": {"deep": [{"c": 2}, {"d": 3}]}}, {}]
+    rows = []
+    for one in arguments:
+        call = {"type": "function", "function": {"name": "f", "arguments": one}}
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+        rows.append({"chat": messages, "list": ["x", None]})
+    table = pa.Table.from_pylist(rows)
+    assert table["chat"][0].as_py() != rows[0]["chat"]  # Arrow adds the keys of the others
+    if form == "parquet":
+        path, reader = tmp_path / "a.parquet", read_parquet
+        write_table(table, path)
+    else:
+        path, reader = tmp_path / "a.arrow", read_arrow
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    assert list(reader(path)) == rows
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:

@@ -112,6 +112,21 @@ def test_files_hold_the_mask_and_are_resumed_and_found_again(
         )
 
 
+def test_files_of_messages_of_an_earlier_reading_are_made_again_and_others_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(path=str(write(tmp_path / "rows.jsonl", ROWS)), messages="chat")
+    prompts = data.model_copy(update={"messages": None})
+    before = [token_cache.describe_origin(one, model, None) for one in (data, prompts)]
+    made = token_cache.obtain_tokens(data, model)
+    monkeypatch.setattr(token_cache, "MESSAGES_READING", token_cache.MESSAGES_READING + 1)
+    after = [token_cache.describe_origin(one, model, None) for one in (data, prompts)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+    assert "messages_reading" not in after[1]
+    assert token_cache.obtain_tokens(data, model).folder != made.folder
+
+
 def test_cut_rows_keep_what_fits_and_rows_without_an_answer_are_bad(
     model: Path, tmp_path: Path
 ) -> None:
