@@ -134,7 +134,10 @@ def load_template(
             "give a copy with a fixed date"
         )
     ids = find_special_tokens(tokenizer).ids
-    spelled = sorted((tokenizer.convert_ids_to_tokens(i) for i in ids), key=len, reverse=True)
+    # The unknown token too, which may also be the end of sequence (GPT-2). It is spelled alone: other
+    # tokenizers make its id of ordinary text.
+    names = {tokenizer.convert_ids_to_tokens(i) for i in ids} | ({tokenizer.unk_token} - {None})
+    spelled = sorted(names, key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
     question = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}

@@ -120,3 +120,25 @@ def test_marks_that_leave_out_the_end_of_a_turn_are_known() -> None:
     case = CASES["chatml"]._replace(template=marked)
     assert not load_template(None, make_chat_tokenizer(case)).learns_end
     assert load_template(None, make_chat_tokenizer(CASES["chatml"])).learns_end
+
+
+@pytest.mark.parametrize("also", ["<|endoftext|>", "<unk>"])
+def test_an_unknown_token_that_is_spelled_is_text_and_may_end_turns(also: str) -> None:
+    end = "<|endoftext|>"
+    case = CASES["chatml"]._replace(
+        template=CHATML.replace("<|im_end|>", end),
+        special=["<|im_start|>", end, "<|im_end|>", "<unk>"],
+    )
+    tokenizer = make_chat_tokenizer(case)
+    tokenizer.unk_token = also  # the end of sequence, as GPT-2's and SmolLM2's is, or another
+    template = load_template(None, tokenizer)
+    assert template.end_of_turn == end
+    messages = [
+        {"role": "user", "content": f"is {also} text?"},
+        {"role": "assistant", "content": f"the {also} is"},
+    ]
+    tokens = tokenize(template, messages)
+    assert tokenizer.decode(tokens.ids) == template.render(messages)
+    assert tokens.ids.count(tokenizer.eos_token_id) == 3  # of the system's turn and of these two
+    assert tokenizer.convert_tokens_to_ids("<unk>") not in tokens.ids
+    assert decode_runs(tokenizer, tokens) == [f"the {also} is{end}"]
