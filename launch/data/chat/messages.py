@@ -24,6 +24,9 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Keys of a message, beside its content, with what the assistant wrote.
+THINKING = ("reasoning_content", "thinking", "reasoning")
+CALLS = ("tool_calls", "function_call")
 OPENAI, SHAREGPT = "role and content (OpenAI's names)", "from and value (ShareGPT's names)"
 
 Message = dict[str, Any]
@@ -42,7 +45,8 @@ def read_messages(value: object, field: str) -> tuple[list[Message], str]:
     """Read the value of a row's field as messages with `role` and a `content` of text.
 
     Parts of text are joined by line ends, and arguments of tool calls that are JSON in text are
-    parsed, as servers of models do before they render them. Keys whose value is null are left out.
+    parsed, as servers of models do before they render them. Keys whose value is null are left out, and
+    of ShareGPT's messages all but thinking and calls beside the text.
 
     Returns:
         The messages, and the names that they had, OPENAI or SHAREGPT.
@@ -91,7 +95,8 @@ def _read_message(given: object, where: str) -> tuple[Message, str]:
         others = {key: value for key, value in given.items() if key not in ("role", "weight")}
     elif "from" in given:
         names, known = SHAREGPT, SHAREGPT_ROLES
-        role, content, others = given["from"], given.get("value"), {}
+        role, content = given["from"], given.get("value")
+        others = {key: given[key] for key in (*THINKING, *CALLS) if key in given}
     else:
         has = ", ".join(given) or "no keys"
         _refuse(NOT_MESSAGES, f"{where} has {has}; it needs role and content, or from and value")

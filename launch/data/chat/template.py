@@ -9,6 +9,7 @@ template may leave out earlier thinking, or move the system's message.
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from launch.data.chat.messages import Message, MessagesError
+from launch.data.chat.messages import THINKING, Message, MessagesError
 from launch.data.tokenize import find_special_tokens
 from launch.runtime.errors import UserError
 
@@ -87,7 +88,7 @@ class ChatTemplate:
         else:
             text = self.render(messages)
             spans = [self._find_turn(messages, i, text) for i in wanted]
-        _require_all_messages(messages, text)
+        _require_all_messages(messages, wanted, text)
         return text, spans
 
     def _find_turn(self, messages: list[Message], number: int, text: str) -> Span:
@@ -209,21 +210,38 @@ def _render(
     return texts[0], spans[0] if spans else []
 
 
-def _require_all_messages(messages: list[Message], text: str) -> None:
-    """Raise MessagesError if a message's content, or the name of a called function, is not in text.
+def _require_all_messages(messages: list[Message], learnt: Collection[int], text: str) -> None:
+    """Raise MessagesError if a part of the messages is not in `text`, as it is or as JSON.
 
-    A template may write it as JSON, and may leave out the thinking of earlier turns.
+    Looked for are the contents, without thinking within them, the names of called functions, and,
+    of messages that are learnt, thinking in a key of its own. A template may leave out other
+    thinking, of earlier turns.
+
+    Args:
+        learnt: the numbers, from 0, of the messages that are learnt.
     """
-    for number, message in enumerate(messages, start=1):
+    for number, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
             content = content.rpartition("</think>")[2]
-        content = content.strip()
         what = None
-        if content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
-            what = f"the content of message {number} (role {message['role']})"
-        for call in message.get("tool_calls", ()):
+        if not _has_text(text, content):
+            what = f"the content of message {number + 1} (role {message['role']})"
+        for key in THINKING if number in learnt else ():
+            if isinstance(message.get(key), str) and not _has_text(text, message[key]):
+                what = f"the {key} of message {number + 1}"
+        for call in message.get("tool_calls") or ():
             if call.get("function", call)["name"] not in text:
-                what = f"the tool calls of message {number}"
+                what = f"the tool calls of message {number + 1}"
+        call = message.get("function_call")
+        name = call.get("name") if isinstance(call, dict) else call
+        if name is not None and str(name) not in text:
+            what = f"the function_call of message {number + 1}"
         if what is not None:
             raise MessagesError(LEFT_OUT, f"the chat template leaves out {what}")
+
+
+def _has_text(text: str, part: str) -> bool:
+    """Return whether `text` has `part` without white space around it, as it is or as JSON."""
+    part = part.strip()
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text

@@ -121,6 +121,38 @@ def test_what_the_template_refuses_or_leaves_out_is_said_in_its_words() -> None:
     assert fault == "the chat template leaves out the content of message 1 (role developer)"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_in_a_key_of_its_own_is_rendered_or_the_row_is_bad(key: str) -> None:
+    thought = {**ANSWER, key: " hm \n"}
+    shared = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "three", key: "hm"}]
+    silent = load(CASES["chatml"])
+    fault = f"the chat template leaves out the {key} of message 2"
+    assert find_fault(silent, [USER, thought]) == fault
+    assert find_fault(silent, shared) == fault
+    assert find_fault(silent, [USER, thought, USER, ANSWER]) == fault
+    assert find_fault(silent, [USER, thought, USER, ANSWER], "last") is None  # not learnt
+    rendered = f"message.get('{key}', '') + message['content']"
+    shown = load(CASES["chatml"]._replace(template=CHATML.replace("message['content']", rendered)))
+    assert find_fault(shown, [USER, thought]) is None
+    assert find_fault(shown, shared) is None
+
+
+def test_calls_beside_a_text_are_rendered_or_the_row_is_bad() -> None:
+    chatml, qwen = load(CASES["chatml"]), load(CASES["qwen2"])
+    called = {**ANSWER, "function_call": {"name": "add", "arguments": "{}"}}
+    fault = "the chat template leaves out the function_call of message 2"
+    assert find_fault(chatml, [USER, called]) == fault
+    assert find_fault(chatml, [USER, called, USER, ANSWER], "last") == fault
+    assert find_fault(chatml, [USER, {**ANSWER, "function_call": None}]) is None
+    shared = [
+        {"from": "human", "value": "one?"},
+        {"from": "gpt", "value": "three", "tool_calls": [CALL]},
+    ]
+    fault = "the chat template leaves out the tool calls of message 2"
+    assert find_fault(chatml, shared) == fault
+    assert find_fault(qwen, shared) is None
+
+
 def test_a_template_that_renders_earlier_turns_otherwise_is_refused_but_for_the_last() -> None:
     template = load(QWEN3_CASE)
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthree"}
