@@ -172,10 +172,13 @@ def load_template(
 def read_template(
     path: str | None, tokenizer: PreTrainedTokenizerBase, field: str = "data.chat_template"
 ) -> str:
-    """Read the text of the template at `path`, or of the tokenizer's own. Raises UserError."""
+    """Read the text of the template at `path`, without a byte-order mark, or of the tokenizer's own.
+
+    Raises UserError.
+    """
     if path is not None:
         try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
+            return Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{field}: cannot read {path}: {error}") from None
     try:

@@ -198,6 +198,10 @@ def test_a_named_file_is_taken_for_the_tokenizers_own_template(tmp_path: Path) -
     path.write_text(CHATML.replace("helpful", "blunt"))
     named = load_template(str(path), tokenizer)
     assert "blunt" in named.render([USER])
+    path.write_text(CHATML.replace("helpful", "blunt"), encoding="utf-8-sig")
+    marked = load_template(str(path), tokenizer)  # by a byte-order mark, which is no text
+    assert marked.render([USER]) == named.render([USER])
+    assert marked.text == named.text
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"data\.chat_template: the tokenizer has no chat template"):
         load_template(None, tokenizer)
