@@ -98,7 +98,7 @@ def _choose_shown_runs(sweep: Sweep, groups: Sequence[Group]) -> list[ShownRun]:
     shown: dict[str, ShownRun] = {}
     runs = {run.name: run for run in sweep.list_all_runs()}
     for group in groups:  # those at own learning rates come first
-        name = Cell(group.label, group.value).name
+        name = group.name
         if name in shown or not group.results:
             continue
         run = runs[group.folders[min(group.results)].name]

@@ -152,10 +152,10 @@ def count_held_bytes(
         "gathered": 0,
         "prefetched": 0,
     }
-    if zero:  # DeepSpeed's own copy of what it steps, and its buffers of gradients to be reduced
-        # Whole buckets, however little is trained; stage 2 fills one while it reduces the other.
-        num_buckets = 2 if zero["stage"] == 2 and zero.get("overlap_comm") else 1
-        buffer = FP32_BYTES * zero["reduce_bucket_size"] * num_buckets
+    if zero:  # DeepSpeed's own copy of what it steps, and its buffer of gradients to be reduced
+        # On GPUs it takes whole buckets, however little is trained, and stage 2 takes two: at most
+        # 0.4 GiB, which the reserve holds. On CPUs pages of a buffer that is not filled take nothing.
+        buffer = FP32_BYTES * min(fake.num_trained, zero["reduce_bucket_size"])
         stepped_shard = 0 if offloaded else 4 * stepped // world_size
         held["gradients and optimiser"] = buffer + stepped_shard
     if offloaded:

@@ -65,7 +65,7 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
         else:
             paths.append(draw_scores(collect_points(finished, column), column.title, path))
 
-    ranks = _collect_effective_ranks(sweep, first)
+    ranks = _collect_effective_ranks(first)
     if ranks:
         paths.append(plot_effective_ranks(ranks, _get_path(sweep, folder, "effective_rank")))
     return paths
@@ -134,17 +134,14 @@ def collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[Any
     return lines
 
 
-def _collect_effective_ranks(
-    sweep: Sweep, groups: Sequence[Group]
-) -> dict[str, dict[str, RankChange]]:
+def _collect_effective_ranks(groups: Sequence[Group]) -> dict[str, dict[str, RankChange]]:
     """Return the effective ranks of each group's first run, where they were measured."""
     rows = {}
     for group in groups:
         first_run = next(iter(group.folders.values()))
         changes = read_effective_ranks(first_run)
         if changes:
-            label = f"{group.label} {group.value}" if sweep.table.vary else group.label
-            rows[label] = average_by_kind(changes)
+            rows[group.name] = average_by_kind(changes)
     return rows
 
 

@@ -49,6 +49,11 @@ class Group:
     method: str  # with its variant
     recipe: Recipe  # of the first seed's run
 
+    @property
+    def name(self) -> str:
+        """The row, with its value where something varies."""
+        return Cell(self.label, self.value).name
+
     def get_values(self, column: Column) -> dict[int, float]:
         """Return the column's number of every run that has it, by seed."""
         values = {}
