@@ -1,7 +1,7 @@
 """LAPACK's routines for symmetric eigenproblems, called with Python's global lock released.
 
-scipy's wrappers (f2py) hold the lock until LAPACK returns, for minutes at 28,672 rows. Meanwhile no
-other thread of the process runs, such as the one that tells other processes that this one lives.
+scipy's wrappers (f2py) hold the lock until LAPACK returns, long for a large matrix. Meanwhile no other
+thread of the process runs, such as the one that tells other processes that this one lives.
 ctypes releases the lock during a call.
 
 The routines are the ones that scipy calls. scipy documents `scipy.linalg.cython_lapack` as its
