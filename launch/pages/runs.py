@@ -86,7 +86,9 @@ def _list_commands(records: Sequence[RunRecord], path: Path) -> dict[str, str]:
         recipe, results = record.recipe, record.results
         if results is None:
             continue
-        repeat = make_repeat_command(record.folder, recipe.engine, results.conditions.world_size)
+        repeat = make_repeat_command(
+            record.folder, recipe.engine, results.conditions.ranks_per_node
+        )
         steps = list_next_steps(record.folder, recipe, results)
         commands[record.name] = "\n".join(["# again, in a new folder", repeat, ""])
         for label, command in steps.items():

@@ -177,7 +177,13 @@ class Conditions(Record):
 
     git_revision: str | None
     world_size: int
+    nodes: int | None = None  # only of a run; not in earlier versions' records
     device: str
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The ranks of each node; where nodes have different numbers, a number between them."""
+        return self.world_size // (self.nodes or 1)
 
 
 class CalibrationData(Record):

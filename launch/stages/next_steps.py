@@ -38,29 +38,36 @@ def describe_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> st
     return "\n".join(["next:", *(f"  {label:{width}}  {steps[label]}" for label in steps)])
 
 
-def make_repeat_command(folder: Path, engine: str, world_size: int) -> str:
-    """Return the command that makes the run in `folder` again, in a new folder beside it."""
+def make_repeat_command(folder: Path, engine: str, num_ranks: int) -> str:
+    """Return the command that makes the run in `folder` again, in a new folder beside it.
+
+    Args:
+        num_ranks: on one machine.
+    """
     again = folder.with_name(f"{folder.resolve().name}-again")
     recipe = folder / RECIPE
     words = ["launch/train.py", "--recipe", str(recipe), "--output", str(again)]
-    return shlex.join([*choose_launcher(engine, world_size), *words])
+    return shlex.join([*choose_launcher(engine, num_ranks), *words])
 
 
-def choose_launcher(engine: str, world_size: int) -> list[str]:
+def choose_launcher(engine: str, num_ranks: int) -> list[str]:
     """Return the words that start so many ranks on one machine."""
-    if world_size == 1:
+    if num_ranks == 1:
         return ["python"]
     if engine.startswith("zero"):
-        return ["deepspeed", "--num_gpus", str(world_size)]
-    return ["torchrun", "--nproc_per_node", str(world_size)]
+        return ["deepspeed", "--num_gpus", str(num_ranks)]
+    return ["torchrun", "--nproc_per_node", str(num_ranks)]
 
 
 def make_score_command(
     folder: Path, recipe: Recipe, results: RunResults, exports: Sequence[str]
 ) -> str:
-    """Return the command that scores what was exported, with the settings of the run's own scores."""
-    world_size = results.conditions.world_size
-    words = [*choose_launcher(results.engine, world_size), "launch/evaluate.py", "--model"]
+    """Return the command that scores what was exported, with the settings of the run's own scores.
+
+    It starts the ranks of one node: a launcher's options for several nodes are the cluster's.
+    """
+    num_ranks = results.conditions.ranks_per_node
+    words = [*choose_launcher(results.engine, num_ranks), "launch/evaluate.py", "--model"]
     if exports[0] == "model":
         words.append(str(folder / "model"))
     else:
@@ -68,8 +75,9 @@ def make_score_command(
         if results.base.revision not in (None, "main"):
             words += ["--revision", results.base.revision]
         words += ["--adapter", str(folder / exports[0])]
-    if results.engine in ("zero3", "fsdp"):
-        words += ["--engine", results.engine]
+    engine = "zero3" if results.engine.startswith("zero3") else results.engine  # not offloaded
+    if engine in ("zero3", "fsdp"):
+        words += ["--engine", engine]
     if recipe.model.dtype != "auto":
         words += ["--dtype", recipe.model.dtype]
     settings = recipe.eval

@@ -23,7 +23,7 @@ from launch.run.results import (
     TaskScore,
     write_results,
 )
-from launch.runtime.distributed import run_on_rank0, try_or_say
+from launch.runtime.distributed import find_nodes, run_on_rank0, try_or_say
 from launch.runtime.memory import gather_peak_memory
 from launch.scoring.development import summarise_epochs
 from launch.stages.records import CONFIG, PreparedRun, RunModel
@@ -54,6 +54,7 @@ def make_results(
     has_adapters = bool(loaded.lora_layers)
     has_eigen_select = adapter.method_record.variant == "eigen_select"
     conditions = describe_conditions(dist.get_world_size(), device)
+    conditions["nodes"] = len(find_nodes())
     conditions["peak_tflops"] = peak_flops and peak_flops / 1e12
     # held_out and other_text are left out where they were not measured.
     measured = {name: {"before": facts.before[name], "after": after[name]} for name in after}

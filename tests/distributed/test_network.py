@@ -26,7 +26,13 @@ from safetensors.torch import load_file
 from tests.support.cases import NO_SCORES
 from tests.support.paths import ROOT, WORKERS
 from tests.support.processes import Run, make_set_options
-from tests.support.runs import find_newest_step, read_losses, read_steps, runs_are_equal
+from tests.support.runs import (
+    find_newest_step,
+    read_losses,
+    read_results,
+    read_steps,
+    runs_are_equal,
+)
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -164,6 +170,8 @@ def test_hosts_that_hold_the_base_each_train_what_one_host_does(
         run.wait()
         assert run.launcher.returncode == 0, run.read_output()[-3000:]
     assert "each of 2 nodes holds the base, a shard on each of its 2 ranks" in runs[0].read_output()
+    conditions = read_results(two)["conditions"]
+    assert (conditions["world_size"], conditions["nodes"]) == (4, 2)
     if engine == "zero3":
         assert runs_are_equal(two, one)
     else:  # gradients are summed on each host first: another order of the same four numbers

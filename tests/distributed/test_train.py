@@ -211,7 +211,8 @@ def test_the_run_folder_holds_what_the_readme_names(
     score = results["scores"]["gsm8k"]
     assert score["n"] == 7
     assert score["correct"] == sum(row["strict"] for row in generations)
-    assert results["conditions"]["world_size"] == 2
+    conditions = results["conditions"]
+    assert (conditions["world_size"], conditions["nodes"]) == (2, 1)
     assert "smallest" in (run / "README.md").read_text()
     assert "| astra smallest | 4 |" in render_runs([run])
     assert "residual" in (run / "adapter" / "README.md").read_text()

@@ -79,6 +79,27 @@ def test_a_run_is_scored_again_as_it_was_whatever_auto_became(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("engine", "nodes", "words"),
+    [
+        ("zero3", 2, "deepspeed --num_gpus 8 launch/evaluate.py"),
+        ("fsdp", 2, "torchrun --nproc_per_node 8 launch/evaluate.py"),
+        ("fsdp", 16, "python launch/evaluate.py"),
+        ("zero3_offload", None, "--engine zero3 --suite"),
+        ("zero2", None, "/lora --suite"),  # every rank holds the base whole, as with single
+    ],
+)
+def test_a_score_is_made_on_one_node_by_an_engine_that_evaluate_has(
+    engine: str, nodes: int | None, words: str, tmp_path: Path
+) -> None:
+    conditions = {"git_revision": "r", "world_size": 16, "device": "cpu"}
+    if nodes is not None:  # earlier versions did not record it
+        conditions["nodes"] = nodes
+    folder = make_folder(tmp_path / "run", ["lora"])
+    recipe = make_recipe(f"engine={engine}")
+    assert words in " ".join(list_commands(folder, recipe, conditions=conditions)["score"])
+
+
+@pytest.mark.parametrize(
     ("exports", "adapter", "served"),
     [
         (["model"], None, "model"),
