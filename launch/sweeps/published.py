@@ -20,7 +20,10 @@ FIELDS = {
     "rank": False,
     "batch": True,
     "calibration": True,
+    "lr_ratio": False,
 }
+# Fields that a source states for each method, beside its scores.
+METHOD_FIELDS = ("calibration", "lr_ratio")
 
 
 class Published(NamedTuple):
@@ -54,8 +57,8 @@ def find_published(groups: Sequence[Group], benchmarks: Sequence[str]) -> list[l
         base = strip_name(group.recipe.model.name)
         published = []
         for entry in entries:
-            values = dict(entry["scores"].get(group.method, {}))
-            protocol = entry["protocol"] | {"calibration": values.pop("calibration", None)}
+            values = dict(entry["scores"].get(_name_method(group), {}))
+            protocol = entry["protocol"] | {name: values.pop(name, None) for name in METHOD_FIELDS}
             scores = _choose_scores(values, benchmarks)
             if scores and strip_name(protocol["model"]) == base:
                 published.append(_compare(group, entry["source"], scores, protocol, own))
@@ -89,6 +92,12 @@ def _read_entries() -> list[dict[str, Any]]:
     return yaml.safe_load((TABLES / PUBLISHED).read_text(encoding="utf-8"))
 
 
+def _name_method(group: Group) -> str:
+    """Return a group's method as sources name it: LoRA+ is LoRA with another rate for B."""
+    is_lora_plus = group.recipe.adapter.method == "lora" and group.recipe.train.lr_ratio != 1
+    return "lora+" if is_lora_plus else group.method
+
+
 def _read_protocol(recipe: Recipe) -> dict[str, Any]:
     """Return the protocol of a run, with the fields of FIELDS."""
     data, train = recipe.data, recipe.train
@@ -102,6 +111,7 @@ def _read_protocol(recipe: Recipe) -> dict[str, Any]:
         "rank": None if recipe.adapter.method_record.trains_all else recipe.adapter.rank,
         "batch": train.global_batch,
         "calibration": (rows.path if rows else "own") if reads_data else None,
+        "lr_ratio": None if train.lr_ratio == 1 else train.lr_ratio,
     }
 
 

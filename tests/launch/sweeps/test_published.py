@@ -9,7 +9,14 @@ import pytest
 import yaml
 
 from launch.methods.registry import METHODS
-from launch.sweeps.published import FIELDS, PUBLISHED, describe_hidden, find_published, list_shown
+from launch.sweeps.published import (
+    FIELDS,
+    METHOD_FIELDS,
+    PUBLISHED,
+    describe_hidden,
+    find_published,
+    list_shown,
+)
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import TABLES, read_table
 from tests.support.sweeps import TABLE
@@ -79,6 +86,15 @@ def test_another_protocol_is_not_shown_and_the_difference_is_named(
     assert any(reason in line for line in peft)
 
 
+def test_lora_with_a_rate_ratio_is_compared_with_lora_plus(tmp_path: Path) -> None:
+    rows = {"lora+": {"set": {"adapter.method": "lora", "train.lr_ratio": 16}}}
+    shown, hidden = find_scores(tmp_path, rows=rows)
+    assert shown["lora+"] == []
+    [line] = hidden
+    assert line.startswith("MiLoRA, table 5 (")
+    assert "lora lr_ratio 16" in line and line.endswith("lr_ratio not stated")
+
+
 def test_another_base_has_its_own_scores_and_corda_on_8b_is_kpm(tmp_path: Path) -> None:
     shown, _ = find_scores(tmp_path, "model.name=/models/Meta-Llama-3-8B")
     assert shown["kpm, nq_open"] == [{"gsm8k": 74.68, "math": 25.34}]
@@ -94,10 +110,10 @@ def test_every_published_score_has_its_whole_protocol_and_its_source() -> None:
     labels = {*METHODS, "corda ipm", "corda kpm", "lora+"}
     for entry in entries:
         assert entry["source"]
-        assert entry["protocol"].keys() == {"model", *FIELDS} - {"calibration"}
+        assert entry["protocol"].keys() == {"model", *FIELDS} - {*METHOD_FIELDS}
         for method, scores in entry["scores"].items():
             assert method in labels
-            assert {"calibration", "gsm8k", "math", "humaneval", "commonsense"} >= scores.keys()
+            assert {*METHOD_FIELDS, "gsm8k", "math", "humaneval", "commonsense"} >= scores.keys()
             if method.startswith("corda"):
                 assert scores["calibration"] == ("own" if method == "corda ipm" else "nq_open")
     assert sum(len(entry["scores"]) for entry in entries) == 39
