@@ -24,6 +24,7 @@ from launch.config.loading import (
     read_recipe,
     validate_section,
 )
+from launch.config.overrides import parse_override
 from launch.config.schema import Name, Number, Recipe, Section
 from launch.run.folder import read_state
 from launch.run.results import RESULTS, RunResults, find_run_results
@@ -69,7 +70,7 @@ class LearningRates(Section):
         description="add the next of four rates a decade at an end of a row's grid while its best "
         "is there",
     )
-    seed: int = Field(ge=0, description="of the runs it is chosen by, by their held-out loss")
+    seed: int = Field(ge=0, description="seed of the runs whose held-out loss chooses the rate")
     set: dict[Name, Any] = Field(
         {}, description="overrides of the runs that choose, field: value, such as fewer rows"
     )
@@ -95,7 +96,10 @@ class Table(Section):
 
     recipe: Name = Field(description="file in recipes/, or a path")
     set: dict[Name, Any] = Field({}, description="overrides for every row, field: value")
-    seeds: list[int] = Field(min_length=1, description="each sets train.seed and calibration.seed")
+    seeds: list[int] = Field(
+        min_length=1,
+        description="each sets train.seed, and calibration.seed unless an override sets that",
+    )
     learning_rates: LearningRates | None = Field(
         None, description="how rates are chosen; the recipe's when null"
     )
@@ -372,11 +376,12 @@ def read_table(
         kept: folder with the small files of finished runs; docs/results/NAME when None.
 
     Raises:
-        UserError: unknown table or key, bad value, or what `read_recipe` finds wrong
-            in a row's recipe.
+        UserError: unknown table or key, bad value, an override of what the table decides, or what
+            `read_recipe` finds wrong in a row's recipe.
     """
     path = find_yaml(source, TABLES, "--table")
     table = validate_section(Table, **_load_table(path))
+    _check_overrides(table, overrides)
     sweep = Sweep(
         name=path.stem,
         table=table,
@@ -396,6 +401,23 @@ def read_table(
                 "set it in the table"
             )
     return sweep
+
+
+def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
+    """Raise UserError if an override would change no run, since every run takes the table's value."""
+    decided = {"eval.suites": "suites"}
+    if table.learning_rates:
+        decided["train.lr"] = "learning_rates"
+    if table.vary:
+        decided |= dict.fromkeys(table.vary.fields, "vary")
+    for override in overrides:
+        field, _ = parse_override(override)
+        for name, source in decided.items():
+            if f"{field}.".startswith(f"{name}."):  # the field, or a part of it
+                raise UserError(
+                    f"--set: {field} follows from `{source}` of the table; change it in a table of "
+                    "your own"
+                )
 
 
 def _list_options(

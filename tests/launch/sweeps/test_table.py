@@ -58,15 +58,42 @@ def test_every_shipped_table_leads_to_valid_runs_of_different_names(name: str) -
 def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(
     tmp_path: Path,
 ) -> None:
-    sweep = read_small_table(tmp_path, "train.max_steps=7", "train.lr=3")
+    sweep = read_small_table(tmp_path, "train.max_steps=7")
     run = sweep.make_run(ASTRA, 0.01, 2, ["gsm8k"])
     train = run.recipe.train
     assert (train.max_steps, train.lr, train.seed, run.recipe.calibration.seed) == (7, 0.01, 2, 2)
     assert run.recipe.adapter.eigen_select == "largest"
     assert run.recipe.data.held_out == 20
     assert run.recipe.eval.suites == ["gsm8k"]
-    rate = [word for word in run.arguments if word.startswith("train.lr=")]
-    assert rate == ["train.lr=3", "train.lr=0.01"]  # the later one counts
+    steps = [word for word in run.arguments if word.startswith("train.max_steps=")]
+    assert steps == ["train.max_steps=5", "train.max_steps=7"]  # the later one counts
+
+
+@pytest.mark.parametrize(
+    ("override", "fields", "source"),
+    [
+        ("eval.suites=[]", {}, "suites"),
+        ("train.lr=3", {}, "learning_rates"),
+        ("adapter.rank=4", {"vary": {"fields": ["adapter.rank"], "values": [2, 8]}}, "vary"),
+        (
+            "calibration.data.limit=9",
+            {"vary": {"fields": ["calibration.data"], "values": ["alpaca", "wikitext2"]}},
+            "vary",
+        ),
+    ],
+)
+def test_an_override_that_no_run_would_have_is_refused(
+    override: str, fields: dict, source: str, tmp_path: Path
+) -> None:
+    field = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^--set: {field} follows from `{source}` of the table;"):
+        read_small_table(tmp_path, override, **fields)
+
+
+def test_a_table_without_rates_of_its_own_takes_one_of_the_command_line(tmp_path: Path) -> None:
+    sweep = read_small_table(tmp_path, "train.lr=3", learning_rates=None)
+    [runs] = sweep.eval_runs(LORA).values()
+    assert {run.recipe.train.lr for run in runs} == {3}
 
 
 def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_path: Path) -> None:
