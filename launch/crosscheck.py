@@ -66,7 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add(
         "--limit",
         type=int,
-        help="with --references: problems of each suite, the first so many (default all)",
+        help="with --references: problems of each benchmark, the first so many (default all)",
     )
     cli.add_field_options(parser, Model, "revision")
     add(

@@ -78,7 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
         choices=["transformers", "openai"],
         help="what generates: this command, or a server (default %(default)s)",
     )
-    add("--url", help="of an OpenAI-compatible server, up to and with /v1")
+    add("--url", help="address of an OpenAI-compatible server, up to and with /v1")
     add(
         "--concurrency",
         type=int,

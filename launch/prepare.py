@@ -50,7 +50,7 @@ def _make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="SUITE",
         choices=[*BENCHMARKS, *GROUPS],
-        help="also report rows that share a question or a 13-gram with these suites, read as "
+        help="also report rows that share a question or a 13-gram with these benchmarks, read as "
         "eval.data_dir says",
     )
     return parser

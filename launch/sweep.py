@@ -61,13 +61,16 @@ def read_command_line() -> argparse.Namespace:
         "--only",
         type=int,
         metavar="INDEX",
-        help="only this row of --list, as a task of an array does",
+        help="only this entry of --list, as a task of an array does",
     )
     parser.add_argument(
         "--list", action="store_true", help="print the rows and their runs, and run nothing"
     )
     parser.add_argument(
-        "--slurm", type=Path, metavar="FILE", help="write a batch script with a task for each row"
+        "--slurm",
+        type=Path,
+        metavar="FILE",
+        help="write a batch script with a task for each row, at each of its varied values",
     )
     arguments = parser.parse_args()
     if arguments.table is None:

@@ -93,7 +93,7 @@ class CalibrationRows(RowSource):
     )
     sentence1: Name | None = Field(
         None,
-        description="of a task with a head: field that holds the text; null: task.sentence1 and "
+        description="field that holds the text, for a task with a head; null: task.sentence1 and "
         "task.sentence2",
     )
     sentence2: Name | None = Field(

@@ -56,7 +56,7 @@ class Model(Section):
     )
     revision: Name = Field("main", description="hub branch, tag or commit of the model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen base; auto is bfloat16 on GPUs and float32 on CPUs"
+        "auto", description="dtype of the frozen base; auto is bfloat16 on GPUs, float32 on CPUs"
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
         "auto",
@@ -104,8 +104,8 @@ class Data(RowSource):
     held_out: int = Field(
         0,
         ge=0,
-        description="number of rows, the last ones, that are not trained on, for a held-out loss; "
-        "of a mix each source's share of them, beside the rows that are trained on",
+        description="keep the last N rows out of training and report their loss; in a mix, each "
+        "source gives its share, in addition to the rows trained on",
     )
 
     messages: Name | None = Field(
@@ -376,8 +376,8 @@ class Calibration(Section):
     seed: int = Field(
         0,
         ge=0,
-        description="of the choice of examples, of null-space directions and of eigen_select "
-        "random and haar",
+        description="seed of the choice of examples, of null-space directions and of "
+        "eigen_select random and haar",
     )
     memory_gib: Limit = Field(
         "auto",
@@ -432,7 +432,9 @@ class Train(Section):
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's, decoupled")
     max_grad_norm: Number = Field(1.0, gt=0, description="global gradient norm is clipped to this")
-    seed: int = Field(42, ge=0, description="of the data order, plain lora's factors and dropout")
+    seed: int = Field(
+        42, ge=0, description="seed of the data order, plain lora's factors and dropout"
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="recompute activations: less memory, a third more time; auto is true on GPUs "
@@ -505,7 +507,7 @@ class Eval(Section):
     )
     temperature: Number = Field(0.0, ge=0, description="0 is greedy")
     seed: int = Field(
-        0, ge=0, description="of samples, with the problem's name and the sample's number"
+        0, ge=0, description="seed of sampling, with the problem's name and the sample's number"
     )
     timeout: Number = Field(
         10.0, gt=0, description="seconds of processor time, or of sleep, for a generated program"
@@ -675,8 +677,8 @@ class Recipe(Section):
         for name in ("instruction", "answer", "input"):
             if not rows.is_default(name):
                 raise ValueError(
-                    f"calibration.data.{name}: rows of a {self.task.kind} have none; leave it out, "
-                    "with a short name too, whose path has to be given then; set sentence1 or text"
+                    f"calibration.data.{name}: rows of a {self.task.kind} have no such field; set "
+                    "sentence1 or text; in the place of a short name that sets it, give the path"
                 )
         return self
 

@@ -30,7 +30,7 @@ class Task(Section):
     )
     labels: Annotated[list[Name], BeforeValidator(_read_labels)] = Field(
         [],
-        description="of a classification, in the order of the head's outputs: their texts, or whole "
+        description="labels of a classification, in the order of the head's outputs: texts, or whole "
         "numbers",
     )
     sentence1: Name | None = Field(None, description="field of a row that holds the text")

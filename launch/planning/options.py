@@ -19,9 +19,12 @@ from launch.runtime.gpus import GPUS
 FIELDS = {
     "tflops": ("bf16_tflops", "peak of a GPU in bf16, TFLOP/s"),
     "fp64-tflops": ("fp64_tflops", "peak of a GPU in fp64, TFLOP/s"),
-    "bandwidth": ("bandwidth", "of a GPU's memory, GB/s"),
-    "link": ("nvlink", "between the GPUs of a node, GB/s in one direction"),
-    "network": ("network", f"of a node, GB/s in one direction (default {NETWORK:g})"),
+    "bandwidth": ("bandwidth", "bandwidth of a GPU's memory, GB/s"),
+    "link": ("nvlink", "bandwidth between the GPUs of a node, GB/s in one direction"),
+    "network": (
+        "network",
+        f"bandwidth of a node's network, GB/s in one direction (default {NETWORK:g})",
+    ),
     "efficiency": ("efficiency", f"share of the peaks that is reached (default {EFFICIENCY:g})"),
 }
 COUNTS = {

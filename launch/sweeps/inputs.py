@@ -69,4 +69,4 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
     for benchmark, score in results.scores.items():
         if score.data_sha256 is not None:
             fields = [settings.data_dir, settings.limit]
-            yield f"content of suite {benchmark}", fields, score.data_sha256
+            yield f"content of benchmark {benchmark}", fields, score.data_sha256

@@ -49,7 +49,7 @@ def test_interval_of_a_mean() -> None:
             {"other_text_source": {"path": "o", "sha256": "other"}},
             "content of eval.other_text o.txt",
         ),
-        ({"scores": {"gsm8k": make_score(0.3, data_sha256="other")}}, "content of suite gsm8k"),
+        ({"scores": {"gsm8k": make_score(0.3, data_sha256="other")}}, "content of benchmark gsm8k"),
     ],
 )
 def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_path: Path) -> None:
