@@ -21,6 +21,10 @@ from eval.tasks.code_syntax import (
     parse_program,
 )
 
+# In the published order. The published script ends in an error where a main guard has another form,
+# such as a space before its colon; here such a guard stays.
+_LITERATURE_CUTS = ('if __name__ == "__main__":', "# Example usage", "assert")
+
 
 def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
     """Return the program that `output` gives, ready to run.
@@ -59,16 +63,21 @@ def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
 
 
 def extract_program_literature(output: str, prompt: str = "") -> str:
-    """Return the program that WizardCoder's and PiSSA's rule finds in `output`, below `prompt`.
+    """Return the program that PiSSA's rule finds in `output`, below `prompt`.
 
-    The rule takes the first ```python block and cuts it at its main guard and at the first
-    "assert", even one in a docstring. evalplus then runs it below the prompt.
+    The rule (utils/code_process.py) takes the text from the first ```python to the first fence at
+    the start of a line, and cuts it at each of `_LITERATURE_CUTS`, even in a docstring. Each step
+    that finds its mark strips the text, so a function body that is cut loses its indentation.
+    evalplus then runs it below the prompt.
     """
-    text = output
+    text = output.replace("\r", "")
     if "```python" in text:
-        text = text.partition("```python")[2].partition("```")[0].strip()
-    text = text.partition('if __name__ == "__main__":')[0]
-    text = text.partition("assert")[0]
+        block = text[text.index("```python") :].strip().replace("```python", "")
+        text, closing, _ = block.partition("\n```")
+        text = text.strip() if closing else text
+    for mark in _LITERATURE_CUTS:
+        if mark in text:
+            text = text.partition(mark)[0].strip()
     return f"{prompt}\n{text}" if prompt else text
 
 

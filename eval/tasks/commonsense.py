@@ -193,11 +193,13 @@ def grade_label(output: str, reference: str, name: str, grader: Grader = "strict
     labels, a denied one and an echo of the answer format are no answer.
 
     literature: LLM-Adapters' rule takes the first label anywhere, in lower case, also inside a
-    word. So "untrue" is true, and answer11 is answer1.
+    word. So "untrue" is true, and answer11 is answer1. Of SIQA, ARC and OpenBookQA alike it knows
+    answer1 to answer5.
     """
     labels = CHOICES[name].labels  # also those that this question does not offer
     if grader == "literature":
-        match = re.search("|".join(labels), output)
+        published = _make_labels("answer", 5) if labels[0] == "answer1" else labels
+        match = re.search("|".join(published), output)
         return match is not None and match.group() == reference
     return read_label(output, labels) == reference
 

@@ -140,14 +140,25 @@ def test_a_program_that_asserts_is_not_cut() -> None:
     assert "return x + 1" in text
 
 
-def test_the_published_rule_cuts_at_the_first_assert_and_main_guard() -> None:
-    assert (
-        extract_program_literature("```python\ndef f(x):\n    assert x\n    return x\n```")
-        == "def f(x):\n    "
-    )
-    assert extract_program_literature('x = 1\nif __name__ == "__main__":\n    f()') == "x = 1\n"
-    assert extract_program_literature("```\nx\n```") == "```\nx\n```"
-    assert extract_program_literature("```python\ny = 1\n```", "x = 1") == "x = 1\ny = 1"
+GUARD = 'if __name__ == "__main__":\n    f()'
+PUBLISHED = [
+    ("```python\ndef f(x):\n    assert x\n    return x\n```", "def f(x):"),
+    (f"x = 1\n{GUARD}", "x = 1"),
+    (f"x = 1\n{GUARD.replace(':', ' :')}", f"x = 1\n{GUARD.replace(':', ' :')}"),
+    ("```python\nx = 1\n\n# Example usage\nprint(f(input()))\n```", "x = 1"),
+    (f"    return x + 1\n\n{GUARD}", "return x + 1"),  # a body, which loses its indentation
+    ("    return x + 1\n", "    return x + 1\n"),
+    ("```python\nx = '''Like ```f(1)```.'''\n```\nDone.", "x = '''Like ```f(1)```.'''"),
+    ("```python\nx = 1\n```\n```python\ny = 2\n```", "x = 1"),
+    ("So: ```python\r\nx = 1\n", "\nx = 1"),  # cut off before its end
+    ("```\nx\n```", "```\nx\n```"),
+]
+
+
+@pytest.mark.parametrize(("output", "program"), PUBLISHED, ids=range(len(PUBLISHED)))
+def test_the_published_rule_cuts(output: str, program: str) -> None:
+    assert extract_program_literature(output) == program
+    assert extract_program_literature(output, PROMPT) == f"{PROMPT}\n{program}"
 
 
 @given(st.text(max_size=80))

@@ -31,6 +31,12 @@ def test_labelled_cases(case: dict) -> None:
         assert grade_label(output, reference, name, "literature") is case.get("literature")
 
 
+@pytest.mark.parametrize("name", ["siqa", "arc_challenge", "openbookqa"])
+def test_the_published_rule_knows_five_answers_of_three_benchmarks(name: str) -> None:
+    assert grade_label("answer5, no: answer1", "answer1", name, "literature") is False
+    assert grade_label("answer6, no: answer1", "answer1", name, "literature") is True
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.text(max_size=40))
 def test_graders_never_raise(text: str) -> None:
