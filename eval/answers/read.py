@@ -69,10 +69,13 @@ _BEFORE_VALUE = re.compile(
     r"(?:[\n!?:]|\.\s|\b(?:so|thus|therefore|hence|that|and)\b,?\s)\s*", re.IGNORECASE
 )
 # Before a marker that states nothing: "check whether the answer is 20", "check our answer: ...".
+# Some verbs only as an order: "Find the answer: ...", "We must give the answer: ...", because "this
+# gives the answer: 18" and "we find the answer is 18" state it.
 _NO_MARKER = re.compile(
     r"\b(?:whether|if|suppose|assume|assuming|unless)\b[^.\n]{0,30}\Z"
-    r"|\b(?:check|verify|confirm|test|round|simplify|write|express|give|report|state|find|mark)"
-    r"(?:ing|s|ed)?\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
+    r"|(?:\b(?:check|verify|confirm|test|round|simplify|mark)(?:ing|s|ed)?"
+    r"|(?:(?:\A|[.!?:\n])[\s*_#>-]*|\b(?:to|please|must|should)\s+)"
+    r"(?:write|express|give|report|state|find))\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
     re.IGNORECASE,
 )
 # Before a marker that says what the answer is not: "the wrong answer is", "I don't think the ...".
