@@ -43,6 +43,7 @@ class Benchmark(NamedTuple):
 
     name: str
     kind: Literal["answer", "code"]  # code runs in eval.sandbox.check
+    num_problems: int  # of the official test set
     read_problems: Callable[[Path | None, int | None], list[Problem]]  # data folder, limit
     format_literature_prompt: Callable[[str], str]  # the published prompt for a question
     stops: tuple[str, ...]  # published strings that end a response to the published prompt

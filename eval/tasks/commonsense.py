@@ -29,6 +29,7 @@ class Choices(NamedTuple):
     """One of the eight: the labels to choose from, and where its rows are."""
 
     labels: tuple[str, ...]
+    num_problems: int  # official
     folder: str  # LLM-Adapters' name
     hub_id: str
     config: str | None
@@ -93,12 +94,15 @@ def _format_question(row: dict) -> tuple[str, str]:
 
 
 CHOICES = {
-    "boolq": Choices(("true", "false"), "boolq", "google/boolq", None, "validation", _format_boolq),
+    "boolq": Choices(
+        ("true", "false"), 3270, "boolq", "google/boolq", None, "validation", _format_boolq
+    ),
     "piqa": Choices(
-        _make_labels("solution", 2), "piqa", "baber/piqa", None, "validation", _format_piqa
+        _make_labels("solution", 2), 1838, "piqa", "baber/piqa", None, "validation", _format_piqa
     ),
     "siqa": Choices(
         _make_labels("answer", 3),
+        1954,
         "social_i_qa",
         "lighteval/siqa",
         None,
@@ -107,6 +111,7 @@ CHOICES = {
     ),
     "hellaswag": Choices(
         _make_labels("ending", 4),
+        10042,
         "hellaswag",
         "Rowan/hellaswag",
         None,
@@ -115,6 +120,7 @@ CHOICES = {
     ),
     "winogrande": Choices(
         _make_labels("option", 2),
+        1267,
         "winogrande",
         "allenai/winogrande",
         "winogrande_xl",
@@ -124,6 +130,7 @@ CHOICES = {
     # Five labels, because one ARC-Easy question has five choices.
     "arc_easy": Choices(
         _make_labels("answer", 5),
+        2376,
         "ARC-Easy",
         "allenai/ai2_arc",
         "ARC-Easy",
@@ -132,6 +139,7 @@ CHOICES = {
     ),
     "arc_challenge": Choices(
         _make_labels("answer", 5),
+        1172,
         "ARC-Challenge",
         "allenai/ai2_arc",
         "ARC-Challenge",
@@ -140,6 +148,7 @@ CHOICES = {
     ),
     "openbookqa": Choices(
         _make_labels("answer", 4),
+        500,
         "openbookqa",
         "allenai/openbookqa",
         "main",
@@ -217,6 +226,7 @@ def _make_benchmark(name: str) -> Benchmark:
     return Benchmark(
         name=name,
         kind="answer",
+        num_problems=CHOICES[name].num_problems,
         read_problems=partial(read_problems, name),
         format_literature_prompt=lambda question: _PROMPT.format(question=question),
         stops=(),

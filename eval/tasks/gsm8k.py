@@ -83,6 +83,7 @@ BENCHMARKS = (
     Benchmark(
         name="gsm8k",
         kind="answer",
+        num_problems=1319,
         read_problems=read_problems,
         format_literature_prompt=format_metamath_prompt,
         stops=STOPS,

@@ -55,6 +55,7 @@ BENCHMARKS = (
     Benchmark(
         name="humaneval",
         kind="code",
+        num_problems=164,
         read_problems=read_problems,
         format_literature_prompt=format_wizardcoder_prompt,
         stops=(),

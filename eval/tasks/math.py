@@ -32,6 +32,7 @@ SOURCES = {
     "math": Source("math", MATH_FILES, "EleutherAI/hendrycks_math", SUBJECTS, "test"),
     "math500": Source("math500", MATH500_FILES, "HuggingFaceH4/MATH-500", None, "test"),
 }
+NUM_PROBLEMS = {"math": 5000, "math500": 500}
 
 
 def read_problems(benchmark: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:
@@ -121,6 +122,7 @@ def _make_benchmark(name: str) -> Benchmark:
     return Benchmark(
         name=name,
         kind="answer",
+        num_problems=NUM_PROBLEMS[name],
         read_problems=partial(read_problems, name),
         format_literature_prompt=format_metamath_prompt,
         stops=STOPS,

@@ -25,6 +25,7 @@ SOURCES = {
     "mbpp": Source("mbpp", ("mbpp.jsonl", "mbpp/test.jsonl"), HUB_ID, "full", "test"),
     "mbpp_sanitized": Source("mbpp_sanitized", SANITIZED_FILES, HUB_ID, "sanitized", "test"),
 }
+NUM_PROBLEMS = {"mbpp": 500, "mbpp_sanitized": 257}
 TEST_IDS = range(11, 511)  # a file may hold all 974 problems
 # Tests that build the program's own classes or pass it a type can run only where the program runs.
 IN_BOX = (367, 533, 601, 927)
@@ -100,6 +101,7 @@ def _make_benchmark(name: str) -> Benchmark:
     return Benchmark(
         name=name,
         kind="code",
+        num_problems=NUM_PROBLEMS[name],
         read_problems=partial(read_problems, name),
         format_literature_prompt=format_wizardcoder_prompt,
         stops=(),

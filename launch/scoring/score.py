@@ -27,7 +27,7 @@ from launch.engines.base import Engine
 from launch.models.check import check_token_ids, get_num_positions, get_num_rows
 from launch.run.progress import show_progress, show_progress_of_parts
 from launch.run.results import Score
-from launch.runtime.distributed import run_on_rank0
+from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.scoring.requests import (
     Request,
     get_new_tokens,
@@ -62,6 +62,8 @@ Grades = dict[Grader, Grade]
 def read_problems(settings: Eval) -> dict[str, list[Problem]]:
     """Read the problems of every benchmark on rank 0, and hand them to all ranks. Collective.
 
+    Prints a line where they are more or fewer than the benchmark has, unless there is a limit.
+
     Returns:
         Name of the benchmark -> its problems.
 
@@ -76,7 +78,16 @@ def read_problems(settings: Eval) -> dict[str, list[Problem]]:
         if has_programs and not settings.allow_unsandboxed:
             # Raises now what would otherwise end the scoring hours later.
             choose_box()
-        return {name: BENCHMARKS[name].read_problems(data_dir, settings.limit) for name in names}
+        problems = {}
+        for name in names:
+            problems[name] = BENCHMARKS[name].read_problems(data_dir, settings.limit)
+            num_problems, official = len(problems[name]), BENCHMARKS[name].num_problems
+            if settings.limit is None and num_problems != official:
+                print_rank0(
+                    f"{name}: {num_problems} problems from {data_dir or 'the hub'}; "
+                    f"the benchmark has {official}"
+                )
+        return problems
 
     return run_on_rank0(read)
 

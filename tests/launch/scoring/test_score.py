@@ -23,7 +23,12 @@ from launch.runtime.errors import UserError
 from launch.scoring import score as scoring
 from launch.scoring.requests import Request, make_requests
 from launch.scoring.responses import GENERATIONS, PREVIOUS, read_generations
-from launch.scoring.score import check_prompts, score_benchmarks, score_responses
+from launch.scoring.score import (
+    check_prompts,
+    read_problems,
+    score_benchmarks,
+    score_responses,
+)
 from launch.scoring.score_table import render_scores
 from tests.support.chat import CASES, make_chat_model, make_chat_tokenizer
 from tests.support.generation import make_tokenizer
@@ -92,6 +97,21 @@ def score(folder: Path, asked: list[Request], **options: object) -> dict[str, Sc
     problems = {name: PROBLEMS[name] for name in settings.suites}
     respond = make_responder(asked, **options)
     return score_responses(respond, problems, settings, folder, identity)
+
+
+def test_a_file_with_another_number_of_problems_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    row = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+    (tmp_path / "gsm8k_test.jsonl").write_text(row * 2)
+    whole = Eval(suites=["gsm8k"], data_dir=str(tmp_path))
+    assert len(read_problems(whole)["gsm8k"]) == 2
+    line = f"gsm8k: 2 problems from {tmp_path}; the benchmark has 1319\n"
+    assert capsys.readouterr().out == line
+    assert len(read_problems(whole.model_copy(update={"limit": 1}))["gsm8k"]) == 1
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", BENCHMARKS["gsm8k"]._replace(num_problems=2))
+    read_problems(whole)
+    assert capsys.readouterr().out == ""
 
 
 def test_each_answer_is_graded_once_by_each_grader(
