@@ -27,6 +27,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def benchmark_data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the shared benchmarks, where 1,000 problems of MATH stand for all."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for path in (shared / "data").iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "math_test.jsonl").symlink_to(shared / "data" / "math_test_1000.jsonl")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the tokens that tests prepare out of the user's cache."""

@@ -26,7 +26,7 @@ SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-MATH_FILES = ("math_test.jsonl", "math/test.jsonl", "math_test_1000.jsonl")
+MATH_FILES = ("math_test.jsonl", "math/test.jsonl")
 MATH500_FILES = ("math500_test.jsonl", "math500/test.jsonl")
 SOURCES = {
     "math": Source("math", MATH_FILES, "EleutherAI/hendrycks_math", SUBJECTS, "test"),

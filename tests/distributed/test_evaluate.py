@@ -27,9 +27,9 @@ COMMIT = "a" * 40  # the hub's cache names a model's folder by its commit
 
 
 @pytest.fixture(scope="module")
-def options(shared: Path) -> list[object]:
+def options(shared: Path, benchmark_data: Path) -> list[object]:
     """Options that score 20 problems of every benchmark, with short responses."""
-    options = ["--model", shared / "models" / "stories260K", "--data-dir", shared / "data"]
+    options = ["--model", shared / "models" / "stories260K", "--data-dir", benchmark_data]
     for name in BENCHMARKS:
         options += ["--suite", name]
     return [*options, "--limit", LIMIT, "--max-new-tokens", 48]

@@ -50,15 +50,15 @@ def test_forms_of_some_answers(benchmark: str) -> None:
 
 
 @pytest.mark.parametrize("benchmark", ANSWER_BENCHMARKS)
-def test_forms_of_a_sample_of_gold_answers(benchmark: str, shared: Path) -> None:
-    cases = list_form_cases(benchmark, shared / "data", every=250)
+def test_forms_of_a_sample_of_gold_answers(benchmark: str, benchmark_data: Path) -> None:
+    cases = list_form_cases(benchmark, benchmark_data, every=250)
     assert find_wrong_verdicts(benchmark, cases) == []
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("benchmark", ANSWER_BENCHMARKS)
-def test_forms_of_all_gold_answers(benchmark: str, shared: Path) -> None:
-    cases = list_form_cases(benchmark, shared / "data")
+def test_forms_of_all_gold_answers(benchmark: str, benchmark_data: Path) -> None:
+    cases = list_form_cases(benchmark, benchmark_data)
     assert find_wrong_verdicts(benchmark, cases, threads=2) == []
 
 
@@ -74,6 +74,6 @@ def test_literature_is_as_it_was_on_the_labelled_cases(file: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("benchmark", ANSWER_BENCHMARKS)
-def test_literature_is_as_it_was_on_the_forms(benchmark: str, shared: Path) -> None:
-    cases = list_form_cases(benchmark, shared / "data")
+def test_literature_is_as_it_was_on_the_forms(benchmark: str, benchmark_data: Path) -> None:
+    cases = list_form_cases(benchmark, benchmark_data)
     assert hash_verdicts(grade_cases(benchmark, cases, "literature")) == PINNED["forms"][benchmark]

@@ -101,8 +101,8 @@ def test_every_gold_answer_of_math500_is_right_and_a_changed_one_wrong(shared: P
     assert wrong == []
 
 
-def test_every_gold_answer_of_math_is_right(shared: Path) -> None:
-    problems = BENCHMARKS["math"].read_problems(shared / "data", None)
+def test_every_gold_answer_of_math_is_right(benchmark_data: Path) -> None:
+    problems = BENCHMARKS["math"].read_problems(benchmark_data, None)
     assert len(problems) == 1000
     references = [problem.reference for problem in problems]
     assert [r for r in references if not grade_answer(f"The answer is: {r}", r)] == []
