@@ -74,7 +74,7 @@ _BEFORE_VALUE = re.compile(
 _NO_MARKER = re.compile(
     r"\b(?:whether|if|suppose|assume|assuming|unless)\b[^.\n]{0,30}\Z"
     r"|(?:\b(?:check|verify|confirm|test|round|simplify|mark)(?:ing|s|ed)?"
-    r"|(?:(?:\A|[.!?:\n])[\s*_#>-]*|\b(?:to|please|must|should)\s+)"
+    r"|(?:(?:\A|[.!?:\n])[\s*_#>-]*|\b(?:to|please|must|should|let['\u2019]s|let\s+us)\s+)"
     r"(?:write|express|give|report|state|find))\s+(?:our|the|this|your|my|an)\s+(?:final\s+)?\Z",
     re.IGNORECASE,
 )

@@ -352,6 +352,7 @@ NUMBER_RESPONSES = [
     ("\\boxed{18}\n\n2. **Write the final answer:** 2 decimals", "18", True),
     ("\\boxed{18}. Express the answer: 2 decimals", "18", True),
     ("\\boxed{18}\nWe must give the answer: 2 decimals", "18", True),
+    ("\\boxed{18}\nLet's find the answer: 20 would be too much.", "18", True),
     ("\\boxed{18}\nRemember to state your answer: 2 decimals", "18", True),
     ("\\boxed{18}\nThis confirms the answer: 9 + 8", "18", True),
     ("The answer, in dollars, is 18.", "18", True),
