@@ -115,10 +115,13 @@ def select_indices(
     return torch.arange(start, start + lora_rank)
 
 
-def canonicalise_signs(vectors: Tensor) -> Tensor:
-    """Return each column times +1 or -1, so that its entry of largest magnitude is positive."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+def choose_signs(vectors: Tensor) -> Tensor:
+    """Return +1 or -1 for each column: times it, the column's entry of largest magnitude is positive.
+
+    (columns,). Where the columns belong to a product, what they are multiplied by gets the same signs.
+    """
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).squeeze(0)
+    return torch.where(largest < 0, -1.0, 1.0)
 
 
 def decompose_tridiagonal(matrix: Tensor) -> Eigenpairs:
@@ -289,7 +292,8 @@ def _form_subspace(
             compute_vectors, inside - num_outside, num_zeros, len(core), seed, name
         )
         columns.append(vectors if basis is None else basis.multiply(vectors))
-    vectors = canonicalise_signs(torch.cat(columns, 1))
+    vectors = torch.cat(columns, 1)
+    vectors = vectors * choose_signs(vectors)
 
     spectrum = torch.cat([core_values.new_zeros(num_outside), core_values])
     values = spectrum[indices.to(core.device)]

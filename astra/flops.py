@@ -67,7 +67,7 @@ def count_svd_flops(
     """Return the operations that find r singular triplets of W, or of W times an input moment.
 
     On CPUs counted for the R-SVD of Golub and Van Loan, which finds all; on GPUs for the Gram
-    matrix of inits.decompose_gram.
+    matrix of svd.decompose_gram.
     """
     d_in, d_out = linear.in_features, linear.out_features
     smaller, larger = sorted((d_in, d_out))

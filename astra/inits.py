@@ -17,7 +17,7 @@ from torch import Tensor
 
 from astra.eigen import (
     Subspace,
-    canonicalise_signs,
+    choose_signs,
     draw_directions,
     make_generator,
     solve_eigenproblem,
@@ -105,10 +105,8 @@ def init_olora(weight: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
     """
     q, r = torch.linalg.qr(weight.double())
     q, r = q[:, :lora_rank], r[:lora_rank]
-    b0 = canonicalise_signs(q)
-    # A flipped column of Q flips the row of R, so that their product stays.
-    signs = (b0 * q).sum(0).sign()
-    return r * signs[:, None], b0
+    signs = choose_signs(q)
+    return r * signs[:, None], q * signs
 
 
 def init_corda(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astra.adapter import Factors, save_adapter
-from astra.eigen import canonicalise_signs
+from astra.eigen import choose_signs
 
 
 def get_scaling(config: LoraConfig) -> float:
@@ -114,11 +114,10 @@ def truncate_product(product: Factors, rank: int, dtype: torch.dtype) -> Truncat
     q_b, r_b = torch.linalg.qr(product.b.double())
     q_a, r_a = torch.linalg.qr(product.a.double().T)
     u, values, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    left = canonicalise_signs(q_b @ u)
-    signs = (left * (q_b @ u)).sum(0).sign()  # the right vectors change with the left ones
-    root = values.sqrt()
-    b = (left * root).to(dtype)
-    a = ((signs * root)[:, None] * (vh @ q_a.T)).to(dtype)
+    left = q_b @ u
+    roots = choose_signs(left) * values.sqrt()
+    b = (left * roots).to(dtype)
+    a = (roots[:, None] * (vh @ q_a.T)).to(dtype)
     missing = max(rank - len(values), 0)
     kept = Factors(pad(a[:rank], (0, 0, 0, missing)), pad(b[:, :rank], (0, missing)))
     dropped = Factors(a[rank:], b[:, rank:])

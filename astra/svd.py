@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from astra.eigen import EPS, canonicalise_signs
+from astra.eigen import EPS, choose_signs
 from astra.errors import FallbackWarning
 
 GRAM_FROM = 256  # rows of the smaller side; below it any SVD is fast
@@ -58,9 +58,8 @@ def compute_svd(
     """
     matrix = matrix.double()
     u, values, v = _decompose(matrix, count, smallest_first, device_type or matrix.device.type)
-    canonical = canonicalise_signs(u)
-    # +1 or -1: a flipped column of U flips the column of V.
-    triplets = Triplets(canonical, values, v * (canonical * u).sum(0).sign())
+    signs = choose_signs(u)
+    triplets = Triplets(u * signs, values, v * signs)
     if smallest_first:
         return Triplets(*(tensor.flip(-1) for tensor in triplets))
     return triplets

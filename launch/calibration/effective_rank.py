@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from astra.adapter import load_adapter
+from astra.adapter import PREFIX, TENSORS, load_adapter
 from astra.targets import find_targets
 from launch.calibration.batches import list_examples
 from launch.calibration.report import group_by_kind, list_layers, place_module
@@ -207,12 +207,12 @@ def _merge_adapter(base: nn.Module, folder: Path, engine: Engine) -> None:
     Where the adapter has DoRA's magnitudes, the rows of the sum are scaled to them.
     """
     factors, scaling = load_adapter(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / TENSORS)
     for name, (a, b) in factors.items():
         parameter = base.get_submodule(name).weight
         weight = engine.read(parameter)
         merged = weight.double() + scaling * (b.double() @ a.double()).to(weight.device)
-        magnitude = tensors.get(f"base_model.model.{name}.lora_magnitude_vector")
+        magnitude = tensors.get(f"{PREFIX}{name}.lora_magnitude_vector")
         if magnitude is not None:
             merged *= (magnitude.to(merged) / merged.norm(dim=1))[:, None]
         engine.write(parameter, merged.to(weight.dtype))
