@@ -127,7 +127,7 @@ def make_calibration_batches(
     """
     if not samples:
         return []
-    halves = split_samples(recipe, samples) if recipe.calibration.split_half else [samples]
+    halves = split_samples(samples) if recipe.calibration.split_half else [samples]
     if recipe.calibration.statistics == "reference":
         encoded = run_on_rank0(lambda: _encode_reference(recipe, inputs, samples))
         length = recipe.data.max_length
@@ -135,15 +135,12 @@ def make_calibration_batches(
     return [_make_batches(inputs, half, recipe.calibration.batch_size, device) for half in halves]
 
 
-def split_samples(recipe: Recipe, samples: list[int]) -> list[list[int]]:
+def split_samples(samples: list[int]) -> list[list[int]]:
     """Return the two halves of the samples. Raises UserError if one would be empty."""
     if len(samples) < 2:
         raise UserError(f"calibration.samples: {len(samples)} cannot be split in halves; raise it")
-    if recipe.calibration.data is None and recipe.data.sources:
-        # A mix lies source after source: each half is to have its part of every source.
-        return [samples[::2], samples[1::2]]
-    middle = len(samples) // 2
-    return [samples[:middle], samples[middle:]]
+    # Rows may lie in an order, such as source after source: each half has its part of it all.
+    return [samples[::2], samples[1::2]]
 
 
 def _make_batches(

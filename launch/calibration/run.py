@@ -370,7 +370,8 @@ def describe_calibration(recipe: Recipe, inputs: Inputs, conditions: dict) -> di
         "sample_ids": draw_samples(recipe, inputs),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
-        "split_half": settings.split_half,
+        # The kind of split, which must be the same to resume; True was one by the file's order.
+        "split_half": "interleaved" if settings.split_half else False,
     }
     of_subspace = {
         "eigen_select": adapter.eigen_select,

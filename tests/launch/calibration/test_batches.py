@@ -1,4 +1,4 @@
-"""Which examples a calibration takes: of a mix distinct ones, of every source in both halves.
+"""Which examples a calibration takes: of a mix distinct ones, of the whole file in both halves.
 
 The reference statistics, which take rows that are too long too, take none that are held out. Needs nothing; 2 s.
 """
@@ -6,9 +6,11 @@ The reference statistics, which take rows that are too long too, take none that 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch.calibration.batches import draw_samples, split_samples
 from launch.calibration.effective_rank import limit_samples
+from launch.calibration.run import describe_calibration
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.data.manifest import TOO_LONG
@@ -59,12 +61,21 @@ def test_no_more_of_a_mix_is_measured_than_its_distinct_rows(
 
 
 def test_both_halves_have_every_source() -> None:
-    recipe = make_recipe(40)
-    halves = split_samples(recipe, draw(recipe))
-    assert sorted(halves[0] + halves[1]) == draw(recipe) and len(halves[0]) == len(halves[1])
+    samples = draw(make_recipe(40))
+    halves = split_samples(samples)
+    assert sorted(halves[0] + halves[1]) == samples and len(halves[0]) == len(halves[1])
     of_a = [sum(i < 30 for i in half) for half in halves]
     assert abs(of_a[0] - of_a[1]) <= 1 and min(of_a) > 5
-    assert split_samples(make_recipe(5, is_mix=False), [1, 4, 6, 8, 9]) == [[1, 4], [6, 8, 9]]
+    # Rows in an order, such as from easy to hard, are in both halves alike.
+    assert split_samples([1, 4, 6, 8, 9]) == [[1, 6, 9], [4, 8]]
+
+
+def test_a_calibration_of_another_split_is_not_resumed() -> None:
+    inputs = SimpleNamespace(
+        calibration=SimpleNamespace(tokens=range(9), data={}), data={}, base={}, dtype=torch.float32
+    )
+    described = describe_calibration(make_recipe(5, is_mix=False), inputs, conditions={})
+    assert described["split_half"] == "interleaved"  # earlier ones, of first and last rows: True
 
 
 @pytest.mark.parametrize("num_held_out", [0, 2])
