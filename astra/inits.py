@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from astra.eigen import (
+    EPS,
     Subspace,
     choose_signs,
     draw_directions,
@@ -168,7 +169,8 @@ def init_lora_ga(gradient: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
         gradient: (d_out, d_in), of the loss with respect to W.
 
     Raises:
-        AstraError: the gradient has fewer than 2r singular vectors, is zero or not finite.
+        AstraError: the gradient has fewer than 2r singular vectors, fewer than 2r that are not
+            rounding noise, is zero or not finite.
     """
     num_vectors = min(gradient.shape)
     if 2 * lora_rank > num_vectors:
@@ -178,7 +180,16 @@ def init_lora_ga(gradient: Tensor, lora_rank: int) -> tuple[Tensor, Tensor]:
         )
     if not (torch.isfinite(gradient).all() and gradient.any()):
         raise AstraError("its gradient is zero or not finite; check the model's dtype and the data")
-    u, _, v = compute_svd(gradient, 2 * lora_rank)
+    u, values, v = compute_svd(gradient, 2 * lora_rank)
+    # n tokens give a gradient of rank n at most. Its sum is made in fp64, where products of a model's
+    # numbers are exact: the bound is that of fp64, whatever the model's dtype.
+    num_found = int((values > max(gradient.shape) * EPS * values[0]).sum())
+    if num_found < 2 * lora_rank:
+        raise AstraError(
+            f"lora_ga takes 2 x {lora_rank} singular vectors and its gradient has {num_found}, the "
+            "rest being rounding; lower it, or calibrate on more examples",
+            "rank",
+        )
     factor = len(gradient) ** 0.25 / math.sqrt(LORA_GA_GAMMA)
     a0 = factor * v[:, :lora_rank].T
     b0 = factor * u[:, lora_rank : 2 * lora_rank]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from astra.eigen import Checks
+from astra.eigen import Checks, make_generator, select_indices
 from astra.spectrum import summarise_spectrum
 from astra.targets import names_module
 from launch.calibration.store import SPECTRUM, read_solutions
@@ -102,25 +102,26 @@ def list_warnings(modules: Mapping[str, dict], num_tokens: int, recipe: Recipe) 
 
     The output moment of fewer tokens than dimensions has a null space that more tokens would
     narrow, and which of its vectors are taken is a choice. Dimensions that the weight cannot reach
-    are in the null space whatever the tokens, so a tail within them does not depend on the tokens.
+    are in the null space whatever the tokens, so vectors within them do not depend on the tokens.
 
     Args:
         modules: module -> its figures in spectrum.json.
     """
-    if recipe.adapter.eigen_select != "smallest":
-        return []
+    select, seed = recipe.adapter.eigen_select, recipe.calibration.seed
     undetermined = []
     for name, module in modules.items():
-        unreachable = module["size"] - module["reach"]
-        if num_tokens < module["reach"] and module["rank"] > unreachable:
+        size, unreachable = module["size"], module["size"] - module["reach"]
+        indices = select_indices(select, size, module["rank"], make_generator(seed, name))
+        # In ascending order: what the weight cannot reach, then what too few tokens leave out.
+        if ((indices >= unreachable) & (indices < size - num_tokens)).any():
             undetermined.append(name)
     if not undetermined:
         return []
     first = undetermined[0]
     return [
-        f"warning: {num_tokens} calibration tokens do not determine the tail of "
+        f"warning: {num_tokens} calibration tokens do not determine the {select} eigenvectors of "
         f"{len(undetermined)} modules, such as {first} of {modules[first]['size']} outputs: some "
-        "of its eigenvectors are a choice within a null space; raise calibration.samples"
+        "of them are a choice within a null space; raise calibration.samples"
     ]
 
 

@@ -370,12 +370,16 @@ def test_lora_gas_singular_vectors_are_pefts_and_its_scales_the_papers(
             "lora_ga takes 2 x 4 singular vectors and there are 7",
         ),
         (lambda: inits.init_lora_ga(torch.zeros(9, 9), 2), "gradient is zero"),
+        (  # three tokens, and four vectors
+            lambda: inits.init_lora_ga(random(9, 3) @ random(3, 8), 2),
+            "lora_ga takes 2 x 2 singular vectors and its gradient has 3, the rest being rounding",
+        ),
         (
             lambda: inits.init_corda(random(3, 4), torch.zeros(4, 4), 2, 1.0, "ipm"),
             "moment is zero",
         ),
     ],
-    ids=["rank", "gradient", "moment"],
+    ids=["rank", "gradient", "tokens", "moment"],
 )
 def test_statistics_that_decide_nothing_are_refused(call: Callable, message: str) -> None:
     with pytest.raises(AstraError, match=message):

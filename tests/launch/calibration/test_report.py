@@ -1,7 +1,9 @@
-"""Proves who is warned that the calibration's tokens do not determine the tail of the spectrum.
+"""Proves who is warned that the calibration's tokens do not determine the chosen eigenvectors.
 
 Needs nothing; takes 2 seconds.
 """
+
+import pytest
 
 from launch.calibration.report import list_layers, list_warnings
 from launch.config.loading import validate_recipe
@@ -20,18 +22,39 @@ def make_recipe(**adapter: object) -> Recipe:
     return validate_recipe({"model": {"name": "m"}, "data": {"path": "d"}, "adapter": adapter})
 
 
-def test_too_few_tokens_are_warned_of_where_they_decide_the_tail() -> None:
-    (line,) = list_warnings(MODULES, 63, make_recipe())
+# The four of "middle" are numbers 30 to 33 of q, 31 to 34 of up, and of gate 78 to 81, which its weight
+# cannot reach. The tokens leave out the numbers from what is not reached up to size - tokens.
+@pytest.mark.parametrize(
+    ("select", "tokens", "modules"),
+    [
+        ("smallest", 63, 2),
+        ("middle", 33, 2),
+        ("random", 4, 3),
+        ("largest", 3, 3),
+    ],
+)
+def test_too_few_tokens_are_warned_of_where_they_decide_the_vectors(
+    select: str, tokens: int, modules: int
+) -> None:
+    (line,) = list_warnings(MODULES, tokens, make_recipe(eigen_select=select))
     assert line.startswith(
-        "warning: 63 calibration tokens do not determine the tail of 2 modules, such as q of 64"
+        f"warning: {tokens} calibration tokens do not determine the {select} eigenvectors of "
+        f"{modules} modules, such as q of 64"
     )
     assert "calibration.samples" in line
 
 
-def test_enough_tokens_and_other_ends_of_the_spectrum_are_not() -> None:
-    assert list_warnings(MODULES, 64, make_recipe()) == []
-    assert list_warnings(MODULES, 1, make_recipe(eigen_select="largest")) == []
-    assert list_warnings({"gate": MODULES["gate"]}, 1, make_recipe()) == []
+@pytest.mark.parametrize(
+    ("select", "tokens"), [("smallest", 64), ("middle", 35), ("random", 64), ("largest", 4)]
+)
+def test_enough_tokens_are_not(select: str, tokens: int) -> None:
+    assert list_warnings(MODULES, tokens, make_recipe(eigen_select=select)) == []
+
+
+@pytest.mark.parametrize("select", ["smallest", "middle"])
+def test_vectors_that_the_weight_cannot_reach_do_not_depend_on_tokens(select: str) -> None:
+    recipe = make_recipe(eigen_select=select)
+    assert list_warnings({"gate": MODULES["gate"]}, 1, recipe) == []
 
 
 def test_a_modules_layer_is_the_first_number_in_its_name() -> None:
