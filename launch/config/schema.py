@@ -325,6 +325,11 @@ class Adapter(Section):
     )
 
     @property
+    def scaling(self) -> float:
+        """s, the factor of the adapters' product, alike for every module."""
+        return self.alpha / (math.sqrt(self.rank) if self.method_record.use_rslora else self.rank)
+
+    @property
     def method_record(self) -> Method:
         """What the method needs of a calibration, and what it gives."""
         method = METHODS[self.method]
@@ -847,7 +852,7 @@ class Recipe(Section):
     def method_settings(self) -> MethodSettings:
         """Return the fields that a method may depend on."""
         return MethodSettings(
-            scaling=self.adapter.alpha / self.adapter.rank,
+            scaling=self.adapter.scaling,
             eigen_select=self.adapter.eigen_select,
             corda_mode=self.adapter.corda_mode,
             calibration_seed=self.calibration.seed,

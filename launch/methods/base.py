@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs only the me
 class MethodSettings(NamedTuple):
     """The fields of a recipe that a method may depend on."""
 
-    scaling: float  # s = alpha / rank, alike for every module
+    scaling: float  # s, alike for every module: Adapter.scaling
     eigen_select: Literal["smallest", "largest", "middle", "random", "haar"]
     corda_mode: Literal["ipm", "kpm"]
     calibration_seed: int  # of null-space directions, random choices and haar's basis
@@ -51,7 +51,7 @@ class Method:
     variant: Literal["eigen_select", "corda_mode"] | None = None
     # Values of that field which need another record than this.
     by_variant: "Mapping[str, Method]" = field(default_factory=dict)
-    # Whether the solution depends on s = alpha / rank.
+    # Whether the solution depends on s.
     depends_on_scaling: bool = False
     # Whether B0 A0 is not zero, so that training begins on W_res and not on W.
     starts_on_residual: bool = False

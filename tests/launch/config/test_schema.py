@@ -137,6 +137,12 @@ def test_labels_tell_the_controls_apart(settings: list[str], label: str) -> None
     assert read_recipe("metamath", settings).label == label
 
 
+def test_a_method_is_told_the_scale_of_its_layers() -> None:
+    for method, scaling in (("lora", 1.5), ("rslora", 3.0)):  # alpha / r, alpha / sqrt(r)
+        settings = [f"adapter.method={method}", "adapter.rank=4", "adapter.alpha=6"]
+        assert read_recipe("metamath", settings).method_settings().scaling == scaling
+
+
 def test_every_field_is_described_in_the_help() -> None:
     text = render_field_help()
     for name, field in Recipe.model_fields.items():
