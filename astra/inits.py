@@ -3,7 +3,7 @@
 A0 is (r, d_in) and B0 is (d_out, r), both fp64. With s = alpha / r, adapter.initialise_layers
 replaces the weight by `W_res = W - s B0 A0`, so that the model's output does not change. PiSSA,
 MiLoRA and CorDA make `s B0 A0` a given part of W: they take s as an argument and divide both
-factors by sqrt(s), as PEFT does.
+factors by sqrt(s), as PEFT does for PiSSA and CorDA (it has no MiLoRA).
 
 The signs of a pair of singular vectors are arbitrary. Here they are chosen so that the entry of
 largest magnitude in B0's column is positive.
@@ -117,8 +117,9 @@ def init_corda(
 
     CorDA, arXiv 2406.05223. "ipm" takes the r largest singular triplets, "kpm" the r smallest, the
     smallest first. C is the second moment of the module's inputs, scaled to a mean diagonal entry
-    of 1 and damped. The scale does not change B0 A0, only the norms of A0 and B0. (PEFT instead
-    divides each batch of inputs by its largest entry.)
+    of 1 and damped. The scale does not change B0 A0, only the norms of A0 and B0. (The authors and
+    PEFT damp by the same share of the mean diagonal entry, and by more where fp32 cannot invert the
+    sum. They divide each batch of inputs by its largest entry and do not scale C.)
 
     Args:
         second_moment: (d_in, d_in), fp64, symmetric, of any scale.
@@ -146,10 +147,12 @@ def init_eva(
     """Return the inputs' first r principal components as A0's rows, largest first, and B0 = 0.
 
     EVA, arXiv 2410.07170, as in PEFT but without its redistribution of ranks. PEFT computes the
-    components by incremental PCA, which approximates them; here they are exact.
+    components by incremental PCA, which approximates them; here they are exact. The largest entry of
+    each row of A0 is positive, as in PEFT.
 
     Args:
-        covariance: (d_in, d_in), fp64, of the inputs about their mean.
+        covariance: (d_in, d_in), fp64, of the inputs about their mean. Here all real tokens count;
+            PEFT leaves out those without a label, such as the prompt's, unless use_label_mask is off.
         seed, name: see eigen.solve_eigenproblem.
     """
     subspace = solve_eigenproblem(None, covariance, lora_rank, "largest", seed, name)
