@@ -256,6 +256,9 @@ def _compare_model(
     if results.settings["prompt"] == "chat":
         print("the prompt was a chat template's: the model itself is not run again")
         return []
+    if results.settings["temperature"]:
+        print("the responses were drawn at a temperature: the model itself is not run again")
+        return []
     model = _find_model(results, revision)
     folder = folder / "model"
     response_tasks, likelihood_tasks = {}, {}  # lm-eval's name of a task -> benchmark

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.crosscheck import harness
+from launch.run.results import EvaluationResults
 from launch.runtime.errors import UserError
 from launch.scoring import crosscheck
 
@@ -60,6 +61,20 @@ def test_a_table_of_programs_alone_gets_its_folder(
     folder = tmp_path / "not" / "there"
     crosscheck.crosscheck_scores(source, None, tmp_path, "main", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["crosscheck.md", "differences.jsonl"]
+
+
+def test_sampled_responses_are_not_compared_with_greedy_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = EvaluationResults(
+        base={"name": str(tmp_path), "weights_sha256": "0"},
+        adapter=None,
+        settings={"prompt": "recipe", "temperature": 0.7},
+        scores={},
+        conditions={"git_revision": None, "world_size": 1, "device": "cpu"},
+    )
+    assert crosscheck._compare_model({}, results, "main", tmp_path) == []
+    assert "were drawn at a temperature" in capsys.readouterr().out
 
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
