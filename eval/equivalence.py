@@ -11,9 +11,13 @@ from pathlib import Path
 
 from eval.answers.compare import UndecidedError, are_equal
 from eval.answers.parse import Node
+from eval.sandbox.watch import read_usage
 
-TIMEOUT = 8.0  # seconds for one comparison
-START_TIMEOUT = 60.0  # seconds for a worker to load its libraries
+# Seconds of a worker's processor time, so that a loaded machine changes no verdict.
+TIMEOUT = 8.0  # for one comparison
+START_TIMEOUT = 60.0  # to load its libraries
+WALL = 10  # times these, by the clock
+POLL = 0.1  # seconds between two looks at the processor time
 
 # Each thread has its own worker, so no question waits for another thread's slow one.
 _of_thread = threading.local()
@@ -27,7 +31,11 @@ def are_equivalent(
     """Return whether `answer` states the same as `reference`, proved within `timeout` seconds.
 
     May be called in any thread or process. Each thread has a worker process, which stays for the
-    next question. A worker that is late is killed, and the answer is then False.
+    next question. A worker that is late is killed, and the answer is then False. One that has ended,
+    as for lack of memory, is replaced once, and the new one is asked.
+
+    Args:
+        timeout: of the worker's processor time; by the clock WALL times that.
 
     Raises:
         RuntimeError: the worker does not start.
@@ -36,17 +44,18 @@ def are_equivalent(
         return are_equal(answer, reference, _leave_undecided, word_problem=word_problem)
     except UndecidedError:
         pass
-    worker = getattr(_of_thread, "worker", None)
-    if worker is None or worker.poll() is not None:
-        worker = _of_thread.worker = _start_worker()
-    worker.stdin.write(json.dumps([answer, reference, word_problem]) + "\n")
-    worker.stdin.flush()
-    line = _read_line(worker, timeout)
-    if line is None:
+    for _ in range(2):
+        worker = getattr(_of_thread, "worker", None)
+        if worker is None or worker.poll() is not None:
+            worker = _of_thread.worker = _start_worker()
+        line = _ask(worker, [answer, reference, word_problem], timeout)
+        if line:
+            return json.loads(line)
         worker.kill()
         worker.wait()
-        return False
-    return json.loads(line)
+        if line is None:
+            break
+    return False
 
 
 def _leave_undecided(given: Node, wanted: Node) -> bool:
@@ -68,21 +77,24 @@ def _start_worker() -> subprocess.Popen:
         running = [other for other in _workers if other.poll() is None]
         _workers[:] = [*running, worker]
     # A first question, because only its answer shows that the libraries are loaded.
-    worker.stdin.write(json.dumps(["1", "1", False]) + "\n")
-    worker.stdin.flush()
-    if _read_line(worker, START_TIMEOUT) is None:
+    if not _ask(worker, ["1", "1", False], START_TIMEOUT):
         worker.kill()
         raise RuntimeError("math-verify did not start; pip install -r requirements.txt")
     return worker
 
 
-def _read_line(worker: subprocess.Popen, timeout: float) -> str | None:
-    """Return one line from the worker, or None if none comes in time or the worker has ended."""
-    deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([worker.stdout], [], [], left)[0]:
-            return worker.stdout.readline() or None
-    return None
+def _ask(worker: subprocess.Popen, question: list, timeout: float) -> str | None:
+    """Return the worker's line for a question, "" if it has ended, or None if it is late."""
+    before, deadline = read_usage(worker.pid).cpu, time.monotonic() + WALL * timeout
+    try:
+        worker.stdin.write(json.dumps(question) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    while not select.select([worker.stdout], [], [], POLL)[0]:
+        if read_usage(worker.pid).cpu - before > timeout or time.monotonic() > deadline:
+            return None
+    return worker.stdout.readline()
 
 
 def _stop_workers() -> None:
