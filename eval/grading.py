@@ -106,15 +106,16 @@ def match_problems(
 ) -> list[Problem]:
     """Return the problem that each stored response answers.
 
-    The problem of an answer is made from the row's `reference`, if all rows have one; else the
-    problems are read, and found by the row's `id`.
+    The problem of an answer is made from the row's `reference`, if all rows have one and no row's
+    `id` can be looked up in `data_dir`; else the problems are read, and found by the row's `id`.
 
     Raises:
         EvalError: a row has neither, or the benchmark does not have its id, or has another question
-            under it than the row's `question`.
+            or reference under it than the row.
     """
     have_references = all(isinstance(row.get("reference"), str) for row in rows)
-    if benchmark.kind == "answer" and have_references:
+    can_look_up = data_dir is not None and any(row.get("id") is not None for row in rows)
+    if benchmark.kind == "answer" and have_references and not can_look_up:
         return [Problem(str(row.get("id", i)), "", row["reference"]) for i, row in enumerate(rows)]
     known = {problem.id: problem for problem in benchmark.read_problems(data_dir, None)}
     for number, row in enumerate(rows, start=1):
@@ -123,11 +124,12 @@ def match_problems(
                 f"{benchmark.name}: response {number} has no id of a problem, "
                 f"such as {next(iter(known))}"
             )
-        if row.get("question") not in (None, known[row["id"]].question):
-            raise EvalError(
-                f"{benchmark.name}: response {number} answers another question than that of "
-                f"{row['id']}; give the data folder that it was made with"
-            )
+        for field in ("question", "reference"):
+            if row.get(field) not in (None, getattr(known[row["id"]], field)):
+                raise EvalError(
+                    f"{benchmark.name}: response {number} has another {field} than {row['id']} of "
+                    "the data folder; give the one that it was made with"
+                )
     return [known[row["id"]] for row in rows]
 
 

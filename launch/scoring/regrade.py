@@ -28,7 +28,8 @@ def regrade_responses(
     Args:
         path: JSONL rows with suite, output, and reference (of an answer) or id (of a problem).
         output: folder; it is made if need be.
-        data_dir: folder with the benchmarks' files, where rows have ids; None for the hub.
+        data_dir: folder with the benchmarks' files, against which rows with ids are checked; with
+            None answers are graded by their `reference`, and other problems come from the hub.
         timeout: seconds that a program may use, see eval.sandbox.watch.
         allow_unsandboxed: run programs even where nothing here can isolate them.
 

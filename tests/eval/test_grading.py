@@ -107,8 +107,19 @@ def test_a_row_of_another_question_is_refused(tmp_path: Path) -> None:
     rows = [{"id": "gsm8k/0"}, {"id": "gsm8k/0", "question": "q"}]
     assert len(match_problems(BENCHMARKS["gsm8k"], rows, tmp_path)) == 2
     rows[1]["question"] = "of another folder"
-    with pytest.raises(EvalError, match=r"response 2 answers another question than .* gsm8k/0"):
+    with pytest.raises(EvalError, match="response 2 has another question than gsm8k/0"):
         match_problems(BENCHMARKS["gsm8k"], rows, tmp_path)
+
+
+def test_a_data_folder_that_is_given_is_read_where_rows_have_ids(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    row = {"id": "gsm8k/0", "question": "q", "reference": "1"}
+    assert match_problems(BENCHMARKS["gsm8k"], [row], tmp_path)[0].question == "q"
+    for field in ("question", "reference"):
+        with pytest.raises(EvalError, match=f"response 1 has another {field} than gsm8k/0"):
+            match_problems(BENCHMARKS["gsm8k"], [row | {field: "2"}], tmp_path)
+        assert match_problems(BENCHMARKS["gsm8k"], [row | {field: "2"}], None)
+    assert match_problems(BENCHMARKS["gsm8k"], [{"reference": "2"}], tmp_path)[0].reference == "2"
 
 
 def test_a_summary_counts_problems_and_samples() -> None:
