@@ -48,7 +48,8 @@ def open_responses(
 
     If they were made with something else than `made_with`, the whole file becomes PREVIOUS. If any
     response answers another prompt than the one `wanted` under its name, as of another data folder,
-    the whole file is copied to PREVIOUS, and only those that still fit are kept.
+    the whole file is copied to PREVIOUS, and only those that still fit are kept. Of that benchmark
+    those that are not wanted, as beyond a limit, go too: they are of the other prompts.
 
     Args:
         made_with: all that responses depend on besides their prompts, as JSON values: model,
@@ -64,11 +65,16 @@ def open_responses(
         print(f"{path} was made with other settings, and is {previous.name} now", flush=True)
     write_json(note, made_with)
     rows = read_generations(path) if path.is_file() else []
+    keys = [_read_key(row, number, path) for number, row in enumerate(rows, start=1)]
+    stale = set()  # benchmarks
+    for key, row in zip(keys, rows, strict=True):
+        if key in wanted and not _answers(row, wanted[key]):
+            stale.add(row["suite"])
     kept, responses = [], {}
-    for number, row in enumerate(rows, start=1):
-        key = _read_key(row, number, path)
+    for key, row in zip(keys, rows, strict=True):
         if key not in wanted:  # of another benchmark, or beyond a limit
-            kept.append(row)
+            if row["suite"] not in stale:
+                kept.append(row)
         elif _answers(row, wanted[key]):
             kept.append(row)
             hashed = row.get("request_sha256")
@@ -78,8 +84,8 @@ def open_responses(
         shutil.copyfile(path, previous)
         print(
             f"{path}: {len(rows) - len(kept)} responses are to other prompts than those of now, or "
-            f"of an earlier version that did not record their prompts; they are made again, and "
-            f"{previous.name} has them",
+            f"of an earlier version that did not record their prompts; what is wanted of them is "
+            f"made again, and {previous.name} has them",
             flush=True,
         )
     # Written again without a last line that a kill cut short, which the next append would continue.

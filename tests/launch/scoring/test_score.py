@@ -290,6 +290,22 @@ def test_responses_to_other_prompts_are_set_aside(
     assert not asked
 
 
+def test_responses_beyond_a_limit_go_where_the_prompts_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another chat template: --compare and --grade would mix the two."""
+    score(tmp_path, [])
+    first = (tmp_path / GENERATIONS).read_bytes()
+    others = [problem._replace(question="Another.") for problem in PROBLEMS["siqa"][:1]]
+    monkeypatch.setitem(PROBLEMS, "siqa", others)
+    monkeypatch.setitem(PROBLEMS, "gsm8k", PROBLEMS["gsm8k"][:1])
+    score(tmp_path, [])
+    rows = read_generations(tmp_path / GENERATIONS)
+    assert {row["question"] for row in rows if row["suite"] == "siqa"} == {"Another."}
+    assert len([row for row in rows if row["suite"] == "gsm8k"]) == 10
+    assert (tmp_path / PREVIOUS).read_bytes() == first
+
+
 def test_another_reference_is_graded_without_new_responses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
