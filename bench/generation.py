@@ -48,7 +48,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eval.generation.decoding import find_end_tokens
+from eval.generation.decoding import Completion, find_end_tokens
 from eval.generation.generate import generate_responses
 from eval.tasks import gsm8k
 from launch.data.prompts import format_prompt
@@ -211,7 +211,7 @@ def generate_plainly(work: Work) -> list[str]:
 
 def generate_scheduled(work: Work) -> list[str]:
     """Generate with eval.generation.generate."""
-    responses: dict[int, str | None] = {}
+    responses: dict[int, Completion | None] = {}
     for part in generate_responses(
         work.model,
         work.tokenizer,
@@ -224,7 +224,7 @@ def generate_scheduled(work: Work) -> list[str]:
         end_tokens=find_end_tokens(work.model, work.tokenizer),
     ):
         responses |= part
-    return [responses[i] or "" for i in range(len(work.prompts))]
+    return [responses[i].text if responses[i] else "" for i in range(len(work.prompts))]
 
 
 def _count_tokens(work: Work, text: str) -> int:

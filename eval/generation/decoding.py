@@ -22,6 +22,13 @@ Returns (fp32 logits after each row's last token, grown cache).
 """
 
 
+class Completion(NamedTuple):
+    """A response, as a model or a server gave it."""
+
+    text: str
+    truncated: bool = False  # it was cut off: by the limit of new tokens, or the context's end
+
+
 class Decoder(NamedTuple):
     """A model, and how tokens are chosen."""
 

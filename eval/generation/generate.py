@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.generation.cache import RunningBatch, join_batches, select_rows
 from eval.generation.decoding import (
+    Completion,
     Decoder,
     cut_response,
     decode_tokens,
@@ -59,7 +60,7 @@ def generate_responses(
     stops: Sequence[str] = (),
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
-) -> Iterator[dict[int, str | None]]:
+) -> Iterator[dict[int, Completion | None]]:
     """Generate the response to each prompt up to an end token or a stop. Collective.
 
     Every few steps, all ranks look at which responses have ended. These leave the batch, and
@@ -226,14 +227,14 @@ def _take_ended(
     tokenizer: PreTrainedTokenizerBase,
     end_tokens: list[int],
     stops: Sequence[str],
-) -> dict[int, str]:
+) -> dict[int, Completion]:
     """Return the responses of this rank that have ended, and remove their prompts from `tokens`."""
     ended = {}
     for i, new_tokens in tokens.items():
         limit = limits[i]
-        response, is_whole = cut_response(new_tokens[:limit], tokenizer, end_tokens, stops)
+        text, is_whole = cut_response(new_tokens[:limit], tokenizer, end_tokens, stops)
         if is_whole or len(new_tokens) >= limit:
-            ended[i] = response
+            ended[i] = Completion(text, truncated=not is_whole)
     for i in ended:
         del tokens[i]
     return ended
@@ -252,18 +253,18 @@ def _choose_interval(ended_steps: list[int]) -> int:
     return 2 * math.isqrt(sum(ended_steps) // len(ended_steps))
 
 
-def _record_ended(schedule: _Schedule, ended: dict[int, str]) -> None:
+def _record_ended(schedule: _Schedule, ended: dict[int, Completion]) -> None:
     """Remove the prompts that have ended from those that run, and note their steps."""
     for rank, indices in enumerate(schedule.running):
         schedule.running[rank] = [i for i in indices if i not in ended]
     schedule.ended_steps += [schedule.counts[i] for i in ended]
 
 
-def _gather_responses(responses: dict[int, str], world_size: int) -> dict[int, str]:
+def _gather_responses(responses: dict[int, Completion], world_size: int) -> dict[int, Completion]:
     """Return the responses of all ranks."""
     if world_size == 1:
         return responses
-    parts: list[dict[int, str]] = [{} for _ in range(world_size)]
+    parts: list[dict[int, Completion]] = [{} for _ in range(world_size)]
     dist.all_gather_object(parts, responses)
     gathered = {}
     for part in parts:

@@ -10,7 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from eval.errors import EvalError
-from eval.generation.decoding import cut_at_stops
+from eval.generation.decoding import Completion, cut_at_stops
 
 RETRIES = 5
 RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP; the server may recover
@@ -44,8 +44,8 @@ def request_completions(
     concurrency: int = 16,
     timeout: float = 600.0,
     pause: float = 0.5,
-) -> Iterator[dict[int, str | None]]:
-    """Yield the server's completion of each prompt as it comes, as {index: text}.
+) -> Iterator[dict[int, Completion | None]]:
+    """Yield the server's completion of each prompt as it comes, as {index: completion}.
 
     A prompt that the server refuses as too long for the model has None. One that fits the model's
     context, but not with `max_new_tokens`, is asked for as many as fit, if the server says how many
@@ -83,14 +83,21 @@ def request_completions(
                 body["stop"] = list(stops[:MAX_STOPS])
             if temperature:
                 body["seed"] = seeds[index] % 2**31  # a signed 32-bit integer
-            futures[pool.submit(_request_text, session, address, body, timeout)] = index
+            futures[pool.submit(_request_completion, session, address, body, timeout)] = index
         try:
             for future in as_completed(futures):
-                text = future.result()
-                yield {futures[future]: None if text is None else cut_at_stops(text, stops)}
+                yield {futures[future]: _cut_completion(future.result(), stops)}
         finally:
             # After an error, or if the caller stops, requests that wait are not sent.
             pool.shutdown(cancel_futures=True)
+
+
+def _cut_completion(completion: Completion | None, stops: Sequence[str]) -> Completion | None:
+    """Cut a completion at the first of `stops` in it, which is then its end."""
+    if completion is None:
+        return None
+    text = cut_at_stops(completion.text, stops)
+    return Completion(text, completion.truncated and text == completion.text)
 
 
 def _open_session(concurrency: int, pause: float) -> requests.Session:
@@ -109,9 +116,9 @@ def _open_session(concurrency: int, pause: float) -> requests.Session:
     return session
 
 
-def _request_text(
+def _request_completion(
     session: requests.Session, address: str, body: dict, timeout: float
-) -> str | None:
+) -> Completion | None:
     """Return the completion, or None if the prompt is too long for the model."""
     answer = _post(session, address, body, timeout)
     if _says_overlong(answer):
@@ -126,7 +133,7 @@ def _request_text(
             f"{answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}",
             subject="served_model",
         )
-    return _read_text(answer)
+    return _read_completion(answer)
 
 
 def _post(session: requests.Session, address: str, body: dict, timeout: float) -> requests.Response:
@@ -150,9 +157,10 @@ def _find_room(refusal: str) -> int:
     return int(limit[1]) - int(prompt[1]) if limit and prompt else 0
 
 
-def _read_text(answer: requests.Response) -> str:
+def _read_completion(answer: requests.Response) -> Completion:
     try:
-        text = answer.json()["choices"][0]["text"]
+        choice = answer.json()["choices"][0]
+        text = choice["text"]
     except (ValueError, KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
@@ -160,4 +168,4 @@ def _read_text(answer: requests.Response) -> str:
             f"{answer.url} answers with no choices[0].text; is it a completions server?",
             subject="server",
         )
-    return text
+    return Completion(text, truncated=choice.get("finish_reason") == "length")

@@ -50,6 +50,9 @@ class Score(GraderScore):
     data_sha256: str | None = None  # of the problems
     # Ids of problems whose prompt was too long for the model; left out where there are none.
     overlong: list[str] | None = None
+    # Responses cut off by the limit of new tokens or the context's end; left out where none is
+    # known, as of responses that earlier versions made.
+    truncated: int | None = None
 
 
 class TaskRecord(Record):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from eval.generation.decoding import Completion
 from eval.generation.server import SAMPLING, request_completions
 from eval.tasks.base import Benchmark, Problem
 from launch.config.schema import Eval
@@ -37,7 +38,7 @@ def evaluate_server(
 
     def make_responses(
         benchmark: Benchmark, requests: list[Request]
-    ) -> Iterable[dict[int, str | None]]:
+    ) -> Iterable[dict[int, Completion | None]]:
         return request_completions(
             url,
             model,

@@ -123,9 +123,11 @@ def _summarise_grades(
     """
     by_problem = [[grades[index] for index in of_problem] for of_problem in samples]
     overlong = [str(row["id"]) for row in rows if row.get("overlong") and "id" in row]
+    truncated = sum(row.get("truncated") is True for row in rows)
     # The prompt that the responses were made with is not known.
     return Score(
         **grading.summarise_grades(by_problem),
         prompt="",
         **({"overlong": list(dict.fromkeys(overlong))} if overlong else {}),
+        **({"truncated": truncated} if truncated else {}),
     )

@@ -1,9 +1,10 @@
 """generations.jsonl: the responses of an evaluation, appended as they come, graded at the end.
 
 Each line is a JSON object: suite, id (of the problem), sample (from 0), request_sha256 (of what the
-response was made for, see launch.scoring.requests.Request), output (the response) and, if the
-prompt was too long for the model, overlong; once graded also question, reference, a boolean for each
-grader and, of a program, reason and isolation. Rows of earlier versions have no request_sha256.
+response was made for, see launch.scoring.requests.Request), output (the response) and, where they
+are true, overlong (the prompt was too long for the model) and truncated (the response was cut off);
+once graded also question, reference, a boolean for each grader and, of a program, reason and
+isolation. Rows of earlier versions have no request_sha256 and do not say whether they are truncated.
 """
 
 import json
@@ -32,6 +33,7 @@ class Response(NamedTuple):
     output: str  # empty if `overlong`
     overlong: bool = False  # the prompt is too long for the model
     request_sha256: str | None = None  # None of a response of an earlier version
+    truncated: bool = False  # known to be cut off; earlier versions did not record it
 
 
 class Wanted(NamedTuple):
@@ -77,8 +79,7 @@ def open_responses(
                 kept.append(row)
         elif _answers(row, wanted[key]):
             kept.append(row)
-            hashed = row.get("request_sha256")
-            responses[key] = Response(row["output"], row.get("overlong", False), hashed)
+            responses[key] = _read_response(row)
     if len(kept) < len(rows):
         previous = _name_previous(folder)
         shutil.copyfile(path, previous)
@@ -122,6 +123,15 @@ def _get_key(row: dict) -> ResponseKey:
     return row["suite"], row["id"], row["sample"]
 
 
+def _read_response(row: dict) -> Response:
+    return Response(
+        row["output"],
+        row.get("overlong", False),
+        row.get("request_sha256"),
+        row.get("truncated", False),
+    )
+
+
 def _answers(row: dict, wanted: Wanted) -> bool:
     """Return whether the response in `row` was made for the request that is wanted.
 
@@ -156,6 +166,8 @@ def make_row(key: ResponseKey, response: Response, grades: Mapping[str, object])
         row["request_sha256"] = response.request_sha256
     if response.overlong:
         row["overlong"] = True
+    if response.truncated:
+        row["truncated"] = True
     known = {name: grades[name] for name in ("question", "reference") if name in grades}
     return row | known | {"output": response.output} | dict(grades)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from eval.generation.decoding import find_end_tokens
+from eval.generation.decoding import Completion, find_end_tokens
 from eval.generation.generate import generate_responses
 from eval.grading import Grade, grade_responses, make_grade_fields, summarise_grades
 from eval.sandbox.box import choose_box
@@ -49,7 +49,7 @@ from launch.scoring.responses import (
 DECODING = ("prompt", "max_new_tokens", "temperature", "seed")
 
 
-MakeResponses = Callable[[Benchmark, list[Request]], Iterable[dict[int, str | None]]]
+MakeResponses = Callable[[Benchmark, list[Request]], Iterable[dict[int, Completion | None]]]
 """Makes the responses to requests of one benchmark, several at a time: index -> response.
 
 None stands for the response to a prompt that is too long for the model.
@@ -133,7 +133,7 @@ def score_benchmarks(
 
     def make_responses(
         benchmark: Benchmark, requests: list[Request]
-    ) -> Iterable[dict[int, str | None]]:
+    ) -> Iterable[dict[int, Completion | None]]:
         if template is None:
             prompts = encode_texts(tokenizer, [request.prompt for request in requests])
         else:
@@ -237,10 +237,13 @@ def score_responses(
 def _count_responses(
     requests: Sequence[Request], responses: Mapping[ResponseKey, Response]
 ) -> dict[str, object]:
-    """Return the fields of Score that count empty responses, and those of too long prompts."""
+    """Return the fields of Score that count empty and truncated responses and too long prompts."""
     empty = sum(not response.output for response in responses.values())
     overlong = [request.problem.id for request in requests if responses[request.key].overlong]
+    truncated = sum(response.truncated for response in responses.values())
     counted: dict[str, object] = {"empty": empty}
+    if truncated:  # 0 would be a claim about responses of earlier versions, which do not say it
+        counted["truncated"] = truncated
     if overlong:
         counted["overlong"] = list(dict.fromkeys(overlong))
     return counted
@@ -267,7 +270,7 @@ def _get_responses(
     missing = [request for request in requests if request.key not in responses]
     grades: dict[ResponseKey, Grades] = {}
 
-    def store(part: Mapping[int, str | None]) -> None:
+    def store(part: Mapping[int, Completion | None]) -> None:
         # Written before it is graded: a response costs more than its grade.
         arrived = [missing[i] for i in part]
         append_responses(folder, {request.key: responses[request.key] for request in arrived})
@@ -293,6 +296,13 @@ def _get_responses(
             responses[missing[i].key] = response
         run_on_rank0(partial(store, part))
     return responses, grades
+
+
+def _make_response(completion: Completion | None, request: Request) -> Response:
+    """Make the response to a request; `completion` is None if the prompt is too long."""
+    if completion is None:
+        return Response("", overlong=True, request_sha256=request.sha256)
+    return Response(completion.text, request_sha256=request.sha256, truncated=completion.truncated)
 
 
 def _grade_requests(

@@ -1,4 +1,4 @@
-"""Render scores as a table, with the problems whose prompts were too long below it."""
+"""Render scores as a table; below it, prompts that were too long, and responses cut off."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ def render_scores(scores: Mapping[str, Score]) -> str:
     """Render scores as a Markdown table, one row a benchmark, accuracies in percent.
 
     Where all eight commonsense benchmarks are there, a last row has their unweighted mean. Below
-    the table stand the problems whose prompts were too long.
+    the table stand the problems whose prompts were too long, and the number of responses cut off.
     """
     lines = [
         "| suite | strict (%) | 95 % interval | literature (%) | n | prompt |",
@@ -42,6 +42,11 @@ def render_scores(scores: Mapping[str, Score]) -> str:
     for name, score in scores.items():
         if score.overlong:
             lines.append(f"\n{_describe_overlong(name, score.overlong)}")
+        if score.truncated:
+            lines.append(
+                f"\n{name}: {score.truncated} responses were cut off before their end, by the "
+                "limit of new tokens or of the context"
+            )
     return "\n".join(lines)
 
 

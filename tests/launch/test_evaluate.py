@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from eval.generation.decoding import Completion
 from eval.generation.server import SAMPLING
 from launch import evaluate
 from launch.run.folder import RECIPE
@@ -38,10 +39,10 @@ def run_evaluate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
 
 def respond(
     url: str, model: str, prompts: Sequence[str], **_: object
-) -> Iterator[dict[int, str | None]]:
+) -> Iterator[dict[int, Completion]]:
     """Stand for `request_completions`."""
     for index in range(len(prompts)):
-        yield {index: "The answer is: 2"}
+        yield {index: Completion("The answer is: 2")}
 
 
 def test_responses_whose_sampling_the_server_chose_are_set_aside(

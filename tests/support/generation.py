@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.generation.decoding import find_end_tokens
+from eval.generation.decoding import Completion, find_end_tokens
 from eval.generation.generate import generate_responses
 from launch.models.check import get_num_positions
 
@@ -25,6 +25,14 @@ CPU = torch.device("cpu")
 def generate_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
 ) -> list[str | None]:
+    """Return the texts of `complete_all`."""
+    found = complete_all(model, tokenizer, prompts, **options)
+    return [None if one is None else one.text for one in found]
+
+
+def complete_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list, **options: object
+) -> list[Completion | None]:
     """Return all responses in the order of the prompts; check that each comes once."""
     positions = get_num_positions(model.config)
     options = {
@@ -34,7 +42,7 @@ def generate_all(
         "end_tokens": find_end_tokens(model, tokenizer),
         **options,
     }
-    found: dict[int, str | None] = {}
+    found: dict[int, Completion | None] = {}
     for part in generate_responses(model, tokenizer, prompts, **options):
         assert part
         assert not found.keys() & part.keys()

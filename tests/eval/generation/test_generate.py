@@ -23,6 +23,7 @@ from eval.generation.generate import find_overlong_prompts
 from eval.tasks import gsm8k
 from tests.support.generation import (
     CPU,
+    complete_all,
     decode_greedily,
     generate_all,
     make_model,
@@ -218,6 +219,24 @@ def test_a_stop_ends_a_response_and_is_cut_off(
     )
     assert found == [text.partition(stop)[0] for text in whole]
     assert found[0] != whole[0]
+
+
+def test_a_response_says_whether_it_was_cut_off(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 40, (1 + 3 * (i % 5),), generator=draw).tolist() for i in range(12)]
+    prompts += [[5, 6], [5] * 31]  # the last has room for one token
+    options = {"max_new_tokens": 8, "batch_size": 4}
+    found = complete_all(model, tokenizer, prompts, **options)
+    lengths = [len(decode_greedily(model, ids, 8)) for ids in prompts]
+    cut = [length == min(8, 32 - len(ids)) for length, ids in zip(lengths, prompts, strict=True)]
+    assert [one.truncated for one in found] == cut
+    assert set(cut) == {True, False}
+    *_, first, _ = found
+    stop = first.text.split()[2]
+    (stopped,) = complete_all(model, tokenizer, [[5, 6]], stops=[stop], **options)
+    assert first.truncated and not stopped.truncated
 
 
 def test_draws_depend_on_the_seed_and_not_on_the_batch(

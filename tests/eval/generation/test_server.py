@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eval.errors import EvalError
+from eval.generation.decoding import Completion
 from eval.generation.server import request_completions
 
 
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer_short(self, body: dict) -> None:
         size, new = len(body["prompt"]), body["max_tokens"]
         if size + new <= 10:
-            self.answer(200, {"choices": [{"text": "x" * new}]})
+            self.answer(200, {"choices": [{"text": "x" * new, "finish_reason": "length"}]})
         else:
             self.answer(400, {"message": self.refusal.format(size=size, new=new, sum=size + new)})
 
@@ -72,7 +73,15 @@ def server() -> Iterator[tuple[str, type[Handler]]]:
 
 
 def ask(url: str, model: str, prompts: list[str], **options: object) -> list[str | None]:
-    found: dict[int, str | None] = {}
+    """Return the texts of `complete`."""
+    found = complete(url, model, prompts, **options)
+    return [None if one is None else one.text for one in found]
+
+
+def complete(
+    url: str, model: str, prompts: list[str], **options: object
+) -> list[Completion | None]:
+    found: dict[int, Completion | None] = {}
     for part in request_completions(url, model, prompts, max_new_tokens=7, pause=0.01, **options):
         found |= part
     return [found[i] for i in range(len(prompts))]
@@ -108,6 +117,14 @@ def test_stops_are_sent_and_cut_off(server: tuple) -> None:
     url, handler = server
     assert ask(url, "m", ["word"], stops=["1", "2", "3", "4", "d!"]) == ["wor"]
     assert handler.seen[0]["stop"] == ["1", "2", "3", "4"]
+
+
+def test_a_response_says_whether_it_was_cut_off(server: tuple) -> None:
+    url, _ = server
+    cut = Completion("x" * 7, truncated=True)
+    assert complete(url, "short", ["abc"]) == [cut]
+    assert complete(url, "short", ["abc"], stops=["x"]) == [Completion("")]
+    assert complete(url, "m", ["a"]) == [Completion("a!a")]  # a server that does not say
 
 
 def test_samples_carry_their_seeds(server: tuple) -> None:

@@ -65,6 +65,13 @@ def test_prompts_that_were_too_long_are_still_named(tmp_path: Path) -> None:
     assert regrade(rows, tmp_path).overlong == ["b"]
 
 
+def test_responses_that_were_cut_off_are_still_counted(tmp_path: Path) -> None:
+    rows = make_rows({"a": ["1"], "b": ["1"]})
+    assert "truncated" not in regrade(rows, tmp_path).model_fields_set
+    rows[1]["truncated"] = True
+    assert regrade(rows, tmp_path).truncated == 1
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     path.write_bytes(b"\xff\xfe\n")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import MptConfig, MptForCausalLM
 
+from eval.generation.decoding import Completion
 from eval.tasks import BENCHMARKS
 from eval.tasks.base import GRADERS, Problem
 from launch.config.schema import Eval
@@ -68,14 +69,14 @@ def graded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def make_responder(
     asked: list[Request], limit: int | None = None
-) -> Callable[..., Iterable[dict[int, str]]]:
+) -> Callable[..., Iterable[dict[int, Completion]]]:
     """Make a function that responds in parts of two, last requests first, until `limit` is asked.
 
     The first sample of a problem is right, the second is not; each response has the names of its
     problem and sample.
     """
 
-    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, str]]:
+    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, Completion]]:
         backwards = list(reversed(range(len(requests))))
         for start in range(0, len(backwards), 2):
             if limit is not None and len(asked) >= limit:
@@ -85,7 +86,8 @@ def make_responder(
                 request = requests[i]
                 asked.append(request)
                 answer = "0" if request.sample else request.problem.reference
-                part[i] = f"{request.problem.id} {request.sample}\nThe answer is: {answer}"
+                text = f"{request.problem.id} {request.sample}\nThe answer is: {answer}"
+                part[i] = Completion(text)
             yield part
 
     return respond
@@ -241,7 +243,9 @@ def test_a_chat_prompt_is_the_templates_and_a_response_ends_at_its_end_of_turn(
     prompts = []
     generate = scoring.generate_responses
 
-    def keep_prompts(*arguments: object, **options: object) -> Iterator[dict[int, str | None]]:
+    def keep_prompts(
+        *arguments: object, **options: object
+    ) -> Iterator[dict[int, Completion | None]]:
         prompts.extend(arguments[2])
         yield from generate(*arguments, **options)
 
@@ -339,10 +343,12 @@ def test_responses_of_an_earlier_version_are_kept_where_their_question_is_known(
 
 
 def test_a_prompt_that_is_too_long_is_counted_and_named(tmp_path: Path) -> None:
-    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, str | None]]:
+    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, Completion | None]]:
         for i, request in enumerate(requests):
             is_long = request.problem.id == "gsm8k/3"
-            yield {i: None if is_long else f"The answer is: {request.problem.reference}"}
+            yield {
+                i: None if is_long else Completion(f"The answer is: {request.problem.reference}")
+            }
 
     settings = SETTINGS.model_copy(update={"suites": ["gsm8k"]})
     problems = {"gsm8k": PROBLEMS["gsm8k"]}
