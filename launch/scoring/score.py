@@ -36,6 +36,7 @@ from launch.scoring.requests import (
     naming_benchmark,
 )
 from launch.scoring.responses import (
+    GENERATIONS,
     Response,
     ResponseKey,
     Wanted,
@@ -197,6 +198,8 @@ def score_responses(
     for request in chain.from_iterable(requests.values()):
         wanted[request.key] = Wanted(request.sha256, request.problem.question)
     kept = run_on_rank0(lambda: open_responses(folder, made_with, wanted))
+    if kept:
+        print_rank0(_describe_kept(len(kept), folder, identity))
     scores: dict[str, Score] = {}
     chat = {}
     if template is not None:
@@ -232,6 +235,15 @@ def score_responses(
         )
     run_on_rank0(lambda: write_graded(folder, rows))
     return scores
+
+
+def _describe_kept(num_kept: int, folder: Path, identity: dict) -> str:
+    line = f"{folder / GENERATIONS}: {num_kept} responses of an earlier start are kept"
+    if identity["base"]["weights_sha256"] is None:
+        line += (
+            "; a server does not say which weights it has: choose another --output if they changed"
+        )
+    return line
 
 
 def _count_responses(

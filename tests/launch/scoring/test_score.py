@@ -359,6 +359,31 @@ def test_a_prompt_that_is_too_long_is_counted_and_named(tmp_path: Path) -> None:
     assert (again.empty, again.overlong) == (2, ["gsm8k/3"])
 
 
+def test_responses_that_were_cut_off_are_counted(tmp_path: Path) -> None:
+    def respond(_: object, requests: list[Request]) -> Iterator[dict[int, Completion]]:
+        for i, request in enumerate(requests):
+            yield {i: Completion("", truncated=request.benchmark == "siqa" and i < 2)}
+
+    found = score_responses(respond, PROBLEMS, SETTINGS, tmp_path, IDENTITY)
+    again = score_responses(respond, PROBLEMS, SETTINGS, tmp_path, IDENTITY)  # from the file
+    for scores in (found, again):
+        assert (scores["gsm8k"].truncated, scores["siqa"].truncated) == (None, 2)
+        assert "truncated" not in scores["gsm8k"].model_fields_set  # no claim of 0
+        (line,) = [line for line in render_scores(scores).splitlines() if "cut off" in line]
+        assert line.startswith("siqa: 2 responses were cut off")
+
+
+def test_kept_responses_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    score(tmp_path, [])
+    assert "of an earlier start are kept" not in capsys.readouterr().out
+    score(tmp_path, [])
+    assert "16 responses of an earlier start are kept\n" in capsys.readouterr().out
+    served = IDENTITY | {"base": {"name": "model", "weights_sha256": None}}
+    score(tmp_path / "served", [], identity=served)
+    score(tmp_path / "served", [], identity=served)
+    assert "weights it has: choose another --output if they changed" in capsys.readouterr().out
+
+
 def test_a_line_that_is_no_response_is_named(tmp_path: Path) -> None:
     score(tmp_path, [])
     path = tmp_path / GENERATIONS
