@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # takes seconds to import, and a wrong option is to be answer
     import torch
 
     from launch.run.results import Score
+    from launch.runtime.locks import FolderLock
 
 EXAMPLES = """\
   python launch/evaluate.py --model meta-llama/Llama-2-7b-hf --adapter runs/metamath/lora --suite gsm8k --output scores
@@ -33,14 +34,45 @@ EXAMPLES = """\
   python launch/evaluate.py --grade scores/generations.jsonl --data-dir data"""
 
 
+# Options by their names, without those that a launcher gives.
+WITH_COMPARE = {"compare"}
+WITH_GRADE = {"grade", "output", "data_dir", "timeout", "allow_unsandboxed"}
+WITHOUT_SERVER = {"revision", "dtype", "engine", "batch_size"}
+WITH_SERVER = {"url", "concurrency"}
+
+
 def main() -> None:
-    arguments = _make_parser().parse_args()
+    """Evaluate, compare or grade, as the command line says."""
+    parser = _make_parser()
+    arguments = parser.parse_args()
+    _refuse_unused(parser, arguments)
     if arguments.compare:
         _compare(*arguments.compare)
     elif arguments.grade:
         _regrade(arguments)
     else:
         _evaluate(arguments)
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that would be ignored beside the others."""
+    values = vars(arguments).items()
+    given = {name for name, value in values if value != parser.get_default(name)} - {"local_rank"}
+    if arguments.compare:
+        what, unused = "--compare", given - WITH_COMPARE
+    elif arguments.grade:
+        what, unused = "--grade", given - WITH_GRADE
+    elif arguments.backend == "openai":
+        if arguments.adapter:
+            raise UserError(
+                "--adapter: a server holds its own adapters; give the name it has there as --model"
+            )
+        what, unused = "--backend openai", given & WITHOUT_SERVER
+    else:
+        what, unused = "--backend transformers", given & WITH_SERVER
+    if unused:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
+        raise UserError(f"{options}: no effect with {what}; leave out")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -142,7 +174,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     device = start_process_group(arguments.stall)
     watchdog.set_phase("reading the inputs")
     output = arguments.output
-    run_on_rank0(lambda: _make_output_folder(output))
+    lock = _open_output_folder(output)
     model, data_dir = _resolve_quickstart(arguments.model, arguments.data_dir, device)
     values = {name: getattr(arguments, name) for name in EVAL_OPTIONS} | {"data_dir": data_dir}
     settings = validate_section(Eval, suites=arguments.suite or ["gsm8k"], **values)
@@ -160,21 +192,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         lambda: _write_results(output, identity, arguments.adapter, settings, scores, device)
     )
     stop_process_group()
+    del lock  # held until here
 
 
-def _make_output_folder(folder: Path) -> None:
-    """Make the folder of the evaluation, if need be; on rank 0.
+def _open_output_folder(folder: Path) -> "FolderLock":
+    """Make and lock the folder of the evaluation. Collective.
+
+    Returns:
+        The folder's lock, which the caller keeps until the evaluation ends.
 
     Raises:
-        UserError: it cannot be written, or holds a run, whose results would be replaced.
+        UserError: it cannot be written, is in use, or holds a run, whose results would be replaced.
     """
     from launch.run.folder import RECIPE, make_folder
+    from launch.runtime.distributed import run_on_rank0
+    from launch.runtime.locks import FolderLock
 
-    make_folder(folder)
-    if (folder / RECIPE).is_file():
-        raise UserError(
-            f"--output: {folder} holds a run; choose another, such as {folder / 'scores'}"
-        )
+    lock = FolderLock(folder)
+
+    def open_folder() -> None:
+        make_folder(folder)
+        if (folder / RECIPE).is_file():
+            raise UserError(
+                f"--output: {folder} holds a run; choose another, such as {folder / 'scores'}"
+            )
+        lock.acquire()
+
+    run_on_rank0(open_folder)
+    return lock
 
 
 def _resolve_quickstart(
@@ -206,9 +251,9 @@ def _write_results(
     import torch.distributed as dist
 
     from launch.run.provenance import describe_conditions
-    from launch.run.results import EvaluationResults, write_results
+    from launch.run.results import RESULTS, EvaluationResults, write_results
     from launch.runtime.files import write_text
-    from launch.scoring.responses import GENERATIONS
+    from launch.scoring.responses import GENERATIONS, read_generations
     from launch.scoring.score_table import render_scores
 
     results = EvaluationResults(
@@ -223,6 +268,13 @@ def _write_results(
     write_text(output / "results.md", table + "\n")
     print(table)
     print(f"responses and their grades: {output / GENERATIONS}")
+    kept = dict.fromkeys(row["suite"] for row in read_generations(output / GENERATIONS))
+    others = [name for name in kept if name not in scores]
+    if others:
+        print(
+            f"{RESULTS} leaves out {', '.join(others)}: {GENERATIONS} has responses of an earlier "
+            "command; give every --suite in one command to have the scores together"
+        )
 
 
 if __name__ == "__main__":

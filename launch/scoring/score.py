@@ -303,9 +303,8 @@ def _get_responses(
         describe_accuracy,
         "responses",
     ):
-        for i, output in part.items():
-            response = Response(output or "", output is None, missing[i].sha256)
-            responses[missing[i].key] = response
+        for i, completion in part.items():
+            responses[missing[i].key] = _make_response(completion, missing[i])
         run_on_rank0(partial(store, part))
     return responses, grades
 

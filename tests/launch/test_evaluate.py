@@ -16,6 +16,7 @@ from eval.generation.server import SAMPLING
 from launch import evaluate
 from launch.run.folder import RECIPE
 from launch.run.results import RESULTS, read_evaluation_results
+from launch.runtime import locks
 from launch.runtime.distributed import stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring import evaluate_server
@@ -77,3 +78,53 @@ def test_the_results_of_a_run_are_not_replaced(
         run_evaluate(*SERVER, "--data-dir", tmp_path, "--output", run)
     left = {path.name: path.read_text() for path in run.iterdir()}
     assert left == {name: f"{name} of the run" for name in (RECIPE, RESULTS, GENERATIONS)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*SERVER, "--adapter", "run/lora"], r"^--adapter: a server holds its own adapters; give"),
+        ([*SERVER, "--dtype", "float32", "--batch-size", 2], "^--batch-size, --dtype: no effect"),
+        ([*SERVER, "--engine", "fsdp"], "^--engine: no effect with --backend openai; leave out"),
+        ([*SERVER, "--revision", "v1"], "^--revision: no effect with --backend openai"),
+        (["--model", "m", "--url", "http://none/v1"], "^--url: no effect with --backend transf"),
+        (["--grade", "f", "--suite", "gsm8k", "--limit", 5], "^--limit, --suite: no effect with"),
+        (["--grade", "f", "--model", "m", "--local_rank", 0], "^--model: no effect with --grade"),
+        (["--compare", "a", "b", "--output", "c"], "^--output: no effect with --compare"),
+        (["--compare", "a", "b", "--grade", "f"], "^--grade: no effect with --compare"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    options: list[object], message: str, run_evaluate: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_evaluate(*options)
+
+
+def test_results_name_the_suites_that_they_leave_out(
+    run_evaluate: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(evaluate_server, "request_completions", respond)
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    problem = {"problem": "1 + 1?", "answer": "2", "solution": "", "subject": "", "level": 1}
+    (tmp_path / "math500_test.jsonl").write_text(json.dumps(problem) + "\n")
+    options = [*SERVER, "--data-dir", tmp_path, "--output", tmp_path / "scores"]
+    run_evaluate(*options)
+    assert "leaves out" not in capsys.readouterr().out
+    run_evaluate(*[*options[:-5], "math500", *options[-4:]])
+    assert "results.json leaves out gsm8k: generations.jsonl has" in capsys.readouterr().out
+    assert list(read_evaluation_results(tmp_path / "scores").scores) == ["math500"]
+
+
+def test_two_evaluations_do_not_share_a_folder(
+    run_evaluate: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(locks, "WAIT", -1.0)
+    lock = locks.FolderLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(UserError, match=r"^--output: \S+ is in use by host"):
+        run_evaluate(*SERVER, "--data-dir", tmp_path, "--output", tmp_path)
+    del lock
