@@ -446,3 +446,125 @@ def test_chat_prompts_are_tried_before_anything_is_trained() -> None:
         UserError, match=r"^eval\.chat_template: the tokenizer has no chat template"
     ):
         check_prompts(problems, Eval(prompt="chat"), tokenizer)
+
+
+# A file of one row, the published prompt, stop strings and most new tokens. PiSSA, CorDA and Astra
+# publish those of maths, WizardCoder and PiSSA those of code, LLM-Adapters that of BoolQ.
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n"
+)
+CREATE = INSTRUCTION + "Create a Python script for this problem:\n"
+STOPS = ("Instruction:", "Instruction", "Response:", "Response")
+PUBLISHED = {
+    "gsm8k": (
+        "gsm8k_test.jsonl",
+        {"question": "What is {1} + 1?", "answer": "It is\n#### 2"},
+        INSTRUCTION + "What is {1} + 1?\n\n### Response: Let's think step by step.",
+        STOPS,
+        1024,
+    ),
+    "math": (
+        "math_test.jsonl",
+        {"problem": r"Find $\frac{4}{2}$.", "answer": "2"},
+        INSTRUCTION + "Find $\\frac{4}{2}$.\n\n### Response: Let's think step by step.",
+        STOPS,
+        2048,
+    ),
+    "humaneval": (
+        "humaneval.jsonl",
+        {
+            "task_id": "HumanEval/0",
+            "prompt": 'def f(x):\n    """Add one."""\n',
+            "entry_point": "f",
+            "canonical_solution": "    return x + 1\n",
+            "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+        },
+        CREATE + 'def f(x):\n    """Add one."""\n\n\n### Response:',
+        (),
+        1024,
+    ),
+    "mbpp": (
+        "mbpp.jsonl",
+        {
+            "task_id": 11,
+            "text": "Write a function to add one.",
+            "code": "def f(x):\n    return x + 1\n",
+            "test_list": ["assert f(1) == 2", "assert f(2) == 3"],
+        },
+        CREATE
+        + "Write a function to add one.\nTest examples:\nassert f(1) == 2\nassert f(2) == 3\n\n"
+        "### Response:",
+        (),
+        1024,
+    ),
+    "boolq": (
+        "boolq/test.jsonl",
+        {"instruction": "Is it so?\n\nAnswer format: true/false", "input": "", "answer": "true"},
+        "Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request. \n\n                ### Instruction:\n                Is it so?\n\n"
+        "Answer format: true/false\n\n                ### Response:\n                ",
+        (),
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_prompt_has_its_stops_and_its_most_new_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, row, prompt, stops, new_tokens = PUBLISHED[name]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(row) + "\n")
+    problems = {name: BENCHMARKS[name].read_problems(tmp_path, None)}
+    encoded, decoding = [], {}
+
+    def encode(_: object, texts: list[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return [[1] for _ in texts]
+
+    def generate(*_: object, **options: object) -> Iterator[dict[int, str | None]]:
+        decoding.update(options)
+        raise KilledError
+
+    monkeypatch.setattr(scoring, "encode_texts", encode)
+    monkeypatch.setattr(scoring, "generate_responses", generate)
+    engine = SimpleNamespace(device=torch.device("cpu"), sharded=False)
+    model = MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=40))
+    for chosen in ("literature", "recipe"):
+        with pytest.raises(KilledError):
+            settings = Eval(suites=[name], prompt=chosen)
+            folder = tmp_path / chosen
+            folder.mkdir()
+            score_benchmarks(engine, model, make_tokenizer(), problems, settings, folder, IDENTITY)
+        # Other prompts are not cut at the words of the published one.
+        assert decoding["stops"] == (stops if chosen == "literature" else ())
+        assert decoding["max_new_tokens"] == new_tokens
+    assert encoded[0] == prompt
+
+
+def test_every_benchmark_has_its_published_stops_and_most_new_tokens() -> None:
+    published = {
+        name: (benchmark.stops, benchmark.max_new_tokens) for name, benchmark in BENCHMARKS.items()
+    }
+    assert published == {
+        "gsm8k": (STOPS, 1024),
+        "math": (STOPS, 2048),
+        "math500": (STOPS, 2048),
+        "humaneval": ((), 1024),
+        "mbpp": ((), 1024),
+        "mbpp_sanitized": ((), 1024),
+    } | dict.fromkeys(
+        (
+            "boolq",
+            "piqa",
+            "siqa",
+            "hellaswag",
+            "winogrande",
+            "arc_easy",
+            "arc_challenge",
+            "openbookqa",
+        ),
+        ((), 32),
+    )
