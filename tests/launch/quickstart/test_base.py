@@ -1,9 +1,9 @@
 """Runs that start side by side make the quickstart's base once."""
 
+import contextlib
 import hashlib
 import json
 import threading
-import time
 from pathlib import Path
 
 from launch.config.loading import ADDED_FIELDS
@@ -14,12 +14,14 @@ from launch.runtime.distributed import start_process_group, stop_process_group
 
 def test_the_second_run_waits_and_finds_it_made(tmp_path: Path) -> None:
     folder, made = tmp_path / "cache" / "base", []
+    both_inside = threading.Barrier(2)
 
     def ensure() -> None:
         with quickstart.make_alone(folder):
             if not (folder / quickstart.MANIFEST).is_file():
-                time.sleep(0.3)
-                folder.mkdir()
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both_inside.wait(0.3)  # for the other run, which only a lock keeps outside
+                folder.mkdir(exist_ok=True)
                 (folder / quickstart.MANIFEST).touch()
                 made.append(folder)
 
