@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from scipy import stats
 
+from eval.task_scores import score_intervals
 from tests.support.classifiers import (
     LABELS,
     TARGETS,
@@ -66,7 +68,7 @@ def run_all(
 
 
 def compare_with_plain(run: Path, recipe_path: Path, kind: str, tolerance: float) -> None:
-    """Compare losses, kept predictions and the exported adapter with plain PEFT's."""
+    """Compare losses, kept predictions, scores and the exported adapter with plain PEFT's."""
     recipe = load_recipe(recipe_path)
     regression = kind == "regression"
     plain = make_plain_model(run, recipe, list(NEW_MODULES.get(kind, ["classifier"])))
@@ -84,15 +86,27 @@ def compare_with_plain(run: Path, recipe_path: Path, kind: str, tolerance: float
     torch.testing.assert_close(
         outputs, predict_plainly(exported, recipe, rows), rtol=0, atol=10 * tolerance
     )
-    if not regression:
-        chosen = [LABELS[i] for i in outputs.argmax(1)]
-        assert [row["prediction"] for row in kept] == chosen
+    predictions, labels = ([row[key] for row in kept] for key in ("prediction", "label"))
+    if regression:
+        assert predictions == outputs[:, 0].tolist()
+        expected = {
+            "pearson": stats.pearsonr(predictions, labels).statistic,
+            "spearman": stats.spearmanr(predictions, labels).statistic,
+        }
+    else:
+        assert predictions == [LABELS[i] for i in outputs.argmax(1)]
         right = sum(row["prediction"] == row["label"] for row in kept)
-        score = read_results(run)["scores"]["classification"]
-        assert score["last"]["values"]["accuracy"] == pytest.approx(right / len(rows))
-        assert score["last"]["step"] == 20 and len(score["epochs"]) == 2
-        best = max(epoch["values"]["accuracy"] for epoch in score["epochs"])
-        assert score["best"]["values"]["accuracy"] == best
+        expected = {"accuracy": right / len(rows)}
+        predictions, labels = (list(map(LABELS.index, names)) for names in (predictions, labels))
+    task, metric = recipe.task.kind, next(iter(expected))
+    score = read_results(run)["scores"][task]
+    assert (score["metric"], score["n"]) == (metric, len(rows))
+    assert score["last"]["values"] == pytest.approx(expected)
+    intervals = score_intervals(task, predictions, labels, kind=task)
+    assert score["last"]["intervals"] == {name: list(ends) for name, ends in intervals.items()}
+    assert score["last"]["step"] == 20 and len(score["epochs"]) == 2
+    best = max(epoch["values"][metric] for epoch in score["epochs"])
+    assert score["best"]["values"][metric] == best
 
 
 @pytest.mark.parametrize("kind", KINDS)

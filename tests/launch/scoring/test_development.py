@@ -1,4 +1,4 @@
-"""Development rows that cannot be scored are refused before the first epoch, and outputs that are not numbers.
+"""Development rows are scored at each epoch's end, by scipy's numbers; what cannot be scored is refused.
 
 Needs nothing. Takes 2 s.
 """
@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
+from eval.task_scores import score_intervals
 from launch.config.task import Task
 from launch.data.token_set import TokenSet
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring import development
-from launch.scoring.development import check_dev, score_sets
+from launch.scoring.development import check_dev, find_epoch_ends, score_sets, summarise_epochs
 
 TASK = Task(kind="classification", name="mrpc", labels=["a", "b", "c"], sentence1="text")
 
 
-def make_tokens(labels: list[int]) -> TokenSet:
+def make_tokens(labels: list[int] | list[float]) -> TokenSet:
     """Return rows of one token each."""
     count = len(labels)
     return TokenSet(
@@ -63,3 +65,52 @@ def test_outputs_that_are_not_finite_are_no_class(
     finally:
         stop_process_group()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_scores_of_a_regression_and_their_intervals_are_those_of_the_kept_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    labels = torch.randn(20).double()
+    by_step = [
+        labels + noise * torch.randn(20).double() for noise in (0.1, 2.0)
+    ]  # the first is best
+    task, history = Task(kind="regression", sentence1="text"), []
+    dev = {"prices": make_tokens(labels.tolist())}
+    start_process_group()
+    try:
+        for step, numbers in enumerate(by_step, start=1):
+            monkeypatch.setattr(
+                development, "predict_rows", lambda *_, numbers=numbers: numbers[:, None]
+            )
+            scored = score_sets(None, None, dev, task, tmp_path, history, step, float(step))
+            history.append({"step": step, "epoch": float(step), "dev": scored})
+    finally:
+        stop_process_group()
+    found = summarise_epochs(history, dev, task, tmp_path)["prices"]
+    assert (found.metric, found.n, len(found.epochs)) == ("pearson", 20, 2)
+    for epoch, numbers in ((found.best, by_step[0]), (found.last, by_step[1])):
+        pair = (numbers.tolist(), labels.tolist())
+        expected = {
+            "pearson": stats.pearsonr(*pair).statistic,
+            "spearman": stats.spearmanr(*pair).statistic,
+        }
+        assert epoch.values == pytest.approx(expected)
+        assert epoch.intervals == score_intervals("regression", *pair, kind="regression")
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "sizes", "expected"),
+    [
+        (50, [6] * 25, {9: 1.0, 17: 2.0, 25: 3.0}),  # two of the steps straddle two epochs
+        (50, [6] * 20, {9: 1.0, 17: 2.0, 20: 2.4}),
+        (50, [6] * 8 + [2], {9: 1.0}),
+        (4, [10, 2], {1: 2.0, 2: 3.0}),  # a step of more than two epochs
+        (50, [6] * 3, {3: 0.36}),
+        (50, [], {}),
+    ],
+)
+def test_rows_are_scored_after_the_step_that_trains_an_epochs_last_row(
+    num_examples: int, sizes: list[int], expected: dict[int, float]
+) -> None:
+    assert find_epoch_ends(num_examples, [range(size) for size in sizes]) == expected

@@ -5,6 +5,7 @@ Needs nothing but a tiny random model; a few seconds.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from launch.engines import make_engine
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
 from launch.runtime.memory import gather_peak_memory
+from launch.scoring import held_out
 from launch.scoring.held_out import measure_prediction, read_other_text
 from launch.training.trainable import count_trained_parameters
 
@@ -115,7 +117,7 @@ def test_other_text_of_another_encoding_is_refused(
     name: str, encoding: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes('{"text": "é"}'.encode(encoding))
-    with pytest.raises(UserError, match=r"eval\.other_text: cannot read .*UTF-8|utf-8"):
+    with pytest.raises(UserError, match=r"^eval\.other_text: cannot read .*(UTF-8|utf-8)"):
         read_other_text(tmp_path / name, LetterTokenizer(), 1000)
 
 
@@ -125,3 +127,22 @@ def test_other_text_is_taken_in_pieces(tmp_path: Path) -> None:
     assert tokens.lengths().tolist() == [4, 4]  # the last letter alone has nothing before it
     assert tokens.count_answer_tokens([0, 1]) == 6
     assert len(source["sha256"]) == 64
+
+
+def test_predictions_of_labels_are_measured_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    outputs, classes = torch.randn(7, 3).double(), torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    monkeypatch.setattr(held_out, "predict_rows", lambda *_: outputs)
+    tokens = make_token_set([3] * 7)
+    found = measure_prediction(None, None, replace(tokens, labels=classes))
+    losses, num_right = [], 0
+    for row, label in zip(outputs, classes, strict=True):
+        losses.append(F.cross_entropy(row, label).item())
+        num_right += int(row.argmax() == label)
+    assert 0 < num_right < 7
+    assert (found.accuracy, found.tokens) == (num_right / 7, 7)
+    assert found.loss == pytest.approx(sum(losses) / 7)
+    numbers = torch.randn(7).double()
+    found = measure_prediction(None, None, replace(tokens, labels=numbers))
+    assert found.loss == pytest.approx(F.mse_loss(outputs[:, 0], numbers).item())
+    assert (found.accuracy, found.tokens) == (None, 7)
