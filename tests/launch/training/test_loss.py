@@ -3,6 +3,7 @@
 Padded and packed, in any chunks, for any head. Needs nothing; takes 20 seconds.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -278,10 +279,15 @@ def test_packing_holds_every_row_once_within_the_capacity(
     packed = pack_examples(ordered, torch.tensor(lengths), capacity)
     assert sorted(row for rows in packed for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= capacity for rows in packed)
-    assert (
-        len(packed) <= -(-sum(lengths) // capacity) * 11 / 9 + 1
-        or len(packed) <= 2 * sum(lengths) / capacity + 1
-    )
+    rooms = [capacity - sum(lengths[row] for row in rows) for rows in packed]
+    assert rooms == sorted(rooms)  # the fullest sequences first
+    # First fit: when a row came, no sequence begun before its own had room for it.
+    place = {row: i for i, row in enumerate(ordered)}
+    begun = sorted(packed, key=lambda rows: min(place[row] for row in rows))
+    for i, rows in enumerate(begun):
+        for row, earlier in itertools.product(rows, begun[:i]):
+            taken = sum(lengths[other] for other in earlier if place[other] < place[row])
+            assert taken + lengths[row] > capacity
 
 
 def test_flat_batches_have_no_padding_and_say_where_examples_begin(tokens: TokenSet) -> None:
