@@ -19,12 +19,16 @@ torch.set_num_threads(1)  # two test processes share two cores; more threads wou
 def shared() -> Path:
     """Return the folder with real data and a small pretrained model.
 
-    That is $ASTRA_SHARED, or shared/ beside the checkout; without it the test is skipped.
+    That is $ASTRA_SHARED, or shared/ beside the checkout; without it the test is skipped. A folder
+    that ASTRA_SHARED names must be there.
     """
-    folder = Path(os.environ.get("ASTRA_SHARED", ROOT.parent / "shared"))
-    if not (folder / "models" / "stories260K").is_dir():
-        pytest.skip("the shared real data and model are not here; set ASTRA_SHARED to their folder")
-    return folder
+    named = os.environ.get("ASTRA_SHARED")
+    folder = Path(named or ROOT.parent / "shared")
+    if (folder / "models" / "stories260K").is_dir():
+        return folder
+    if named:
+        pytest.fail(f"ASTRA_SHARED: {folder} has no models/stories260K; mend or unset it")
+    pytest.skip("the shared real data and model are not here; set ASTRA_SHARED to their folder")
 
 
 @pytest.fixture(scope="session")

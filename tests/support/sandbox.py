@@ -100,10 +100,10 @@ def _find_users_python() -> tuple[str | None, str]:
     for name in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "eval" / name, f"{folder}/eval/{name}")
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
-    probe = "import sys; assert sys.version_info >= (3, 11); import eval.sandbox.check"
+    probe = "import sys; assert sys.version_info >= (3, 11)"
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         drop = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--"]
-        command = [*drop, "env", "-C", "/", f"PYTHONPATH={folder}", python, "-c", probe]
+        command = [*drop, "env", "-C", "/", python, "-c", probe]
         if subprocess.run(command, capture_output=True).returncode == 0:
             return python, folder
     return None, folder

@@ -175,9 +175,20 @@ level, no_filter, program = sys.argv[1:]
 if no_filter:
     box.make_filter = lambda: b""
 found = box.find_box(level)
+if found is None:
+    print("no box", flush=True)
+    sys.exit()
 print(found.lacks, flush=True)
 check_program(Job(program, "f(2)", "f", timeout=60), found)
 """
+
+
+def read_lacks(caller: subprocess.Popen, level: str, who: str) -> str:
+    """Return what the box of CALLER lacks; skip the test where it has no box."""
+    lacks = caller.stdout.readline().strip()
+    if lacks == "no box":
+        pytest.skip(f"{level} does not work on this machine for {who}")
+    return lacks
 
 
 @pytest.fixture
@@ -202,7 +213,7 @@ def test_nothing_outlives_a_killed_caller(level: str, who: str, no_filter: str) 
         pytest.skip(f"{level} does not work on this machine")
     command = [*make_caller(who), "-c", CALLER, level, no_filter, STAYING]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:
-        lacks = caller.stdout.readline().strip()
+        lacks = read_lacks(caller, level, who)
         # Three processes of the program, and the judge.
         until = time.monotonic() + 30
         while len(inside := find_programs_of(caller.pid)) < 4 and time.monotonic() < until:
@@ -227,7 +238,7 @@ def test_nothing_stays_if_the_caller_dies_at_once(level: str, nothing_stays: Non
     for delay in (0, 5, 10, 20, 40, 80):
         command = [*make_caller("user"), "-c", CALLER, level, "", STAYING]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:
-            caller.stdout.readline()
+            read_lacks(caller, level, "user")
             time.sleep(delay / 1000)
             caller.kill()
 
