@@ -1,5 +1,7 @@
 """Variants of the reference programs, in the forms of responses: the verdict is plain exec's.
 
+Labelled responses with code too: the verdict is the label.
+
 Needs Linux with bubblewrap or user namespaces, and the shared HumanEval and MBPP. A few seconds;
 two minutes with the `full` one.
 """
@@ -12,6 +14,7 @@ import pytest
 
 from eval.grading import grade_responses
 from eval.tasks import BENCHMARKS
+from tests.support.grader_cases import find_strict_verdict, read_grader_cases
 from tests.support.program_variants import REWRITES, Variant, make_variants, run_plainly
 
 pytestmark = [
@@ -48,3 +51,22 @@ def test_all_variants(shared: Path, any_box: None) -> None:
     variants = make_variants(shared / "data")
     assert {variant.rewrite for variant in variants} == set(REWRITES)
     assert find_differences(variants) == []
+
+
+@pytest.mark.parametrize("benchmark", ["humaneval", "mbpp"])
+def test_labelled_responses(benchmark: str, shared: Path, any_box: None) -> None:
+    cases = read_grader_cases(benchmark)
+    assert len(cases) == {"humaneval": 7, "mbpp": 28}[benchmark]
+    read = BENCHMARKS[benchmark].read_problems(shared / "data", None)
+    problems = {problem.id: problem for problem in read}
+    graded = grade_responses(
+        BENCHMARKS[benchmark],
+        [problems[case["reference"]] for case in cases],
+        [case["output"] for case in cases],
+        ["strict"],
+    )
+    wrong = []
+    for case, grades in zip(cases, graded, strict=True):
+        if grades["strict"].passed != find_strict_verdict(case):
+            wrong.append((case["id"], case["why"], grades["strict"]))
+    assert wrong == []
