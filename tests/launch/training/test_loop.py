@@ -3,6 +3,7 @@
 Needs nothing; tensorboard and wandb are tried where they are installed. Takes 15 seconds.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -369,3 +370,33 @@ def test_each_trained_parameter_is_in_one_group_in_the_models_order(make_llama: 
     assert {p.shape for p in of_b.parameters} == {(16, 2)}
     assert {*map(id, others.parameters)} | {*map(id, of_b.parameters)} == {*map(id, trained)}
     assert len(others.parameters) + len(of_b.parameters) == len(trained)
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_next_step_goes_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tried, logged = [], []
+
+    @contextlib.contextmanager
+    def open_failing(*_: object) -> Iterator[Callable[[dict], None]]:
+        def log(step: dict) -> None:
+            tried.append(step["step"])
+            raise ValueError("no space")
+
+        yield log
+        raise OSError("not flushed")
+
+    @contextlib.contextmanager
+    def open_other(*_: object) -> Iterator[Callable[[dict], None]]:
+        yield lambda step: logged.append(step["step"])
+
+    monkeypatch.setattr(trackers, "_open_tensorboard", open_failing)
+    monkeypatch.setattr(trackers, "_open_wandb", open_other)
+    with trackers.open_trackers(recipe(tracking=["tensorboard", "wandb"]), tmp_path, 0) as log:
+        for step in (1, 2):
+            log({"step": step})
+    assert (tried, logged) == ([1], [1, 2])
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: tracking: tensorboard is left out from now on: ValueError('no space')",
+        "warning: tracking: tensorboard could not be closed: OSError('not flushed')",
+    ]
