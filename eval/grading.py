@@ -13,13 +13,14 @@ from eval.statistics import clustered_interval, pass_at_k
 from eval.tasks.base import GRADERS, Benchmark, Grader, Problem
 
 PASS_AT = (1, 10, 100)  # the k of pass@k
+NO_ANSWER = "no answer"  # reason of a response in which a grader finds none
 
 
 class Grade(NamedTuple):
     """What one grader says of one response."""
 
     passed: bool
-    reason: str = ""  # for a program: "passed", or why not
+    reason: str = ""  # for a program: "passed", or why not; for an answer: NO_ANSWER, or empty
     isolation: str = ""  # for a program: what it ran in, see eval.sandbox.check.Verdict
 
 
@@ -47,7 +48,13 @@ def grade_responses(
         yield from _grade_programs(benchmark, problems, outputs, graders, timeout, box)
         return
     for problem, output in zip(problems, outputs, strict=True):
-        yield {grader: Grade(benchmark.grade(output, problem, grader)) for grader in graders}
+        yield {grader: _grade_answer(benchmark, problem, output, grader) for grader in graders}
+
+
+def _grade_answer(benchmark: Benchmark, problem: Problem, output: str, grader: Grader) -> Grade:
+    passed = benchmark.grade(output, problem, grader)
+    has_answer = passed or benchmark.finds_answer(output, grader)
+    return Grade(passed, "" if has_answer else NO_ANSWER)
 
 
 def _grade_programs(
@@ -136,6 +143,9 @@ def match_problems(
 def summarise_grades(by_problem: Sequence[Sequence[Mapping[Grader, Grade]]]) -> dict:
     """Compute the score of one benchmark: the strict grader's, with `literature` in it.
 
+    Each has what `summarise_passes` returns and, above 0, `no_answer`: the responses in which the
+    grader finds no answer, which count as wrong.
+
     Args:
         by_problem: for each problem, the grades of each of its samples.
     """
@@ -143,6 +153,9 @@ def summarise_grades(by_problem: Sequence[Sequence[Mapping[Grader, Grade]]]) -> 
     for grader in GRADERS:
         passed = [[given[grader].passed for given in of_problem] for of_problem in by_problem]
         totals[grader] = summarise_passes(passed)
+        reasons = [given[grader].reason for of_problem in by_problem for given in of_problem]
+        if NO_ANSWER in reasons:
+            totals[grader]["no_answer"] = reasons.count(NO_ANSWER)
     return totals["strict"] | {"literature": totals["literature"]}
 
 

@@ -49,5 +49,6 @@ class Benchmark(NamedTuple):
     stops: tuple[str, ...]  # published strings that end a response to the published prompt
     max_new_tokens: int  # published
     grade: Callable[[str, Problem, Grader], bool] | None = None  # for answers
+    finds_answer: Callable[[str, Grader], bool] | None = None  # for answers, right or wrong
     extract_program: Callable[[str, Problem, Grader], str] | None = None  # for code
     group: str | None = None  # a name that stands for several benchmarks

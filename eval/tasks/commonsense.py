@@ -205,12 +205,16 @@ def grade_label(output: str, reference: str, name: str, grader: Grader = "strict
     word. So "untrue" is true, and answer11 is answer1. Of SIQA, ARC and OpenBookQA alike it knows
     answer1 to answer5.
     """
+    return _find_label(output, name, grader) == reference
+
+
+def _find_label(output: str, name: str, grader: Grader) -> str | None:
     labels = CHOICES[name].labels  # also those that this question does not offer
-    if grader == "literature":
-        published = _make_labels("answer", 5) if labels[0] == "answer1" else labels
-        match = re.search("|".join(published), output)
-        return match is not None and match.group() == reference
-    return read_label(output, labels) == reference
+    if grader == "strict":
+        return read_label(output, labels)
+    published = _make_labels("answer", 5) if labels[0] == "answer1" else labels
+    match = re.search("|".join(published), output)
+    return match.group() if match else None
 
 
 # LLM-Adapters' evaluation prompt: a space after "request.", and the indentation of its source file.
@@ -232,6 +236,7 @@ def _make_benchmark(name: str) -> Benchmark:
         stops=(),
         max_new_tokens=32,
         grade=lambda output, problem, grader: grade_label(output, problem.reference, name, grader),
+        finds_answer=lambda output, grader: _find_label(output, name, grader) is not None,
         group="commonsense",
     )
 

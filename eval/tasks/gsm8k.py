@@ -60,12 +60,23 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
     return answer is not None and are_equivalent(answer, reference, word_problem=True)
 
 
-def _grade_literature(output: str, reference: str) -> bool:
+def finds_answer(output: str, grader: Grader = "strict") -> bool:
+    """Return whether `output` gives an answer at all that `grader` can read. Never raises."""
+    find = _find_literature if grader == "literature" else read_answer
+    return find(output) is not None
+
+
+def _find_literature(output: str) -> str | None:
     _, marker, after = output.rpartition("The answer is: ")
     match = re.search(r"[\-+]?\d*[.,/]?\d+", after) if marker else None
-    if match is None or len(match.group()) > MAX_CHARACTERS:
+    return match.group() if match and len(match.group()) <= MAX_CHARACTERS else None
+
+
+def _grade_literature(output: str, reference: str) -> bool:
+    number = _find_literature(output)
+    if number is None:
         return False
-    top, slash, bottom = match.group().replace(",", "").partition("/")
+    top, slash, bottom = number.replace(",", "").partition("/")
     try:
         value = Fraction(int(top), int(bottom)) if slash and bottom != "0" else float(top)
         return float(round(float(value))) == float(reference.replace(",", ""))
@@ -89,5 +100,6 @@ BENCHMARKS = (
         stops=STOPS,
         max_new_tokens=1024,
         grade=lambda output, problem, grader: grade_answer(output, problem.reference, grader),
+        finds_answer=finds_answer,
     ),
 )

@@ -72,7 +72,7 @@ def find_last_box(output: str) -> str | None:
 def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool:
     r"""Return whether `output` gives LaTeX `reference` as its final answer.
 
-    Never raises, and ends within 10 s.
+    Never raises, and ends within 10 s of processor time.
 
     strict: the final answer that eval.answers.read finds, compared exactly by eval.equivalence; the
     rule is in docs/evaluation.md.
@@ -85,6 +85,13 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
         return _grade_literature(output, reference)
     answer = read_answer(output)
     return answer is not None and are_equivalent(answer, reference)
+
+
+def finds_answer(output: str, grader: Grader = "strict") -> bool:
+    """Return whether `output` gives an answer at all that `grader` can read. Never raises."""
+    if grader == "literature":
+        return "The answer is: " in output
+    return read_answer(output) is not None
 
 
 def _grade_literature(output: str, reference: str) -> bool:
@@ -128,6 +135,7 @@ def _make_benchmark(name: str) -> Benchmark:
         stops=STOPS,
         max_new_tokens=2048,
         grade=lambda output, problem, grader: grade_answer(output, problem.reference, grader),
+        finds_answer=finds_answer,
     )
 
 

@@ -39,6 +39,9 @@ class GraderScore(Record):
     # was that of the first responses alone.
     interval: tuple[float, float]
     pass_at: dict[str, float] | None = None  # k -> unbiased pass@k; only with several samples
+    # Responses in which this grader finds no answer; left out where there are none, for programs,
+    # and by earlier versions.
+    no_answer: int | None = None
 
 
 class Score(GraderScore):

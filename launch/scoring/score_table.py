@@ -1,4 +1,4 @@
-"""Render scores as a table; below it, prompts that were too long, and responses cut off."""
+"""Render scores as a table; below it, what is wrong with prompts and responses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,8 @@ def render_scores(scores: Mapping[str, Score]) -> str:
     """Render scores as a Markdown table, one row a benchmark, accuracies in percent.
 
     Where all eight commonsense benchmarks are there, a last row has their unweighted mean. Below
-    the table stand the problems whose prompts were too long, and the number of responses cut off.
+    the table stand the problems whose prompts were too long, and the numbers of responses without
+    an answer, and of those cut off.
     """
     lines = [
         "| suite | strict (%) | 95 % interval | literature (%) | n | prompt |",
@@ -42,6 +43,11 @@ def render_scores(scores: Mapping[str, Score]) -> str:
     for name, score in scores.items():
         if score.overlong:
             lines.append(f"\n{_describe_overlong(name, score.overlong)}")
+        if score.no_answer or score.literature.no_answer:
+            lines.append(
+                f"\n{name}: no answer found in {score.no_answer or 0} responses (strict) and "
+                f"{score.literature.no_answer or 0} (literature), which count as wrong"
+            )
         if score.truncated:
             lines.append(
                 f"\n{name}: {score.truncated} responses were cut off before their end, by the "

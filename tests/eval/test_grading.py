@@ -11,7 +11,14 @@ import pytest
 
 from eval import grading
 from eval.errors import EvalError
-from eval.grading import Grade, grade_responses, match_problems, summarise_passes
+from eval.grading import (
+    NO_ANSWER,
+    Grade,
+    grade_responses,
+    match_problems,
+    summarise_grades,
+    summarise_passes,
+)
 from eval.sandbox import check
 from eval.sandbox.box import Box
 from eval.sandbox.check import Job, Verdict
@@ -39,6 +46,32 @@ def test_answers_are_graded_by_both_graders() -> None:
         {"strict": Grade(True), "literature": Grade(False)},
         {"strict": Grade(False), "literature": Grade(False)},
     ]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "reference", "output", "strict", "literature"),
+    [
+        ("gsm8k", "18", "#### 18", True, None),
+        ("gsm8k", "18", "I do not know.", None, None),
+        ("gsm8k", "18", "The answer is: 7", False, False),
+        ("math", r"\frac{1}{2}", r"So $\boxed{\frac{1}{2}}$.", True, None),
+        ("math", "2", "The answer is: 3", False, False),
+        ("boolq", "true", "maybe", None, None),
+        ("boolq", "true", "It is untrue.", None, True),
+        ("boolq", "true", "false", False, False),
+    ],
+)
+def test_no_answer_is_told_from_a_wrong_one(
+    benchmark: str, reference: str, output: str, strict: bool | None, literature: bool | None
+) -> None:
+    problem = Problem(f"{benchmark}/0", "", reference)
+    (found,) = grade_responses(BENCHMARKS[benchmark], [problem], [output])
+    wanted = {"strict": strict, "literature": literature}
+    for grader, passed in wanted.items():
+        assert found[grader] == Grade(bool(passed), NO_ANSWER if passed is None else "")
+    summary = summarise_grades([[found], [found]])
+    for grader, of_grader in (("strict", summary), ("literature", summary["literature"])):
+        assert of_grader.get("no_answer") == (2 if wanted[grader] is None else None)
 
 
 def test_programs_are_run() -> None:

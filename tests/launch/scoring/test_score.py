@@ -427,6 +427,13 @@ def test_the_table_has_both_graders_and_the_mean_of_the_eight() -> None:
         "gsm8k: the prompts of 1 problems are too long for the model, so they have an empty "
         "response: gsm8k/7"
     )
+    unread = one.literature.model_copy(update={"no_answer": 3})
+    told = one.model_copy(update={"literature": unread, "truncated": 2})
+    assert render_scores({"gsm8k": told}).splitlines()[-3::2] == [
+        "gsm8k: no answer found in 0 responses (strict) and 3 (literature), which count as wrong",
+        "gsm8k: 2 responses were cut off before their end, by the limit of new tokens or of the "
+        "context",
+    ]
 
 
 def test_chat_prompts_are_tried_before_anything_is_trained() -> None:
