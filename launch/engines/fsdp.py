@@ -1,7 +1,7 @@
 """PyTorch FSDP2 (`fully_shard`): each decoder layer is a unit, and each rank reads only its rows."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
@@ -63,6 +63,13 @@ class FsdpEngine(TorchWeights):
         config = read_config(checked.folder, head=checked.head)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
             self.base = compat.choose_auto_class(config).from_config(config, dtype=dtype)
+        if self.base.can_generate():
+            # It may name end tokens that config.json lacks. `from_pretrained` reads it, and does
+            # without it where it is missing or broken; `from_config` does not.
+            with suppress(OSError):
+                self.base.generation_config = GenerationConfig.from_pretrained(
+                    checked.folder, local_files_only=True
+                )
         self.base.tie_weights()  # without storage each module was given a weight of its own
         compat.keep_in_fp32(self.base, dtype)
         # Parameters are found by module later: adapters will wrap modules and so change their
