@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from launch.config.loading import dump_recipe, find_difference, read_stored_recipe
-from launch.config.schema import Recipe
+from launch.config.schema import Eval, Recipe
 from launch.run.results import RESULTS
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json, write_text
@@ -22,12 +22,11 @@ EFFECTIVE_RANKS = Path("after") / "effective_rank.json"  # of launch/calibrate.p
 # have others too.
 OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")
 # Fields that may change when a run resumes: they change neither its losses nor its subspaces,
-# beyond rounding.
+# beyond rounding. Of `eval` see `_list_free`.
 FREE_TO_CHANGE = (
     *OF_COMPUTATION,
     "engine",
     "shard_within",
-    "eval",
     "data.prepared",  # the tokens themselves are compared
     "data.on_bad_row",
     "tracking",
@@ -42,7 +41,7 @@ FREE_TO_CHANGE = (
     "train.keep",
 )
 # Fields of `eval` that do not change the scores while training.
-FREE_IN_EVAL = ("suites", "samples", "batch_size", "baseline", "allow_unsandboxed")
+FREE_IN_EVAL = ("suites", "samples", "batch_size", "allow_unsandboxed")
 
 
 def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
@@ -90,12 +89,15 @@ def _list_free(stored: Recipe, recipe: Recipe, finished: bool) -> tuple[str, ...
     """List the fields and sections that may have changed."""
     if finished:
         return OF_COMPUTATION
-    if recipe.train.keep_best is None and not stored.eval.baseline:
-        return FREE_TO_CHANGE
-    # Scores of other settings are not to be compared with the best one so far, or with the base's.
-    of_base = ("samples", "baseline") if stored.eval.baseline else ()
-    free = [name for name in FREE_TO_CHANGE if name != "eval"]
-    return (*free, *(f"eval.{name}" for name in FREE_IN_EVAL if name not in of_base))
+    # Scores of other settings are not to be compared with the base's, or with the best one so far.
+    if stored.eval.baseline:
+        of_eval = [name for name in FREE_IN_EVAL if name != "samples"]
+    elif recipe.train.keep_best is not None:
+        of_eval = list(FREE_IN_EVAL)
+    else:
+        # The base is scored before training alone.
+        of_eval = [name for name in Eval.model_fields if name != "baseline"]
+    return (*FREE_TO_CHANGE, *(f"eval.{name}" for name in of_eval))
 
 
 def write_state(

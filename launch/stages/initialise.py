@@ -1,5 +1,6 @@
 """Load the base with its adapters, and set their values: from a calibration or a checkpoint."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from launch.calibration.run import (
     obtain_calibration,
 )
 from launch.calibration.store import read_seconds
+from launch.config.schema import Eval
 from launch.data.batches import make_model_inputs
 from launch.engines import make_engine
 from launch.run.folder import BASELINE
@@ -164,6 +166,30 @@ def restore_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
     read_initial = make_initial_reader(run.saved, loaded.engine.device)
     initialise_layers(loaded.lora_layers, read_initial, loaded.engine)
     facts = RunFacts.model_validate(run.saved.facts)
+    unscored = describe_unscored_base(run.recipe.eval, run.problems, facts.baseline)
+    if unscored is not None:
+        print_rank0(unscored)
     if run.decided == facts.decided:
         return facts
     return facts.model_copy(update={"decided": run.decided})
+
+
+def describe_unscored_base(
+    settings: Eval, benchmarks: Collection[str], baseline: Collection[str]
+) -> str | None:
+    """Name the benchmarks that a resumed run was given too late to score the base on them.
+
+    Args:
+        benchmarks: to be scored after training.
+        baseline: on which the base was scored before training.
+
+    Returns:
+        None if there are none, or the base is not to be scored.
+    """
+    missing = [name for name in benchmarks if name not in baseline]
+    if not (settings.baseline and missing):
+        return None
+    return (
+        f"eval.baseline: the base is not scored on {', '.join(missing)}, which eval.suites did not "
+        "have before training"
+    )

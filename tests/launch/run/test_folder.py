@@ -36,6 +36,15 @@ def test_scores_of_other_settings_do_not_choose_the_best_step(tmp_path: Path) ->
         open_once(tmp_path / "best", [*best, "eval.every=5"])
 
 
+def test_a_base_that_was_not_scored_before_training_is_not_asked_for_later(tmp_path: Path) -> None:
+    every = ["data.held_out=8", "eval.every=10", "train.keep_best=held_out"]
+    for name, settings in (("free", []), ("best", every)):
+        open_once(tmp_path / name, settings)
+        with pytest.raises(UserError, match=r"with another eval\.baseline \(false, now true\)"):
+            open_once(tmp_path / name, [*settings, "eval.baseline=true"])
+        assert not open_once(tmp_path / name, [*settings, "eval.suites=[humaneval]"])
+
+
 def test_the_bases_scores_keep_their_settings(tmp_path: Path) -> None:
     scored = ["eval.baseline=true", "eval.suites=[gsm8k]"]
     open_once(tmp_path / "run", scored)
