@@ -17,6 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from astra.moments import Batch
 from launch.runtime import compat
@@ -88,10 +89,15 @@ class AnswerLoss(nn.Module):
             logits = self.model(**inputs).logits.flatten(0, 1)
             return _sum_cross_entropy(logits[loss_indices], targets)
         if self.in_chunks:
+            cpu_state, device_states = torch.get_rng_state(), get_device_states(input_ids)
             loss = self._compute_in_chunks(base, head, loss_indices, targets, inputs)
             if loss is not None:
                 return loss
             self.in_chunks = False
+            # A launch finds this out in its first pass. Dropout is to be as without that pass, so
+            # that a resumed run equals the undisturbed one.
+            torch.set_rng_state(cpu_state)
+            set_device_states(*device_states, device_type=input_ids.device.type)
         own_forward = head.forward
 
         def selected_logits(hidden: Tensor) -> Tensor:
