@@ -8,7 +8,7 @@ from launch.config.schema import EVAL_OPTIONS, Recipe
 from launch.run.folder import BASELINE, RECIPE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
-from launch.training.model_card import VLLM_DEFAULTS, find_vllm_rank, list_exports
+from launch.training.model_card import find_vllm_rank, list_exports, list_vllm_options
 
 PAGE = "page.html"  # of launch/report.py, in the run folder
 
@@ -109,12 +109,13 @@ def make_page_command(folders: Sequence[Path], path: Path) -> str:
 
 def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]) -> str | None:
     """Return vLLM's command for what was exported; None where it cannot serve that."""
+    options = list_vllm_options(results)
     for name in ("merged", "model"):
         if name in exports:
-            return shlex.join(["vllm", "serve", str((folder / name).resolve()), *VLLM_DEFAULTS])
+            return shlex.join(["vllm", "serve", str((folder / name).resolve()), *options])
     rank = find_vllm_rank(results.lora_rank) if "lora" in exports else None
     if rank is None:
         return None
-    words = ["vllm", "serve", results.base.name, *VLLM_DEFAULTS, "--enable-lora"]
+    words = ["vllm", "serve", results.base.name, *options, "--enable-lora"]
     words += ["--max-lora-rank", str(rank)]
     return shlex.join([*words, "--lora-modules", f"tuned={(folder / 'lora').resolve()}"])

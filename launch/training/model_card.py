@@ -24,9 +24,6 @@ CONTENTS = {
     "merged": "the whole model with the adapter merged into it: it needs no base",
 }
 ON_RESIDUAL = "the trained factors, valid ONLY on the residual base `W_res = W - s B0 A0`"
-# Without it the defaults of requests are those of the model's generation_config.json.
-# Source: vllm-project/vllm, vllm/config/model.py, ModelConfig.get_diff_sampling_param.
-VLLM_DEFAULTS = ("--generation-config", "vllm")
 # What --max-lora-rank may be. Source: vllm-project/vllm, vllm/config/lora.py, MaxLoRARanks.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -139,12 +136,15 @@ def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
         "small_figures": _render_small(results),
     }
     table = "\n".join(f"| `{name}/` | {texts[name].format(**values)} |" for name in exports)
-    loaded = "model" if "model" in exports else base
-    kind, options = "AutoModelForCausalLM", ""
+    loaded, options = "model", ""
+    if "model" not in exports:
+        # By default transformers takes the dtype of the base's files; the scores are of this one.
+        loaded, options = base, f', dtype="{results.dtype}"'
+    kind = "AutoModelForCausalLM"
     if results.task is not None:
         kind = "AutoModelForSequenceClassification"
         if "model" not in exports:
-            options = f", num_labels={max(1, len(results.task.labels))}"
+            options += f", num_labels={max(1, len(results.task.labels))}"
             if results.task.pad_token is not None:
                 options += f", pad_token_id={results.task.pad_token}"
     code = [
@@ -184,12 +184,21 @@ def find_vllm_rank(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
+def list_vllm_options(results: RunResults) -> list[str]:
+    """Return the options of `vllm serve` with which it computes as a run was scored.
+
+    Without them the defaults of requests are those of the model's generation_config.json, and the
+    dtype follows from that of the base's files; fp32 is rounded to 16 bits. Source:
+    vllm-project/vllm, vllm/config/model.py, get_diff_sampling_param and _get_and_verify_dtype.
+    """
+    return ["--generation-config", "vllm", "--dtype", results.dtype]
+
+
 def render_commands(exports: list[str], base: str, results: RunResults) -> str:
     """Show how to serve what was exported, convert it and upload it; paths are in the run folder."""
     loras = {"lora": results.lora_rank}
     if results.small is not None:
         loras["lora_small"] = results.small.rank
-    defaults = shlex.join(VLLM_DEFAULTS)
     lines = []
     if results.task is not None:  # servers of text have no use for it
         return f"""Upload it, from this folder:
@@ -197,16 +206,17 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
 ```bash
 hf upload USER/NAME {exports[0]} .
 ```"""
+    options = shlex.join(list_vllm_options(results))
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
             lines.append(
-                f"vllm serve {shlex.quote(base)} {defaults} --enable-lora "
+                f"vllm serve {shlex.quote(base)} {options} --enable-lora "
                 f"--max-lora-rank {limit} --lora-modules tuned={name}"
             )
     for name in ("model", "merged"):
         if name in exports:
-            lines.append(f"vllm serve ./{name} {defaults}")
+            lines.append(f"vllm serve ./{name} {options}")
     if "lora" in exports:
         lines.append(
             f"python convert_lora_to_gguf.py --base {shlex.quote(base)} --outfile lora.gguf lora"

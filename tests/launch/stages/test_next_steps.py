@@ -60,8 +60,8 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
     assert steps["score"][:3] == ["deepspeed", "--num_gpus", "2"]  # the run's ranks
     # 20 is no --max-lora-rank of vLLM; 32 is the next.
     served = (
-        "vllm serve /models/my base --generation-config vllm --enable-lora --max-lora-rank 32 "
-        f"--lora-modules tuned={folder}/lora"
+        "vllm serve /models/my base --generation-config vllm --dtype float32 --enable-lora "
+        f"--max-lora-rank 32 --lora-modules tuned={folder}/lora"
     )
     assert " ".join(steps["serve"]) == served
 
@@ -117,7 +117,7 @@ def test_other_exports_have_commands_of_their_own(
         assert str(folder / "model") in steps["score"] and "--adapter" not in steps["score"]
     else:
         assert steps["score"][steps["score"].index("--adapter") + 1] == str(folder / adapter)
-    neutral = ["--generation-config", "vllm"]
+    neutral = ["--generation-config", "vllm", "--dtype", "float32"]
     assert steps.get("serve") == (served and ["vllm", "serve", str(folder / served), *neutral])
 
 

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from launch.config.loading import read_recipe
 from launch.config.schema import Export
 from launch.run.results import RunResults, SmallExport
 from launch.stages.export import remove_unwanted
-from launch.training.model_card import find_vllm_rank, list_exports, render_commands
+from launch.training.model_card import (
+    find_vllm_rank,
+    list_exports,
+    render_commands,
+    render_model_card,
+)
+from tests.support import sweeps
 
 
 @pytest.mark.parametrize(
@@ -19,14 +26,14 @@ def test_the_rank_that_vllm_is_told_is_one_that_it_accepts(rank: int, limit: int
 
 
 def make_results(lora_rank: int | None, small: SmallExport | None = None) -> RunResults:
-    return RunResults.model_construct(lora_rank=lora_rank, small=small)
+    return RunResults.model_construct(lora_rank=lora_rank, small=small, dtype="bfloat16", task=None)
 
 
 def test_a_base_whose_path_has_a_space_is_quoted() -> None:
     text = render_commands(["lora", "adapter"], "/my models/base", make_results(24))
     assert (
-        "vllm serve '/my models/base' --generation-config vllm --enable-lora --max-lora-rank 32 "
-        "--lora-modules tuned=lora\n" in text
+        "vllm serve '/my models/base' --generation-config vllm --dtype bfloat16 --enable-lora "
+        "--max-lora-rank 32 --lora-modules tuned=lora\n" in text
     )
     assert "convert_lora_to_gguf.py --base '/my models/base' --outfile lora.gguf lora" in text
     assert "hf upload USER/NAME lora ." in text
@@ -39,9 +46,20 @@ def test_what_vllm_cannot_serve_has_no_command() -> None:
     assert "--max-lora-rank 128 --lora-modules tuned=lora_small" in text
     text = render_commands(["adapter", "merged"], "base", make_results(None))  # dora
     assert "--enable-lora" not in text
-    assert "vllm serve ./merged --generation-config vllm\n" in text
+    assert "vllm serve ./merged --generation-config vllm --dtype bfloat16\n" in text
     assert "convert_lora_to_gguf" not in text
     assert "hf upload USER/NAME adapter ." in text
+
+
+def test_an_adapters_base_is_loaded_in_the_dtype_of_the_run(tmp_path: Path) -> None:
+    """By default transformers takes that of the base's files. A whole model's config names its own."""
+    values = sweeps.make_results(0.5, lora_rank=20, dtype="bfloat16")
+    recipe = read_recipe("codefeedback", ["model.name=base"])
+    for export, loaded in (("lora", '"base", dtype="bfloat16")'), ("model", '"model")')):
+        folder = tmp_path / export
+        (folder / export).mkdir(parents=True)
+        card = render_model_card(folder, recipe, RunResults.model_validate(values))
+        assert f"AutoModelForCausalLM.from_pretrained({loaded}\n" in card
 
 
 def test_what_the_recipe_no_longer_asks_for_is_removed_and_not_listed(tmp_path: Path) -> None:
