@@ -73,6 +73,8 @@ class CheckedModel:
     num_embeddings: int  # rows of the input embedding: token ids are below it
     head: Head | None = None  # that the run puts on the base; None for a causal language model
     unused: tuple[str, ...] = ()  # tensors in the files that are another head's
+    # In which the files hold parameters, in the words of safetensors.
+    dtypes: frozenset[str] = frozenset()
 
     def get_head(self) -> tuple[str, ...]:
         """Return the names of the new head's parameters; empty without one."""
@@ -111,9 +113,11 @@ def check_model(
     tensors = weights.read_headers(field)
     model = make_meta_model(config, field)
     new_head = None if has_head else head
-    new_weights, unused = _check_loading(model, weights, tensors, new_weights, new_head, field)
+    new_weights, unused, dtypes = _check_loading(
+        model, weights, tensors, new_weights, new_head, field
+    )
     num_rows = get_num_rows(model)
-    return CheckedModel(folder, weights.files, new_weights, num_rows, head, unused)
+    return CheckedModel(folder, weights.files, new_weights, num_rows, head, unused, dtypes)
 
 
 def read_config(
@@ -236,14 +240,15 @@ def _check_loading(
     new_weights: Sequence[str],
     head: Head | None,
     field: str,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
     """Raise UserError if loading `tensors` into `model` would leave anything over or unset.
 
     Returns:
-        The parameters that the run draws, and the tensors of other heads, which are not used.
+        The parameters that the run draws; the tensors of other heads, which are not used; and the
+        dtypes of the parameters that are.
     """
     steps = compat.plan_reading(model, tensors)
-    _check_dtypes(steps, tensors, field)
+    dtypes = _read_dtypes(steps, tensors, field)
     forms = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in TORCH_DTYPES:
@@ -285,7 +290,7 @@ def _check_loading(
     except UserError as error:
         raise UserError(f"{field}: {error}; copy or download the model again") from None
     _check_ties(model, steps, tensors, field)
-    return tuple(new_weights), unused
+    return tuple(new_weights), unused, dtypes
 
 
 def _require_new_head(model: PreTrainedModel, missing: Collection[str], field: str) -> None:
@@ -298,10 +303,11 @@ def _require_new_head(model: PreTrainedModel, missing: Collection[str], field: s
             )
 
 
-def _check_dtypes(
+def _read_dtypes(
     steps: Sequence[compat.ReadingStep], tensors: Mapping[str, StoredTensor], field: str
-) -> None:
-    """Raise UserError if a parameter is stored in a quantised form."""
+) -> frozenset[str]:
+    """Return the dtypes of the parameters. Raises UserError if one is stored in a quantised form."""
+    dtypes = set()
     for step in steps:
         if not step.is_parameter:
             continue
@@ -311,6 +317,8 @@ def _check_dtypes(
                     f"{field}: {key} is stored as {tensors[key].dtype}, a quantised form, which is "
                     "not supported; give its weights in bfloat16, float16 or float32"
                 )
+            dtypes.add(tensors[key].dtype)
+    return frozenset(dtypes)
 
 
 def _describe_missing(missing: Collection[str], unexpected: Collection[str], field: str) -> str:

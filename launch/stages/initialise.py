@@ -16,8 +16,9 @@ from launch.calibration.run import (
     obtain_calibration,
 )
 from launch.calibration.store import read_seconds
-from launch.config.schema import Eval
+from launch.config.schema import Eval, Recipe
 from launch.data.batches import make_model_inputs
+from launch.data.inputs import Inputs
 from launch.engines import make_engine
 from launch.run.folder import BASELINE
 from launch.run.results import RunFacts, Score, describe_source
@@ -74,6 +75,9 @@ def _allocate_lora_ranks(run: PreparedRun, device: torch.device) -> dict[str, in
 
 def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
     """Calibrate and measure the untouched base, then set A0, B0 and W_res. Collective."""
+    rounded_start = describe_rounded_start(run.recipe, run.inputs)
+    if rounded_start is not None:
+        print_rank0(rounded_start)
     loaded.engine.materialize(loaded.model)
     draw_new_weights(loaded.base, run.inputs.model, run.recipe.train.seed, loaded.engine)
     measured = _measure_base(run, loaded)
@@ -102,6 +106,22 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         residual_rounding=rounding,
         baseline=measured.baseline,
         before=measured.before,
+    )
+
+
+def describe_rounded_start(recipe: Recipe, inputs: Inputs) -> str | None:
+    """Say where full fine-tuning starts from rounded weights; None where it does not.
+
+    DeepSpeed makes the fp32 weights that AdamW steps from the model, which it holds in bfloat16.
+    The other engines make them from the files.
+    """
+    is_full = recipe.adapter.method_record.trains_all and recipe.engine.startswith("zero")
+    more_exact = sorted(inputs.model.dtypes - {"BF16"})
+    if not (is_full and inputs.dtype == torch.bfloat16 and more_exact):
+        return None
+    return (
+        f"engine: {recipe.engine} begins with the weights rounded to bfloat16, though the files hold "
+        f"{', '.join(more_exact)}; single and fsdp begin with the files' own"
     )
 
 

@@ -98,6 +98,7 @@ def test_a_whole_model_passes(name: str, models: Callable[[str], Path]) -> None:
     checked = check_model(folder)
     assert (checked.folder, checked.files) == (folder, (folder / WHOLE,))
     assert (checked.new_weights, checked.num_embeddings) == ((), VOCABULARY)
+    assert checked.dtypes == {"F32"}
 
 
 def test_files_that_the_index_does_not_name_are_not_read(copy: Callable) -> None:
