@@ -512,26 +512,38 @@ def list_stacked_numbers(step: ReadingStep) -> list[list[int]]:
     return stacked
 
 
-def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give those parameters and buffers of `model` fp32 that transformers keeps in it.
+def list_kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Return the names of the parameters and buffers that transformers keeps in fp32.
 
     `from_pretrained` does, `from_config` does not. No upstream report found (2026-11).
+
+    Args:
+        dtype: of the others.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    kept, _, _ = build_glob_alternation(list(plan))
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, _ in (*parameters, *model.named_buffers(remove_duplicate=False))]
+    return {name for name in names if kept.search(name)}
+
+
+def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give those parameters and buffers of `model` fp32 that transformers keeps in it.
 
     Args:
         model: its parameters have no storage yet.
         dtype: of the others.
     """
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
-    kept, _, _ = build_glob_alternation(list(plan))
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if kept.search(f"{prefix}.{name}"):
-                parameter.data = parameter.data.float()
-        for name, buffer in module.named_buffers(recurse=False):
-            if kept.search(f"{prefix}.{name}") and buffer.is_floating_point():
-                module._buffers[name] = buffer.float()
+    for name in list_kept_in_fp32(model, dtype):
+        prefix, _, attribute = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        value = getattr(module, attribute)
+        if isinstance(value, nn.Parameter):
+            value.data = value.data.float()
+        elif value.is_floating_point():
+            module._buffers[attribute] = value.float()
 
 
 def draw_parameter(model: PreTrainedModel, name: str, seed: int) -> Tensor:

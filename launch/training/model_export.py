@@ -41,7 +41,7 @@ def save_model(
     inputs: Inputs,
     rehearsal: bool = False,
 ) -> None:
-    """Write the whole trained model, in the recipe's dtype. Collective.
+    """Write the whole trained model, in the recipe's dtype (see `describe_weights`). Collective.
 
     Args:
         rehearsal: see `write_weights`.
@@ -54,12 +54,14 @@ def save_model(
 def describe_weights(model: PreTrainedModel, dtype: torch.dtype) -> Description:
     """Describe what a model's files hold: its parameters in `dtype`, and its persistent buffers.
 
-    A tied weight is there under its first name only.
+    What transformers keeps in fp32, whatever the dtype that it loads, is in fp32. A tied weight is
+    there under its first name only.
     """
-    weights = {}
+    weights, in_fp32 = {}, compat.list_kept_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
         shape = compat.get_full_shape(parameter)
-        weights[name] = torch.empty(shape, dtype=dtype, device="meta")
+        own = torch.float32 if name in in_fp32 else dtype
+        weights[name] = torch.empty(shape, dtype=own, device="meta")
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in persistent:

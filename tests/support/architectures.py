@@ -84,6 +84,13 @@ def _configure_deepseek_v3() -> PretrainedConfig:
     )
 
 
+def configure_ernie() -> PretrainedConfig:
+    """Return the config of a model of which transformers keeps some parameters in fp32."""
+    return transformers.Ernie4_5_MoeConfig(
+        **TEXT, moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=0
+    )
+
+
 def _configure_falcon_h1() -> PretrainedConfig:
     return transformers.FalconH1Config(
         **TEXT,

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from eval.generation.decoding import find_end_tokens
 from launch.engines import make_engine
 from launch.models.check import check_model
+from tests.support.architectures import configure_ernie, make_model
 from tests.support.generation import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -43,3 +44,18 @@ def test_the_end_tokens_are_those_of_the_other_engines(
         for name in ("single", "fsdp"):
             loaded = make_engine(name, CPU, torch.float32).load_model(check_model(tmp_path))
             assert find_end_tokens(loaded, make_tokenizer()) == expected, name
+
+
+def test_the_dtypes_are_those_of_the_other_engines(tmp_path: Path) -> None:
+    """Of some parameters (Ernie) and buffers (DeepSeek-V3) transformers keeps fp32."""
+    ernie = AutoModelForCausalLM.from_config(configure_ernie())
+    for model in (ernie, make_model("deepseek_v3")):
+        folder = tmp_path / model.config.model_type
+        model.save_pretrained(folder)
+        single, fsdp = (
+            make_engine(name, CPU, torch.bfloat16).load_model(check_model(folder)).state_dict()
+            for name in ("single", "fsdp")
+        )
+        dtypes = {name: value.dtype for name, value in single.items()}
+        assert {name: value.dtype for name, value in fsdp.items()} == dtypes
+        assert set(dtypes.values()) == {torch.bfloat16, torch.float32}

@@ -21,7 +21,7 @@ from launch.runtime.errors import UserError, is_rank0_error
 from launch.training import model_export
 from launch.training.model_export import describe_weights, plan_layers, save_model, write_config
 from launch.training.shards import INDEX, write_shards
-from tests.support.architectures import make_model
+from tests.support.architectures import configure_ernie, make_model
 
 IDS = torch.arange(3, 40)[None]
 
@@ -71,6 +71,20 @@ def test_an_export_has_the_names_of_the_base_and_the_trained_values(
     with torch.no_grad():
         assert torch.equal(load(export)(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert not torch.equal(load(base)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_what_transformers_keeps_in_fp32_is_not_rounded(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(configure_ernie())
+    model.save_pretrained(tmp_path / "base")
+    inputs = SimpleNamespace(model_path=tmp_path / "base", dtype=torch.bfloat16, head=None)
+    save_model(tmp_path / "model", model, TorchWeights(), inputs)
+    loaded = load(tmp_path / "model")
+    dtypes = set()
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).to(parameter.dtype)), name
+        dtypes.add(parameter.dtype)
+    assert dtypes == {torch.bfloat16, torch.float32}
 
 
 def test_layers_are_converted_one_by_one_where_that_gives_the_same() -> None:
