@@ -1,6 +1,8 @@
 """Engines hold a model, whole or sharded over ranks. The project sees only engines.base.Engine.
 
-A new engine is one file here and one line in `make_engine`.
+A new engine is a file here and a case in `make_engine`. Its name goes into `Recipe.engine`, into
+the choices of launch/evaluate.py if it can score, and into launch/planning, which counts its memory,
+bytes and time.
 """
 
 import torch
