@@ -29,7 +29,9 @@ from astra.weights import Weights
 
 ADAPTER = "default"  # PEFT's name for a model's only adapter
 PREFIX = "base_model.model."  # of module names in PEFT's files
-TENSORS = "adapter_model.safetensors"  # PEFT's name for the file of factors
+# PEFT's names for the files of an adapter. Of the values it takes the first file that is there.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Factors(NamedTuple):
@@ -271,13 +273,13 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.contiguous()
     for name, value in (head or {}).items():
         tensors[f"{PREFIX}{name}"] = value.contiguous()
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Factors], float]:
     """Return the factors that save_adapter wrote to `folder`, and their scaling s."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / TENSORS)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    tensors = load_file(folder / ADAPTER_WEIGHTS[0])
     factors = {}
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):

@@ -32,11 +32,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from astra.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from astra.errors import AstraError
 from astra.weights import Weights
 
-CONFIG = "adapter_config.json"  # PEFT's names for the files of an adapter
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT takes the first that is there
 TASKS = (None, "CAUSAL_LM")
 
 # Fields of LoraConfig that mean the same on whole and on sharded weights, with what only some
@@ -123,8 +122,8 @@ def read_saved_adapter(folder: Path, empty: nn.Module, sharded: bool) -> SavedAd
             has one that the model with this config has not, or lacks one.
     """
     config, unknown = _read_config(folder, sharded)
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise AstraError(f"{folder} has no {WEIGHTS[0]}", "adapter")
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise AstraError(f"{folder} has no {ADAPTER_WEIGHTS[0]}", "adapter")
     # PEFT renames and converts the file's keys. With plain factors instead of the initialisation's
     # nothing is computed, and the names stay the same.
     config.init_lora_weights = True
@@ -146,7 +145,7 @@ def _read_config(folder: Path, sharded: bool) -> tuple[LoraConfig, tuple[str, ..
 
     Raises AstraError.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kind = raw["peft_type"]
@@ -250,7 +249,7 @@ def _check_names(
     for what, names in (("has", unexpected), ("lacks", missing)):
         if names:
             raise AstraError(
-                f"{folder} does not fit the model and its {CONFIG}: it {what} {sorted(names)[0]}",
+                f"{folder} does not fit the model and its {ADAPTER_CONFIG}: it {what} {sorted(names)[0]}",
                 "adapter",
             )
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from astra.adapter import ADAPTER_CONFIG
 from launch.models.head import (
     Head,
     find_head_names,
@@ -104,9 +105,9 @@ def check_model(
         UserError: whatever would make a run train something else than the files hold.
     """
     config = read_config(folder, field, head)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{field}: {folder} also holds an adapter (adapter_config.json), which transformers "
+            f"{field}: {folder} also holds an adapter ({ADAPTER_CONFIG}), which transformers "
             "would load with the model; move it to a folder of its own"
         )
     weights = find_weight_files(folder, config, field)

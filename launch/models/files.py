@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from astra.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, read_blob_name
 
@@ -32,7 +33,6 @@ TOKENIZER_FILES = [
     "tekken.json",
     "*.model",
 ]
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # an adapter's values in PEFT
 NO_FOLDER_REMEDY = "correct the path, or give a hub id"
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
@@ -142,9 +142,9 @@ def hash_adapter(folder: Path) -> str:
     versions; launch.models.identity hashes the config of all of them. PEFT reads the .bin file only
     where there is no other.
     """
-    paths = [path for name in ADAPTER_FILES if (path := folder / name).is_file()][:1]
+    paths = [path for name in ADAPTER_WEIGHTS if (path := folder / name).is_file()][:1]
     if not (folder / "base.json").is_file():
-        paths.append(folder / "adapter_config.json")
+        paths.append(folder / ADAPTER_CONFIG)
     return hash_files(paths)
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from astra.adapter import ADAPTER_CONFIG
 from launch.models.files import TOKENIZER_FILES, hash_files
 from launch.runtime.files import hash_file
 
@@ -35,7 +36,7 @@ def hash_config(folder: Path) -> str:
 
 def hash_adapter_config(folder: Path) -> str:
     """Return the SHA-256 of an adapter_config.json, normalised and without ADAPTER_NOTES."""
-    return _hash_json(folder / "adapter_config.json", ADAPTER_NOTES)
+    return _hash_json(folder / ADAPTER_CONFIG, ADAPTER_NOTES)
 
 
 def hash_tokenizer_files(folder: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import Tensor
 
-from astra.adapter import Factors, save_adapter
+from astra.adapter import ADAPTER_CONFIG, Factors, save_adapter
 from astra.plain_lora import get_scaling, save_plain_lora, to_plain_lora
 from launch.runtime.files import write_json
 
@@ -79,7 +79,7 @@ def read_plain_rank(run: Path) -> int | None:
 
     Those that earlier versions wrote may have modules of other ranks; it is then the largest.
     """
-    path = run / "lora" / "adapter_config.json"
+    path = run / "lora" / ADAPTER_CONFIG
     if not path.is_file():
         return None
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from astra.adapter import ADAPTER_CONFIG
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.models.check import read_config
@@ -29,8 +30,6 @@ from launch.runtime.distributed import run_on_rank0
 from launch.runtime.files import write_json
 from launch.training.shards import write_shards
 
-# Not copied: with it in a model's folder transformers looks for an adapter there.
-ADAPTER_CONFIG = "adapter_config.json"
 Description = dict[str, Tensor]  # name -> meta tensor of the weight's shape and dtype
 
 
@@ -180,6 +179,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
     for pattern in (*FILES, "additional_chat_templates/*.jinja"):
         for path in base.glob(pattern):
             is_weights = ".safetensors" in path.name or path.name.endswith(".index.json")
+            # With ADAPTER_CONFIG in a model's folder transformers looks for an adapter there.
             if is_weights or path.name == ADAPTER_CONFIG:
                 continue
             target = folder / path.relative_to(base)
