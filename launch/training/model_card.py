@@ -138,8 +138,10 @@ def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
     table = "\n".join(f"| `{name}/` | {texts[name].format(**values)} |" for name in exports)
     loaded, options = "model", ""
     if "model" not in exports:
-        # By default transformers takes the dtype of the base's files; the scores are of this one.
-        loaded, options = base, f', dtype="{results.dtype}"'
+        # By default transformers takes the dtype of the base's files; the scores are of this one. A new
+        # head is fp32 on any base, and PEFT gives it the dtype of the base.
+        dtype = results.dtype if results.task is None else "float32"
+        loaded, options = base, f', dtype="{dtype}"'
     kind = "AutoModelForCausalLM"
     if results.task is not None:
         kind = "AutoModelForSequenceClassification"
