@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from astra.adapter import PREFIX, TENSORS, load_adapter
+from astra.adapter import ADAPTER_WEIGHTS, PREFIX, load_adapter
 from astra.targets import find_targets
 from launch.calibration.batches import list_examples
 from launch.calibration.report import group_by_kind, list_layers, place_module
@@ -207,7 +207,7 @@ def _merge_adapter(base: nn.Module, folder: Path, engine: Engine) -> None:
     Where the adapter has DoRA's magnitudes, the rows of the sum are scaled to them.
     """
     factors, scaling = load_adapter(folder)
-    tensors = load_file(folder / TENSORS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS[0])
     for name, (a, b) in factors.items():
         parameter = base.get_submodule(name).weight
         weight = engine.read(parameter)
