@@ -78,8 +78,7 @@ def make_score_command(
     engine = "zero3" if results.engine.startswith("zero3") else results.engine  # not offloaded
     if engine in ("zero3", "fsdp"):
         words += ["--engine", engine]
-    if recipe.model.dtype != "auto":
-        words += ["--dtype", recipe.model.dtype]
+    words += ["--dtype", results.dtype]  # "auto" may be another on the machine that scores
     settings = recipe.eval
     if recipe.data.is_chat and settings.prompt == "recipe":  # has no suites
         chat = {"prompt": "chat", "chat_template": recipe.data.chat_template}
@@ -109,13 +108,14 @@ def make_page_command(folders: Sequence[Path], path: Path) -> str:
 
 def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]) -> str | None:
     """Return vLLM's command for what was exported; None where it cannot serve that."""
-    options = list_vllm_options(results)
     for name in ("merged", "model"):
         if name in exports:
+            options = list_vllm_options(results, lora=False)
             return shlex.join(["vllm", "serve", str((folder / name).resolve()), *options])
     rank = find_vllm_rank(results.lora_rank) if "lora" in exports else None
     if rank is None:
         return None
+    options = list_vllm_options(results, lora=True)
     words = ["vllm", "serve", results.base.name, *options, "--enable-lora"]
     words += ["--max-lora-rank", str(rank)]
     return shlex.join([*words, "--lora-modules", f"tuned={(folder / 'lora').resolve()}"])

@@ -186,14 +186,19 @@ def find_vllm_rank(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
-def list_vllm_options(results: RunResults) -> list[str]:
+def list_vllm_options(results: RunResults, lora: bool) -> list[str]:
     """Return the options of `vllm serve` with which it computes as a run was scored.
 
     Without them the defaults of requests are those of the model's generation_config.json, and the
-    dtype follows from that of the base's files; fp32 is rounded to 16 bits. Source:
-    vllm-project/vllm, vllm/config/model.py, get_diff_sampling_param and _get_and_verify_dtype.
+    dtype follows from that of the base's files; fp32 is rounded to 16 bits. Sources:
+    vllm-project/vllm, vllm/config/model.py, get_diff_sampling_param and _get_and_verify_dtype;
+    vllm/lora/ops/triton_ops/lora_shrink_op.py, which takes 16 bits alone.
+
+    Args:
+        lora: an adapter is served. After a run in fp32 that is in bf16; `merged/` is served in fp32.
     """
-    return ["--generation-config", "vllm", "--dtype", results.dtype]
+    dtype = "bfloat16" if lora and results.dtype == "float32" else results.dtype
+    return ["--generation-config", "vllm", "--dtype", dtype]
 
 
 def render_commands(exports: list[str], base: str, results: RunResults) -> str:
@@ -208,7 +213,7 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
 ```bash
 hf upload USER/NAME {exports[0]} .
 ```"""
-    options = shlex.join(list_vllm_options(results))
+    options = shlex.join(list_vllm_options(results, lora=True))
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
@@ -216,6 +221,7 @@ hf upload USER/NAME {exports[0]} .
                 f"vllm serve {shlex.quote(base)} {options} --enable-lora "
                 f"--max-lora-rank {limit} --lora-modules tuned={name}"
             )
+    options = shlex.join(list_vllm_options(results, lora=False))
     for name in ("model", "merged"):
         if name in exports:
             lines.append(f"vllm serve ./{name} {options}")

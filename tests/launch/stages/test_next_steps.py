@@ -56,11 +56,11 @@ def test_an_adapter_is_scored_as_its_run_was_and_served(tmp_path: Path) -> None:
     score = " ".join(steps["score"])
     assert f"--model /models/my base --adapter {folder / 'lora'} --engine zero3" in score
     assert "--suite gsm8k --data-dir /my data --limit 7 --max-new-tokens 24" in score
-    assert "--dtype" not in score  # the run's was auto
+    assert "--dtype float32" in score  # what the run's auto became
     assert steps["score"][:3] == ["deepspeed", "--num_gpus", "2"]  # the run's ranks
     # 20 is no --max-lora-rank of vLLM; 32 is the next.
     served = (
-        "vllm serve /models/my base --generation-config vllm --dtype float32 --enable-lora "
+        "vllm serve /models/my base --generation-config vllm --dtype bfloat16 --enable-lora "
         f"--max-lora-rank 32 --lora-modules tuned={folder}/lora"
     )
     assert " ".join(steps["serve"]) == served
@@ -70,7 +70,7 @@ def test_a_run_is_scored_again_as_it_was_whatever_auto_became(tmp_path: Path) ->
     folder = make_folder(tmp_path / "run", ["lora"])
     drawn = ["eval.samples=4", "eval.temperature=0.7", "eval.seed=3", "eval.allow_unsandboxed=true"]
     changed = ["engine=auto", "model.dtype=bfloat16", *drawn]
-    steps = list_commands(folder, make_recipe(*changed), engine="zero3")
+    steps = list_commands(folder, make_recipe(*changed), engine="zero3", dtype="bfloat16")
     score = " ".join(steps["score"])
     assert "--dtype bfloat16" in score
     assert score.startswith("deepspeed --num_gpus 2 launch/evaluate.py")
@@ -84,8 +84,8 @@ def test_a_run_is_scored_again_as_it_was_whatever_auto_became(tmp_path: Path) ->
         ("zero3", 2, "deepspeed --num_gpus 8 launch/evaluate.py"),
         ("fsdp", 2, "torchrun --nproc_per_node 8 launch/evaluate.py"),
         ("fsdp", 16, "python launch/evaluate.py"),
-        ("zero3_offload", None, "--engine zero3 --suite"),
-        ("zero2", None, "/lora --suite"),  # every rank holds the base whole, as with single
+        ("zero3_offload", None, "--engine zero3 --dtype"),
+        ("zero2", None, "/lora --dtype"),  # every rank holds the base whole, as with single
     ],
 )
 def test_a_score_is_made_on_one_node_by_an_engine_that_evaluate_has(
