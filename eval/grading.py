@@ -113,31 +113,40 @@ def match_problems(
 ) -> list[Problem]:
     """Return the problem that each stored response answers.
 
-    The problem of an answer is made from the row's `reference`, if all rows have one and no row's
-    `id` can be looked up in `data_dir`; else the problems are read, and found by the row's `id`.
+    The problem of an answer is made from the row's `reference`, unless `data_dir` is given and the row
+    has an `id`. All other problems are read, and found by the row's `id`.
 
     Raises:
         EvalError: a row has neither, or the benchmark does not have its id, or has another question
             or reference under it than the row.
     """
-    have_references = all(isinstance(row.get("reference"), str) for row in rows)
-    can_look_up = data_dir is not None and any(row.get("id") is not None for row in rows)
-    if benchmark.kind == "answer" and have_references and not can_look_up:
-        return [Problem(str(row.get("id", i)), "", row["reference"]) for i, row in enumerate(rows)]
-    known = {problem.id: problem for problem in benchmark.read_problems(data_dir, None)}
+    known: dict[str, Problem] = {}
+    matched = []
     for number, row in enumerate(rows, start=1):
-        if row.get("id") not in known:
+        has_reference = benchmark.kind == "answer" and isinstance(row.get("reference"), str)
+        if has_reference and (data_dir is None or row.get("id") is None):
+            matched.append(Problem(str(row.get("id", number - 1)), "", row["reference"]))
+            continue
+        if not known:
+            known = {problem.id: problem for problem in benchmark.read_problems(data_dir, None)}
+        matched.append(_look_up(benchmark, known, row, number))
+    return matched
+
+
+def _look_up(benchmark: Benchmark, known: Mapping[str, Problem], row: dict, number: int) -> Problem:
+    """Return the problem of `known` that a row has the id of. Raises EvalError (match_problems)."""
+    if row.get("id") not in known:
+        raise EvalError(
+            f"{benchmark.name}: response {number} has no id of a problem, such as {next(iter(known))}"
+        )
+    problem = known[row["id"]]
+    for field in ("question", "reference"):
+        if row.get(field) not in (None, getattr(problem, field)):
             raise EvalError(
-                f"{benchmark.name}: response {number} has no id of a problem, "
-                f"such as {next(iter(known))}"
+                f"{benchmark.name}: response {number} has another {field} than {problem.id} of "
+                "the data folder; give the one that it was made with"
             )
-        for field in ("question", "reference"):
-            if row.get(field) not in (None, getattr(known[row["id"]], field)):
-                raise EvalError(
-                    f"{benchmark.name}: response {number} has another {field} than {row['id']} of "
-                    "the data folder; give the one that it was made with"
-                )
-    return [known[row["id"]] for row in rows]
+    return problem
 
 
 def summarise_grades(by_problem: Sequence[Sequence[Mapping[Grader, Grade]]]) -> dict:

@@ -34,11 +34,12 @@ EXAMPLES = """\
   python launch/evaluate.py --grade scores/generations.jsonl --data-dir data"""
 
 
-# Options by their names, without those that a launcher gives.
-WITH_COMPARE = {"compare"}
-WITH_GRADE = {"grade", "output", "data_dir", "timeout", "allow_unsandboxed"}
-WITHOUT_SERVER = {"revision", "dtype", "engine", "batch_size"}
-WITH_SERVER = {"url", "concurrency"}
+# All options that --compare and --grade take.
+OF_COMPARE = {"compare"}
+OF_GRADE = {"grade", "output", "data_dir", "timeout", "allow_unsandboxed"}
+# Options of one --backend alone; --adapter too is of a model's.
+OF_MODEL_ONLY = {"revision", "dtype", "engine", "batch_size"}
+OF_SERVER_ONLY = {"url", "concurrency"}
 
 
 def main() -> None:
@@ -57,19 +58,20 @@ def main() -> None:
 def _refuse_unused(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Raise UserError for options that would be ignored beside the others."""
     values = vars(arguments).items()
-    given = {name for name, value in values if value != parser.get_default(name)} - {"local_rank"}
+    given = {name for name, value in values if value != parser.get_default(name)}
+    given -= {"local_rank"}  # of launchers
     if arguments.compare:
-        what, unused = "--compare", given - WITH_COMPARE
+        what, unused = "--compare", given - OF_COMPARE
     elif arguments.grade:
-        what, unused = "--grade", given - WITH_GRADE
+        what, unused = "--grade", given - OF_GRADE
     elif arguments.backend == "openai":
         if arguments.adapter:
             raise UserError(
                 "--adapter: a server holds its own adapters; give the name it has there as --model"
             )
-        what, unused = "--backend openai", given & WITHOUT_SERVER
+        what, unused = "--backend openai", given & OF_MODEL_ONLY
     else:
-        what, unused = "--backend transformers", given & WITH_SERVER
+        what, unused = "--backend transformers", given & OF_SERVER_ONLY
     if unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
         raise UserError(f"{options}: no effect with {what}; leave out")
@@ -142,14 +144,18 @@ def _compare(first: Path, second: Path) -> None:
 
 
 def _regrade(arguments: argparse.Namespace) -> None:
+    from launch.quickstart import base as quickstart
     from launch.scoring.regrade import GRADED, regrade_responses
     from launch.scoring.score_table import render_scores
 
     output = arguments.output or arguments.grade.parent
+    data_dir = arguments.data_dir and Path(arguments.data_dir).expanduser()
+    if arguments.data_dir == quickstart.NAME:
+        data_dir = quickstart.cache_folder()
     scores = regrade_responses(
         arguments.grade,
         output,
-        Path(arguments.data_dir) if arguments.data_dir else None,
+        data_dir,
         arguments.timeout,
         arguments.allow_unsandboxed,
     )

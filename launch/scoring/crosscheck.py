@@ -55,7 +55,9 @@ def crosscheck_scores(
     """
     rows, results = _read_source(source)
     if data_dir is None and results is not None and results.settings["data_dir"]:
-        data_dir = Path(results.settings["data_dir"])
+        recorded = Path(results.settings["data_dir"]).expanduser()
+        # Without it, as on another machine, answers are checked by the references in their rows.
+        data_dir = recorded if recorded.is_dir() else None
     ours = _grade_rows(rows, benchmarks, data_dir)
     comparisons = _compare_graders(ours, folder)
     if results is not None:
@@ -274,7 +276,7 @@ def _compare_model(
         if name in COMMONSENSE:
             problems = []
             for row in rows.values():
-                # Problems of answers are made from their rows, without the question.
+                # Without a data folder problems are made from their rows, which have the question.
                 problems.append(row["problem"]._replace(question=row["question"]))
             likelihood_tasks[harness.write_likelihood_task(folder, name, problems)] = name
     tasks = [*response_tasks, *likelihood_tasks]

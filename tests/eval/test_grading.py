@@ -152,7 +152,8 @@ def test_a_data_folder_that_is_given_is_read_where_rows_have_ids(tmp_path: Path)
         with pytest.raises(EvalError, match=f"response 1 has another {field} than gsm8k/0"):
             match_problems(BENCHMARKS["gsm8k"], [row | {field: "2"}], tmp_path)
         assert match_problems(BENCHMARKS["gsm8k"], [row | {field: "2"}], None)
-    assert match_problems(BENCHMARKS["gsm8k"], [{"reference": "2"}], tmp_path)[0].reference == "2"
+    both = match_problems(BENCHMARKS["gsm8k"], [row, {"reference": "2"}], tmp_path)
+    assert [problem.reference for problem in both] == ["1", "2"]
 
 
 def test_a_summary_counts_problems_and_samples() -> None:
