@@ -410,14 +410,21 @@ def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
         decided["train.lr"] = "learning_rates"
     if table.vary:
         decided |= dict.fromkeys(table.vary.fields, "vary")
-    for override in overrides:
-        field, _ = parse_override(override)
+    overridden = [name for text in overrides for name in _list_fields(*parse_override(text))]
+    for changed in overridden:
         for name, source in decided.items():
-            if f"{field}.".startswith(f"{name}."):  # the field, or a part of it
+            if f"{changed}.".startswith(f"{name}."):  # the field, or a part of it
                 raise UserError(
-                    f"--set: {field} follows from `{source}` of the table; change it in a table of "
+                    f"--set: {changed} follows from `{source}` of the table; change it in a table of "
                     "your own"
                 )
+
+
+def _list_fields(field: str, value: object) -> list[str]:
+    """List the fields that an override sets: those inside of a section, or the field alone."""
+    if not (isinstance(value, dict) and value):
+        return [field]
+    return [name for key in value for name in _list_fields(f"{field}.{key}", value[key])]
 
 
 def _list_options(

@@ -70,24 +70,30 @@ def test_settings_are_applied_from_the_table_to_the_command_line_and_rates_last(
 
 
 @pytest.mark.parametrize(
-    ("override", "fields", "source"),
+    ("override", "field", "table", "source"),
     [
-        ("eval.suites=[]", {}, "suites"),
-        ("train.lr=3", {}, "learning_rates"),
-        ("adapter.rank=4", {"vary": {"fields": ["adapter.rank"], "values": [2, 8]}}, "vary"),
+        ("eval.suites=[]", "eval.suites", {}, "suites"),
+        ("eval={limit: 5, suites: [gsm8k]}", "eval.suites", {}, "suites"),
+        ("train.lr=3", "train.lr", {}, "learning_rates"),
+        (
+            "adapter.rank=4",
+            "adapter.rank",
+            {"vary": {"fields": ["adapter.rank"], "values": [2, 8]}},
+            "vary",
+        ),
         (
             "calibration.data.limit=9",
+            "calibration.data.limit",
             {"vary": {"fields": ["calibration.data"], "values": ["alpaca", "wikitext2"]}},
             "vary",
         ),
     ],
 )
 def test_an_override_that_no_run_would_have_is_refused(
-    override: str, fields: dict, source: str, tmp_path: Path
+    override: str, field: str, table: dict, source: str, tmp_path: Path
 ) -> None:
-    field = override.partition("=")[0]
     with pytest.raises(UserError, match=rf"^--set: {field} follows from `{source}` of the table;"):
-        read_small_table(tmp_path, override, **fields)
+        read_small_table(tmp_path, override, **table)
 
 
 def test_a_table_without_rates_of_its_own_takes_one_of_the_command_line(tmp_path: Path) -> None:
