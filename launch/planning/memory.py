@@ -182,7 +182,7 @@ def is_offloaded(engine: str) -> bool:
 
 def _read_zero_settings(engine: str) -> dict[str, Any]:
     """Return DeepSpeed's settings of ZeRO; empty for the engines without it."""
-    if engine in ("single", "fsdp"):
+    if not engine.startswith("zero"):
         return {}
     return read_deepspeed_config(engine)["zero_optimization"]
 

@@ -22,6 +22,7 @@ def test_benchmarks_are_found_by_their_name() -> None:
 def test_each_benchmark_is_graded_or_run() -> None:
     for benchmark in BENCHMARKS.values():
         assert (benchmark.grade is not None) is (benchmark.kind == "answer")
+        assert (benchmark.finds_answer is not None) is (benchmark.kind == "answer")
         assert (benchmark.extract_program is not None) is (benchmark.kind == "code")
 
 
