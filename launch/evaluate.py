@@ -182,8 +182,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     output = arguments.output
     lock = _open_output_folder(output)
     model, data_dir = _resolve_quickstart(arguments.model, arguments.data_dir, device)
-    values = {name: getattr(arguments, name) for name in EVAL_OPTIONS} | {"data_dir": data_dir}
-    settings = validate_section(Eval, suites=arguments.suite or ["gsm8k"], **values)
+    values = {name: getattr(arguments, name) for name in EVAL_OPTIONS}
+    values |= {"data_dir": data_dir, "suites": arguments.suite or ["gsm8k"]}
+    settings = validate_section(Eval, values)
     problems = read_problems(settings)
     if arguments.backend == "openai":
         identity, scores = evaluate_server(

@@ -95,10 +95,10 @@ def read_stored_recipe(path: Path) -> Recipe:
 
 def validate_recipe(values: dict) -> Recipe:
     """Make the recipe of nested `values`; see `read_recipe` for errors."""
-    return validate_section(Recipe, **values)
+    return validate_section(Recipe, values)
 
 
-def validate_section(kind: type[SectionT], **values: Any) -> SectionT:
+def validate_section(kind: type[SectionT], values: dict) -> SectionT:
     """Make one section of given values; see `read_recipe` for errors."""
     try:
         return kind.model_validate(values)

@@ -380,7 +380,7 @@ def read_table(
             `read_recipe` finds wrong in a row's recipe.
     """
     path = find_yaml(source, TABLES, "--table")
-    table = validate_section(Table, **_load_table(path))
+    table = validate_section(Table, _load_table(path))
     _check_overrides(table, overrides)
     sweep = Sweep(
         name=path.stem,

@@ -51,6 +51,7 @@ def test_overrides_are_yaml_values_and_the_last_one_counts() -> None:
             "adapter.eigenselect: unknown key; did you mean adapter.eigen_select?",
         ),
         ("zzz=1", "zzz: unknown key; known: model, data"),
+        ("kind=x", "kind: unknown key; "),
         ("train.lr=-1", "train.lr: -1 is not valid"),
         ("train.lr=true", "train.lr: True is not valid"),
         ("train.max_steps='7'", "train.max_steps: '7' is not valid"),
@@ -119,6 +120,24 @@ def test_a_file_that_is_no_recipe_is_named(text: str, message: str, tmp_path: Pa
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_recipe(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: x", "kind: unknown key; "),
+        ("1: x", "1: 1 is not valid: Keys should be strings"),
+        ("on: x", "1: True is not valid: Keys should be strings"),  # YAML's on is true
+        ("train: {1: x}", "train.1: 1 is not valid: Keys should be strings"),
+    ],
+)
+def test_a_key_that_is_no_field_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: metamath\n{text}\n")
+    with pytest.raises(UserError) as error:
+        read_recipe(str(path), [])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_field_is_named() -> None:

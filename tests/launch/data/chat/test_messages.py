@@ -220,7 +220,7 @@ def test_a_named_file_is_taken_for_the_tokenizers_own_template(tmp_path: Path) -
 )
 def test_fields_that_do_not_go_together_are_refused(fields: dict, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        validate_section(Data, path="x", **fields)
+        validate_section(Data, {"path": "x"} | fields)
 
 
 @pytest.mark.parametrize(
