@@ -130,7 +130,8 @@ def fetch_source(data: Data) -> Path:
         return path
     if path.exists():
         raise UserError(f"data.path: {path} is neither a file nor a folder; copy it into a file")
-    if not is_hub_id(data.path):
+    is_file = path.name.lower().endswith((*READERS, ".gz"))
+    if is_file or not is_hub_id(data.path):
         raise UserError(
             f"data.path: no file or folder {data.path}; correct the path, or give a hub id"
         )

@@ -39,8 +39,7 @@ RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as thi
 
 def is_hub_id(name: str) -> bool:
     """Return whether `name` has the form of a hub id, `name` or `owner/name`, and not of a path."""
-    is_file = name.endswith((".json", ".jsonl", ".parquet", ".csv", ".gz"))
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not is_file
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def fetch_model(

@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from launch.config.schema import Data
 from launch.data import sources
 from launch.data.hub_layout import list_data_files
+from launch.data.readers import READERS
 from launch.data.sources import load_split, select_rows
 from launch.runtime.errors import UserError
 from tests.support.rows import write_lines
@@ -365,6 +366,14 @@ def test_what_was_listed_on_the_hub_is_refused_offline(
 
     monkeypatch.setattr(FakeHub, "repo_info", refuse_contact)
     refuse(Path("someone/sums"), "train-b.jsonl.zst is among the files of split train")
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"rows{ending}" for ending in READERS), "rows.JSONL", "folder/rows.csv.gz"]
+)
+def test_a_missing_file_is_not_taken_for_a_hub_id(name: str, hub: Path) -> None:
+    with pytest.raises(UserError, match=f"^data.path: no file or folder {name};"):
+        sources.fetch_source(Data(path=name))
 
 
 def test_a_file_is_known_by_what_no_tool_sets_back(tmp_path: Path) -> None:
