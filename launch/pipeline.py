@@ -94,18 +94,18 @@ def run_stages(
     run = prepare_run(recipe, name, folder, device)
     loaded = load_run_model(run, device)
     if run.saved is None:
-        facts, history = initialise_run(run, loaded), []
+        facts, earlier = initialise_run(run, loaded), []
     else:
-        facts, history = restore_run(run, loaded), run.saved.history
+        facts, earlier = restore_run(run, loaded), run.saved.history
     # A0 and B0 by module name, on rank 0; empty on the other ranks.
     initial = read_factors(loaded.lora_layers, loaded.engine)
     if run.saved is None:
         # A run that is killed before its first checkpoint need not calibrate or score again.
-        save_checkpoint(run, loaded, None, initial, facts, history)
+        save_checkpoint(run, loaded, None, initial, facts, earlier)
     peak_flops = find_peak_flops(device, run.inputs.dtype)
     if peak_tflops is not None:
         peak_flops = peak_tflops * 1e12
-    train_model(run, loaded, initial, facts, history, profile, peak_flops)
+    history = train_model(run, loaded, initial, facts, earlier, profile, peak_flops)
     if len(history) < len(run.steps) and not has_stopped_early(run, history):
         run_on_rank0(lambda: write_state(folder, "preempted"))
         print_rank0(

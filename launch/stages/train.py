@@ -1,5 +1,7 @@
 """Train, with checkpoints on the way and a rehearsal of every save after the first step."""
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import nn
 
@@ -104,17 +106,18 @@ def train_model(
     loaded: RunModel,
     initial: dict[str, Factors],
     facts: RunFacts,
-    history: list[Metrics],
+    earlier: Sequence[Metrics],
     profile: bool,
     peak_flops: float | None,
-) -> None:
-    """Train from the last step of `history` on, and add the new ones to it. Collective.
+) -> list[Metrics]:
+    """Train from the last step of `earlier` on, and return these and the new steps. Collective.
 
     Ends early when a rank is asked to stop, or by train.patience. A checkpoint is saved on the way,
     also of the best step by train.keep_best, and at the end.
     """
     recipe, settings = run.recipe, run.recipe.train
     engine, model, total = loaded.engine, loaded.model, len(run.steps)
+    history = list(earlier)  # a copy, which grows
     num_done = len(history)
     state, compiled = _make_state(run, loaded)
     plan = plan_scoring(run)
@@ -128,7 +131,7 @@ def train_model(
         run.steps[:num_done] if is_over else run.steps,
         settings,
         engine.device,
-        history=tuple(history),  # a copy: the loop below appends to it
+        history=earlier,
         packing=choose_packing(recipe, loaded.base),
         flop_counts=count_training_flops(loaded.base),
         peak_flops=peak_flops,
@@ -139,7 +142,7 @@ def train_model(
     training = score_steps(run, loaded, training, history, plan, compiled)
     last_saved = num_done
     with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
-        rank, earlier = dist.get_rank(), tuple(history)
+        rank = dist.get_rank()
         unit = "rows" if recipe.task.has_head else "answer tokens"
         for metrics in log_steps(training, earlier, total, run.folder, rank, log, unit):
             history.append(metrics)
@@ -154,6 +157,7 @@ def train_model(
         save_checkpoint(run, loaded, state, initial, facts, history)
     model.gradient_checkpointing_disable()
     uncompile_layers(compiled)
+    return history
 
 
 def _make_state(run: PreparedRun, loaded: RunModel) -> tuple[TrainState, list[nn.Module]]:

@@ -1,7 +1,7 @@
 """metrics.jsonl: every training step, written and shown as it comes."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launch.run.metrics import METRICS, Metrics
@@ -12,7 +12,7 @@ from launch.runtime.files import write_text
 
 def log_steps(
     metrics: Iterable[Metrics],
-    done: list[Metrics],
+    done: Sequence[Metrics],
     total: int,
     folder: Path,
     rank: int,
