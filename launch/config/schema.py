@@ -231,13 +231,13 @@ class Data(RowSource):
         return f"a mix of {', '.join(self.sources)}" if self.sources else self.path
 
     def list_sources(self) -> dict[str, "SourceData"]:
-        """Return what tokens are made of each of `sources`, by name."""
+        """Return, by name, the data section that each source is read by."""
         found = {}
         for name, rows in self.sources.items():
             fields = rows.model_dump(exclude=MIXED_FIELDS)
             if rows.messages is not None:
                 fields |= {"chat_template": self.chat_template, "train_on": self.train_on}
-            shared = {name: getattr(self, name) for name in ("max_length", "on_bad_row", "on_cut")}
+            shared = {key: getattr(self, key) for key in ("max_length", "on_bad_row", "on_cut")}
             found[name] = SourceData(**fields, **shared)
         return found
 
@@ -808,8 +808,8 @@ class Recipe(Section):
         return [name for name in is_set if is_set[name]]
 
     @property
-    def calibration_tokens(self) -> SourceData | None:
-        """What tokens are made of calibration.data; None where the training rows are taken."""
+    def calibration_source(self) -> SourceData | None:
+        """The data section that calibration tokens are read by; None where the training rows are used."""
         rows, data = self.calibration.data, self.data
         if rows is None:
             return None

@@ -49,7 +49,7 @@ def obtain_calibration_rows(
     Raises:
         UserError: rows cannot be read, or there are some that the recipe refuses.
     """
-    data = recipe.calibration_tokens
+    data = recipe.calibration_source
     tokenizer = load_tokenizer(model_path, needs_end=False)
     config = read_config(model_path, head=make_head(recipe.task, model_path, tokenizer))
     with _naming_calibration_data(data):

@@ -124,12 +124,12 @@ def _prepare_node(recipe: Recipe) -> dict:
         parts = (read_bytes(part, range(len(part))) for part in (held_out, training))
         data["held_out_trained"] = count_trained(*parts)
     calibration_tokens, calibration_data = None, data
-    if recipe.calibration_tokens is not None:
+    if recipe.calibration_source is not None:
         if recipe.task.has_head:
             calibration_tokens = obtain_calibration_rows(recipe, model_path)
         else:
-            calibration_tokens = obtain_calibration_tokens(recipe.calibration_tokens, model_path)
-        calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_tokens)
+            calibration_tokens = obtain_calibration_tokens(recipe.calibration_source, model_path)
+        calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_source)
     tokenizer = load_tokenizer(model_path, needs_end=not recipe.task.has_head)
     for made in filter(None, (tokens, calibration_tokens, *dev.values())):
         largest = int(made.open_tokens().tokens.max())

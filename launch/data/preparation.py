@@ -77,7 +77,7 @@ def prepare_tokens(recipe: Recipe, folder: Path, benchmarks: Sequence[str]) -> N
         check_refused_sources(manifest["parts"], data)
     else:
         check_refused_rows(manifest, data)
-    if recipe.calibration_tokens is not None:
+    if recipe.calibration_source is not None:
         _prepare_calibration(recipe, folder / CALIBRATION_TOKENS, model_path)
 
 
@@ -91,7 +91,7 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
     head = make_head(recipe.task, model_path, tokenizer)
     num_embeddings = get_num_embeddings(read_config(model_path, head=head))
     parts = [("", rows), *((f"\nDevelopment rows of {name}:\n\n", dev[name]) for name in dev)]
-    if recipe.calibration_tokens is not None:
+    if recipe.calibration_source is not None:
         calibration = obtain_calibration_rows(recipe, model_path, folder / CALIBRATION_TOKENS)
         parts.append(("\nTo calibrate on:\n\n", calibration))
     report = ""
@@ -109,7 +109,7 @@ def _prepare_calibration(recipe: Recipe, folder: Path, model_path: Path) -> None
 
     Raises what `prepare_tokens` does.
     """
-    data = recipe.calibration_tokens
+    data = recipe.calibration_source
     prepared = prepare_calibration_tokens(folder, data, model_path)
     largest = int(prepared.open_tokens().tokens.max())
     config = read_config(model_path)

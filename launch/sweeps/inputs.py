@@ -53,7 +53,7 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
     for name, dev in results.data.dev.items():
         fields = [*tokens, recipe.task.model_dump()]
         yield f"content of task.dev {name}", fields, dev.tokens_sha256
-    rows = recipe.calibration_tokens
+    rows = recipe.calibration_source
     if rows is not None and results.calibration_data is not None:
         fields = [weights, rows.token_fields()]
         content = results.calibration_data.tokens_sha256

@@ -80,7 +80,7 @@ def test_rows_are_those_that_would_be_trained_on(tmp_path: Path, model: Path) ->
     recipe = make_recipe(tmp_path, model, rows_of(tmp_path))
     names = ["instruction=ask", "answer=say", f"path={tmp_path}/others.jsonl"]
     trained = make_recipe(tmp_path, model, *(f"data.{name}" for name in names))
-    found = obtain_calibration_tokens(recipe.calibration_tokens, model)
+    found = obtain_calibration_tokens(recipe.calibration_source, model)
     assert obtain_tokens(trained.data, model).folder == found.folder  # one cache for both
     assert found.folder != obtain_tokens(recipe.data, model).folder
     assert len(found.open_tokens()) == 4
@@ -91,7 +91,7 @@ def test_text_is_joined_and_cut_into_blocks_that_begin_as_texts_do(
     length: int, tmp_path: Path, model: Path
 ) -> None:
     recipe = make_recipe(tmp_path, model, text_of(tmp_path), length=length)
-    tokens = obtain_calibration_tokens(recipe.calibration_tokens, model).open_tokens()
+    tokens = obtain_calibration_tokens(recipe.calibration_source, model).open_tokens()
     blocks = as_lists(tokens)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = "\n\n".join(text for text in TEXTS if text.strip())
@@ -111,12 +111,12 @@ def test_prepared_tokens_hold_them_too(tmp_path: Path, model: Path) -> None:
     prepared = make_recipe(tmp_path, model, text_of(tmp_path), f"data.prepared={folder}")
     for name in ("train", "text"):
         (tmp_path / f"{name}.jsonl").unlink()
-    found = obtain_calibration_tokens(prepared.calibration_tokens, model)
+    found = obtain_calibration_tokens(prepared.calibration_source, model)
     assert found.folder == folder / "calibration"
     assert len(obtain_tokens(prepared.data, model).open_tokens()) == 5
     others = make_recipe(tmp_path, model, rows_of(tmp_path), f"data.prepared={folder}")
     with pytest.raises(UserError, match=r"^data\.prepared: .*calibration was made with another"):
-        obtain_calibration_tokens(others.calibration_tokens, model)
+        obtain_calibration_tokens(others.calibration_source, model)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_errors_name_the_fields_of_calibration_data(
     override = f"calibration.data={data}".replace("FOLDER", str(tmp_path))
     recipe = make_recipe(tmp_path, model, override)
     with pytest.raises(UserError, match=rf"^{message}"):
-        obtain_calibration_tokens(recipe.calibration_tokens, model)
+        obtain_calibration_tokens(recipe.calibration_source, model)
 
 
 def test_a_path_that_is_nearly_a_short_name_says_so(
@@ -151,7 +151,7 @@ def test_a_path_that_is_nearly_a_short_name_says_so(
     recipe = make_recipe(tmp_path, model, "calibration.data=wikitext3")
     message = r"^calibration\.data\.path: cannot load wikitext3 .*; did you mean wikitext2\?$"
     with pytest.raises(UserError, match=message):
-        obtain_calibration_tokens(recipe.calibration_tokens, model)
+        obtain_calibration_tokens(recipe.calibration_source, model)
 
 
 @pytest.mark.parametrize(
