@@ -188,7 +188,9 @@ def _calibrate_model(
     checked = inputs.model
     if is_model:
         head = inputs.head
-        checked = run_on_rank0(lambda: check_model(trained, "--after", head=head, has_head=True))
+        checked = run_on_rank0(
+            lambda: check_model(trained, "--after", head=head, head_is_stored=True)
+        )
     base = engine.load_model(checked)
     base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
     linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)

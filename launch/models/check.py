@@ -77,8 +77,9 @@ class CheckedModel:
     # In which the files hold parameters, in the words of safetensors.
     dtypes: frozenset[str] = frozenset()
 
-    def get_head(self) -> tuple[str, ...]:
-        """Return the names of the new head's parameters; empty without one."""
+    @property
+    def head_parameters(self) -> tuple[str, ...]:
+        """The names of the new head's parameters; empty without one."""
         return () if self.head is None else self.new_weights
 
 
@@ -87,7 +88,7 @@ def check_model(
     field: str = "model.name",
     new_weights: Sequence[str] = (),
     head: Head | None = None,
-    has_head: bool = False,
+    head_is_stored: bool = False,
 ) -> CheckedModel:
     """Check that transformers would find every weight of the model in `folder`, and no others.
 
@@ -99,7 +100,7 @@ def check_model(
         new_weights: parameters that are to be missing: the run draws them.
         head: the new head of a model for sequence classification, whose parameters are to be
             missing.
-        has_head: whether the files are to hold the head, as a run has trained and exported it.
+        head_is_stored: whether the files are to hold the head, as a run has trained and exported it.
 
     Raises:
         UserError: whatever would make a run train something else than the files hold.
@@ -113,7 +114,7 @@ def check_model(
     weights = find_weight_files(folder, config, field)
     tensors = weights.read_headers(field)
     model = make_meta_model(config, field)
-    new_head = None if has_head else head
+    new_head = None if head_is_stored else head
     new_weights, unused, dtypes = _check_loading(
         model, weights, tensors, new_weights, new_head, field
     )
@@ -135,12 +136,12 @@ def read_config(
         raise UserError(
             f"{field}: cannot use the config.json of {folder}: {_shorten(error)}"
         ) from None
-    check_config(config, field)
+    refuse_quantised(config, field)
     set_head(config, head)
     return config
 
 
-def check_config(config: PretrainedConfig, field: str = "model.name") -> None:
+def refuse_quantised(config: PretrainedConfig, field: str = "model.name") -> None:
     """Raise UserError if the model is quantised."""
     found = next(_find_quantization(config.to_dict()), None)
     if found is None:

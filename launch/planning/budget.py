@@ -93,7 +93,7 @@ def _estimate_taken(
             inputs.dtype,
             dist.get_world_size(),
             node_size,
-            inputs.model.get_head(),
+            inputs.model.head_parameters,
         )
     )
     if needs is None:

@@ -118,7 +118,7 @@ def _decide_on(recipe: Recipe, inputs: Inputs, machine: Machine, device_type: st
 
     Without an estimate it is what shards most, with checkpointing on GPUs.
     """
-    config, head = read_config(inputs.model_path, head=inputs.head), inputs.model.get_head()
+    config, head = read_config(inputs.model_path, head=inputs.head), inputs.model.head_parameters
     wanted, size = list_checkpointing(recipe), machine.world_size
     run, problem = try_estimate(
         lambda: run_without_numbers(config, recipe, inputs.dtype, size, wanted, head)

@@ -108,7 +108,7 @@ def make_fake_model(
 
     Args:
         config: for a causal language model or, filled in by a `Head`, for one with a new head.
-        head: parameters of the new head, of `CheckedModel.get_head`.
+        head: parameters of the new head, of `CheckedModel.head_parameters`.
     """
     method = recipe.adapter.method_record
     base = compat.make_meta_model(_without_attention_dropout(config), dtype)

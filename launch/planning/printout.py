@@ -10,7 +10,7 @@ from launch.calibration.solvers import GPU_EFFICIENCY
 from launch.config.schema import Recipe
 from launch.data.inputs import resolve_dtype
 from launch.data.order import count_steps
-from launch.models.check import check_config, check_max_length, make_meta_model
+from launch.models.check import check_max_length, make_meta_model, refuse_quantised
 from launch.models.files import fetch_config
 from launch.models.head import Head, find_outer_names, set_head
 from launch.planning.engines import (
@@ -109,7 +109,7 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
         config = quickstart.make_config()
     else:
         config = fetch_config(recipe.model.name, recipe.model.revision)
-    check_config(config)
+    refuse_quantised(config)
     # The tokenizer is not fetched. Which token pads rows changes no shape.
     pad_token = config.get_text_config().pad_token_id or 0
     head = Head(tuple(recipe.task.labels), pad_token) if recipe.task.has_head else None

@@ -174,7 +174,7 @@ def _make_state(run: PreparedRun, loaded: RunModel) -> tuple[TrainState, list[nn
         model.gradient_checkpointing_enable({"use_reentrant": engine.reentrant})
     compiled = compile_layers(loaded.base) if settings.compile else []
     loss = RowLoss(model) if recipe.task.has_head else AnswerLoss(model)
-    state = make_train_state(engine, model, settings, loss, run.inputs.model.get_head())
+    state = make_train_state(engine, model, settings, loss, run.inputs.model.head_parameters)
     if run.saved is not None:
         restore_training(run.saved, find_trained_parameters(model), state, engine.device)
     return state, compiled

@@ -46,7 +46,7 @@ def attach_trainable(
 
     Args:
         lora_ranks: of every module, where they are not all alike.
-        head: parameters of a new head, of `CheckedModel.get_head`.
+        head: parameters of a new head, of `CheckedModel.head_parameters`.
     """
     method = settings.method_record
     if method.trains_all:
@@ -87,7 +87,7 @@ def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
 def describe_model(checked: CheckedModel, settings: Adapter) -> str:
     """Check what would be trained of a checked model, and describe it; see `describe_trainable`."""
     config = read_config(checked.folder, head=checked.head)
-    lines = [describe_trainable(config, settings, checked.get_head())]
+    lines = [describe_trainable(config, settings, checked.head_parameters)]
     if checked.unused:
         kinds = dict.fromkeys(name.split(".")[0] for name in checked.unused)
         lines.append(

@@ -56,7 +56,7 @@ def measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         model_path=None,
         dtype=torch.float32,
         head=None,
-        model=SimpleNamespace(get_head=lambda: ()),
+        model=SimpleNamespace(head_parameters=()),
         data={"dropped": {}},
         calibration=SimpleNamespace(tokens=range(40)),
     )

@@ -37,7 +37,7 @@ class World:
 
     def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
         self.free, self.printed = 0, []
-        checked = SimpleNamespace(get_head=lambda: ())
+        checked = SimpleNamespace(head_parameters=())
         self.inputs = SimpleNamespace(
             model_path=model, dtype=torch.float32, head=None, model=checked
         )

@@ -109,7 +109,7 @@ class World:
         self.ranks = [(10 * GIB, "NVIDIA H100 80GB HBM3", "a")] * 2  # free bytes, GPU, host
         self.printed: list[str] = []
         self.num_gathered = 0
-        checked = SimpleNamespace(get_head=lambda: ())
+        checked = SimpleNamespace(head_parameters=())
         self.inputs = SimpleNamespace(
             model_path=model, dtype=torch.bfloat16, head=None, model=checked
         )

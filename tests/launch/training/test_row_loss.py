@@ -29,7 +29,7 @@ def test_gradients_are_those_of_the_rows_own_losses(
         drawn = draw_weight(checked.folder, name, 1, checked.head)
         model.get_parameter(name).data.copy_(drawn)
     model.requires_grad_(False)
-    for name in checked.get_head():
+    for name in checked.head_parameters:
         model.get_parameter(name).requires_grad_(True)
     linears = find_targets(model, recipe.adapter.targets)
     batches = []
