@@ -77,24 +77,27 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
 def check_samples(recipe: Recipe, inputs: Inputs) -> None:
     """Raise UserError if there are fewer examples than the calibration is to have.
 
-    Called at the start, before a base is loaded for the calibration. Prints what is calibrated on
-    where that is not the training rows.
+    Called at the start, before a base is loaded for the calibration.
     """
     if recipe.adapter.method_record.is_calibrated:
         draw_samples(recipe, inputs)
+
+
+def print_calibration_rows(recipe: Recipe, inputs: Inputs) -> None:
+    """Print what is calibrated on where that is not the training rows."""
     rows = recipe.calibration.data
-    if rows is not None:
-        config = "" if rows.config is None else f" ({rows.config})"
-        tokens, kind = inputs.calibration.tokens, "rows"
-        if rows.text is not None:
-            kind = f"blocks of at most {recipe.data.max_length} tokens of its field {rows.text!r}"
-        dropped = "".join(
-            f"; {count} rows {reason}"
-            for reason, count in inputs.calibration.data["dropped"].items()
-        )
-        print_rank0(
-            f"calibration data: {rows.path}{config}, split {rows.split}: {len(tokens)} {kind}{dropped}"
-        )
+    if rows is None:
+        return
+    config = "" if rows.config is None else f" ({rows.config})"
+    tokens, kind = inputs.calibration.tokens, "rows"
+    if rows.text is not None:
+        kind = f"blocks of at most {recipe.data.max_length} tokens of its field {rows.text!r}"
+    dropped = "".join(
+        f"; {count} rows {reason}" for reason, count in inputs.calibration.data["dropped"].items()
+    )
+    print_rank0(
+        f"calibration data: {rows.path}{config}, split {rows.split}: {len(tokens)} {kind}{dropped}"
+    )
 
 
 def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:

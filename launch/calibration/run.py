@@ -20,6 +20,7 @@ from launch.calibration.batches import (
     count_tokens,
     draw_samples,
     make_calibration_batches,
+    print_calibration_rows,
 )
 from launch.calibration.report import write_report
 from launch.calibration.solvers import choose_solve_device, count_own_cores, use_cores
@@ -48,7 +49,7 @@ from launch.runtime.locks import FolderLock
 from launch.runtime.units import GIB
 from launch.training.loss import sum_label_loss
 from launch.training.row_loss import sum_row_label_loss
-from launch.training.trainable import describe_model, draw_new_weights
+from launch.training.trainable import check_and_describe_model, draw_new_weights
 
 TIE_BREAK = (
     "where eigenvalues are zero: fixed Gaussian directions from (seed, module name), projected first "
@@ -90,7 +91,8 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
         folder: opened by `open_calibration_folder`.
     """
     check_samples(recipe, inputs)
-    print_rank0(run_on_rank0(lambda: describe_model(inputs.model, recipe.adapter)))
+    print_calibration_rows(recipe, inputs)
+    print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
     engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)
     if calibrate_base(recipe, inputs, engine, folder):
         print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")

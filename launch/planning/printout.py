@@ -30,7 +30,7 @@ from launch.quickstart.data import NUM_TRAIN_PROBLEMS
 from launch.run.provenance import name_dtype
 from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
-from launch.training.trainable import describe_trainable
+from launch.training.trainable import check_and_describe_trainable
 
 
 def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
@@ -85,7 +85,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         f"parameters: {estimate.parameters / 1e9:.3f} B of the base, "
         f"{estimate.trainable / 1e6:.2f} M trainable"
     )
-    print(describe_trainable(config, recipe.adapter, head))
+    print(check_and_describe_trainable(config, recipe.adapter, head))
     print(describe_machine(machine))
     if dtype == torch.bfloat16 and machine.gpu.bf16_tflops is None:
         print("  no bf16 in hardware: its products are taken at fp32's rate, which is a best case")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from launch.calibration.batches import check_samples
+from launch.calibration.batches import check_samples, print_calibration_rows
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs, prepare_inputs, resolve_dtype
 from launch.data.order import describe_idle_ranks, plan_steps
@@ -31,7 +31,7 @@ from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import require_kernels
 from launch.training.loop import describe_low_rates
 from launch.training.trackers import require_trackers
-from launch.training.trainable import describe_model
+from launch.training.trainable import check_and_describe_model
 
 DECIDED_AGAIN = (ENGINE, CHECKPOINTING)  # at a resume, by `decide_run`
 
@@ -51,6 +51,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
     check_samples(recipe, inputs)
+    print_calibration_rows(recipe, inputs)
     tokens, tokenizer = (
         inputs.tokens,
         load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head),
@@ -70,7 +71,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     )
     steps = list(steps)
     check_dev(inputs.dev, recipe.task)
-    print_rank0(run_on_rank0(lambda: describe_model(inputs.model, recipe.adapter)))
+    print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
     _print_rows(recipe, inputs, steps)
     low_rates = describe_low_rates(len(steps), settings)
     if low_rates is not None:

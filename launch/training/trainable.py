@@ -84,10 +84,10 @@ def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
         )
 
 
-def describe_model(checked: CheckedModel, settings: Adapter) -> str:
-    """Check what would be trained of a checked model, and describe it; see `describe_trainable`."""
+def check_and_describe_model(checked: CheckedModel, settings: Adapter) -> str:
+    """Check and describe what would be trained of a model; see `check_and_describe_trainable`."""
     config = read_config(checked.folder, head=checked.head)
-    lines = [describe_trainable(config, settings, checked.head_parameters)]
+    lines = [check_and_describe_trainable(config, settings, checked.head_parameters)]
     if checked.unused:
         kinds = dict.fromkeys(name.split(".")[0] for name in checked.unused)
         lines.append(
@@ -97,7 +97,7 @@ def describe_model(checked: CheckedModel, settings: Adapter) -> str:
     return "\n".join(lines)
 
 
-def describe_trainable(
+def check_and_describe_trainable(
     config: PretrainedConfig, settings: Adapter, head: Sequence[str] = ()
 ) -> str:
     """Check what would be trained of a model of `config`, and describe it in a line or two.

@@ -25,7 +25,7 @@ from astra.targets import (
 )
 from launch.config.loading import read_recipe
 from launch.config.schema import Adapter
-from launch.training.trainable import describe_trainable
+from launch.training.trainable import check_and_describe_trainable
 from tests.support.architectures import CONFIGS, make_model
 
 DEFAULT = Adapter().targets
@@ -224,7 +224,7 @@ def test_numbers_in_names_are_abbreviated() -> None:
 
 def test_a_run_says_what_it_adapts() -> None:
     config = CONFIGS["qwen2_moe"]()
-    text = describe_trainable(config, Adapter(rank=2, alpha=2))
+    text = check_and_describe_trainable(config, Adapter(rank=2, alpha=2))
     first, second = text.splitlines()
     assert re.match(
         r"adapted: 14 modules \(q_proj, .*, down_proj\) with [\d,]+ parameters, ", first
@@ -234,10 +234,10 @@ def test_a_run_says_what_it_adapts() -> None:
         "of all experts in one tensor); model.layers.*.mlp.experts.down_proj (2, matrices of all "
         "experts in one tensor)"
     )
-    whole = describe_trainable(config, Adapter(method="full"))
+    whole = check_and_describe_trainable(config, Adapter(method="full"))
     assert re.fullmatch(r"trained: all [\d,]+ parameters", whole)
     with pytest.raises(AstraError, match="33 is above the smaller side"):
-        describe_trainable(config, Adapter(rank=33))
+        check_and_describe_trainable(config, Adapter(rank=33))
 
 
 @pytest.mark.parametrize("value", ["all-linear", "[all-linear]"])
