@@ -30,7 +30,7 @@ from launch.stages.records import (
     BaseMeasurements,
     PreparedRun,
     RunModel,
-    get_input_hashes,
+    identify_inputs,
 )
 from launch.stages.score import score_run
 from launch.training.checkpoint import make_initial_reader
@@ -98,7 +98,7 @@ def initialise_run(run: PreparedRun, loaded: RunModel) -> RunFacts:
         seconds = run_on_rank0(lambda: read_seconds(measured.calibration))
     return RunFacts(
         ranks=ranks if run.recipe.adapter.rank_allocation != "uniform" else None,
-        inputs=get_input_hashes(run.inputs, run.other_text_source),
+        inputs=identify_inputs(run.inputs, run.other_text_source),
         calibration_seconds=seconds,
         calibration_data=data,
         decided=run.decided,

@@ -26,7 +26,7 @@ from launch.runtime.errors import UserError
 from launch.scoring.development import check_dev
 from launch.scoring.held_out import read_other_text
 from launch.scoring.score import check_prompts, read_problems
-from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, get_input_hashes
+from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, identify_inputs
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import require_kernels
 from launch.training.loop import describe_low_rates
@@ -44,7 +44,8 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     """
     started = time.monotonic()
     watchdog.set_phase("reading the inputs")
-    model_name, settings = recipe.model.name, recipe.train
+    model_name = recipe.model.name  # before `quickstart` becomes a path
+    settings = recipe.train
     run_on_rank0(lambda: require_trackers(recipe.tracking))
     dtype = resolve_dtype(recipe.model.dtype, device)
     run_on_each_node(lambda: require_kernels(recipe, device, dtype))
@@ -52,10 +53,8 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     inputs = prepare_inputs(recipe, device)
     check_samples(recipe, inputs)
     print_calibration_rows(recipe, inputs)
-    tokens, tokenizer = (
-        inputs.tokens,
-        load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head),
-    )
+    tokens = inputs.tokens
+    tokenizer = load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head)
     problems = read_problems(recipe.eval)
     problems_while_training = read_problems(recipe.eval.while_training)
     run_on_rank0(lambda: check_prompts(problems, recipe.eval, tokenizer))
@@ -64,12 +63,13 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     )
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
     checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
-    hashes = get_input_hashes(inputs, other_text_source)
-    saved = run_on_rank0(lambda: find_checkpoint(checkpoints, hashes, measured))
-    steps = plan_steps(
-        len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
+    identity = identify_inputs(inputs, other_text_source)
+    saved = run_on_rank0(lambda: find_checkpoint(checkpoints, identity, measured))
+    steps = list(
+        plan_steps(
+            len(tokens), settings.global_batch, settings.epochs, settings.max_steps, settings.seed
+        )
     )
-    steps = list(steps)
     check_dev(inputs.dev, recipe.task)
     print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
     _print_rows(recipe, inputs, steps)
@@ -169,12 +169,12 @@ def _read_measured_sets(
 
 
 def find_checkpoint(
-    checkpoints: CheckpointStore, hashes: Mapping[str, str], measured: Collection[str]
+    checkpoints: CheckpointStore, identity: Mapping[str, str], measured: Collection[str]
 ) -> Checkpoint | None:
     """Return the newest intact checkpoint.
 
     Args:
-        hashes: of `get_input_hashes`.
+        identity: of `identify_inputs`.
         measured: names of the sets whose loss is to be measured after training.
 
     Raises:
@@ -184,7 +184,7 @@ def find_checkpoint(
     saved = checkpoints.find_newest()
     if saved is None:
         return None
-    for field, content in hashes.items():
+    for field, content in identity.items():
         if saved.facts["inputs"].get(field, content) != content:
             what = content if field == DTYPE else "its content"
             raise UserError(

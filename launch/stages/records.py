@@ -19,7 +19,7 @@ from launch.training.checkpoint import Checkpoint, CheckpointStore
 
 CALIBRATION = "calibration"  # folder in the run folder
 WHILE_TRAINING = "while_training"  # the same, of responses: step-<n>/generations.jsonl
-# Keys of get_input_hashes that earlier checkpoints lack.
+# Keys of identify_inputs that earlier checkpoints lack.
 CONFIG, DTYPE, OTHER_TEXT = "config.json of model.name", "model.dtype", "eval.other_text"
 
 
@@ -69,7 +69,7 @@ class BaseMeasurements:
     baseline: dict[str, Score]  # benchmark -> the base's score
 
 
-def get_input_hashes(inputs: Inputs, other_text_source: dict | None) -> dict[str, str]:
+def identify_inputs(inputs: Inputs, other_text_source: dict | None) -> dict[str, str]:
     """Return what a run's numbers depend on beside its recipe, by the fields that name it.
 
     Returns:
