@@ -49,8 +49,9 @@ def list_examples(recipe: Recipe, inputs: Inputs) -> Sequence[int]:
     """List the examples from which a calibration draws its samples, each of them once."""
     num_examples = len(inputs.calibration.tokens)
     if recipe.calibration.statistics == "reference" and recipe.data.held_out == 0:
-        # The reference also has rows that are too long to be trained on. Among all rows the last
-        # ones may be held out; the first `num_examples` of all rows never are.
+        # The reference also has rows that are too long to be trained on. Only without held-out rows:
+        # those are the last kept rows, so a draw from all rows could hit one. The first
+        # `num_examples` of all rows hold none.
         for reason, count in inputs.data["dropped"].items():
             if reason not in BAD_TEXT:
                 num_examples += count

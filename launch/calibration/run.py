@@ -153,7 +153,8 @@ def obtain_calibration(
         run_on_rank0(lambda: copy_summary(source, folder))
         print_rank0(f"calibration: taken from {source}")
         return source
-    if run_on_rank0(lambda: is_finished(folder)):  # by a process that was killed later
+    if run_on_rank0(lambda: is_finished(folder)):
+        # An earlier start of this run finished it and was killed afterwards.
         run_on_rank0(lambda: check_calibration(folder, described))
     else:
         make_calibration(recipe, inputs, engine, model, linears, folder)

@@ -32,7 +32,8 @@ def _match_any_case(ending: str) -> str:
     return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
 
 
-# The files of a data set that are downloaded from the hub. Of the others the names are known.
+# The files of a data set that are downloaded from the hub. Of all other files only the names are
+# needed, and the hub lists them.
 HUB_FILES = [
     *(_match_any_case(ending) for ending in READERS),
     *(_match_any_case(f"{ending}.gz") for ending in GZIPPED),

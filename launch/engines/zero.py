@@ -60,8 +60,9 @@ class ZeroTrainState:
         self.model = self.engine = engine
         self.optimizer = optimizer
         if len(optimizer.param_groups) > 1:
-            # After the first group's first step stage 2 looks up the moments of all groups, once.
-            # By default the others have none then, and theirs could not be read afterwards.
+            # After the first group's first step stage 2 links the moments of all groups, once. Groups
+            # that have not stepped have no moments then and would never be linked, so make all
+            # moments now: those that are not linked cannot be read.
             compat.make_adam_state(optimizer, 0, MOMENTS)
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -18,8 +18,7 @@ from launch.runtime.locks import FolderLock
 RECIPE, STATE = "recipe.yaml", "state.json"
 BASELINE = "baseline"  # the responses of the base before training
 EFFECTIVE_RANKS = Path("after") / "effective_rank.json"  # of launch/calibrate.py --after
-# Fields that say how a calibration is computed and not what, or nothing of it: a finished run may
-# have others too.
+# Fields that change no result. Even a finished run may be started again with other values of them.
 OF_COMPUTATION = ("calibration.memory_gib", "calibration.reduction", "note")
 # Fields that may change when a run resumes: they change neither its losses nor its subspaces,
 # beyond rounding. Of `eval` see `_list_free`.

@@ -50,8 +50,9 @@ def open_responses(
 
     If they were made with something else than `made_with`, the whole file becomes PREVIOUS. If any
     response answers another prompt than the one `wanted` under its name, as of another data folder,
-    the whole file is copied to PREVIOUS, and only those that still fit are kept. Of that benchmark
-    those that are not wanted, as beyond a limit, go too: they are of the other prompts.
+    the whole file is copied to PREVIOUS, and only those that still fit are kept. Responses of that
+    benchmark that `wanted` does not list, such as those beyond a limit, are dropped too: they answer
+    the other prompts.
 
     Args:
         made_with: all that responses depend on besides their prompts, as JSON values: model,

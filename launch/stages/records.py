@@ -44,8 +44,8 @@ class PreparedRun:
     checkpoints: CheckpointStore
     saved: Checkpoint | None  # the checkpoint to resume from
     decided: dict[str, Any]  # recipe field that was `auto` -> what was decided
-    # time.monotonic() when the run began; what an earlier start calibrated and trained counts as if
-    # it had been just before.
+    # time.monotonic() at this start, minus the seconds that earlier starts spent calibrating,
+    # training and scoring.
     started: float
 
 

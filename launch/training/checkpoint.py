@@ -230,7 +230,9 @@ class CheckpointStore:
             for left in self.folder.glob("tmp-*"):  # by a launch that was killed
                 shutil.rmtree(left)
             self._write_files(aside, step, tensors, facts, history)
-            if path.exists():  # damaged, or its best step's is: else it would be resumed from
+            # One that `find_newest` skipped (it or its best step's checkpoint is damaged or missing);
+            # it makes way for the new one.
+            if path.exists():
                 shutil.rmtree(path)
             aside.rename(path)
             self.damaged.discard(path)
@@ -264,8 +266,8 @@ class CheckpointStore:
     def _prune(self, step: int, best: int | None) -> None:
         """Of the checkpoints up to `step`, keep the newest intact ones and that of the step `best`.
 
-        Later ones are damaged, or that of their best step is. They stay until training comes to
-        their step and replaces them.
+        Later ones are those that `find_newest` skipped: they or their best step's checkpoint are
+        damaged or missing. They stay until training reaches their step and replaces them.
         """
         paths = sorted(self.folder.glob(STEP_GLOB))
         older = [path for path in paths if int(path.name.removeprefix("step-")) <= step]

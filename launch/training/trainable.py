@@ -69,8 +69,8 @@ def attach_trainable(
 def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
     """Give a new head's parameters fp32 on a base in bf16, and its modules inputs in fp32.
 
-    They are made anew, without values, as adapters are: ZeRO-3 shards them with these, of whose
-    dtype they must be.
+    Each is replaced by an empty fp32 parameter. ZeRO-3 shards the head together with the adapters,
+    so both need the same dtype.
     """
     if base.dtype == torch.float32:
         return
@@ -250,9 +250,9 @@ def export_trained(
 
     Args:
         initial: on rank 0, A0 and B0 by module name.
-        rehearsal: only try it, with the same code, names and formats: all that is exported, but of
-            the smallest adapted module or layer alone. Every export must work with it: training
-            is not to end before what cannot be exported.
+        rehearsal: try the export: the same code and file names, but only the smallest module or
+            layer. Every kind of export must support this, so that a run that cannot be exported
+            stops after its first step, not at its end.
 
     Returns:
         The folder that users load: `lora` or, where there is no plain LoRA, `adapter` or `model`.
