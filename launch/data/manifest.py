@@ -1,13 +1,14 @@
 """Manifests of folders of tokens and of rows with labels: what they were made from, and what was left out."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
 from launch.data.sources import BadRow, limit_identity
 from launch.runtime.errors import UserError
+from launch.runtime.locks import hold_lock
 
 MANIFEST = "manifest.json"
 # Reasons for which rows are left out or cut.
@@ -23,6 +24,20 @@ def read_json(path: Path) -> dict:
         raise UserError(
             f"{path}: cannot be read ({error}); delete {path.parent} and prepare again"
         ) from None
+
+
+def make_once(folder: Path, write: Callable[[], None]) -> None:
+    """Have `write` fill `folder`, unless its manifest is there; of several processes one writes.
+
+    Args:
+        write: it writes the manifest last.
+    """
+    if (folder / MANIFEST).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_lock(folder / "lock"):
+        if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
+            write()
 
 
 def require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:

@@ -28,6 +28,7 @@ from launch.data.manifest import (
     MANIFEST,
     check_refused_rows,
     count_dropped,
+    make_once,
     name_row,
     read_json,
     require_same_origin,
@@ -51,7 +52,6 @@ from launch.models.head import Head, find_padding
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, write_json
-from launch.runtime.locks import hold_lock
 
 FORMAT = 2  # raised with every change of how rows are read, tokenised and stored
 ROWS = "rows.safetensors"
@@ -309,12 +309,12 @@ def _find_or_make(
         source = fetch_source(data)
         origin["source"] = identify_source(source)
         folder = output or find_cache_folder("rows", origin)
-        if not (folder / MANIFEST).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder / "lock"):
-                if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                    refuse_other_files(folder, LEFTOVERS, option)
-                    _write_rows(folder, origin, data, reading, source)
+
+        def write() -> None:
+            refuse_other_files(folder, LEFTOVERS, option)
+            _write_rows(folder, origin, data, reading, source)
+
+        make_once(folder, write)
     manifest = read_json(folder / MANIFEST)
     require_same_origin(folder, manifest, origin, option)
     if not (folder / ROWS).is_file() or hash_file(folder / ROWS) != manifest["tokens_sha256"]:

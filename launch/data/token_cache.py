@@ -35,6 +35,7 @@ from launch.data.manifest import (
     TOO_LONG,
     check_refused_rows,
     count_dropped,
+    make_once,
     name_row,
     read_json,
     require_same_origin,
@@ -60,7 +61,6 @@ from launch.models.files import hash_tokenizer, load_tokenizer
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, sync_file, write_json
-from launch.runtime.locks import hold_lock
 
 FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised
@@ -158,14 +158,14 @@ def _check_finished(
     if is_earlier:
         special = find_special_tokens(load_tokenizer(model_path))
         doubt = find_doubt(tokens.manifest, tokens.open_tokens(), special)
-        if doubt is not None and not _are_made_again(tokens, data, model_path):
+        if doubt is not None and not _gives_same_tokens(tokens, data, model_path):
             raise UserError(
                 f"{option}: {tokens.folder} was made by an earlier version, {doubt}; prepare the "
                 "rows again into another folder"
             )
 
 
-def _are_made_again(tokens: TokenFolder, data: Data, model_path: Path) -> bool:
+def _gives_same_tokens(tokens: TokenFolder, data: Data, model_path: Path) -> bool:
     """Return whether the rows, if they are on this machine, give the same tokens today."""
     if not Path(data.path).expanduser().exists():
         return False
@@ -229,12 +229,11 @@ def make_tokens(
             row is good.
     """
     wanted = describe_origin(data, model_path, source)
-    if not (folder / MANIFEST).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(folder / "lock"):
-            if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                tokenizer = load_tokenizer(model_path)
-                _write_tokens(folder, wanted, data, tokenizer, source, option)
+
+    def write() -> None:
+        _write_tokens(folder, wanted, data, load_tokenizer(model_path), source, option)
+
+    make_once(folder, write)
     tokens = TokenFolder(folder, read_json(folder / MANIFEST))
     _check_finished(tokens, wanted, data, model_path, option)
     if verify:

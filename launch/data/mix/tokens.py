@@ -17,7 +17,13 @@ from torch import Tensor
 
 from launch.config.rows import MixedRows
 from launch.config.schema import MIXED_FIELDS, Data
-from launch.data.manifest import MANIFEST, check_refused_rows, read_json, require_same_origin
+from launch.data.manifest import (
+    MANIFEST,
+    check_refused_rows,
+    make_once,
+    read_json,
+    require_same_origin,
+)
 from launch.data.mix.shares import Share, choose_examples, find_scarce, plan_shares
 from launch.data.sources import naming_fields
 from launch.data.token_cache import (
@@ -39,7 +45,6 @@ from launch.data.token_cache import (
 from launch.data.token_set import TokenSet, count_trained, read_bytes
 from launch.runtime import watchdog
 from launch.runtime.files import write_json
-from launch.runtime.locks import hold_lock
 
 MIXING = 1  # raised with every change of which examples a mix has, or in which order
 CHUNK = 2000  # examples that are copied at a time
@@ -131,12 +136,12 @@ def make_mix(
         UserError: the folder holds something else or damaged tokens, or a source has too few rows.
     """
     wanted = describe_mix_origin(data, model_path, parts)
-    if not (folder / MANIFEST).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(folder / "lock"):
-            if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
-                read_tally(folder, wanted, option)  # refuses a folder of something else
-                _write_mix(folder, wanted, data, parts, option)
+
+    def write() -> None:
+        read_tally(folder, wanted, option)  # refuses a folder of something else
+        _write_mix(folder, wanted, data, parts, option)
+
+    make_once(folder, write)
     tokens = TokenFolder(folder, read_json(folder / MANIFEST))
     require_same_origin(folder, tokens.manifest, wanted, option)
     check_sizes(tokens)
