@@ -209,6 +209,25 @@ def initialise_layers(
     return worst
 
 
+def merge_factors(
+    weight: Tensor, factors: Factors, scaling: float, magnitude: Tensor | None = None
+) -> Tensor:
+    """Return a module's merged weight `W + s B A` in fp64, (d_out, d_in), on W's device.
+
+    The product is formed in fp64 on the factors' device.
+
+    Args:
+        weight: W.
+        magnitude: DoRA's m, (d_out,). The rows are then those of m (W + s B A) / |W + s B A|, as PEFT
+            merges it.
+    """
+    a, b = factors
+    merged = weight.double() + scaling * (b.double() @ a.double()).to(weight.device)
+    if magnitude is not None:
+        merged *= (magnitude.to(merged) / merged.norm(dim=1))[:, None]
+    return merged
+
+
 def read_factors(layers: Mapping[str, LoraLayer], weights: Weights) -> dict[str, Factors]:
     """Return the whole A and B of every layer, on the CPU, in their stored dtype. Collective.
 

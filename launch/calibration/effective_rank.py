@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from astra.adapter import ADAPTER_WEIGHTS, PREFIX, load_adapter
+from astra.adapter import ADAPTER_WEIGHTS, PREFIX, load_adapter, merge_factors
 from astra.targets import find_targets
 from launch.calibration.batches import list_examples
 from launch.calibration.report import group_by_kind, list_layers, place_module
@@ -208,15 +208,13 @@ def _merge_adapter(base: nn.Module, folder: Path, engine: Engine) -> None:
 
     Where the adapter has DoRA's magnitudes, the rows of the sum are scaled to them.
     """
-    factors, scaling = load_adapter(folder)
+    adapter, scaling = load_adapter(folder)
     tensors = load_file(folder / ADAPTER_WEIGHTS[0])
-    for name, (a, b) in factors.items():
+    for name, factors in adapter.items():
         parameter = base.get_submodule(name).weight
         weight = engine.read(parameter)
-        merged = weight.double() + scaling * (b.double() @ a.double()).to(weight.device)
         magnitude = tensors.get(f"{PREFIX}{name}.lora_magnitude_vector")
-        if magnitude is not None:
-            merged *= (magnitude.to(merged) / merged.norm(dim=1))[:, None]
+        merged = merge_factors(weight, factors, scaling, magnitude)
         engine.write(parameter, merged.to(weight.dtype))
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from astra.adapter import ADAPTER, get_lora_layers
+from astra.adapter import ADAPTER, Factors, get_lora_layers, merge_factors
 from astra.weights import Weights
 from launch.data.inputs import Inputs
 from launch.engines import Engine
@@ -95,16 +95,13 @@ def _find_sources(base: PreTrainedModel, layers: Mapping[str, LoraLayer]) -> dic
 
 @torch.no_grad()
 def compute_merged(layer: LoraLayer, weights: Weights) -> Tensor:
-    """Return a layer's merged weight in fp64, (d_out, d_in). Collective.
-
-    It is W + s B A, with the rows scaled to the trained magnitudes m for DoRA: those of
-    m (W + s B A) / |W + s B A|, as PEFT merges it.
-    """
+    """Return a layer's merged weight in fp64, (d_out, d_in). Collective."""
+    # In fp64 at once, which frees the copy that was read.
     weight = weights.read(layer.base_layer.weight).double()
-    a = weights.read(layer.lora_A[ADAPTER].weight).double()
-    b = weights.read(layer.lora_B[ADAPTER].weight).double()
-    weight += layer.scaling[ADAPTER] * (b @ a)
-    for vector in layer.lora_magnitude_vector.values():
-        magnitude = weights.read(vector.weight).double()
-        weight *= (magnitude / weight.norm(dim=1))[:, None]
-    return weight
+    factors = Factors(
+        weights.read(layer.lora_A[ADAPTER].weight), weights.read(layer.lora_B[ADAPTER].weight)
+    )
+    magnitude = None
+    if ADAPTER in layer.lora_magnitude_vector:
+        magnitude = weights.read(layer.lora_magnitude_vector[ADAPTER].weight)
+    return merge_factors(weight, factors, layer.scaling[ADAPTER], magnitude)
