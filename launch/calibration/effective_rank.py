@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from astra.adapter import ADAPTER_WEIGHTS, PREFIX, load_adapter, merge_factors
-from astra.targets import find_targets
 from launch.calibration.batches import list_examples
 from launch.calibration.report import group_by_kind, list_layers, place_module
-from launch.calibration.run import make_calibration
+from launch.calibration.run import load_base, make_calibration
 from launch.calibration.store import is_finished, read_summary
 from launch.config.loading import read_stored_recipe, validate_recipe
 from launch.config.schema import Recipe
@@ -34,7 +33,6 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
-from launch.training.trainable import draw_new_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,12 +189,8 @@ def _calibrate_model(
         checked = run_on_rank0(
             lambda: check_model(trained, "--after", head=head, head_is_stored=True)
         )
-    base = engine.load_model(checked)
-    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
-    engine.materialize(base)
-    # A new head reads what is measured, and does not change it: its values do not matter.
-    draw_new_weights(base, checked, recipe.train.seed, engine)
+    # The values that are drawn for a new head do not matter: it reads what is measured.
+    base, linears = load_base(recipe, checked, engine)
     if trained is not None and not is_model:
         _merge_adapter(base, trained, engine)
     with engine.inference_mode(base):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from astra.calibrate import ModuleProblem, Solution, calibrate_modules
 from astra.moments import find_groups
@@ -39,6 +40,7 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines import Engine, make_engine
 from launch.methods.base import crop_solution
+from launch.models.check import CheckedModel
 from launch.run.folder import make_folder
 from launch.run.progress import show_progress
 from launch.run.provenance import describe_conditions, name_dtype
@@ -116,14 +118,22 @@ def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path)
         run_on_rank0(lambda: check_calibration(folder, described))
         return False
     watchdog.set_phase("loading the base")
-    base = engine.load_model(inputs.model)
-    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
-    linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
-    engine.materialize(base)
-    draw_new_weights(base, inputs.model, recipe.train.seed, engine)
+    base, linears = load_base(recipe, inputs.model, engine)
     with engine.inference_mode(base):
         make_calibration(recipe, inputs, engine, base, linears, folder)
     return True
+
+
+def load_base(
+    recipe: Recipe, checked: CheckedModel, engine: Engine
+) -> tuple[PreTrainedModel, dict[str, nn.Linear]]:
+    """Load a model to be calibrated, with all its values, and find its targets. Collective."""
+    base = engine.load_model(checked)
+    watchdog.beat_on_forward(base)
+    linears = find_targets(base, recipe.adapter.targets, recipe.adapter.exclude)
+    engine.materialize(base)
+    draw_new_weights(base, checked, recipe.train.seed, engine)
+    return base, linears
 
 
 def obtain_calibration(

@@ -36,6 +36,7 @@ from launch.runtime.peers import WAITS, Limits, PeerReports, Report, Verdict
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong option is to be answered at once
     import torch.distributed as dist
+    from torch import nn
 
 ROOT = str(Path(__file__).resolve().parents[2])
 LIMITS = Limits()
@@ -150,6 +151,11 @@ def heartbeat(phase: str | None = None) -> None:
     """Count progress and, if given, say what this rank does now."""
     _watchdog.heartbeats += 1
     _watchdog.phase = phase or _watchdog.phase
+
+
+def beat_on_forward(model: "nn.Module") -> None:
+    """Count each forward pass of `model` as progress: a long response or batch may take minutes."""
+    model.register_forward_pre_hook(lambda *_: heartbeat())
 
 
 def current_phase() -> str:

@@ -189,8 +189,7 @@ def _load_model(
 ) -> nn.Module:
     """Load the base with its adapter, for `engine.inference_mode`. Collective."""
     base = engine.load_model(checked)
-    # Each forward pass is progress: a response of thousands of tokens may take minutes.
-    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+    watchdog.beat_on_forward(base)
     if saved is None:
         engine.materialize(base)
         return base

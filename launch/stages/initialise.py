@@ -52,7 +52,7 @@ def load_run_model(run: PreparedRun, device: torch.device) -> RunModel:
     engine = make_engine(recipe.engine, device, run.inputs.dtype, recipe.shard_within)
     base = engine.load_model(run.inputs.model, full=recipe.adapter.method_record.trains_all)
     apply_kernels(base, recipe)
-    base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+    watchdog.beat_on_forward(base)
     model = attach_trainable(base, recipe.adapter, lora_ranks, run.inputs.model.head_parameters)
     return RunModel(engine, base, model, find_lora_layers(model))
 
