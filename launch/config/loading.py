@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,30 @@ def load_yaml(path: Path, option: str) -> dict:
     return values
 
 
+def load_extended(path: Path, folder: Path, option: str) -> Iterator[dict]:
+    """Yield the fields of a YAML file, then those of each file that it extends, in turn.
+
+    Args:
+        path: of the file.
+        folder: of the files that `extends` may name without a path.
+        option: that errors name.
+
+    Raises:
+        UserError: a file is not there or cannot be read; or it extends itself.
+    """
+    file, seen = path, {path}
+    while True:
+        values = load_yaml(file, option)
+        extends = values.pop("extends", None)
+        yield values
+        if not extends:
+            return
+        file = find_yaml(str(extends), folder, option)
+        if file in seen:
+            raise UserError(f"{option}: {path} extends itself, through {file.stem}")
+        seen.add(file)
+
+
 # Renamed fields
 
 
@@ -228,15 +253,9 @@ def _load_values(path: Path) -> tuple[dict, list[str]]:
     Raises:
         UserError: the file, or one that it extends, cannot be read; or it extends itself.
     """
-    values = load_yaml(path, "--recipe")
-    old_names = _rename_fields(values)
-    seen = {path}
-    while extends := values.pop("extends", None):
-        base = find_yaml(str(extends), RECIPES, "--recipe")
-        if base in seen:
-            raise UserError(f"--recipe: {path} extends itself, through {base.stem}")
-        seen.add(base)
-        extended = load_yaml(base, "--recipe")
+    values: dict[str, Any] = {}
+    old_names: list[str] = []
+    for extended in load_extended(path, RECIPES, "--recipe"):
         old_names += _rename_fields(extended)
         drop_set_fields(extended, values)
         values = _merge_sections(extended, values)

@@ -20,7 +20,7 @@ from launch.config.loading import (
     RECIPES,
     dump_for_hash,
     find_yaml,
-    load_yaml,
+    load_extended,
     read_recipe,
     validate_section,
 )
@@ -478,13 +478,9 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
 
 def _load_table(path: Path) -> dict:
     """Load the fields of a table and of those it extends. Raises UserError if it extends itself."""
-    values, seen = load_yaml(path, "--table"), {path}
-    while extends := values.pop("extends", None):
-        base = find_yaml(str(extends), TABLES, "--table")
-        if base in seen:
-            raise UserError(f"--table: {path} extends itself, through {base.stem}")
-        seen.add(base)
-        values = load_yaml(base, "--table") | values
+    values: dict[str, Any] = {}
+    for extended in load_extended(path, TABLES, "--table"):
+        values = extended | values
     return values
 
 
