@@ -55,7 +55,7 @@ def find_reader(path: Path) -> Reader | None:
     return READERS.get(ending)
 
 
-def read_json(path: Path, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_json_rows(path: Path, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with one JSON object a line, or with one list of objects.
 
     Lines of white space alone are skipped. A list is read piece by piece.
@@ -421,11 +421,11 @@ def _describe_fault(error: Exception) -> str:
 
 # File ending -> what reads such a file; .gz may follow some.
 READERS: dict[str, Reader] = {
-    ".json": read_json,
-    ".jsonl": read_json,
+    ".json": read_json_rows,
+    ".jsonl": read_json_rows,
     ".parquet": read_parquet,
     ".csv": read_csv,
-    ".ndjson": read_json,
+    ".ndjson": read_json_rows,
 }
 GZIPPED = (".json", ".jsonl", ".csv", ".ndjson")
 ENDINGS = f"{', '.join(READERS)}, or one of {', '.join(GZIPPED)} with .gz"  # for messages

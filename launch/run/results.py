@@ -111,7 +111,7 @@ class Base(Record):
     revision_verified: bool = False
 
 
-class Source(Record):
+class SourceRecord(Record):
     """One of the sets of a mix (data.sources), and what is taken of it."""
 
     path: str
@@ -135,7 +135,7 @@ class DevelopmentRows(Record):
     cut: int  # rows that max_length truncated
 
 
-class Data(Record):
+class DataRecord(Record):
     """The training rows, and those that are scored while training."""
 
     path: str  # or the names of the sources
@@ -143,7 +143,7 @@ class Data(Record):
     rows: int
     cut: int  # rows whose answer max_length cut short
     dropped: dict[str, int]  # reason -> rows
-    sources: dict[str, Source] = {}  # of a mix, by name
+    sources: dict[str, SourceRecord] = {}  # of a mix, by name
     scarce_sources: list[str] = []  # that keep a mix by weights from being larger
     held_out_trained: int = 0  # held-out rows whose very tokens are trained on too
     dev: dict[str, DevelopmentRows] = {}  # by the name of their score
@@ -257,7 +257,7 @@ class RunResults(Record):
     recipe: str
     model: str
     base: Base
-    data: Data
+    data: DataRecord
     note: str | None = None  # of the recipe
     method: str
     variant: str | None = None  # what the method's name leaves open: the end of the spectrum
@@ -368,7 +368,7 @@ def describe_task_score(score: TaskScore) -> str:
     return f"{'; '.join(parts)}; n = {score.n}"
 
 
-def describe_mix(data: Data) -> list[tuple[str, str]]:
+def describe_mix(data: DataRecord) -> list[tuple[str, str]]:
     """Say what a mix has of each source, and what of the rows may surprise.
 
     Returns:
@@ -389,7 +389,7 @@ def describe_mix(data: Data) -> list[tuple[str, str]]:
     return described + _describe_limits(data)
 
 
-def _describe_limits(data: Data) -> list[tuple[str, str]]:
+def _describe_limits(data: DataRecord) -> list[tuple[str, str]]:
     """Say what keeps a mix from being larger, and what its held-out rows share with the others."""
     described = []
     if data.scarce_sources:

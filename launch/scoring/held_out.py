@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.data.batches import IGNORED, collate_examples
 from launch.data.order import shard_batches
-from launch.data.readers import UnreadableError, read_json
+from launch.data.readers import UnreadableError, read_json_rows
 from launch.data.sources import find_text_fault
 from launch.data.token_set import TokenSet, make_text_set
 from launch.data.tokenize import encode_texts
@@ -68,7 +68,7 @@ def _read_texts(path: Path) -> tuple[bytes, list[str]]:
         content = path.read_bytes()
         if path.suffix == ".txt":
             return content, [content.decode("utf-8-sig")]
-        return content, [row.get("text") for row in read_json(path)] if content else []
+        return content, [row.get("text") for row in read_json_rows(path)] if content else []
     except (OSError, UnicodeDecodeError, UnreadableError) as error:
         raise UserError(f"eval.other_text: cannot read {path}: {error}") from None
 

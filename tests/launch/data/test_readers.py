@@ -23,7 +23,7 @@ from launch.data.readers import (
     UnreadableError,
     find_reader,
     read_arrow,
-    read_json,
+    read_json_rows,
     read_parquet,
 )
 from launch.data.sources import BadRow, Row, load_split, select_rows
@@ -294,14 +294,14 @@ def test_a_long_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
     for size in (1, 2, 3, 64, 1000):  # bytes of a character, and rows, are cut everywhere
         monkeypatch.setattr("launch.data.readers.BLOCK", size)
-        assert list(read_json(tmp_path / "a.json")) == rows
+        assert list(read_json_rows(tmp_path / "a.json")) == rows
     (tmp_path / "a.json").write_text("[]")
-    assert list(read_json(tmp_path / "a.json")) == []
+    assert list(read_json_rows(tmp_path / "a.json")) == []
 
 
 def test_an_unreadable_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match=r"gone\.jsonl cannot be read"):
-        list(read_json(tmp_path / "gone.jsonl"))
+        list(read_json_rows(tmp_path / "gone.jsonl"))
 
 
 def test_paths_are_not_patterns(tmp_path: Path) -> None:
