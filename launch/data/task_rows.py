@@ -47,8 +47,9 @@ from launch.data.sources import (
 from launch.data.token_cache import describe_libraries, find_cache_folder, refuse_other_files
 from launch.data.token_set import TokenSet
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
-from launch.models.files import hash_tokenizer, load_tokenizer
+from launch.models.files import load_tokenizer
 from launch.models.head import Head, find_padding
+from launch.models.identity import hash_tokenizer
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, write_json
@@ -294,7 +295,7 @@ def _find_or_make(
         "data": data.token_fields(),
         "task": reading.task,
         "token_types": reading.has_types,
-        "tokenizer": hash_tokenizer(model_path),
+        "tokenizer": hash_tokenizer(model_path, with_config=True),
         "libraries": describe_libraries(),
     }
     option = "row cache" if output is None else "--output"

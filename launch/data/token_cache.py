@@ -57,7 +57,8 @@ from launch.data.tokenize import (
     tokenize_rows,
     tokenize_text,
 )
-from launch.models.files import hash_tokenizer, load_tokenizer
+from launch.models.files import load_tokenizer
+from launch.models.identity import hash_tokenizer
 from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, sync_file, write_json
@@ -188,7 +189,7 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
         "reading": READING,
         "data": data.token_fields(),
         "prompts": [ALPACA_PROMPT, ALPACA_INPUT_PROMPT],
-        "tokenizer": hash_tokenizer(model_path),
+        "tokenizer": hash_tokenizer(model_path, with_config=True),
         "libraries": describe_libraries(),
     }
     if data.messages is not None:

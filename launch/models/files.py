@@ -21,18 +21,6 @@ from launch.runtime.files import cache_root, hash_file, read_blob_name
 WEIGHT_FILES = "*.safetensors"
 # That are fetched from the hub; *.jinja are chat templates, some in a folder of their own.
 FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.codes", "*.jinja"]
-# Files in a model's folder that decide its tokenizer; config.json may name the tokenizer's class.
-TOKENIZER_FILES = [
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.codes",
-    "tekken.json",
-    "*.model",
-]
 NO_FOLDER_REMEDY = "correct the path, or give a hub id"
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
@@ -145,12 +133,6 @@ def hash_adapter(folder: Path) -> str:
     if not (folder / "base.json").is_file():
         paths.append(folder / ADAPTER_CONFIG)
     return hash_files(paths)
-
-
-def hash_tokenizer(folder: Path) -> str:
-    """Return the SHA-256 over the names and SHA-256 sums of a model folder's tokenizer files."""
-    paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    return hash_files(path for path in paths if path.is_file())
 
 
 def hash_files(paths: Iterable[Path]) -> str:

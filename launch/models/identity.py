@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from astra.adapter import ADAPTER_CONFIG
-from launch.models.files import TOKENIZER_FILES, hash_files
+from launch.models.files import hash_files
 from launch.runtime.files import hash_file
 
 # Fields, at any depth, that decide nothing here: the recipe or the command chooses the dtype.
@@ -17,6 +17,17 @@ ADAPTER_NOTES = (
     "revision",
     "auto_mapping",
     "inference_mode",
+)
+# Files in a model's folder that decide its tokenizer, besides config.json.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.codes",
+    "tekken.json",
+    "*.model",
 )
 # Keys that records of earlier versions lack. They are compared where both sides have them.
 LATER_KEYS = (
@@ -39,13 +50,16 @@ def hash_adapter_config(folder: Path) -> str:
     return _hash_json(folder / ADAPTER_CONFIG, ADAPTER_NOTES)
 
 
-def hash_tokenizer_files(folder: Path) -> str:
-    """Return the SHA-256 over a model folder's tokenizer files, without its config.json.
+def hash_tokenizer(folder: Path, with_config: bool) -> str:
+    """Return the SHA-256 over the names and SHA-256 sums of a model folder's tokenizer files.
 
-    `launch.models.files.hash_tokenizer` has config.json too, byte by byte.
+    Args:
+        with_config: whether config.json, which may name the tokenizer's class, is one of them, byte
+            by byte. Records that have `hash_config` too leave it out.
     """
-    patterns = [pattern for pattern in TOKENIZER_FILES if pattern != "config.json"]
-    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    paths: set[Path] = {folder / "config.json"} if with_config else set()
+    for pattern in TOKENIZER_FILES:
+        paths |= set(folder.glob(pattern))
     return hash_files(path for path in paths if path.is_file())
 
 

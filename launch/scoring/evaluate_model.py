@@ -23,12 +23,7 @@ from launch.data.inputs import resolve_dtype
 from launch.engines import Engine, make_engine
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
 from launch.models.files import fetch_model, hash_adapter, hash_weights, load_tokenizer
-from launch.models.identity import (
-    differs,
-    hash_adapter_config,
-    hash_config,
-    hash_tokenizer_files,
-)
+from launch.models.identity import differs, hash_adapter_config, hash_config, hash_tokenizer
 from launch.run.provenance import name_dtype
 from launch.run.results import Score
 from launch.runtime import watchdog
@@ -93,7 +88,7 @@ def _fetch_base(source: ModelSource) -> tuple[CheckedModel, dict]:
         return checked, {
             "weights_sha256": hash_weights(checked.files),
             "config_sha256": hash_config(checked.folder),
-            "tokenizer_sha256": hash_tokenizer_files(checked.folder),
+            "tokenizer_sha256": hash_tokenizer(checked.folder, with_config=False),
         }
 
     fetched = run_on_each_node(fetch)

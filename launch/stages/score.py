@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval.tasks.base import Problem
 from launch.config.schema import Eval
-from launch.models.identity import hash_tokenizer_files
+from launch.models.identity import hash_tokenizer
 from launch.run.provenance import name_dtype
 from launch.run.results import Score
 from launch.runtime.distributed import run_on_rank0
@@ -30,7 +30,7 @@ def score_run(
     """
     if not problems:
         return {}
-    tokenizer = run_on_rank0(lambda: hash_tokenizer_files(run.inputs.model_path))
+    tokenizer = run_on_rank0(lambda: hash_tokenizer(run.inputs.model_path, with_config=False))
     identity = {
         "base": run.inputs.base | {"tokenizer_sha256": tokenizer},
         "adapter": adapter,

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch.models import files as model_files
-from launch.models.files import hash_tokenizer, hash_unchanged_file, hash_weights
+from launch.models.files import hash_unchanged_file, hash_weights
+from launch.models.identity import hash_tokenizer
 from launch.runtime import files
 from launch.runtime.files import hash_file
 
@@ -137,7 +138,8 @@ def test_a_blob_of_the_hubs_cache_is_not_read(
     ("hash_folder", "name"),
     [
         (lambda folder: hash_weights(folder.glob("*.safetensors")), "model.safetensors"),
-        (hash_tokenizer, "tokenizer.json"),
+        (lambda folder: hash_tokenizer(folder, with_config=True), "tokenizer.json"),
+        (lambda folder: hash_tokenizer(folder, with_config=True), "config.json"),
     ],
 )
 def test_names_and_contents_count(hash_folder: Callable, name: str, tmp_path: Path) -> None:
