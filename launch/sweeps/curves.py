@@ -23,7 +23,7 @@ class RateCurve:
     """The held-out loss of a row by learning rate."""
 
     cell: Cell
-    losses: dict[float, float | None]  # see Sweep.measure_rates
+    losses: dict[float, float | None]  # see Sweep.read_tuning_losses
     own: float | None  # the best rate; None until it is known
     fresh: dict[float, Point]  # rate -> mean held-out loss over fresh seeds
 
@@ -56,9 +56,9 @@ def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
     """Return the curve of every cell that has begun; none where rates are not chosen."""
     curves = []
     for cell in sweep.list_cells() if sweep.table.learning_rates else []:
-        losses = sweep.measure_rates(cell)
+        losses = sweep.read_tuning_losses(cell)
         if any(loss is not None for loss in losses.values()):
-            own = sweep.tuned_lr(cell)
+            own = sweep.choose_rate(cell)
             curves.append(RateCurve(cell, losses, own, _collect_fresh(sweep, cell)))
     return curves
 
@@ -66,7 +66,7 @@ def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
 def _collect_fresh(sweep: Sweep, cell: Cell) -> dict[float, Point]:
     """Return the mean held-out loss over fresh seeds, by learning rate."""
     fresh = {}
-    for runs in sweep.eval_runs(cell).values():
+    for runs in sweep.list_eval_runs(cell).values():
         results = [find_run_results(sweep.find_folder(run)) for run in runs]
         losses = [get_held_out_loss(found) for found in results if found is not None]
         point = estimate_mean([loss for loss in losses if loss is not None])
@@ -81,13 +81,13 @@ def list_missing(sweep: Sweep) -> list[str]:
     for cell in sweep.list_cells():
         parts = []
         if sweep.table.learning_rates:
-            rates = [rate for rate, loss in sweep.measure_rates(cell).items() if loss is None]
+            rates = [rate for rate, loss in sweep.read_tuning_losses(cell).items() if loss is None]
             if rates:
                 seed = sweep.table.learning_rates.seed
                 parts.append(f"rate {', '.join(f'{rate:g}' for rate in rates)} on seed {seed}")
-            if sweep.tuned_lr(cell) is None:
+            if sweep.choose_rate(cell) is None:
                 parts.append("its own rate on every seed")
-        for rate, runs in sweep.eval_runs(cell).items():
+        for rate, runs in sweep.list_eval_runs(cell).items():
             seeds = []
             for run in runs:
                 if not has_ended(sweep.find_folder(run)):

@@ -97,7 +97,7 @@ def _find_measured_run(sweep: Sweep, cell: Cell) -> Path | None:
 
 def _find_first_run(sweep: Sweep, cell: Cell) -> Run | None:
     """Return the cell's run of the first seed; None until its learning rate is chosen."""
-    eval_runs = sweep.eval_runs(cell)
+    eval_runs = sweep.list_eval_runs(cell)
     runs = eval_runs.get("own", eval_runs.get("recipe"))
     return runs[0] if runs else None
 
@@ -107,7 +107,7 @@ def count_jobs(sweep: Sweep, cell: Cell) -> int:
     jobs = list_jobs(sweep, cell)
     count = len(jobs)
     rates = sweep.table.learning_rates
-    if rates and sweep.tuned_lr(cell) is None:
+    if rates and sweep.choose_rate(cell) is None:
         count += len(sweep.table.seeds) * (3 if rates.neighbours else 1)
     if sweep.table.spectra and not any(job.output.name == EFFECTIVE_RANKS.name for job in jobs):
         # A run that is kept without its effective ranks, or diverged, is not measured any more.
@@ -297,10 +297,10 @@ def _find_exhausted_grids(
     """Return a failure for each cell whose tuning runs have all diverged, by its label."""
     found = {}
     for cell in cells:
-        runs = sweep.tuning_runs(cell).values()
+        runs = sweep.list_tuning_runs(cell).values()
         has_failed = any(run.name in failures for run in runs)
-        if runs and not has_failed and sweep.tuned_lr(cell) is None:
-            tried = list(sweep.measure_rates(cell))
+        if runs and not has_failed and sweep.choose_rate(cell) is None:
+            tried = list(sweep.read_tuning_losses(cell))
             is_least = tried[0] <= make_rate(LOWEST_STEP)
             found[cell.label] = (
                 f"every learning rate from {tried[0]:g} to {tried[-1]:g} diverged; "

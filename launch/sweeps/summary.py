@@ -94,7 +94,7 @@ def collect_groups(sweep: Sweep) -> list[Group]:
     check_inputs(sweep)
     groups = []
     for cell in sweep.list_cells():
-        for rate, runs in sweep.eval_runs(cell).items():
+        for rate, runs in sweep.list_eval_runs(cell).items():
             groups.append(_make_group(sweep, cell, rate, runs))
     return sorted(groups, key=lambda group: group.rate != "own")
 
@@ -107,7 +107,7 @@ def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Gr
         found = find_run_results(folder)
         if found is not None:
             results[seed] = found
-    recipe, grid = runs[0].recipe, list(sweep.measure_rates(cell))
+    recipe, grid = runs[0].recipe, list(sweep.read_tuning_losses(cell))
     lr = recipe.train.lr
     return Group(
         label=cell.label,

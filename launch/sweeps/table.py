@@ -27,7 +27,7 @@ from launch.config.loading import (
 from launch.config.overrides import parse_override
 from launch.config.schema import Name, Number, Recipe, Section
 from launch.run.folder import read_state
-from launch.run.results import RESULTS, RunResults, find_run_results
+from launch.run.results import RESULTS, find_run_results
 from launch.runtime.errors import UserError
 from launch.sweeps.rates import choose_next_rate, find_best_rate, find_neighbours, make_grid
 
@@ -183,7 +183,7 @@ class Sweep:
         values = self.table.vary.values if self.table.vary else [None]
         return [Cell(label, value) for label in self.table.rows for value in values]
 
-    def learning_rate_grid(self, cell: Cell) -> list[float]:
+    def make_rate_grid(self, cell: Cell) -> list[float]:
         """Return the rates from which the choice of the cell's own starts; none if there is none."""
         rates = self.table.learning_rates
         if rates is None:
@@ -261,7 +261,7 @@ class Sweep:
         kept = self.kept / run.name
         return kept if has_ended(kept) else self.folder / run.name
 
-    def measure_rates(self, cell: Cell) -> dict[float, float | None]:
+    def read_tuning_losses(self, cell: Cell) -> dict[float, float | None]:
         """Return the loss at each rate that the cell's own is chosen from, in ascending order.
 
         With `extend` these are the rates of the grid and those that the results so far lead to, so
@@ -272,7 +272,7 @@ class Sweep:
             finite or the run diverged, None where the run has not ended.
         """
         losses: dict[float, float | None] = {}
-        waiting = self.learning_rate_grid(cell)
+        waiting = self.make_rate_grid(cell)
         while waiting:
             for rate in waiting:
                 losses[rate] = self._read_tuning_loss(cell, rate)
@@ -283,12 +283,13 @@ class Sweep:
         return dict(sorted(losses.items()))
 
     def _read_tuning_loss(self, cell: Cell, rate: float) -> float | None:
-        """Return what `measure_rates` gives for one rate."""
+        """Return what `read_tuning_losses` gives for one rate."""
         folder = self.find_folder(self._make_tuning_run(cell, rate))
         results = find_run_results(folder)
-        if results is None and not has_diverged(folder):
-            return None
-        return _get_tuning_loss(results)
+        if results is None:
+            return math.inf if has_diverged(folder) else None
+        loss = math.inf if results.held_out is None else results.held_out.after.loss
+        return loss if math.isfinite(loss) else math.inf  # min() would keep a NaN that comes first
 
     def _make_tuning_run(self, cell: Cell, rate: float) -> Run:
         """Return the run that measures one rate.
@@ -299,20 +300,20 @@ class Sweep:
         settings = self.table.learning_rates
         return self.make_run(cell, rate, settings.seed, [], settings.set)
 
-    def tuning_runs(self, cell: Cell) -> dict[float, Run]:
+    def list_tuning_runs(self, cell: Cell) -> dict[float, Run]:
         """Return the runs that choose the cell's learning rate, as known so far, by rate."""
-        return {rate: self._make_tuning_run(cell, rate) for rate in self.measure_rates(cell)}
+        return {rate: self._make_tuning_run(cell, rate) for rate in self.read_tuning_losses(cell)}
 
-    def tuned_lr(self, cell: Cell) -> float | None:
+    def choose_rate(self, cell: Cell) -> float | None:
         """Return the learning rate with the least held-out loss, the lowest of equal ones.
 
         Returns:
             None until all tuning runs have ended, or if all of them have diverged.
         """
-        losses = self.measure_rates(cell)
+        losses = self.read_tuning_losses(cell)
         return None if None in losses.values() else find_best_rate(losses)
 
-    def eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
+    def list_eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
         """Return the runs that fill the cell, one per seed, keyed by `Rate`.
 
         The keys `own`, `below` and `above` are missing until that learning rate is chosen.
@@ -322,11 +323,11 @@ class Sweep:
         if settings is None:
             rates["recipe"] = None
         else:
-            own = self.tuned_lr(cell)
+            own = self.choose_rate(cell)
             if own is not None:
                 rates["own"] = own
                 if settings.neighbours:
-                    below, above = find_neighbours(list(self.measure_rates(cell)), own)
+                    below, above = find_neighbours(list(self.read_tuning_losses(cell)), own)
                     rates |= {"below": below, "above": above}
             rates["common"] = settings.common
             rates = {rate: lr for rate, lr in rates.items() if lr is not None}
@@ -342,8 +343,8 @@ class Sweep:
 
         A run may be in the list twice, where two of the learning rates are the same.
         """
-        runs = list(self.tuning_runs(cell).values())
-        for group in self.eval_runs(cell).values():
+        runs = list(self.list_tuning_runs(cell).values())
+        for group in self.list_eval_runs(cell).values():
             runs += group
         return runs
 
@@ -451,7 +452,7 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
             for which it must not.
     """
     table = sweep.table
-    runs = list(sweep.tuning_runs(cell).values())
+    runs = list(sweep.list_tuning_runs(cell).values())
     for run in runs:
         best = run.recipe.train.keep_best
         if best in run.recipe.task.dev_sets:
@@ -468,7 +469,7 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
             runs.append(sweep.make_run(cell, lr, seed, table.suites))
     for run in runs:
         best = run.recipe.train.keep_best
-        if best in expand_groups(table.suites):
+        if best in list_benchmarks(table):
             raise UserError(
                 f"train.keep_best: {best} is a score of the table, and too good after a step that "
                 "it chose; choose another"
@@ -503,14 +504,6 @@ def has_ended(folder: Path) -> bool:
 def list_benchmarks(table: Table) -> list[str]:
     """List the benchmarks that the table's runs are scored on, with groups spelled out."""
     return expand_groups(table.suites)
-
-
-def _get_tuning_loss(results: RunResults | None) -> float:
-    """Return a run's held-out loss, or infinity where that is not finite or the run diverged."""
-    if results is None or results.held_out is None:
-        return math.inf
-    loss = results.held_out.after.loss
-    return loss if math.isfinite(loss) else math.inf  # min() would keep a NaN that comes first
 
 
 def _to_overrides(settings: dict[str, Any]) -> list[str]:

@@ -92,7 +92,7 @@ def make_sweep(
     sweep = read_table(str(path), (), folder / "runs")
     for cell in sweep.list_cells():
         accuracies = scores[cell.label if cell.value is None else cell]
-        for run, accuracy in zip(sweep.eval_runs(cell)["recipe"], accuracies, strict=True):
+        for run, accuracy in zip(sweep.list_eval_runs(cell)["recipe"], accuracies, strict=True):
             if accuracy is None:
                 continue
             write_results(sweep, run, make_results(accuracy))

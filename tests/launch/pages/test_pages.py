@@ -208,7 +208,7 @@ def test_the_page_of_a_sweep_shows_scores_of_development_rows(tmp_path: Path) ->
     sweep = make_sweep(tmp_path, {"a_1": [0.2] * 3, "b": [None] * 3, "c": [None] * 3})
     score = make_task_score({"f1": 0.75}, {"f1": 0.875})
     (cell, *_) = sweep.list_cells()
-    for run in sweep.eval_runs(cell)["recipe"]:
+    for run in sweep.list_eval_runs(cell)["recipe"]:
         write_results(sweep, run, make_results(0.2, scores={"mrpc": score}))
     write_sweep_page(sweep, tmp_path / "page.html")
     page = read_page(tmp_path / "page.html")
@@ -342,7 +342,7 @@ def test_the_chart_of_rates_shows_what_chose_them(tmp_path: Path) -> None:
     sweep = read_table(str(path), (), tmp_path / "runs")
     (cell, *_) = sweep.list_cells()
     losses = {1e-4: 0.5, 2e-4: 0.25, 4e-4: float("nan")}
-    for rate, run in sweep.tuning_runs(cell).items():
+    for rate, run in sweep.list_tuning_runs(cell).items():
         write_results(sweep, run, make_results(0.5, held_out=make_held_out(losses[rate])))
     write_sweep_page(sweep, tmp_path / "page.html")
     chart = get_chart(read_page(tmp_path / "page.html"), "rates")

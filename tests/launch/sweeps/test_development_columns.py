@@ -32,7 +32,7 @@ def make_glue_sweep(folder: Path) -> Sweep:
         vary={"fields": ["task.name"], "values": list(TASKS)},
     )
     for label, task in ((label, task) for label in ROWS for task in TASKS):
-        runs = sweep.eval_runs(Cell(label, task))["recipe"]
+        runs = sweep.list_eval_runs(Cell(label, task))["recipe"]
         for seed, run in enumerate(runs, start=1):
             if label == "astra" and (task, seed) != ("mrpc", 1):
                 continue

@@ -153,7 +153,7 @@ def test_effective_ranks_are_drawn_before_and_after(
     names = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("q_proj", "up_proj")]
     for number, cell in enumerate(sweep.list_cells()[:2], start=1):
         changes = {name: RankChange(1.0 + i, 10.0 * number + i) for i, name in enumerate(names)}
-        path = sweep.folder / sweep.eval_runs(cell)["recipe"][0].name / EFFECTIVE_RANKS
+        path = sweep.folder / sweep.list_eval_runs(cell)["recipe"][0].name / EFFECTIVE_RANKS
         path.parent.mkdir()
         write_json(path, {name: change._asdict() for name, change in changes.items()})
 

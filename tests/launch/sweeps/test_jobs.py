@@ -67,7 +67,7 @@ def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
     assert not after.keys() & before.keys()
 
     new = read_table(str(tmp_path / "t.yaml"), (), old.folder)
-    run = new.eval_runs(new.list_cells()[0])["recipe"][0]
+    run = new.list_eval_runs(new.list_cells()[0])["recipe"][0]
     write_results(new, run, make_results(0.4))
     assert list_states(options) == after | {run.name: "done"}
     shown = render_markdown(new, collect_groups(new))
@@ -80,7 +80,7 @@ def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
 def test_effective_ranks_are_measured_once_the_first_run_has_finished(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, SCORES, spectra=True)
     finished, _, missing = sweep.list_cells()
-    first_run = sweep.folder / sweep.eval_runs(finished)["recipe"][0].name
+    first_run = sweep.folder / sweep.list_eval_runs(finished)["recipe"][0].name
     measurement = jobs.list_jobs(sweep, finished)[-1]
     assert measurement.command[1:] == ("--after", str(first_run))
     assert measurement.output == first_run / effective_rank.EFFECTIVE_RANKS
@@ -94,10 +94,10 @@ def test_what_is_not_measured_any_more_is_not_waited_for(tmp_path: Path) -> None
     sweep = make_sweep(tmp_path, SCORES, spectra=True)
     sweep = replace(sweep, kept=tmp_path / "kept")
     kept, _, diverged = sweep.list_cells()
-    for run in sweep.eval_runs(kept)["recipe"]:
+    for run in sweep.list_eval_runs(kept)["recipe"]:
         (sweep.kept / run.name).mkdir(parents=True)
         (sweep.folder / run.name / "results.json").rename(sweep.kept / run.name / "results.json")
-    folder = sweep.folder / sweep.eval_runs(diverged)["recipe"][0].name
+    folder = sweep.folder / sweep.list_eval_runs(diverged)["recipe"][0].name
     folder.mkdir()
     (folder / "state.json").write_text('{"state": "diverged"}')
     assert [jobs.count_jobs(sweep, cell) for cell in (kept, diverged)] == [3, 3]

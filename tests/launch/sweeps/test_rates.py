@@ -150,7 +150,7 @@ def test_a_grid_extends_at_the_best_rates_end_and_stops(
     rates = [*grid, *expected]
     # One rate after the other, and then fresh seeds at the best: not the one that chose it.
     assert trainer.list_started() == [*name_runs(rates), *name_runs([own], [1, 2, 3])]
-    assert sweep.tuned_lr(LORA) == own
+    assert sweep.choose_rate(LORA) == own
     trainer.set_up(best, diverges_from)
     assert trainer.run(sweep) == 0
     assert trainer.list_started() == []
@@ -186,7 +186,7 @@ def test_the_neighbours_of_the_best_are_run_with_every_seed_where_the_table_says
         *name_runs([3.16e-4, 5.62e-4, 1e-3], [0, 1, 2, 3]),
         *name_runs([2e-5], [1, 2, 3]),
     }
-    assert list(sweep.eval_runs(LORA)) == ["own", "below", "above", "common"]
+    assert list(sweep.list_eval_runs(LORA)) == ["own", "below", "above", "common"]
 
 
 @pytest.mark.parametrize("num_slots", [1, 3])
@@ -213,14 +213,14 @@ def test_runs_of_other_settings_or_seeds_choose_nothing(trainer: Trainer) -> Non
     )
     trainer.set_up()
     sweep = trainer.read_table()
-    assert sweep.measure_rates(LORA) == dict.fromkeys([3.16e-4, 5.62e-4, 1e-3])
+    assert sweep.read_tuning_losses(LORA) == dict.fromkeys([3.16e-4, 5.62e-4, 1e-3])
     assert trainer.run(sweep) == 0
-    assert sweep.tuned_lr(LORA) == 5.62e-4
+    assert sweep.choose_rate(LORA) == 5.62e-4
 
 
 def test_runs_of_another_model_or_another_torch_choose_nothing(trainer: Trainer) -> None:
     sweep = trainer.read_table()
-    first = sweep.folder / sweep.tuning_runs(LORA)[1e-3].name
+    first = sweep.folder / sweep.list_tuning_runs(LORA)[1e-3].name
     first.mkdir(parents=True)
     others = {
         "content of model.name quickstart": {"base": {"name": "m", "weights_sha256": "other"}},
@@ -238,7 +238,7 @@ def test_runs_of_another_model_or_another_torch_choose_nothing(trainer: Trainer)
             trainer.run(sweep)
         assert len(trainer.list_started()) == 1  # it is not found before a run has ended
         trainer.log.write_text("")
-        shutil.rmtree(sweep.folder / sweep.tuning_runs(LORA)[3.16e-4].name)
+        shutil.rmtree(sweep.folder / sweep.list_tuning_runs(LORA)[3.16e-4].name)
 
 
 def test_a_sweep_starts_from_kept_runs_and_the_report_is_the_same_from_them_alone(

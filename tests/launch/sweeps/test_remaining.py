@@ -21,7 +21,7 @@ def test_what_is_left_is_runs_times_the_median_minutes_over_the_slots(tmp_path: 
     assert describe_remaining(sweep, cells, 9, 2) == [
         "9 runs x unknown minutes: none has finished yet"
     ]
-    first, second = (sweep.eval_runs(cell)["recipe"] for cell in cells[:2])
+    first, second = (sweep.list_eval_runs(cell)["recipe"] for cell in cells[:2])
     # 5, 7 and 100 minutes, calibration included; of the last the total is known.
     for run, seconds in zip(
         first,

@@ -109,7 +109,7 @@ def test_what_has_not_been_run_is_named(tmp_path: Path) -> None:
 
 def test_a_note_of_the_runs_and_the_command_stand_in_every_report(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, SCORES)
-    run = sweep.eval_runs(sweep.list_cells()[0])["recipe"][0]
+    run = sweep.list_eval_runs(sweep.list_cells()[0])["recipe"][0]
     write_results(sweep, run, make_results(0.2, note="The base is a stand-in."))
     groups = collect_groups(sweep)
     shown = render_markdown(sweep, groups, {"t_loss.png": "loss"})

@@ -94,7 +94,7 @@ def test_a_row_that_leads_only_by_other_seeds_is_not_best(tmp_path: Path) -> Non
     sweep = make_sweep(
         tmp_path, {"a_1": [0.62, 0.63, 0.30], "b": [0.61, 0.6201, 0.3], "c": [None] * 3}
     )
-    missing = sweep.eval_runs(sweep.list_cells()[1])["recipe"][2]
+    missing = sweep.list_eval_runs(sweep.list_cells()[1])["recipe"][2]
     (sweep.find_folder(missing) / "results.json").unlink()
     groups = collect_groups(sweep)
     column = list_columns(sweep, groups)[0]
@@ -107,7 +107,7 @@ def test_a_row_that_leads_only_by_other_seeds_is_not_best(tmp_path: Path) -> Non
 def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
     scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
     sweep = make_sweep(tmp_path, scores)
-    for run in sweep.eval_runs(sweep.list_cells()[2])["recipe"]:
+    for run in sweep.list_eval_runs(sweep.list_cells()[2])["recipe"]:
         write_results(sweep, run, make_results(0.5, held_out=make_held_out(math.nan)))
     groups = collect_groups(sweep)
     columns = {column.title: column for column in list_columns(sweep, groups)}

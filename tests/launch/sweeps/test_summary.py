@@ -56,7 +56,7 @@ def test_runs_made_with_other_inputs_are_not_mixed(other: dict, name: str, tmp_p
     scores = {"a_1": [0.2, 0.2, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3}
     sweep = make_sweep(tmp_path, scores, set={"eval.other_text": "o.txt"})
     collect_groups(sweep)
-    run = sweep.eval_runs(sweep.list_cells()[1])["recipe"][0]
+    run = sweep.list_eval_runs(sweep.list_cells()[1])["recipe"][0]
     write_results(sweep, run, make_results(0.3) | other)
     with pytest.raises(UserError, match=f"{run.name} was made with another {name} than "):
         collect_groups(sweep)
@@ -70,7 +70,7 @@ def test_runs_calibrated_on_other_content_are_not_mixed(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, {name: [0.2] * 3 for name in rows}, rows=rows)
     for number, cell in enumerate(sweep.list_cells()):
         data = {"path": "p", "tokens_sha256": f"content {number}", "examples": 2, "tokens": 9}
-        for run in sweep.eval_runs(cell)["recipe"]:
+        for run in sweep.list_eval_runs(cell)["recipe"]:
             write_results(sweep, run, make_results(0.2) | {"calibration_data": data})
     message = "another content of calibration.data yahma/alpaca-cleaned than "
     with pytest.raises(UserError, match=message):
@@ -82,7 +82,7 @@ def test_runs_scored_on_other_development_rows_are_not_mixed(tmp_path: Path) -> 
     rows = {"lora": {"set": {"adapter.method": "lora"}}}
     fields = {"recipe": "glue", "suites": [], "set": {"task.dev": "dev.jsonl"}}
     sweep = make_sweep(tmp_path, {"lora": [None] * 3}, rows=rows, **fields)
-    runs = sweep.eval_runs(sweep.list_cells()[0])["recipe"]
+    runs = sweep.list_eval_runs(sweep.list_cells()[0])["recipe"]
     for run, content in zip(runs, ("old", "old", "new"), strict=True):
         collect_groups(sweep)
         dev = {"mrpc": {"tokens_sha256": content, "kept": 9, "cut": 0}}
@@ -100,7 +100,7 @@ def test_runs_scored_on_other_development_rows_are_not_mixed(tmp_path: Path) -> 
 def test_an_input_that_a_run_does_not_know_is_not_compared(missing: dict, tmp_path: Path) -> None:
     scores = {"a_1": [0.2, 0.2, 0.2], "b": [0.3, 0.3, 0.3], "c": [None] * 3}
     sweep = make_sweep(tmp_path, scores, set={"eval.other_text": "o.txt"})
-    run = sweep.eval_runs(sweep.list_cells()[1])["recipe"][0]
+    run = sweep.list_eval_runs(sweep.list_cells()[1])["recipe"][0]
     write_results(sweep, run, make_results(0.3) | missing)
     assert [len(group.results) for group in collect_groups(sweep)] == [3, 3, 0]
 
@@ -110,7 +110,7 @@ def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -
     table = TABLE | {"learning_rates": rates, "set": {"data.held_out": 9}}
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(table))
     sweep = read_table(str(tmp_path / "t.yaml"), (), tmp_path / "runs")
-    first, second = sweep.tuning_runs(sweep.list_cells()[0]).values()
+    first, second = sweep.list_tuning_runs(sweep.list_cells()[0]).values()
     write_results(sweep, first, make_results(0.2, scores={}))
     collect_groups(sweep)
     write_results(sweep, second, make_results(0.2, scores={}, dtype="bfloat16"))
@@ -132,6 +132,6 @@ def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -
 def test_rows_on_other_models_or_data_have_other_tokens(field: str, tmp_path: Path) -> None:
     rows = {"a": {}, "b": {"set": yaml.safe_load(field)}}
     sweep = make_sweep(tmp_path, {"a": [0.2, 0.2, 0.2], "b": [None] * 3}, rows=rows)
-    for run in sweep.eval_runs(sweep.list_cells()[1])["recipe"]:
+    for run in sweep.list_eval_runs(sweep.list_cells()[1])["recipe"]:
         write_results(sweep, run, make_results(0.3, data=make_data("of b")))
     assert [len(group.results) for group in collect_groups(sweep)] == [3, 3]

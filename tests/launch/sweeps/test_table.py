@@ -98,7 +98,7 @@ def test_an_override_that_no_run_would_have_is_refused(
 
 def test_a_table_without_rates_of_its_own_takes_one_of_the_command_line(tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path, "train.lr=3", learning_rates=None)
-    [runs] = sweep.eval_runs(LORA).values()
+    [runs] = sweep.list_eval_runs(LORA).values()
     assert {run.recipe.train.lr for run in runs} == {3}
 
 
@@ -120,46 +120,46 @@ def test_any_change_of_the_recipe_makes_another_run_and_nothing_else_does(tmp_pa
 
 def test_the_rate_with_the_least_held_out_loss_is_the_rows_own(tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path)
-    low, high = sweep.tuning_runs(ASTRA).values()
+    low, high = sweep.list_tuning_runs(ASTRA).values()
     assert low.recipe.eval.suites == []  # no benchmark score can influence the choice
-    assert sweep.tuned_lr(ASTRA) is None
-    assert list(sweep.eval_runs(ASTRA)) == ["common"]
+    assert sweep.choose_rate(ASTRA) is None
+    assert list(sweep.list_eval_runs(ASTRA)) == ["common"]
     finish_run(sweep, low, 0.7)
-    assert sweep.tuned_lr(ASTRA) is None  # the other has not ended
+    assert sweep.choose_rate(ASTRA) is None  # the other has not ended
     finish_run(sweep, high, 0.5)
-    assert sweep.tuned_lr(ASTRA) == 0.01
-    assert sweep.tuned_lr(LORA) is None
-    runs = sweep.eval_runs(ASTRA)
+    assert sweep.choose_rate(ASTRA) == 0.01
+    assert sweep.choose_rate(LORA) is None
+    runs = sweep.list_eval_runs(ASTRA)
     assert [run.recipe.train.lr for run in runs["own"]] == [0.01, 0.01]
     assert [run.recipe.train.seed for run in runs["common"]] == [1, 2]
 
 
 def test_a_diverged_rate_loses_and_the_common_rate_is_not_run_twice(tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path)
-    low, high = sweep.tuning_runs(ASTRA).values()
+    low, high = sweep.list_tuning_runs(ASTRA).values()
     finish_run(sweep, low, 0.7)
     (sweep.folder / high.name).mkdir()
     (sweep.folder / high.name / "state.json").write_text('{"state": "diverged"}')
-    assert sweep.tuned_lr(ASTRA) == 1e-3
-    runs = sweep.eval_runs(ASTRA)
+    assert sweep.choose_rate(ASTRA) == 1e-3
+    runs = sweep.list_eval_runs(ASTRA)
     assert [run.name for run in runs["own"]] == [run.name for run in runs["common"]]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_held_out_loss_that_is_not_finite_is_not_chosen(loss: float, tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path)
-    low, high = sweep.tuning_runs(ASTRA).values()
+    low, high = sweep.list_tuning_runs(ASTRA).values()
     finish_run(sweep, low, loss)  # the first of the grid
     finish_run(sweep, high, 0.7)
-    assert sweep.tuned_lr(ASTRA) == 1e-2
-    for run in sweep.tuning_runs(LORA).values():
+    assert sweep.choose_rate(ASTRA) == 1e-2
+    for run in sweep.list_tuning_runs(LORA).values():
         finish_run(sweep, run, loss)
-    assert sweep.tuned_lr(LORA) is None
+    assert sweep.choose_rate(LORA) is None
 
 
 def test_a_rows_rates_may_be_another_multiple(tmp_path: Path) -> None:
     rows = TABLE["rows"] | {"low": {"rate_factor": 0.1}}
-    assert read_small_table(tmp_path, rows=rows).learning_rate_grid(Cell("low", None)) == [
+    assert read_small_table(tmp_path, rows=rows).make_rate_grid(Cell("low", None)) == [
         1e-4,
         1e-3,
     ]
@@ -174,7 +174,7 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         Cell("lora", 2),
         Cell("lora", 4),
     ]
-    recipe = sweep.eval_runs(Cell("lora", 4))["recipe"][0].recipe
+    recipe = sweep.list_eval_runs(Cell("lora", 4))["recipe"][0].recipe
     assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.alpha) == ("lora", 4, 4)
 
 
@@ -230,8 +230,8 @@ def test_a_table_may_extend_another_but_not_itself(tmp_path: Path) -> None:
 def test_the_runs_that_choose_a_rate_have_settings_of_their_own(tmp_path: Path) -> None:
     rates = {"grid": [1e-3, 1e-2], "seed": 0, "common": 1e-3, "set": {"data.limit": 50}}
     sweep = read_small_table(tmp_path, "data.limit=90", learning_rates=rates)
-    assert {run.recipe.data.limit for run in sweep.tuning_runs(LORA).values()} == {50}
-    [common] = sweep.eval_runs(LORA).values()
+    assert {run.recipe.data.limit for run in sweep.list_tuning_runs(LORA).values()} == {50}
+    [common] = sweep.list_eval_runs(LORA).values()
     assert {run.recipe.data.limit for run in common} == {90}
     # the same rate and seed with other settings is another run
     assert len({run.name for run in sweep.list_runs(LORA)}) == 4
