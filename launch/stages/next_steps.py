@@ -8,7 +8,7 @@ from launch.config.schema import EVAL_OPTIONS, Recipe
 from launch.run.folder import BASELINE, RECIPE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
-from launch.training.model_card import find_vllm_rank, list_exports, list_vllm_options
+from launch.training.model_card import find_vllm_rank, list_exports, list_vllm_words
 
 PAGE = "page.html"  # of launch/report.py, in the run folder
 
@@ -110,12 +110,9 @@ def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]
     """Return vLLM's command for what was exported; None where it cannot serve that."""
     for name in ("merged", "model"):
         if name in exports:
-            options = list_vllm_options(results, lora=False)
-            return shlex.join(["vllm", "serve", str((folder / name).resolve()), *options])
+            return shlex.join(list_vllm_words(results, str((folder / name).resolve())))
     rank = find_vllm_rank(results.lora_rank) if "lora" in exports else None
     if rank is None:
         return None
-    options = list_vllm_options(results, lora=True)
-    words = ["vllm", "serve", results.base.name, *options, "--enable-lora"]
-    words += ["--max-lora-rank", str(rank)]
-    return shlex.join([*words, "--lora-modules", f"tuned={(folder / 'lora').resolve()}"])
+    lora = str((folder / "lora").resolve())
+    return shlex.join(list_vllm_words(results, results.base.name, lora, rank))

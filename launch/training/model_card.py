@@ -186,19 +186,27 @@ def find_vllm_rank(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
-def list_vllm_options(results: RunResults, lora: bool) -> list[str]:
-    """Return the options of `vllm serve` with which it computes as a run was scored.
+def list_vllm_words(
+    results: RunResults, model: str, lora: str | None = None, max_rank: int | None = None
+) -> list[str]:
+    """Return the words of vLLM's command that serves a model as the run was scored.
 
-    Without them the defaults of requests are those of the model's generation_config.json, and the
-    dtype follows from that of the base's files; fp32 is rounded to 16 bits. Sources:
+    Without its options the defaults of requests are those of the model's generation_config.json,
+    and the dtype follows from that of the base's files; fp32 is rounded to 16 bits. Sources:
     vllm-project/vllm, vllm/config/model.py, get_diff_sampling_param and _get_and_verify_dtype;
     vllm/lora/ops/triton_ops/lora_shrink_op.py, which takes 16 bits alone.
 
     Args:
-        lora: an adapter is served. After a run in fp32 that is in bf16; `merged/` is served in fp32.
+        model: hub id or folder.
+        lora: folder of an adapter on it. After a run in fp32 that is served in bf16, `merged/` in fp32.
+        max_rank: of `lora`, from `find_vllm_rank`.
     """
-    dtype = "bfloat16" if lora and results.dtype == "float32" else results.dtype
-    return ["--generation-config", "vllm", "--dtype", dtype]
+    dtype = "bfloat16" if lora is not None and results.dtype == "float32" else results.dtype
+    words = ["vllm", "serve", model, "--generation-config", "vllm", "--dtype", dtype]
+    if lora is not None:
+        words += ["--enable-lora", "--max-lora-rank", str(max_rank)]
+        words += ["--lora-modules", f"tuned={lora}"]
+    return words
 
 
 def render_commands(exports: list[str], base: str, results: RunResults) -> str:
@@ -213,18 +221,13 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
 ```bash
 hf upload USER/NAME {exports[0]} .
 ```"""
-    options = shlex.join(list_vllm_options(results, lora=True))
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
-            lines.append(
-                f"vllm serve {shlex.quote(base)} {options} --enable-lora "
-                f"--max-lora-rank {limit} --lora-modules tuned={name}"
-            )
-    options = shlex.join(list_vllm_options(results, lora=False))
+            lines.append(shlex.join(list_vllm_words(results, base, name, limit)))
     for name in ("model", "merged"):
         if name in exports:
-            lines.append(f"vllm serve ./{name} {options}")
+            lines.append(shlex.join(list_vllm_words(results, f"./{name}")))
     if "lora" in exports:
         lines.append(
             f"python convert_lora_to_gguf.py --base {shlex.quote(base)} --outfile lora.gguf lora"
