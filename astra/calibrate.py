@@ -135,7 +135,7 @@ def calibrate_modules(
     # means that the window's pass starts at layer 0.
     hidden_states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
     device_type = _find_solving_type(linears, solve_device)
-    report_once = functools.cache(report_line)
+    report_once = functools.cache(report_line)  # a line that is in the cache is not reported again
     for window in plan.windows[start:]:
         if window.groups[0].statistic == "gradient":
             sums = [
@@ -209,8 +209,8 @@ def assign_owners(
     groups: Sequence[Group],
     linears: Mapping[str, nn.Linear],
     lora_ranks: Mapping[str, int],
-    decomposition: Decomposition = "output",
-    device_type: str = "cpu",
+    decomposition: Decomposition,
+    device_type: str,
 ) -> list[int]:
     """Return the owner of each group, such that all ranks have about the same work.
 
@@ -294,8 +294,9 @@ def solve_window(
             del problem
         # The other ranks need the shapes, to allocate the tensors that they receive.
         outcomes = _gather_outcomes(outcome)
-        for line in (line for other in outcomes for line in other.fallbacks):
-            report_line(line)
+        for other in outcomes:
+            for line in other.fallbacks:
+                report_line(line)
         for turn in turns:
             mine = solution if turn.owner == rank else None
             shapes = outcomes[turn.owner].shapes

@@ -303,7 +303,7 @@ def _time_stages(
     groups = find_groups(model, linears, batches[0])
     plan = make_plan(model, linears, groups, tokens=SMALL_LENGTH)
     lora_ranks = dict.fromkeys(linears, SMALL_RANK)
-    owners = assign_owners(groups, linears, lora_ranks)
+    owners = assign_owners(groups, linears, lora_ranks, plan.decomposition, "cpu")
     states, weights = [None] * len(batches), TorchWeights()
     clock: dict[str, float] = {}
 

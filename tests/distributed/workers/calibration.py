@@ -63,7 +63,7 @@ def main(recipe_path: str, output: Path) -> None:
         plan = plan_calibration(model, linears, batches)
         (window,) = plan.windows
         moments = sum_second_moments(model, linears, batches, window, plan, [None] * len(batches))
-        owners = assign_owners(window.groups, linears, lora_ranks)
+        owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition, device.type)
         by_owner = copy.deepcopy(moments)
         reduce_sums(by_owner, owners, "owner")
         reduce_sums(moments, owners)
