@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.config.rows import CalibrationRows, MixedRows
 from launch.config.schema import MIXED_FIELDS, Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_rows, obtain_calibration_tokens
 from launch.data.mix.tokens import obtain_mix
+from launch.data.sources import rename_fields
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
@@ -23,7 +25,7 @@ from launch.models.check import (
 from launch.models.files import fetch_model, find_commit, hash_weights, load_tokenizer
 from launch.models.head import Head
 from launch.models.identity import hash_config
-from launch.runtime.distributed import run_on_each_node
+from launch.runtime.distributed import print_rank0, run_on_each_node
 from launch.runtime.errors import UserError
 
 
@@ -63,7 +65,8 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     """Fetch, check and tokenise what `recipe` names. Collective.
 
     Local rank 0 of every node does the work, so no shared disk is needed. Tokens that a node has
-    already are not made again. Every rank maps them into its memory.
+    already are not made again. Every rank maps them into its memory. Rank 0 prints the notes that were
+    taken when the rows were read.
 
     Raises:
         UserError: on every rank, for whatever any node finds wrong, or if the data or the weights
@@ -84,6 +87,8 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         for key in ("weights_sha256", "config_sha256"):
             if node["base"][key] != first["base"][key]:
                 raise UserError(_describe_difference("model.name", node, first))
+    for note in first["notes"]:
+        print_rank0(note)
     here = nodes[dist.get_rank()]
     tokens = here["tokens"].open_tokens()
     training, held_out = split_held_out(tokens, recipe.data.held_out)
@@ -150,7 +155,29 @@ def _prepare_node(recipe: Recipe) -> dict:
         "dev": dev,
         "calibration_tokens": calibration_tokens,
         "calibration_data": calibration_data,
+        "notes": _list_notes(tokens, dev, calibration_tokens),
     }
+
+
+def _list_notes(
+    tokens: TokenFolder | RowFolder,
+    dev: dict[str, RowFolder],
+    calibration_tokens: TokenFolder | RowFolder | None,
+) -> list[str]:
+    """List the notes that the manifests have on rows, each under the names of the recipe's fields.
+
+    Manifests of earlier versions have none.
+    """
+    notes = []
+    for made in (tokens, *dev.values()):
+        notes += made.manifest.get("notes", ())
+    for name, part in tokens.manifest.get("parts", {}).items():  # of a mix
+        for note in part.get("notes", ()):
+            notes.append(rename_fields(note, f"data.sources.{name}", MixedRows.model_fields))
+    if calibration_tokens is not None:
+        for note in calibration_tokens.manifest.get("notes", ()):
+            notes.append(rename_fields(note, "calibration.data", CalibrationRows.model_fields))
+    return list(dict.fromkeys(notes))
 
 
 def _describe_tokens(tokens: TokenFolder | RowFolder, data: Data) -> dict:

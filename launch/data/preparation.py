@@ -235,10 +235,13 @@ def _render_counts(
 
 
 def _render_examples(manifest: dict) -> list[str]:
-    """Render the first rows of each reason, as lines."""
+    """Render the notes on the rows and the first rows of each reason, as lines."""
+    lines = []
+    for note in manifest.get("notes", ()):  # manifests of earlier versions have none
+        lines += ["", f"{note}."]
     if not manifest["examples"]:
-        return []
-    lines = ["", "First rows of each reason:", ""]
+        return lines
+    lines += ["", "First rows of each reason:", ""]
     for _, rows in sorted(manifest["examples"].items()):
         lines += [f"- row {row}: {what}" for row, what in rows]
     return lines

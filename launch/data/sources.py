@@ -5,10 +5,9 @@ Which files those are is in launch.data.layout, and how one is read in launch.da
 
 import contextlib
 import difflib
-import functools
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -76,10 +75,12 @@ class Chunk(NamedTuple):
     selected: int  # of them, rows that pass the filter
     rows: list  # of Row, Conversation, or what else RowForm.check gives
     bad: list[BadRow]
+    unread: Counter[str]  # field of RowForm.unread -> selected rows that have something in it
 
 
-# Fields in which other programs have a conversation's system prompt and tools.
+# Fields in which other programs have a part of a conversation, or of an instruction.
 PARTS_BESIDE_MESSAGES = ("system", "tools")
+PARTS_BESIDE_INSTRUCTION = ("input", "system", "history")
 
 
 class RowForm(NamedTuple):
@@ -87,6 +88,7 @@ class RowForm(NamedTuple):
 
     columns: dict[str, list[str]]  # field of the recipe -> fields of a row that it names
     check: Callable[[int, dict[str, Any]], Any]  # (number from 1, row) -> good row, or BadRow
+    unread: tuple[str, ...] = ()  # fields that other programs read and `check` does not
 
 
 def make_causal_form(data: Data) -> RowForm:
@@ -97,11 +99,46 @@ def make_causal_form(data: Data) -> RowForm:
         "data.filter": list(data.filter),
         "data.input": [data.input] if data.input else [],
     }
+    read = {data.instruction, data.answer, data.input}
+    # Where data.input names another field, `input` is not what is missing.
+    unread = PARTS_BESIDE_INSTRUCTION[1:] if data.input else PARTS_BESIDE_INSTRUCTION
     if data.text_field is not None:
         columns = {"data.text": [data.text_field], "data.filter": list(data.filter)}
+        unread = ()
     if data.messages is not None:
         columns = {"data.messages": [data.messages], "data.filter": list(data.filter)}
-    return RowForm(columns, lambda number, row: _check_row(number, row, data))
+        read, unread = {data.messages}, PARTS_BESIDE_MESSAGES
+    unread = tuple(name for name in unread if name not in read)
+    return RowForm(columns, lambda number, row: _check_row(number, row, data), unread)
+
+
+def list_notes(
+    split: Split, data: Data, unread: Mapping[str, int] | None = None, selected: int = 0
+) -> list[str]:
+    """List what is unusual about the rows of a split, and what of them is not read, for people.
+
+    Args:
+        unread: field -> rows that have something in it.
+        selected: rows that pass the filter.
+    """
+    notes = [] if split.note is None else [f"data.path: {data.path}: {split.note}"]
+    for name, count in (unread or {}).items():
+        field, hint = "data.instruction", "answers are learnt without what it says"
+        if data.messages is not None:
+            field, hint = "data.messages", "put it into the list, as its first message"
+        elif name == "input":
+            field, hint = "data.input", "set data.input=input"
+        notes.append(
+            f"{field}: {count} of {selected} rows of {data.path} have a field {name!r}, which is not "
+            f"read; {hint}"
+        )
+    return notes
+
+
+def rename_fields(line: str, section: str, fields: Iterable[str]) -> str:
+    """Return a line with `section` in the place of `data` before the names of `fields`."""
+    names = re.compile(rf"(?<![\w./])data\.({'|'.join(fields)})\b")
+    return names.sub(lambda match: f"{section}.{match[1]}", line)
 
 
 @contextlib.contextmanager
@@ -111,11 +148,10 @@ def naming_fields(section: str, fields: Iterable[str]) -> Iterator[None]:
     Args:
         fields: that `section` has; other fields stay those of `data`.
     """
-    names = re.compile(rf"(?<![\w./])data\.({'|'.join(fields)})\b")
     try:
         yield
     except UserError as error:
-        line = names.sub(lambda match: f"{section}.{match[1]}", str(error))
+        line = rename_fields(str(error), section, fields)
         # An error about a field that stays `data`'s does not name the rows that have it.
         raise UserError(line if section in line else f"{line} ({section})") from None
 
@@ -199,29 +235,8 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
     except UnreadableError as error:
         where = "" if path.is_file() else f"cannot load {data.path} (split {data.split}): "
         raise UserError(f"data.path: {where}{error}") from None
-    if split.note is not None:
-        announce_once(f"data.path: {data.path}: {split.note}")
     _require_fields(split, data, form or make_causal_form(data))
-    if data.messages is not None:
-        _announce_unread(split, data)
     return split
-
-
-@functools.cache
-def announce_once(note: str) -> None:
-    """Print a note, once in a process."""
-    print(note, file=sys.stderr, flush=True)
-
-
-def _announce_unread(split: Split, data: Data) -> None:
-    """Say which parts of a conversation stand beside the messages of the first row, and are not read."""
-    first = next(iterate_rows(split, data, None), {})
-    for name in PARTS_BESIDE_MESSAGES:
-        if name != data.messages and first.get(name):
-            announce_once(
-                f"data.messages: the field {name!r} of the rows of {data.path} is not read; what it "
-                "says belongs into the list, as its first message"
-            )
 
 
 def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iterator[dict]:
@@ -286,17 +301,19 @@ def select_rows(
     patterns = {}
     for field, wanted in data.filter.items():
         patterns[field] = [wanted] if isinstance(wanted, str) else wanted
-    fields = [field for of_key in form.columns.values() for field in of_key]
+    fields = [field for of_key in form.columns.values() for field in of_key] + list(form.unread)
     source = islice(iterate_rows(split, data, fields), position, None)
     while data.limit is None or selected < data.limit:
         rows = []
         bad: list[BadRow] = []
+        unread: Counter[str] = Counter()
         begun_at = position
         for row in islice(source, CHUNK):
             position += 1
             if not _passes_filter(row, patterns):
                 continue
             selected += 1
+            unread.update(name for name in form.unread if _has_content(row.get(name)))
             checked = form.check(position, row)
             if isinstance(checked, BadRow):
                 bad.append(checked)
@@ -306,7 +323,7 @@ def select_rows(
                 break
         if position == begun_at:
             return
-        yield Chunk(position, selected, rows, bad)
+        yield Chunk(position, selected, rows, bad, unread)
 
 
 @contextlib.contextmanager
@@ -341,6 +358,11 @@ def _passes_filter(row: dict[str, Any], patterns: dict[str, list[str]]) -> bool:
         if not any(fnmatchcase(value, pattern) for pattern in wanted):
             return False
     return True
+
+
+def _has_content(value: object) -> bool:
+    """Return whether there is something in a field: text that is not blank, or a list or number."""
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | Conversation | BadRow:

@@ -39,6 +39,7 @@ from launch.data.sources import (
     RowForm,
     fetch_source,
     identify_source,
+    list_notes,
     load_split,
     make_causal_form,
     select_rows,
@@ -360,7 +361,7 @@ def _write_rows(
     aside = folder / f"{ROWS}.tmp"
     save_file(tensors, aside)
     shutil.move(aside, folder / ROWS)
-    tally["tokens"] = len(tensors["tokens"])
+    tally |= {"tokens": len(tensors["tokens"]), "notes": list_notes(split, data)}
     write_json(folder / MANIFEST, tally | {"tokens_sha256": hash_file(folder / ROWS)})
 
 

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +45,7 @@ from launch.data.sources import (
     Chunk,
     fetch_source,
     identify_source,
+    list_notes,
     load_split,
     select_rows,
     show_rows,
@@ -253,7 +253,10 @@ def _write_tokens(
     """Write the files chunk by chunk, and the manifest."""
     tally = read_tally(folder, wanted, option)
     split = load_split(data, source)
-    tokenize_chunk = _make_tokenize_chunk(tokenizer, data)
+    template = None
+    if data.messages is not None:
+        template = load_template(data.chat_template, tokenizer)
+    tokenize_chunk = _make_tokenize_chunk(tokenizer, data, template)
     with contextlib.ExitStack() as stack:
         files = {}
         for name in list_dtypes(wanted):
@@ -271,6 +274,9 @@ def _write_tokens(
     if not tally["kept"]:
         raise UserError(_describe_no_rows(tally, data))
     tally["files_read"] = [file.name for file in split.list_files()]
+    tally["notes"] = list_notes(split, data, tally["unread"], tally["selected"])
+    if template is not None:
+        tally["notes"] += _list_chat_notes(template, data, tally["names"])
     _write_manifest(folder, tally, source, option)
 
 
@@ -315,21 +321,28 @@ def describe_files(folder: Path, tally: dict, option: str) -> dict:
 
 
 def _make_tokenize_chunk(
-    tokenizer: PreTrainedTokenizerBase, data: Data
+    tokenizer: PreTrainedTokenizerBase, data: Data, template: ChatTemplate | None
 ) -> Callable[[Chunk, dict], dict[str, list[int]]]:
-    """Make the function that returns what a chunk adds to each file, and adds it to a tally."""
-    if data.messages is None:
+    """Make the function that returns what a chunk adds to each file, and adds it to a tally.
+
+    Args:
+        template: of rows with messages.
+    """
+    if template is None:
         special = find_special_tokens(tokenizer)
         return lambda chunk, tally: _tokenize_chunk(chunk, tokenizer, special, data, tally)
-    template = load_template(data.chat_template, tokenizer)
-    if not template.learns_end:
-        print(
-            f"data.chat_template: its marks leave out {template.end_of_turn}, so where to stop is not "
-            "learnt",
-            file=sys.stderr,
-            flush=True,
-        )
     return lambda chunk, tally: _tokenize_chat_chunk(chunk, template, data, tally)
+
+
+def _list_chat_notes(template: ChatTemplate, data: Data, names: Sequence[str]) -> list[str]:
+    """List what names the messages had, and what of a turn is not learnt, for people."""
+    notes = [f"data.messages: messages of {data.messages!r} have {one}" for one in names]
+    if not template.learns_end:
+        notes.append(
+            f"data.chat_template: its marks leave out {template.end_of_turn}, so where to stop is not "
+            "learnt"
+        )
+    return notes
 
 
 def _tokenize_chunk(
@@ -373,7 +386,9 @@ def _tokenize_chat_chunk(
         if isinstance(found, BadRow):
             bad.append(found)
             continue
-        ids, is_trained = found
+        if found.names not in tally["names"]:
+            tally["names"].append(found.names)
+        ids, is_trained = found.ids, found.is_trained
         prompt_length = is_trained.index(1)
         fault = _check_length(row.number, len(ids), prompt_length, data, tally)
         if fault is not None:
@@ -410,6 +425,8 @@ def _check_length(
 def _add_chunk(chunk: Chunk, bad: Sequence[BadRow], tally: dict) -> None:
     """Note in `tally` that a chunk was read, and its bad rows."""
     count_dropped(tally, bad)
+    for name, count in chunk.unread.items():
+        tally["unread"][name] = tally["unread"].get(name, 0) + count
     tally |= {"read": chunk.position, "selected": chunk.selected}
 
 
@@ -443,13 +460,13 @@ def read_tally(folder: Path, wanted: dict, option: str) -> dict:
     if (folder / PROGRESS).is_file():
         tally = read_json(folder / PROGRESS)
         require_same_origin(folder, tally, wanted, option)
-        return tally
+        return {"unread": {}, "names": []} | tally  # earlier versions did not count them
     # What a kill before the first chunk may leave.
     ours = {"lock", f"{PROGRESS}.tmp", *map(name_file, CHAT_DTYPES)}
     refuse_other_files(folder, ours, option)
     names = ("read", "selected", "kept", "cut", "special", "tokens", "answer_tokens")
     counts = dict.fromkeys(names, 0)
-    return {"made_from": wanted, **counts, "dropped": {}, "examples": {}}
+    return {"made_from": wanted, **counts, "dropped": {}, "examples": {}, "unread": {}, "names": []}
 
 
 def refuse_other_files(folder: Path, ours: Collection[str], option: str) -> None:

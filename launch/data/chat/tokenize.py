@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.data.chat.messages import Message, MessagesError, read_messages
 from launch.data.chat.template import UNCLEAR, ChatTemplate, Span
-from launch.data.sources import BadRow, Conversation, announce_once
+from launch.data.sources import BadRow, Conversation
 
 SPELLED = "which spells a special token"
 # Characters for private use, put around what spells a special token until it is tokenised.
@@ -26,6 +26,7 @@ class ChatTokens(NamedTuple):
 
     ids: list[int]
     is_trained: list[int]  # 1 for the assistant's turns (see ChatTemplate.find_turns), else 0
+    names: str  # that the messages had (see read_messages)
 
 
 class _Rendered(NamedTuple):
@@ -34,6 +35,7 @@ class _Rendered(NamedTuple):
     text: str
     turns: list[Span]
     marked: str | None  # the text with marks around what spells special tokens; None without any
+    names: str  # that the messages had
 
 
 def tokenize_conversations(
@@ -67,9 +69,9 @@ def tokenize_conversations(
         except MessagesError as error:
             yield row, BadRow(row.number, error.reason, error.what)
             continue
-        tokens = _mask_turns(*encoded, one.turns)
-        if any(tokens.is_trained):
-            yield row, tokens
+        is_trained = _mask_turns(*encoded, one.turns)
+        if any(is_trained):
+            yield row, ChatTokens(encoded[0], is_trained, one.names)
         else:
             yield row, BadRow(row.number, UNCLEAR, "no token of it is the assistant's")
 
@@ -91,15 +93,14 @@ def _render_row(
 ) -> _Rendered:
     """Read and render the messages of one row. Raises MessagesError."""
     messages, names = read_messages(row.messages, field)
-    announce_once(f"data.messages: messages of {field!r} have {names}")
     text, turns = template.find_turns(messages, train_on)
     marked_messages = _mark(messages, template.special)
     if marked_messages == messages:
-        return _Rendered(text, turns, marked=None)
+        return _Rendered(text, turns, None, names)
     marked = template.render(marked_messages)
     if marked.replace(_BEGIN, "").replace(_END, "") != text:
         raise MessagesError(SPELLED, f"it holds text {SPELLED}, which the chat template changes")
-    return _Rendered(text, turns, marked)
+    return _Rendered(text, turns, marked, names)
 
 
 def _mark(value: object, special: re.Pattern) -> object:
@@ -166,12 +167,12 @@ def _encode_marked(marked: str, template: ChatTemplate) -> tuple[list[int], np.n
     return ids, np.concatenate(offsets)
 
 
-def _mask_turns(ids: list[int], offsets: np.ndarray, turns: Sequence[Span]) -> ChatTokens:
-    """Mask the tokens of turns: from the first that holds one of its characters to the last."""
+def _mask_turns(ids: list[int], offsets: np.ndarray, turns: Sequence[Span]) -> list[int]:
+    """Mark by 1 the tokens of turns: from the first that holds one of its characters to the last."""
     is_trained = np.zeros(len(ids), dtype=np.int8)
     starts, ends = offsets.T
     for start, end in turns:
         (inside,) = np.nonzero((starts < end) & (ends > start))
         if len(inside):
             is_trained[inside[0] : inside[-1] + 1] = 1
-    return ChatTokens(ids, is_trained.tolist())
+    return is_trained.tolist()

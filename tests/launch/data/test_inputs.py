@@ -1,16 +1,20 @@
-"""Nodes that hold other content under the same names are refused, by the field that names it.
+"""Nodes that hold other content under the same names are refused; what is unusual is said at every start.
 
-The nodes are simulated: what each would have found stands in for its work. 1 s.
+The nodes are simulated: what each would have found stands in for its work. 3 s.
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from launch.config.loading import read_recipe
+from launch.config.schema import Recipe
 from launch.data import inputs
 from launch.runtime.errors import UserError
+from tests.support.classifiers import make_base
+from tests.support.rows import write_lines
 
 NODE = {
     "host": "one",
@@ -41,3 +45,41 @@ def test_nodes_with_other_content_are_refused(
     monkeypatch.setattr(inputs, "run_on_each_node", lambda _: [NODE, other])
     with pytest.raises(UserError, match=rf"^{field}: its content on two is not one's; copy it$"):
         inputs.prepare_inputs(read_recipe("metamath", []), torch.device("cpu"))
+
+
+def prepare(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[inputs.Inputs, list[str]]:
+    """Prepare the inputs on one rank; return them and the lines that it prints."""
+    monkeypatch.setattr(inputs, "run_on_each_node", lambda work: [work()])
+    monkeypatch.setattr(inputs.dist, "get_rank", lambda: 0)
+    capsys.readouterr()
+    found = inputs.prepare_inputs(recipe, torch.device("cpu"))
+    return found, capsys.readouterr().out.splitlines()
+
+
+def test_notes_on_rows_are_printed_at_every_start_under_their_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    path = write_lines(
+        tmp_path / "rows.jsonl", [{"query": "w1", "response": "w2", "input": "w3"}] * 3
+    )
+    base = make_base(tmp_path / "base", "llama")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {base}}}\ndata: {{path: {path}, max_length: 32}}\n"
+    )
+
+    def read(*settings: str) -> list[str]:
+        recipe = read_recipe(str(tmp_path / "recipe.yaml"), list(settings))
+        return prepare(recipe, monkeypatch, capsys)[1]
+
+    told = f": 3 of 3 rows of {path} have a field 'input', which is not read; set "
+    said = [f"data.input{told}data.input=input"]
+    assert read() == said
+    assert read() == said  # from the cache
+    source = "calibration.data.input"
+    assert read(f"calibration.data.path={path}") == [*said, f"{source}{told}{source}=input"]
+    source = "data.sources.a.input"
+    mix = ["data.path=null", f"data.sources={{a: {{path: {path}, weight: 1}}}}"]
+    assert read(*mix) == read(*mix) == [f"{source}{told}{source}=input"]

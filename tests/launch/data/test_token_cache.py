@@ -219,6 +219,29 @@ def test_an_input_that_is_not_empty_gets_alpacas_prompt(model: Path, tmp_path: P
     ]
 
 
+def test_parts_of_an_instruction_that_are_not_read_are_counted(model: Path, tmp_path: Path) -> None:
+    values = [
+        row | {"input": "in" if i > 6 else "", "history": [], "id": i} for i, row in enumerate(GOOD)
+    ]
+    values[3] |= {"system": "be brief"}
+    path = write(tmp_path / "rows.jsonl", values)
+    data = Data(path=str(path))
+    told = {
+        "input": f"data.input: 2 of 9 rows of {path} have a field 'input', which is not read; set "
+        "data.input=input",
+        "system": f"data.instruction: 1 of 9 rows of {path} have a field 'system', which is not "
+        "read; answers are learnt without what it says",
+    }
+    manifest = prepared.obtain_tokens(data, model).manifest
+    assert manifest["unread"] == {"system": 1, "input": 2}
+    assert manifest["notes"] == [told["system"], told["input"]]
+    assert f"\n{told['input']}.\n" in render_report(data, "model", manifest, {})
+    reading = data.model_copy(update={"input": "input"})
+    assert prepared.obtain_tokens(reading, model).manifest["notes"] == [told["system"]]
+    filtered = data.model_copy(update={"filter": {"type": "MATH_*"}})  # of the rows that pass it
+    assert prepared.obtain_tokens(filtered, model).manifest["unread"] == {"input": 1}
+
+
 def test_bad_rows_are_counted_and_refused_or_left_out(model: Path, tmp_path: Path) -> None:
     room = len(format_prompt("q0")) + 4  # an answer of two letters, the newline and EOS
     bad = [{"query": "q", "response": value} for value in ("", "  ", None, 7)]

@@ -172,11 +172,35 @@ def test_the_loss_of_every_batch_is_that_of_the_masked_tokens(model: Path, tmp_p
 
 
 def test_a_system_prompt_beside_the_messages_is_said_not_to_be_read(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [row | {"system": "Be kind.", "tools": [], "id": 3} for row in ROWS]
-    path = write(tmp_path / "rows.jsonl", rows)
-    make(path, model)
-    said = capsys.readouterr().err
-    assert f"the field 'system' of the rows of {path} is not read" in said
-    assert "'tools'" not in said and "'id'" not in said  # empty, and no part of a conversation
+    """Of all rows, not of the first alone; `tools` is empty, and `id` no part of a conversation."""
+    monkeypatch.setattr(sources, "CHUNK", 2)
+    rows = [
+        row | {"system": "Be kind." if i > 4 else " ", "tools": []} for i, row in enumerate(ROWS)
+    ]
+    path = write(tmp_path / "rows.jsonl", [row | {"id": 3} for row in rows])
+    manifest = make(path, model).manifest
+    assert manifest["unread"] == {"system": 4}
+    assert manifest["notes"] == [
+        f"data.messages: 4 of 9 rows of {path} have a field 'system', which is not read; put it into "
+        "the list, as its first message",
+        "data.messages: messages of 'chat' have role and content (OpenAI's names)",
+    ]
+
+
+def test_marks_that_leave_out_the_end_of_a_turn_are_noted(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "marks.jinja"
+    content = "message['content']"
+    marked = "{% generation %}{{ message['content'] }}{% endgeneration %}"
+    template.write_text(
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        f"{{% if message['role'] == 'assistant' %}}{marked}{{% else %}}{{{{ {content} }}}}{{% endif %}}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    notes = make(path, model, chat_template=str(template)).manifest["notes"]
+    assert notes[1] == (
+        "data.chat_template: its marks leave out <|im_end|>, so where to stop is not learnt"
+    )
