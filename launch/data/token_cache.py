@@ -65,7 +65,7 @@ from launch.runtime.files import cache_root, hash_file, sync_file, write_json
 
 FORMAT = 1  # raised with every change of the files' layout
 READING = 2  # raised with every change of how rows are read and tokenised
-MESSAGES_READING = 1  # raised with every change of that for messages alone
+MESSAGES_READING = 2  # raised with every change of that for messages alone
 DTYPES = {"tokens": torch.int32, "offsets": torch.int64, "answer_starts": torch.int64}
 CHAT_DTYPES = DTYPES | {"trained": torch.int8}  # of messages
 PROGRESS = "progress.json"

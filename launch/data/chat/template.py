@@ -27,6 +27,7 @@ UNCLEAR = "whose turns the chat template does not keep apart"
 LEFT_OUT = "of which the chat template leaves out a part"
 DATE = "26 Jul 2024"  # Llama 3's own where it is given none: tokens must not change by the day
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINKING = re.compile(r"</?think>")
 _QUESTION, _ANSWER = "question0", "answer1"
 
 Span = tuple[int, int]  # first character and the one after the last
@@ -216,18 +217,21 @@ def _render(
 def _require_all_messages(messages: list[Message], learnt: Collection[int], text: str) -> None:
     """Raise MessagesError if a part of the messages is not in `text`, as it is or as JSON.
 
-    Looked for are the contents, without thinking within them, the names of called functions, and,
-    of messages that are learnt, thinking in a key of its own. A template may leave out other
-    thinking, of earlier turns.
+    Looked for are the contents, the names of called functions, and, of messages that are learnt,
+    thinking, within the content or in a key of its own. A template may leave out other thinking, of
+    earlier turns.
 
     Args:
         learnt: the numbers, from 0, of the messages that are learnt.
     """
     for number, message in enumerate(messages):
         content = message["content"]
-        if message["role"] == "assistant":
-            content = content.rpartition("</think>")[2]
         what = None
+        if message["role"] == "assistant":
+            thinking, _, content = content.rpartition("</think>")
+            parts = _THINKING.split(thinking) if number in learnt else ()
+            if not all(_has_text(text, part) for part in parts):
+                what = f"the thinking in the content of message {number + 1}"
         if not _has_text(text, content):
             what = f"the content of message {number + 1} (role {message['role']})"
         for key in THINKING if number in learnt else ():

@@ -137,6 +137,22 @@ def test_thinking_in_a_key_of_its_own_is_rendered_or_the_row_is_bad(key: str) ->
     assert find_fault(shown, shared) is None
 
 
+def test_thinking_in_the_content_is_rendered_or_the_row_is_bad() -> None:
+    shown = "message['content'].split('</think>')[-1]"  # as the templates of R1 have it
+    silent = load(CASES["chatml"]._replace(template=CHATML.replace("message['content']", shown)))
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthree"}
+    fault = "the chat template leaves out the thinking in the content of message 2"
+    assert find_fault(silent, [USER, thought]) == fault
+    assert find_fault(silent, [USER, thought, USER, ANSWER]) == fault
+    assert find_fault(silent, [USER, thought, USER, ANSWER], "last") is None  # not learnt
+    empty = {"role": "assistant", "content": "<think>\n\n</think>\n\nthree"}
+    assert find_fault(silent, [USER, empty]) is None
+    before = {"role": "assistant", "content": "well <think>hm</think> three"}
+    assert find_fault(load(QWEN3_CASE), [USER, before]) == fault  # which leaves out `well`
+    for message in (thought, before):
+        assert find_fault(load(CASES["chatml"]), [USER, message]) is None
+
+
 def test_calls_beside_a_text_are_rendered_or_the_row_is_bad() -> None:
     chatml, qwen = load(CASES["chatml"]), load(CASES["qwen2"])
     called = {**ANSWER, "function_call": {"name": "add", "arguments": "{}"}}
