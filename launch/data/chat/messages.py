@@ -27,6 +27,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a message, beside its content, with what the assistant wrote.
 THINKING = ("reasoning_content", "thinking", "reasoning")
 CALLS = ("tool_calls", "function_call")
+# Keys by which other programs take an assistant's message out of what is learnt.
+LEARNING = ("train", "training", "loss")
 OPENAI, SHAREGPT = "role and content (OpenAI's names)", "from and value (ShareGPT's names)"
 
 Message = dict[str, Any]
@@ -102,6 +104,9 @@ def _read_message(given: object, where: str) -> tuple[Message, str]:
         _refuse(NOT_MESSAGES, f"{where} has {has}; it needs role and content, or from and value")
     if not isinstance(role, str) or role not in known:
         _refuse(UNKNOWN_ROLE, f"{where} has role {show_value(role)}; known: {', '.join(known)}")
+    for key in LEARNING if known[role] == "assistant" else ():
+        if not given.get(key, True):
+            _refuse(UNSUPPORTED, f"{where} has {key} {given[key]}; all are learnt, or the last")
     message = {"role": known[role], **others}
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):

@@ -53,6 +53,12 @@ def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") 
         ([{"role": "user"}, ANSWER], "message 1 of field 'chat' is None, not text"),
         ([USER, {"role": "assistant", "content": 3}], "message 2 of field 'chat' is 3, not text"),
         ([USER, {**ANSWER, "weight": 0}], "message 2 of field 'chat' has weight 0; only 1"),
+        ([USER, {**ANSWER, "train": False}], "message 2 of field 'chat' has train False; all are"),
+        ([USER, {**ANSWER, "training": 0}], "message 2 of field 'chat' has training 0; all are"),
+        (
+            [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "loss": False}],
+            "message 2 of field 'chat' has loss False; all are",
+        ),
         ([USER, {**ANSWER, "content": "\ud83d"}], "field 'chat' holds text that is not valid"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],
@@ -79,7 +85,7 @@ def test_both_names_are_read_and_parts_of_text_are_joined() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     openai = [
         {"role": "system", "content": "be", "name": None},
-        {"role": "user", "content": parts},
+        {"role": "user", "content": parts, "train": False},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
         {"role": "assistant", "content": "three", "weight": 1},
@@ -89,7 +95,7 @@ def test_both_names_are_read_and_parts_of_text_are_joined() -> None:
     called = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
     assert messages == [
         {"role": "system", "content": "be"},
-        {"role": "user", "content": "one\ntwo"},
+        {"role": "user", "train": False, "content": "one\ntwo"},
         {"role": "assistant", "tool_calls": [called], "content": ""},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
         {"role": "assistant", "content": "three"},
