@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe, SourceData
 from launch.config.task import Task
 from launch.data.labelled.encode import EncodedText, tokenize_blocks, tokenize_texts
-from launch.data.labelled.forms import TaskRow, make_task_form, make_unlabelled_form
+from launch.data.labelled.forms import ONE_BEYOND, TaskRow, make_task_form, make_unlabelled_form
 from launch.data.manifest import (
     MANIFEST,
     check_refused_rows,
@@ -146,7 +146,7 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
     Args:
         rows, dev: of `obtain_all_rows`.
     """
-    check_refused_rows(rows.manifest, recipe.data, cut=TRUNCATED)
+    check_refused_rows(rows.manifest, recipe.data, TRUNCATED, _find_remedy(rows, None))
     if recipe.task.kind == "regression":
         labels = rows.open_tokens().labels
         if labels.min() == labels.max():  # the hub's test split of STS-B has -1 in every row
@@ -158,9 +158,17 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
         data = locate_dev(recipe.data, name, place)
         try:
             remedy = "leave them out by data.filter: a score is of all rows that pass it"
+            remedy = _find_remedy(dev[name], remedy)
             check_refused_rows(dev[name].manifest, data, TRUNCATED, remedy)
         except UserError as error:
             raise UserError(f"task.dev: {place}: {error}") from None
+
+
+def _find_remedy(rows: RowFolder, usual: str | None) -> str | None:
+    """Return what helps against bad rows: where labels may count from 1, not to leave rows out."""
+    if ONE_BEYOND in rows.manifest["dropped"]:
+        return "give task.labels as the numbers that the rows have"
+    return usual
 
 
 def _name_dev_folder(folder: Path, name: str) -> Path:

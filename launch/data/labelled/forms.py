@@ -16,6 +16,8 @@ from launch.data.sources import (
 )
 
 NO_LABEL, NO_NUMBER = "label not in task.labels", "label no number"
+# Data sets may count their labels from 1: all but the last then pass for the label after them.
+ONE_BEYOND = "label one beyond the places in task.labels"
 
 
 class TaskRow(NamedTuple):
@@ -77,13 +79,28 @@ def _check_row(number: int, row: dict[str, Any], task: Task) -> TaskRow | BadRow
     value = row.get(task.label)
     label = _read_number(value) if task.kind == "regression" else _find_label(value, task.labels)
     if label is None:
-        reason, wanted = NO_NUMBER, "a finite number"
-        if task.labels:
-            reason, wanted = NO_LABEL, f"one of task.labels, {', '.join(task.labels)}"
-        return BadRow(
-            number, reason, f"field {task.label!r} is {show_value(value)}, which is not {wanted}"
-        )
+        reason, wanted = _explain_label(value, task.labels)
+        what = f"field {task.label!r} is {show_value(value)}, which is not {wanted}"
+        return BadRow(number, reason, what)
     return TaskRow(number, texts, label)
+
+
+def _explain_label(value: object, labels: Sequence[str]) -> tuple[str, str]:
+    """Return the reason for which a label is bad, and what it would have to be."""
+    if not labels:
+        return NO_NUMBER, "a finite number"
+    wanted = f"one of task.labels, {', '.join(labels)}"
+    if _have_numbers(labels):
+        return NO_LABEL, wanted
+    wanted += f", nor a place from 0 to {len(labels) - 1}"
+    if _read_number(value) == len(labels):
+        return ONE_BEYOND, f"{wanted} (do the rows count from 1?)"
+    return NO_LABEL, wanted
+
+
+def _have_numbers(labels: Sequence[str]) -> bool:
+    """Return whether one of the labels is a number, so that numbers are no places."""
+    return any(_read_number(label) is not None for label in labels)
 
 
 def _read_number(value: object) -> float | None:
@@ -107,7 +124,7 @@ def _find_label(value: object, labels: Sequence[str]) -> float | None:
     number = _read_number(value)
     if number is None:
         return None
-    numbers = [_read_number(label) for label in labels]
-    if any(one is not None for one in numbers):
+    if _have_numbers(labels):
+        numbers = [_read_number(label) for label in labels]
         return float(numbers.index(number)) if number in numbers else None
     return number if number == int(number) and 0 <= number < len(labels) else None

@@ -121,3 +121,27 @@ def test_bad_rows_are_reported_before_they_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^task\.dev: .* leave them out by data\.filter") as caught:
         prepare_tokens(dropping, tmp_path / "again", [])
     assert "on_bad_row" not in str(caught.value)
+
+
+def test_labels_that_count_from_1_are_suspected_and_no_row_is_to_be_left_out(
+    tmp_path: Path,
+) -> None:
+    path = make_recipe(tmp_path, "bert")
+    rows = [row | {"label": 1 + i % 3} for i, row in enumerate(make_rows(9, 1))]
+    write_rows(tmp_path / "train.jsonl", rows)
+    wanted = "one of task.labels, no, maybe, yes, nor a place from 0 to 2"
+    doubt = rf"field 'label' is 3, which is not {wanted} \(do the rows count from 1\?\); in all 3 "
+    remedy = "of 9 rows: mend them, or give task.labels as the numbers that the rows have$"
+    with pytest.raises(UserError, match=f"row 3 of .*: {doubt}.*{remedy}"):
+        prepare_rows(load_recipe(path), tmp_path / "base")
+    write_rows(tmp_path / "train.jsonl", make_rows(9, 1))
+    write_rows(tmp_path / "dev.jsonl", rows)
+    with pytest.raises(UserError, match=f"^task\\.dev: .*row 3 of .*: {doubt}.*{remedy}"):
+        prepare_rows(load_recipe(path), tmp_path / "base")
+    write_rows(tmp_path / "dev.jsonl", [*make_rows(9, 1), rows[0] | {"label": 4}])
+    with pytest.raises(UserError, match=f"is 4, which is not {wanted}; in all 1 label not in"):
+        prepare_rows(load_recipe(path), tmp_path / "base")
+    given = load_recipe(path, "task.labels=['1','2','3']", f"task.dev={tmp_path}/train.jsonl")
+    write_rows(tmp_path / "train.jsonl", rows)
+    _, found, _ = prepare_rows(given, tmp_path / "base")
+    assert found.open_tokens().labels.tolist() == [0, 1, 2] * 3
