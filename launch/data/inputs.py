@@ -10,6 +10,7 @@ import torch.distributed as dist
 from launch.config.rows import CalibrationRows, MixedRows
 from launch.config.schema import MIXED_FIELDS, Data, Recipe
 from launch.data.calibration_tokens import obtain_calibration_rows, obtain_calibration_tokens
+from launch.data.labelled.encode import describe_pairs
 from launch.data.mix.tokens import obtain_mix
 from launch.data.sources import rename_fields
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
@@ -65,8 +66,8 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
     """Fetch, check and tokenise what `recipe` names. Collective.
 
     Local rank 0 of every node does the work, so no shared disk is needed. Tokens that a node has
-    already are not made again. Every rank maps them into its memory. Rank 0 prints the notes that were
-    taken when the rows were read.
+    already are not made again. Every rank maps them into its memory. Rank 0 prints what
+    is unusual about the rows.
 
     Raises:
         UserError: on every rank, for whatever any node finds wrong, or if the data or the weights
@@ -140,6 +141,9 @@ def _prepare_node(recipe: Recipe) -> dict:
         largest = int(made.open_tokens().tokens.max())
         check_token_ids(largest, model.num_embeddings, tokenizer)
     model_commit = find_commit(model_path)
+    notes = _list_notes(tokens, dev, calibration_tokens)
+    if recipe.task.sentence2 is not None:
+        notes += filter(None, [describe_pairs(tokenizer)])
     return {
         "host": socket.gethostname(),
         "model": model,
@@ -155,7 +159,7 @@ def _prepare_node(recipe: Recipe) -> dict:
         "dev": dev,
         "calibration_tokens": calibration_tokens,
         "calibration_data": calibration_data,
-        "notes": _list_notes(tokens, dev, calibration_tokens),
+        "notes": notes,
     }
 
 

@@ -85,6 +85,14 @@ def tokenize_blocks(
     ]
 
 
+def describe_pairs(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Say that a tokenizer runs the texts of a pair together; None where special tokens part them."""
+    of_pair, of_text = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False))
+    if of_pair > of_text:
+        return None
+    return "task.sentence2: this tokenizer puts no token between the texts of a pair"
+
+
 def _require_room(tokenizer: PreTrainedTokenizerBase, max_length: int, is_pair: bool) -> None:
     """Raise UserError if the special tokens of a text or a pair fill `max_length`."""
     num_special = tokenizer.num_special_tokens_to_add(pair=is_pair)

@@ -13,7 +13,7 @@ from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
 from launch.data import inputs
 from launch.runtime.errors import UserError
-from tests.support.classifiers import make_base
+from tests.support.classifiers import load_recipe, make_base, make_recipe
 from tests.support.rows import write_lines
 
 NODE = {
@@ -83,3 +83,36 @@ def test_notes_on_rows_are_printed_at_every_start_under_their_fields(
     source = "data.sources.a.input"
     mix = ["data.path=null", f"data.sources={{a: {{path: {path}, weight: 1}}}}"]
     assert read(*mix) == read(*mix) == [f"{source}{told}{source}=input"]
+
+
+def test_a_tokenizer_that_runs_pairs_together_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    told = "this tokenizer puts no token between the texts of a pair"
+    for kind, settings, said in (
+        ("llama", (), True),
+        ("llama", (), True),  # from the cache
+        ("llama", ("task.sentence2=null",), False),
+        ("bert", (), False),
+        ("roberta", (), False),
+    ):
+        recipe = load_recipe(make_recipe(tmp_path / kind, kind), *settings)
+        lines = prepare(recipe, monkeypatch, capsys)[1]
+        assert any(told in line for line in lines) == said
+
+
+def test_an_unofficial_number_of_rows_is_said_from_the_cache_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    glue = tmp_path / "RTE"
+    glue.mkdir()
+    lines = ["index\tsentence1\tsentence2\tlabel", "0\tw1\tw2\tentailment"]
+    (glue / "train.tsv").write_text("\n".join([*lines, "1\tw1\tw3\tnot_entailment"]) + "\n")
+    settings = [f"data.path={glue}", "data.config=rte", "task.labels=[entailment, not_entailment]"]
+    settings += ["task.sentence1=sentence1", "task.sentence2=sentence2", "task.dev=null"]
+    recipe = load_recipe(make_recipe(tmp_path / "bert", "bert"), *settings)
+    said = [f"data.path: {glue}: split train of rte has 2 rows; GLUE's has 2490"]
+    assert prepare(recipe, monkeypatch, capsys)[1] == said
+    assert prepare(recipe, monkeypatch, capsys)[1] == said
