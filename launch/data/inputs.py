@@ -125,10 +125,6 @@ def _prepare_node(recipe: Recipe) -> dict:
         tokens = obtain(recipe.data, model_path)
     describe = describe_mixed_tokens if recipe.data.sources else _describe_tokens
     data = describe(tokens, recipe.data) | describe_dev(dev)
-    if recipe.data.held_out and not recipe.data.sources:  # a mix has counted them
-        training, held_out = split_held_out(tokens.open_tokens(), recipe.data.held_out)
-        parts = (read_bytes(part, range(len(part))) for part in (held_out, training))
-        data["held_out_trained"] = count_trained(*parts)
     calibration_tokens, calibration_data = None, data
     if recipe.calibration_source is not None:
         if recipe.task.has_head:
@@ -136,6 +132,7 @@ def _prepare_node(recipe: Recipe) -> dict:
         else:
             calibration_tokens = obtain_calibration_tokens(recipe.calibration_source, model_path)
         calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_source)
+    _count_copies(data, tokens, dev, calibration_tokens, recipe.data)
     tokenizer = load_tokenizer(model_path, needs_end=not recipe.task.has_head)
     for made in filter(None, (tokens, calibration_tokens, *dev.values())):
         largest = int(made.open_tokens().tokens.max())
@@ -161,6 +158,35 @@ def _prepare_node(recipe: Recipe) -> dict:
         "calibration_data": calibration_data,
         "notes": notes,
     }
+
+
+def _count_copies(
+    described: dict,
+    tokens: TokenFolder | RowFolder,
+    dev: dict[str, RowFolder],
+    calibration_tokens: TokenFolder | RowFolder | None,
+    data: Data,
+) -> None:
+    """Count rows that are kept apart and used all the same, as the data has them twice.
+
+    Args:
+        described: of the tokens, as results.json has it, where the counts are added.
+    """
+    training, held_out = split_held_out(tokens.open_tokens(), data.held_out)
+    for name, rows in dev.items():
+        described["dev"][name]["trained"] = _count_shared(rows.open_tokens(), training)
+    if held_out is None:
+        return
+    if not data.sources:  # a mix has counted them
+        described["held_out_trained"] = _count_shared(held_out, training)
+    if calibration_tokens is not None:
+        count = _count_shared(held_out, calibration_tokens.open_tokens())
+        described["held_out_calibrated"] = count
+
+
+def _count_shared(apart: TokenSet, used: TokenSet) -> int:
+    """Count the examples of `apart` whose very tokens are among those of `used`."""
+    return count_trained(*(read_bytes(part, range(len(part))) for part in (apart, used)))
 
 
 def _list_notes(

@@ -133,6 +133,7 @@ class DevelopmentRows(Record):
     tokens_sha256: str
     kept: int
     cut: int  # rows that max_length truncated
+    trained: int | None = None  # rows whose very tokens are trained on; None: not counted
 
 
 class DataRecord(Record):
@@ -146,6 +147,7 @@ class DataRecord(Record):
     sources: dict[str, SourceRecord] = {}  # of a mix, by name
     scarce_sources: list[str] = []  # that keep a mix by weights from being larger
     held_out_trained: int = 0  # held-out rows whose very tokens are trained on too
+    held_out_calibrated: int | None = None  # of calibration.data, likewise; None: not counted
     dev: dict[str, DevelopmentRows] = {}  # by the name of their score
 
 
@@ -390,7 +392,7 @@ def describe_mix(data: DataRecord) -> list[tuple[str, str]]:
 
 
 def _describe_limits(data: DataRecord) -> list[tuple[str, str]]:
-    """Say what keeps a mix from being larger, and what its held-out rows share with the others."""
+    """Say what keeps a mix from being larger, and which rows that are kept apart are used too."""
     described = []
     if data.scarce_sources:
         names = " and ".join(data.scarce_sources)
@@ -404,6 +406,15 @@ def _describe_limits(data: DataRecord) -> list[tuple[str, str]]:
             counted, where = f"{counted} of {num_held_out}", ", as rows of another source"
         line = f"{counted} held-out rows are trained on too{where}: their loss is no held-out loss"
         described.append(("data.held_out", line))
+    if data.held_out_calibrated:
+        line = f"{data.held_out_calibrated} held-out rows are among those of calibration.data too"
+        described.append(("data.held_out", line))
+    for name, rows in data.dev.items():
+        if rows.trained:
+            line = (
+                f"{rows.trained} of {rows.kept} rows of {name} are trained on too (the same tokens)"
+            )
+            described.append(("task.dev", line))
     by_path: dict[str, list[str]] = {}
     for name, source in data.sources.items():
         by_path.setdefault(source.path, []).append(name)

@@ -13,7 +13,7 @@ from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
 from launch.data import inputs
 from launch.runtime.errors import UserError
-from tests.support.classifiers import load_recipe, make_base, make_recipe
+from tests.support.classifiers import load_recipe, make_base, make_recipe, make_rows, write_rows
 from tests.support.rows import write_lines
 
 NODE = {
@@ -116,3 +116,26 @@ def test_an_unofficial_number_of_rows_is_said_from_the_cache_too(
     said = [f"data.path: {glue}: split train of rte has 2 rows; GLUE's has 2490"]
     assert prepare(recipe, monkeypatch, capsys)[1] == said
     assert prepare(recipe, monkeypatch, capsys)[1] == said
+
+
+def test_rows_that_are_kept_apart_and_used_too_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    path = make_recipe(tmp_path / "bert", "bert")
+    rows = make_rows(20, 1)
+    train = write_rows(tmp_path / "bert" / "train.jsonl", [*rows[:18], rows[0], rows[19]])
+    write_rows(tmp_path / "bert" / "dev.jsonl", [rows[3], rows[4], rows[17], rows[19]])
+    settings = [
+        "data.held_out=2",
+        f"task.dev={{own: {tmp_path}/bert/dev.jsonl, part: 'train[50%:]'}}",
+    ]
+    calibrating = f"calibration.data.path={train}"
+    data = prepare(load_recipe(path, *settings, calibrating), monkeypatch, capsys)[0].data
+    # Rows 0 and 19 are held out, and row 0 is trained on too; `part` holds rows 10 to 17, 0 and 19.
+    assert data["held_out_trained"] == 1
+    assert data["held_out_calibrated"] == 2
+    assert data["dev"]["own"]["trained"] == 3
+    assert data["dev"]["part"]["trained"] == 9
+    data = prepare(load_recipe(path, *settings), monkeypatch, capsys)[0].data
+    assert "held_out_calibrated" not in data

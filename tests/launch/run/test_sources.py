@@ -37,5 +37,12 @@ def test_what_may_surprise_is_said() -> None:
     )
     assert lines[1].startswith("1 of 2 held-out rows are trained on too")
     assert lines[2].startswith("code and chat read a.jsonl: a row that both read")
+    rows = {"tokens_sha256": "0", "kept": 9, "cut": 0}
+    dev = {"a": rows | {"trained": 2}, "b": rows | {"trained": 0}, "c": rows}
+    copies = DataRecord(**WHOLE, dev=dev, held_out_calibrated=3)
+    assert describe_mix(copies) == [
+        ("data.held_out", "3 held-out rows are among those of calibration.data too"),
+        ("task.dev", "2 of 9 rows of a are trained on too (the same tokens)"),
+    ]
     joined = join_lines(describe_mix(data))
     assert joined["data.held_out"] == f"{lines[1]}; {lines[2]}"
