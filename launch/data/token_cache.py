@@ -388,7 +388,9 @@ def _tokenize_chat_chunk(
             continue
         if found.names not in tally["names"]:
             tally["names"].append(found.names)
-        ids, is_trained = found.ids, found.is_trained
+        # No token that is learnt sees what follows the last of them, which would only be cut.
+        end = len(found.is_trained) - found.is_trained[::-1].index(1)
+        ids, is_trained = found.ids[:end], found.is_trained[:end]
         prompt_length = is_trained.index(1)
         fault = _check_length(row.number, len(ids), prompt_length, data, tally)
         if fault is not None:

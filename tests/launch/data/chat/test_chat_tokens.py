@@ -146,6 +146,23 @@ def test_cut_rows_keep_what_fits_and_rows_without_an_answer_are_bad(
     assert kept["dropped"] == {"empty": 1, "without an assistant's message": 1}
 
 
+def test_what_follows_the_last_learnt_token_is_left_out_and_not_called_cut(
+    model: Path, tmp_path: Path
+) -> None:
+    [row] = ROWS[:1]
+    tokens = make(write(tmp_path / "rows.jsonl", [row]), model).open_tokens()
+    assert tokens.is_trained[-1] == 1  # the template's line end after it is not there
+    tail = {"chat": [*row["chat"], {"role": "user", "content": "more words " * 20}]}
+    path = write(tmp_path / "tails.jsonl", [tail])
+    fields = {"max_length": len(tokens.tokens), "on_cut": "refuse"}
+    for train_on in ("all", "last"):
+        found = make(path, model, train_on=train_on, **fields)
+        assert found.manifest["cut"] == 0
+        assert found.open_tokens().tokens.equal(tokens.tokens)
+    with pytest.raises(UserError, match="answer cut at max_length"):
+        make(path, model, **fields | {"max_length": len(tokens.tokens) - 1})
+
+
 def test_the_loss_of_every_batch_is_that_of_the_masked_tokens(model: Path, tmp_path: Path) -> None:
     whole = make(write(tmp_path / "rows.jsonl", ROWS), model).open_tokens()
     training, held_out = split_held_out(whole, 3)
