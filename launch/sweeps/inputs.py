@@ -48,7 +48,9 @@ def _list_inputs(recipe: Recipe, results: RunResults) -> Iterator[tuple[str, lis
         yield f"content of model.name {model.name}", weights, results.base.weights_sha256
     if results.base.config_sha256 is not None:
         yield f"config.json of model.name {model.name}", weights, results.base.config_sha256
-    tokens = [weights, data.token_fields()]
+    # Tokens also depend on a chat template, and on which fields of a row are its texts and its label.
+    task = recipe.task.model_dump(exclude={"name", "dev"})
+    tokens = [weights, data.token_fields(), data.chat_template, task]
     yield f"content of {data.field} {data.label}", tokens, results.data.tokens_sha256
     for name, dev in results.data.dev.items():
         fields = [*tokens, recipe.task.model_dump()]

@@ -127,11 +127,21 @@ def test_runs_that_choose_a_rate_are_made_with_the_same_inputs(tmp_path: Path) -
         "data.limit: 7",
         "data.max_length: 7",
         "data.filter: {type: p}",
+        "data.chat_template: p",
+        "task.sentence2: p",
+        "task.label: p",
     ],
 )
 def test_rows_on_other_models_or_data_have_other_tokens(field: str, tmp_path: Path) -> None:
+    table = {"suites": []}
+    if field.startswith("data.chat_template"):
+        table["set"] = {"data.messages": "m"}
+    if field.startswith("task."):
+        task = {"task.name": "t", "task.kind": "regression", "task.sentence1": "s"}
+        table |= {"recipe": "glue", "set": task}
     rows = {"a": {}, "b": {"set": yaml.safe_load(field)}}
-    sweep = make_sweep(tmp_path, {"a": [0.2, 0.2, 0.2], "b": [None] * 3}, rows=rows)
+    scores = {"a": [0.2, 0.2, 0.2], "b": [None] * 3}
+    sweep = make_sweep(tmp_path, scores, rows=rows, **table)
     for run in sweep.list_eval_runs(sweep.list_cells()[1])["recipe"]:
         write_results(sweep, run, make_results(0.3, data=make_data("of b")))
     assert [len(group.results) for group in collect_groups(sweep)] == [3, 3]
