@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from launch.run.results import find_run_results
-from launch.sweeps.rates import find_neighbours
+from launch.sweeps.rates import find_neighbours, have_all_diverged
 from launch.sweeps.summary import Point, estimate_mean, get_held_out_loss
 from launch.sweeps.table import Cell, Rate, Sweep, has_ended
 
@@ -85,7 +85,6 @@ def list_missing(sweep: Sweep) -> list[str]:
             if rates:
                 seed = sweep.table.learning_rates.seed
                 parts.append(f"rate {', '.join(f'{rate:g}' for rate in rates)} on seed {seed}")
-            if sweep.choose_rate(cell) is None:
                 parts.append("its own rate on every seed")
         for rate, runs in sweep.list_eval_runs(cell).items():
             seeds = []
@@ -97,6 +96,12 @@ def list_missing(sweep: Sweep) -> list[str]:
         if parts:
             missing.append(f"{cell.name}: {'; '.join(parts)}")
     return missing
+
+
+def list_exhausted(sweep: Sweep) -> list[Cell]:
+    """List the cells whose every learning rate diverged: they have no rate of their own, nor will."""
+    cells = sweep.list_cells() if sweep.table.learning_rates else []
+    return [cell for cell in cells if have_all_diverged(sweep.read_tuning_losses(cell))]
 
 
 def _name_rate(rate: Rate) -> str:

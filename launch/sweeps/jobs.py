@@ -22,6 +22,7 @@ from tqdm import tqdm
 from launch.run.folder import EFFECTIVE_RANKS
 from launch.run.progress import has_terminal
 from launch.run.results import RESULTS
+from launch.sweeps.curves import list_exhausted
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.kept import keep_runs
 from launch.sweeps.rates import LOWEST_STEP, make_rate
@@ -287,22 +288,18 @@ def run_sweep(
                 state, left = failure or "done", format_minutes(minutes)
                 print(f"{done}/{total} {job.name}: {state}; {left} left", flush=True)
     if not stop.requested:
-        failures |= _find_exhausted_grids(sweep, cells, failures)
+        failures |= _find_exhausted_grids(sweep, cells)
     return _print_outcome(sweep, failures, stop)
 
 
-def _find_exhausted_grids(
-    sweep: Sweep, cells: list[Cell], failures: dict[str, str]
-) -> dict[str, str]:
-    """Return a failure for each cell whose tuning runs have all diverged, by its label."""
+def _find_exhausted_grids(sweep: Sweep, cells: list[Cell]) -> dict[str, str]:
+    """Return a failure for each cell whose tuning runs have all diverged, by its name."""
     found = {}
-    for cell in cells:
-        runs = sweep.list_tuning_runs(cell).values()
-        has_failed = any(run.name in failures for run in runs)
-        if runs and not has_failed and sweep.choose_rate(cell) is None:
+    for cell in list_exhausted(sweep):
+        if cell in cells:
             tried = list(sweep.read_tuning_losses(cell))
             is_least = tried[0] <= make_rate(LOWEST_STEP)
-            found[cell.label] = (
+            found[cell.name] = (
                 f"every learning rate from {tried[0]:g} to {tried[-1]:g} diverged; "
                 + (
                     "look for what is wrong with the row"

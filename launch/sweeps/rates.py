@@ -81,6 +81,11 @@ def find_best_rate(losses: Mapping[float, float]) -> float | None:
     return min(finite, key=finite.get, default=None)
 
 
+def have_all_diverged(losses: Mapping[float, float | None]) -> bool:
+    """Return whether every rate has been run, and none has a finite loss. None is not run yet."""
+    return None not in losses.values() and find_best_rate(losses) is None
+
+
 def find_neighbours(rates: Sequence[float], rate: float) -> tuple[float | None, float | None]:
     """Return the next lower and the next higher of `rates`; None at an end."""
     lower = [other for other in rates if other < rate]

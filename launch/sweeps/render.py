@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from launch.run.results import RunResults, find_run_results
 from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
-from launch.sweeps.curves import collect_rate_curves, list_missing
+from launch.sweeps.curves import collect_rate_curves, list_exhausted, list_missing
 from launch.sweeps.published import describe_hidden, find_published, list_shown
 from launch.sweeps.significance import compare_groups, describe_power
 from launch.sweeps.summary import Group, list_columns
@@ -63,9 +63,13 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     """List the notes under the table: what is missing, the tests, conditions, sources."""
     notes = [TEST_NOTE]
     runs = _list_all_results(sweep)
-    missing = list_missing(sweep)
+    missing, exhausted = list_missing(sweep), list_exhausted(sweep)
     if missing:
-        notes.append(f"Not run yet: {'. '.join(missing) if runs else 'everything'}.")
+        is_begun = runs or exhausted
+        notes.append(f"Not run yet: {'. '.join(missing) if is_begun else 'everything'}.")
+    if exhausted:
+        names = ", ".join(cell.name for cell in exhausted)
+        notes.append(f"Every learning rate diverged: {names}.")
     tests = count_tests(sweep, groups)
     if tests is not None:
         notes.append(describe_power(*tests))

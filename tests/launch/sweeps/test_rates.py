@@ -167,6 +167,23 @@ def test_where_every_rate_diverges_the_row_is_named(
     )
 
 
+def test_a_row_whose_every_rate_diverged_is_named_at_each_value_and_not_as_work_left(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.set_up(diverges_from=0)
+    rates = {"grid": [1e-3], "seed": 0}
+    vary = {"fields": ["adapter.rank"], "values": [2, 4]}
+    sweep = trainer.read_table(learning_rates=rates, vary=vary)
+    assert "Not run yet: everything." in render_markdown(sweep, collect_groups(sweep))
+    assert trainer.run(sweep) == 1
+    printed = capsys.readouterr().err
+    assert "failed: lora 2: every learning rate" in printed
+    assert "failed: lora 4: every learning rate" in printed
+    shown = render_markdown(sweep, collect_groups(sweep))
+    assert "Every learning rate diverged: lora 2, lora 4." in shown
+    assert "Not run yet" not in shown
+
+
 def test_a_loss_that_is_not_finite_is_an_end() -> None:
     assert choose_next_rate({1e-3: 0.5, 1.78e-3: 0.4, 3.16e-3: math.inf}) is None
     assert choose_next_rate({1e-3: 0.4, 1.78e-3: 0.5, 3.16e-3: math.inf}) == 5.62e-4
