@@ -125,7 +125,8 @@ def _chart_rates(sweep: Sweep) -> Chart | None:
         add_line(figure, curve.label, list(known), list(known.values()), max_markers=0)
         rates |= known.keys()
         fresh = curve.fresh.get(curve.own)
-        numbers[curve.label] = (curve.own, known.get(curve.own), fresh and fresh.mean)
+        mean = None if fresh is None or fresh.mean is None else fresh.mean.mean
+        numbers[curve.label] = (curve.own, known.get(curve.own), mean)
     if not figure.lines:
         return None
     set_ticks(figure, sorted(rates))

@@ -12,7 +12,7 @@ from launch.sweeps.significance import (
     find_best,
     order_groups,
 )
-from launch.sweeps.summary import Column, Group, Point, list_columns
+from launch.sweeps.summary import Column, Group, Point, describe_seeds, list_columns
 from launch.sweeps.table import Rate, Sweep, list_benchmarks
 
 RATES: dict[Rate, str] = {
@@ -138,7 +138,8 @@ def _build_row(
     """Return a group's row of the table: its `columns`, then published scores of `benchmarks`."""
     at_edge = " (end of its grid)" if group.at_edge else ""
     row = [Entry(group.label), Entry(f"{group.lr:g}{at_edge}", value=group.lr)]
-    row.append(Entry(_format_seeds(group), value=len(group.results)))
+    seeds = describe_seeds(len(group.results), group.num_wanted, group.num_diverged)
+    row.append(Entry(seeds, value=len(group.results)))
     for column, is_best in zip(columns, are_best, strict=True):
         point = group.estimate_column(column)
         text = _format_point(point, column)
@@ -167,16 +168,6 @@ def list_row_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[Gro
         heading = f"{vary.fields[0]} = {group.value}, {rate}" if vary else rate
         found.setdefault(heading[0].upper() + heading[1:], []).append(group)
     return found
-
-
-def _format_seeds(group: Group) -> str:
-    """Return how many seeds have finished, of how many where some have not."""
-    text = str(len(group.results))
-    if len(group.results) != group.num_wanted:
-        text += f" of {group.num_wanted}"
-    if group.num_diverged:
-        text += f", {group.num_diverged} diverged"
-    return text
 
 
 def _format_point(point: Point | None, column: Column) -> str:

@@ -6,8 +6,26 @@ from typing import NamedTuple
 
 from launch.run.results import find_run_results
 from launch.sweeps.rates import find_neighbours, have_all_diverged
-from launch.sweeps.summary import Point, estimate_mean, get_held_out_loss
-from launch.sweeps.table import Cell, Rate, Sweep, has_ended
+from launch.sweeps.summary import Point, describe_seeds, estimate_mean, get_held_out_loss
+from launch.sweeps.table import Cell, Rate, Sweep, has_diverged, has_ended
+
+
+class FreshSeeds(NamedTuple):
+    """The held-out loss over the fresh seeds of one learning rate. A diverged seed is in no mean."""
+
+    mean: Point | None  # None where no seed has a loss
+    num_finished: int
+    num_wanted: int
+    num_diverged: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every seed is in the mean."""
+        return self.num_finished == self.num_wanted
+
+    def describe(self) -> str:
+        """Say how many seeds are in the mean."""
+        return describe_seeds(self.num_finished, self.num_wanted, self.num_diverged)
 
 
 class RatePoint(NamedTuple):
@@ -15,7 +33,7 @@ class RatePoint(NamedTuple):
 
     rate: float
     loss: float | None  # held-out, on the seed that chooses; infinite if diverged, None if not run
-    fresh: Point | None = None  # mean over the fresh seeds that were run at this rate
+    fresh: FreshSeeds | None = None  # None where none has ended at this rate
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,7 @@ class RateCurve:
     cell: Cell
     losses: dict[float, float | None]  # see Sweep.read_tuning_losses
     own: float | None  # the best rate; None until it is known
-    fresh: dict[float, Point]  # rate -> mean held-out loss over fresh seeds
+    fresh: dict[float, FreshSeeds]  # rate -> held-out loss over the seeds that ended there
 
     @property
     def label(self) -> str:
@@ -63,15 +81,18 @@ def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
     return curves
 
 
-def _collect_fresh(sweep: Sweep, cell: Cell) -> dict[float, Point]:
-    """Return the mean held-out loss over fresh seeds, by learning rate."""
+def _collect_fresh(sweep: Sweep, cell: Cell) -> dict[float, FreshSeeds]:
+    """Return the held-out loss over fresh seeds, by learning rate."""
     fresh = {}
     for runs in sweep.list_eval_runs(cell).values():
-        results = [find_run_results(sweep.find_folder(run)) for run in runs]
-        losses = [get_held_out_loss(found) for found in results if found is not None]
-        point = estimate_mean([loss for loss in losses if loss is not None])
-        if point is not None:
-            fresh[runs[0].recipe.train.lr] = point
+        folders = [sweep.find_folder(run) for run in runs]
+        results = [found for found in map(find_run_results, folders) if found is not None]
+        losses = [loss for loss in map(get_held_out_loss, results) if loss is not None]
+        num_diverged = sum(map(has_diverged, folders))
+        if losses or num_diverged:
+            mean = estimate_mean(losses)
+            seeds = FreshSeeds(mean, len(losses), len(runs), num_diverged)
+            fresh[runs[0].recipe.train.lr] = seeds
     return fresh
 
 
@@ -111,13 +132,21 @@ def _name_rate(rate: Rate) -> str:
 
 
 def format_loss(point: RatePoint | None) -> str:
-    """Return a rate with its loss: `0.001: 0.7312; fresh 0.7350 ± 0.0041`."""
+    """Return a rate with its loss: `0.001: 0.7312; fresh 0.7350 ± 0.0041 (2 of 3)`."""
     if point is None:
         return ""
     text = "not run" if point.loss is None else f"{point.loss:.4f}"
     if point.loss is not None and not math.isfinite(point.loss):
         text = "diverged"
     if point.fresh is not None:
-        half = "" if point.fresh.half is None else f" ± {point.fresh.half:.4f}"
-        text += f"; fresh {point.fresh.mean:.4f}{half}"
+        text += f"; fresh{_format_fresh(point.fresh)}"
     return f"{point.rate:g}: {text}"
+
+
+def _format_fresh(fresh: FreshSeeds) -> str:
+    """Return the mean over fresh seeds with a space before it, and how many they are where some lack."""
+    text = ""
+    if fresh.mean is not None:
+        half = "" if fresh.mean.half is None else f" ± {fresh.mean.half:.4f}"
+        text += f" {fresh.mean.mean:.4f}{half}"
+    return text if fresh.is_complete else f"{text} ({fresh.describe()})"

@@ -70,6 +70,8 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     if exhausted:
         names = ", ".join(cell.name for cell in exhausted)
         notes.append(f"Every learning rate diverged: {names}.")
+    if any(group.num_diverged for group in groups):
+        notes.append("A diverged seed is in no mean, and a row with one is never bold.")
     tests = count_tests(sweep, groups)
     if tests is not None:
         notes.append(describe_power(*tests))
@@ -217,16 +219,24 @@ def render_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
 
 
 def render_rates_csv(sweep: Sweep) -> str:
-    """Render a line for each learning rate of each row: its loss, and that of the fresh seeds."""
+    """Render a line for each learning rate of each row: its loss, and that of the fresh seeds.
+
+    Where a mean lacks seeds, a last column says of every mean how many it has.
+    """
     lines = []
-    for curve in collect_rate_curves(sweep):
+    curves = collect_rate_curves(sweep)
+    are_complete = [fresh.is_complete for curve in curves for fresh in curve.fresh.values()]
+    head = RATES_HEAD if all(are_complete) else (*RATES_HEAD, "fresh_seeds")
+    for curve in curves:
         value = "" if curve.cell.value is None else curve.cell.value
         for rate, loss in curve.losses.items():
             text = "" if loss is None else "diverged" if math.isinf(loss) else loss
-            fresh, half = curve.fresh.get(rate, ("", ""))
-            is_best = int(rate == curve.own)
-            lines.append([curve.cell.label, value, rate, text, is_best, fresh, half or ""])
-    return _write_csv(RATES_HEAD, lines)
+            fresh = curve.fresh.get(rate)
+            mean, half = ("", "") if fresh is None or fresh.mean is None else fresh.mean
+            line = [curve.cell.label, value, rate, text, int(rate == curve.own), mean, half or ""]
+            line.append(fresh.describe() if fresh else "")
+            lines.append(line[: len(head)])
+    return _write_csv(head, lines)
 
 
 def render_tests_csv(sweep: Sweep, groups: Sequence[Group]) -> str:

@@ -110,10 +110,11 @@ def find_best(groups: Sequence[Group], column: Column) -> int | None:
     """Return the index of the group whose mean is best and differs from the next best, if any.
 
     Rows may lack different seeds, so a row that leads by its mean may be behind on the seeds that
-    both have. Then none is best.
+    both have. Then none is best. Nor is one where the leader has a diverged seed: its mean leaves
+    out its worst result.
     """
     order = order_groups(groups, column)
-    if column.better is None or len(order) < 2:
+    if column.better is None or len(order) < 2 or groups[order[0]].num_diverged:
         return None
     for comparison in compare_groups(groups, column):
         is_of_these = {comparison.first, comparison.second} == set(order[:2])

@@ -84,6 +84,16 @@ def estimate_mean(values: Sequence[float]) -> Point | None:
     return Point(mean, float(quantile * stats.sem(values)))
 
 
+def describe_seeds(num_finished: int, num_wanted: int, num_diverged: int) -> str:
+    """Say how many seeds have finished, of how many where some have not: `2 of 3, 1 diverged`."""
+    text = str(num_finished)
+    if num_finished != num_wanted:
+        text += f" of {num_wanted}"
+    if num_diverged:
+        text += f", {num_diverged} diverged"
+    return text
+
+
 def collect_groups(sweep: Sweep) -> list[Group]:
     """Return every group of the table, those at own learning rates first, then in its order.
 

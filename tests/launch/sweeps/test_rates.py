@@ -4,8 +4,11 @@ Every run is a process of a stand-in for the trainer, whose held-out loss is a k
 rate. Needs nothing; takes 10 seconds.
 """
 
+import csv
+import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -322,6 +325,29 @@ def test_a_report_has_the_curve_the_best_and_its_neighbours(
         "0.00316",
     ]
     assert lines[-1] == "lora,,0.00316,diverged,0,,"
+
+
+def test_diverged_fresh_seeds_are_counted_at_their_rate(trainer: Trainer) -> None:
+    rates = TABLE["learning_rates"] | {"neighbours": True}
+    sweep = trainer.read_table(learning_rates=rates)
+    assert trainer.run(sweep, num_slots=3) == 0
+    complete = render_rates_csv(sweep)
+    assert "fresh_seeds" not in complete
+    runs = sweep.list_eval_runs(LORA)
+    for run in (runs["below"][0], *runs["above"]):
+        (sweep.folder / run.name / "results.json").unlink()
+        (sweep.folder / run.name / "state.json").write_text('{"state": "diverged"}')
+    below, own, above = map(format_loss, collect_rate_curves(sweep)[0].list_neighbours())
+    assert re.fullmatch(r"0.000316: [\d.]+; fresh [\d.]+ ± [\d.]+ \(2 of 3, 1 diverged\)", below)
+    assert re.fullmatch(r"0.000562: [\d.]+; fresh [\d.]+ ± [\d.]+", own)
+    assert re.fullmatch(r"0.001: [\d.]+; fresh \(0 of 3, 3 diverged\)", above)
+    lines = list(csv.DictReader(io.StringIO(render_rates_csv(sweep))))
+    assert [line["fresh_seeds"] for line in lines] == [
+        "2 of 3, 1 diverged",
+        "3",
+        "0 of 3, 3 diverged",
+    ]
+    assert lines[2]["fresh_mean"] == ""
 
 
 def test_rates_are_named_alike_wherever_they_come_from() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from launch.runtime.files import write_json
+from launch.sweeps.render import list_notes
 from launch.sweeps.significance import (
     adjust_holm,
     compare_groups,
@@ -102,6 +104,21 @@ def test_a_row_that_leads_only_by_other_seeds_is_not_best(tmp_path: Path) -> Non
     assert comparison.adjusted < 0.05 and comparison.difference.mean > 0
     assert groups[1].estimate_column(column).mean > groups[0].estimate_column(column).mean
     assert find_best(groups, column) is None
+
+
+def test_a_row_with_a_diverged_seed_is_not_best(tmp_path: Path) -> None:
+    scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.8105, 0.83], "c": [None] * 3}
+    sweep = make_sweep(tmp_path, scores)
+    column = list_columns(sweep, collect_groups(sweep))[0]
+    assert find_best(collect_groups(sweep), column) == 1
+    folder = sweep.find_folder(sweep.list_eval_runs(sweep.list_cells()[1])["recipe"][2])
+    (folder / "results.json").unlink()
+    assert find_best(collect_groups(sweep), column) == 1  # not run yet
+    write_json(folder / "state.json", {"state": "diverged"})
+    groups = collect_groups(sweep)
+    assert compare_groups(groups, column)[0].adjusted < 0.05
+    assert find_best(groups, column) is None
+    assert "A diverged seed is in no mean" in "\n".join(list_notes(sweep, groups))
 
 
 def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
