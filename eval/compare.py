@@ -51,6 +51,15 @@ def compare_responses(
     return found
 
 
+def list_uncompared(
+    first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict"
+) -> list[str]:
+    """List the benchmarks of either set that have no graded problem in both, in alphabetical order."""
+    keys_a, keys_b = _index_graded(first, grader).keys(), _index_graded(second, grader).keys()
+    benchmarks = {benchmark for benchmark, _ in keys_a | keys_b}
+    return sorted(benchmarks - {benchmark for benchmark, _ in keys_a & keys_b})
+
+
 def _have_same_problem(row: dict, other: dict) -> bool:
     """Return whether two rows of one id answer the same problem. Some rows have no question."""
     questions = (row.get("question"), other.get("question"))
@@ -91,8 +100,15 @@ def _compare_pairs(pairs: list[tuple[dict, dict]], grader: Grader, only_in_one: 
     }
 
 
-def render_comparison(comparisons: dict[str, dict], names: tuple[str, str]) -> str:
-    """Render what `compare_responses` returns as a Markdown table and lists of changed problems."""
+def render_comparison(
+    comparisons: dict[str, dict], names: tuple[str, str], uncompared: Sequence[str] = ()
+) -> str:
+    """Render what `compare_responses` returns as a Markdown table and lists of changed problems.
+
+    Args:
+        names: of the first and the second set.
+        uncompared: what `list_uncompared` returns.
+    """
     head = [
         "suite",
         f"{names[0]} (%)",
@@ -117,6 +133,7 @@ def render_comparison(comparisons: dict[str, dict], names: tuple[str, str]) -> s
             )
         lines += _render_changes(name, "right in the second only", comparison["won"])
         lines += _render_changes(name, "right in the first only", comparison["lost"])
+    lines += [f"\n{name}: has problems in one of the two only, not compared" for name in uncompared]
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.compare import compare_responses, render_comparison
+from eval.compare import compare_responses, list_uncompared, render_comparison
 from launch.runtime.errors import UserError
 from launch.scoring.responses import GENERATIONS, read_generations
 
@@ -11,7 +11,8 @@ def compare_evaluations(first: Path, second: Path) -> str:
     """Compare the graded responses in two folders of launch/evaluate.py, or of runs.
 
     Returns:
-        The paired differences as a Markdown table, and the problems whose grade differs.
+        The paired differences as a Markdown table, the problems whose grade differs, and the
+        benchmarks that are not compared.
 
     Raises:
         UserError: a folder has no responses.
@@ -26,4 +27,5 @@ def compare_evaluations(first: Path, second: Path) -> str:
                 "or of runs"
             )
         responses.append(read_generations(path))
-    return render_comparison(compare_responses(*responses), (str(first), str(second)))
+    names = (str(first), str(second))
+    return render_comparison(compare_responses(*responses), names, list_uncompared(*responses))

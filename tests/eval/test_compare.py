@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.compare import compare_responses, render_comparison
+from eval.compare import compare_responses, list_uncompared, render_comparison
 from eval.errors import EvalError
 
 
@@ -40,9 +40,14 @@ def test_of_several_responses_the_first_is_compared_and_a_line_says_so() -> None
 
 
 def test_only_common_problems_count_and_the_others_are_counted() -> None:
-    found = compare_responses(make_rows("1111"), make_rows("10") + make_rows("1", "math500"))
+    both = make_rows("1111"), make_rows("10") + make_rows("1", "math500")
+    found = compare_responses(*both)
     assert found.keys() == {"gsm8k"}
     assert (found["gsm8k"]["n"], found["gsm8k"]["only_in_one"]) == (2, 2)
+    for order in (both, both[::-1]):
+        assert list_uncompared(*order) == ["math500"]
+    text = render_comparison(found, ("a", "b"), list_uncompared(*both))
+    assert "\nmath500: has problems in one of the two only, not compared" in text
 
 
 def test_other_problems_and_ungraded_ones_are_refused() -> None:
