@@ -32,6 +32,8 @@ LATEX_SPECIAL = {
     ">": "$>$",
     "±": r"$\pm$",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
+# Value of train.keep_best -> its loss, and what that is measured on.
+CHOOSING_LOSSES = {"held_out": ("held-out loss", "rows"), "other_text": ("other-text loss", "text")}
 RATES_HEAD = ("row", "value", "rate", "loss", "best", "fresh_mean", "fresh_half")
 TESTS_HEAD = (
     "block",
@@ -78,11 +80,12 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     rates = sweep.table.learning_rates
     if rates:
         notes.append(describe_choice(rates))
-    if any(group.recipe.train.keep_best == "held_out" for group in groups):
-        notes.append(
-            "The held-out loss chose the step that each run exports (train.keep_best), so it is better "
-            "than it would be on other rows."
-        )
+    for score, (loss, what) in CHOOSING_LOSSES.items():
+        if any(group.recipe.train.keep_best == score for group in groups):
+            notes.append(
+                f"The {loss} chose the step that each run exports (train.keep_best), so it is better "
+                f"than it would be on other {what}."
+            )
     num_trained = max((results.data.held_out_trained for results in runs), default=0)
     if num_trained:
         notes.append(

@@ -7,7 +7,9 @@ import csv
 import io
 from pathlib import Path
 
-from launch.sweeps.render import escape_latex, render_csv, render_latex, render_markdown
+import pytest
+
+from launch.sweeps.render import escape_latex, list_notes, render_csv, render_latex, render_markdown
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell
 from tests.support.sweeps import make_results, make_sweep, write_results
@@ -105,6 +107,21 @@ def test_what_has_not_been_run_is_named(tmp_path: Path) -> None:
     assert "Not run yet: a_1: seed 3. c: seed 1, 2, 3." in shown
     nothing = make_sweep(tmp_path, dict.fromkeys(scores, [None] * 3), set={"train.epochs": 2})
     assert "Not run yet: everything." in render_markdown(nothing, collect_groups(nothing))
+
+
+@pytest.mark.parametrize(
+    ("score", "loss", "what"),
+    [("held_out", "held-out loss", "rows"), ("other_text", "other-text loss", "text")],
+)
+def test_a_loss_that_chose_the_exported_step_is_named(
+    score: str, loss: str, what: str, tmp_path: Path
+) -> None:
+    settings = {"train.keep_best": score, "data.held_out": 9, "eval.other_text": "o.txt"}
+    sweep = make_sweep(tmp_path, SCORES, set=settings | {"eval.every": 5})
+    notes = "\n".join(list_notes(sweep, collect_groups(sweep)))
+    assert f"The {loss} chose the step that each run exports" in notes
+    assert f"better than it would be on other {what}." in notes
+    assert notes.count("train.keep_best") == 1
 
 
 def test_a_note_of_the_runs_and_the_command_stand_in_every_report(tmp_path: Path) -> None:
