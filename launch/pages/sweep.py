@@ -206,8 +206,8 @@ def _chart_curves(sweep: Sweep, groups: Sequence[Group], key: str) -> Chart | No
     if not figures:
         return None
     about = (
-        f"{METRIC_LABELS[key].capitalize()}: mean over the seeds and over {WINDOW} steps; the range "
-        "of the seeds is shaded."
+        f"{METRIC_LABELS[key].capitalize()}: mean over the seeds that reach a step and over {WINDOW} "
+        "steps; their range is shaded."
     )
     return Chart(key.replace("_", "-"), TITLES[key], about, figures)
 

@@ -148,8 +148,8 @@ def _collect_effective_ranks(groups: Sequence[Group]) -> dict[str, dict[str, Ran
 def draw_curves(panels: Mapping[str, Curves], label: str, path: Path, is_log: bool = False) -> Path:
     """Draw one value by optimiser step, and return `path`.
 
-    A line is the moving average over steps, and the mean over its runs. The range from the least to
-    the greatest run is shaded.
+    A line is the moving average over steps, and the mean over its runs that are still there. The
+    range from the least to the greatest of them is shaded.
 
     Args:
         panels: title -> curves.
@@ -215,15 +215,17 @@ def smooth_runs(
     """Average each run's values over WINDOW steps.
 
     Returns:
-        The middle steps of the windows, and the mean, least and greatest of the runs there. Runs of
-        different length are cut to the shortest.
+        The middle steps of the windows, and the mean, least and greatest of the runs there. Runs may
+        differ in length (train.patience): the later steps are those of the longer ones.
     """
-    length = min(map(len, runs))
-    window = min(WINDOW, length)
+    window = min(WINDOW, *map(len, runs))
     weights = np.ones(window) / window
-    averaged = np.array([np.convolve(run[:length], weights, mode="valid") for run in runs])
+    averaged = np.ma.masked_all((len(runs), max(map(len, runs)) - window + 1))
+    for row, run in zip(averaged, runs, strict=True):
+        row[: len(run) - window + 1] = np.convolve(run, weights, mode="valid")
     steps = np.arange(averaged.shape[1]) + 1 + (window - 1) / 2
-    return steps, averaged.mean(0), averaged.min(0), averaged.max(0)
+    mean, low, high = averaged.mean(0), averaged.min(0), averaged.max(0)
+    return steps, mean.filled(np.nan), low.filled(np.nan), high.filled(np.nan)
 
 
 def _format_minor_tick(value: float, _: int) -> str:

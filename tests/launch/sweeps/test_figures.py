@@ -3,8 +3,10 @@
 Needs nothing; takes 20 seconds.
 """
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ from launch.calibration.effective_rank import (
 )
 from launch.run import plots
 from launch.runtime.files import write_json
-from launch.sweeps.figures import draw_figures
+from launch.sweeps.figures import draw_figures, smooth_runs
 from launch.sweeps.summary import collect_groups, estimate_mean
 from launch.sweeps.table import Cell
 from tests.support.sweeps import TABLE, make_sweep
@@ -96,6 +98,17 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
         "a_1": {"2": pytest.approx([2, 2.7]), "8": pytest.approx([2, 2.4])},
         "b": {"2": pytest.approx([2, 2.8])},
     }
+
+
+def test_runs_of_different_length_are_averaged_as_far_as_each_goes() -> None:
+    steps, mean, low, high = smooth_runs([[1.0] * 6, [3.0] * 8])
+    assert steps.tolist() == [3, 4, 5, 6]
+    assert mean.tolist() == pytest.approx([2, 2, 3, 3])
+    assert low.tolist() == pytest.approx([1, 1, 3, 3])
+    assert high.tolist() == pytest.approx([3, 3, 3, 3])
+    assert smooth_runs([[1.0], [3.0] * 2])[1].tolist() == [2, 3]
+    _, mean, _, _ = smooth_runs([[1.0, 2.0], [math.nan, 3.0]])
+    assert np.isnan(mean).all()  # a number that is not finite is not left out
 
 
 def test_curves_of_runs_differ_in_more_than_colour(
