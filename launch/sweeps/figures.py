@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -124,13 +124,18 @@ def collect_points(groups: Sequence[Group], column: Column) -> dict[str, dict[st
     return rows
 
 
-def collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[Any, Point]]:
-    """Return the lines of a figure of scores by value, as row -> value -> mean."""
-    lines: dict[str, dict[Any, Point]] = {}
+def collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[float | str, Point]]:
+    """Return the lines of a figure of scores by value, as row -> value -> mean.
+
+    A value that is no number, such as a list or a whole section, is its text.
+    """
+    lines: dict[str, dict[float | str, Point]] = {}
     for group in groups:
         point = group.estimate_column(column)
         if point is not None:
-            lines.setdefault(group.label, {})[group.value] = point
+            is_number = isinstance(group.value, int | float)
+            value = group.value if is_number else str(group.value)
+            lines.setdefault(group.label, {})[value] = point
     return lines
 
 
@@ -269,7 +274,7 @@ def draw_scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path)
 
 
 def draw_scores_by_value(
-    lines: Mapping[str, Mapping[Any, Point]], x_label: str, y_label: str, path: Path
+    lines: Mapping[str, Mapping[float | str, Point]], x_label: str, y_label: str, path: Path
 ) -> Path:
     """Draw scores against what varies, with a line for each label, and return `path`.
 

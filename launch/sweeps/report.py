@@ -13,7 +13,7 @@ from launch.sweeps.render import (
     render_rates_csv,
     render_tests_csv,
 )
-from launch.sweeps.summary import collect_groups
+from launch.sweeps.summary import Group, collect_groups
 from launch.sweeps.table import Sweep
 
 
@@ -29,20 +29,26 @@ def report_sweep(sweep: Sweep, texts: Path | None, figures: Path | None) -> None
     """
     groups = collect_groups(sweep)
     print(render_markdown(sweep, groups))
-    paths = []
+    if texts:  # before the figures, so that a figure that fails does not take them along
+        texts.mkdir(parents=True, exist_ok=True)
+        _write_texts(sweep, groups, texts)
     if figures:
         figures.mkdir(parents=True, exist_ok=True)
         paths = draw_figures(sweep, groups, figures)
         print("figures: " + " ".join(map(str, paths)))
-    if texts:
-        texts.mkdir(parents=True, exist_ok=True)
-        page = render_markdown(sweep, groups, _link_figures(sweep, paths, texts))
-        write_text(texts / f"{sweep.name}.md", page)
-        write_text(texts / f"{sweep.name}.tex", render_latex(sweep, groups))
-        write_text(texts / f"{sweep.name}.csv", render_csv(sweep, groups))
-        write_text(texts / f"{sweep.name}_tests.csv", render_tests_csv(sweep, groups))
-        if sweep.table.learning_rates:
-            write_text(texts / f"{sweep.name}_rates.csv", render_rates_csv(sweep))
+        if texts:
+            page = render_markdown(sweep, groups, _link_figures(sweep, paths, texts))
+            write_text(texts / f"{sweep.name}.md", page)
+
+
+def _write_texts(sweep: Sweep, groups: Sequence[Group], folder: Path) -> None:
+    """Write the table as Markdown, without figures, as LaTeX and as CSV."""
+    write_text(folder / f"{sweep.name}.md", render_markdown(sweep, groups))
+    write_text(folder / f"{sweep.name}.tex", render_latex(sweep, groups))
+    write_text(folder / f"{sweep.name}.csv", render_csv(sweep, groups))
+    write_text(folder / f"{sweep.name}_tests.csv", render_tests_csv(sweep, groups))
+    if sweep.table.learning_rates:
+        write_text(folder / f"{sweep.name}_rates.csv", render_rates_csv(sweep))
 
 
 def _link_figures(sweep: Sweep, paths: Sequence[Path], texts: Path) -> dict[str, str]:

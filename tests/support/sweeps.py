@@ -85,13 +85,14 @@ def make_sweep(
     """Make the sweep of TABLE with other `fields`, in `folder`.
 
     Args:
-        scores: row, or cell where something varies -> accuracy by seed; None has not been run.
+        scores: row, or cell (or its name) where something varies -> accuracy by seed; None has not
+            been run.
     """
     path = folder / "t.yaml"
     path.write_text(yaml.safe_dump(TABLE | fields))
     sweep = read_table(str(path), (), folder / "runs")
     for cell in sweep.list_cells():
-        accuracies = scores[cell.label if cell.value is None else cell]
+        accuracies = scores[cell.name if cell.name in scores else cell]
         for run, accuracy in zip(sweep.list_eval_runs(cell)["recipe"], accuracies, strict=True):
             if accuracy is None:
                 continue

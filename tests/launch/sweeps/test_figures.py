@@ -17,9 +17,12 @@ from launch.calibration.effective_rank import (
     group_by_layer,
     plot_effective_ranks,
 )
+from launch.pages.sweep import write_sweep_page
 from launch.run import plots
 from launch.runtime.files import write_json
+from launch.sweeps import report
 from launch.sweeps.figures import draw_figures, smooth_runs
+from launch.sweeps.report import report_sweep
 from launch.sweeps.summary import collect_groups, estimate_mean
 from launch.sweeps.table import Cell
 from tests.support.sweeps import TABLE, make_sweep
@@ -98,6 +101,33 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
         "a_1": {"2": pytest.approx([2, 2.7]), "8": pytest.approx([2, 2.4])},
         "b": {"2": pytest.approx([2, 2.8])},
     }
+
+
+def test_a_list_may_vary(saved: dict[str, Figure], tmp_path: Path) -> None:
+    values = [["q_proj"], ["q_proj", "v_proj"]]
+    sweep = make_sweep(
+        tmp_path,
+        {f"a_1 {value}": [0.2, 0.3, 0.4] for value in values},
+        vary={"fields": ["adapter.targets"], "values": values},
+        rows={"a_1": TABLE["rows"]["a_1"]},
+    )
+    draw_figures(sweep, collect_groups(sweep), tmp_path)
+    (axis,) = saved["t_gsm8k.png"].axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == list(map(str, values))
+    write_sweep_page(sweep, tmp_path / "page.html")
+
+
+def test_the_texts_of_a_report_are_written_before_its_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sweep = make_sweep(tmp_path, {"a_1": [0.2, 0.3, 0.4], "b": [0.3] * 3, "c": [None] * 3})
+    report_sweep(sweep, tmp_path / "whole", tmp_path / "whole")
+    assert "![loss](t_loss.png)" in (tmp_path / "whole" / "t.md").read_text()
+    monkeypatch.setattr(report, "draw_figures", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report_sweep(sweep, tmp_path / "texts", tmp_path / "texts")
+    names = {path.name for path in (tmp_path / "texts").iterdir()}
+    assert names == {"t.md", "t.tex", "t.csv", "t_tests.csv"}
 
 
 def test_runs_of_different_length_are_averaged_as_far_as_each_goes() -> None:
