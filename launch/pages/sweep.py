@@ -25,8 +25,16 @@ from launch.pages.render import Page, write_page
 from launch.pages.tables import Cell, Table, tabulate_conditions, tabulate_runs
 from launch.run.plots import METRIC_LABELS
 from launch.sweeps.blocks import RATES, build_blocks
-from launch.sweeps.curves import collect_rate_curves
-from launch.sweeps.figures import WINDOW, collect_curves, collect_lines, collect_points, smooth_runs
+from launch.sweeps.curves import RateCurve, collect_rate_curves, group_by_value
+from launch.sweeps.figures import (
+    WINDOW,
+    collect_curves,
+    collect_lines,
+    collect_points,
+    joins_tasks,
+    smooth_runs,
+    varies_task,
+)
 from launch.sweeps.render import list_notes, list_recipe_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
 from launch.sweeps.table import Run, Sweep
@@ -115,39 +123,54 @@ def _make_charts(sweep: Sweep, groups: Sequence[Group], spectra: dict[str, Spect
 
 
 def _chart_rates(sweep: Sweep) -> Chart | None:
-    """Chart the held-out loss by learning rate, a line for each cell; None where none was chosen."""
-    figure = make_figure("learning rate", "held-out loss", log_x=True)
-    numbers, rates = {}, set()
-    for curve in collect_rate_curves(sweep):
-        known = curve.list_finite()
-        if not known:
-            continue
-        add_line(figure, curve.label, list(known), list(known.values()), max_markers=0)
-        rates |= known.keys()
-        fresh = curve.fresh.get(curve.own)
-        mean = None if fresh is None or fresh.mean is None else fresh.mean.mean
-        numbers[curve.label] = (curve.own, known.get(curve.own), mean)
-    if not figure.lines:
+    """Chart the held-out loss by learning rate, a figure for each value that varies.
+
+    Returns:
+        None where no rate is chosen, or no run has a loss yet.
+    """
+    figures = {}
+    for value, curves in group_by_value(collect_rate_curves(sweep)).items():
+        figure = _draw_rates(curves)
+        if figure.lines:
+            figures[value] = figure
+    if not figures:
         return None
-    set_ticks(figure, sorted(rates))
-    list_numbers(
-        figure, numbers, ["own learning rate", "its held-out loss", "mean over fresh seeds"]
-    )
     about = (
         f"Held-out loss at each learning rate, seed {sweep.table.learning_rates.seed}; the least "
         "decides. A rate at which the run diverged, or has not ended, has no point."
     )
-    return Chart("rates", "Held-out loss by learning rate", about, {"": figure})
+    return Chart("rates", "Held-out loss by learning rate", about, figures)
+
+
+def _draw_rates(curves: Sequence[RateCurve]) -> Figure:
+    """Draw the held-out loss by learning rate, a line for each row."""
+    figure = make_figure("learning rate", "held-out loss", log_x=True)
+    numbers, rates = {}, set()
+    for curve in curves:
+        label, known = curve.cell.label, curve.list_finite()
+        if not known:
+            continue
+        add_line(figure, label, list(known), list(known.values()), max_markers=0)
+        rates |= known.keys()
+        fresh = curve.fresh.get(curve.own)
+        mean = None if fresh is None or fresh.mean is None else fresh.mean.mean
+        numbers[label] = (curve.own, known.get(curve.own), mean)
+    set_ticks(figure, sorted(rates))
+    list_numbers(
+        figure, numbers, ["own learning rate", "its held-out loss", "mean over fresh seeds"]
+    )
+    return figure
 
 
 def _chart_scores(sweep: Sweep, groups: Sequence[Group]) -> Chart | None:
     """Chart each column that is compared, with its intervals: by row, or by what varies."""
     figures = {}
+    draw = _draw_by_value if sweep.table.vary and not varies_task(sweep) else _draw_by_row
     for column in list_columns(sweep, groups):
-        if column.better is None or not any(group.get_values(column) for group in groups):
+        if column.better is None or joins_tasks(sweep, column):
             continue
-        draw = _draw_by_value if sweep.table.vary else _draw_by_row
-        figures[column.title] = draw(sweep, groups, column)
+        if any(group.get_values(column) for group in groups):
+            figures[column.title] = draw(sweep, groups, column)
     if not figures:
         return None
     about = "Means over the seeds with their 95 % intervals (Student's t)."

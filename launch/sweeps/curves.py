@@ -1,6 +1,7 @@
 """The curve of each row over learning rates: what was measured at every rate, and around the best."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +80,18 @@ def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
             own = sweep.choose_rate(cell)
             curves.append(RateCurve(cell, losses, own, _collect_fresh(sweep, cell)))
     return curves
+
+
+def group_by_value(curves: Sequence[RateCurve]) -> dict[str, list[RateCurve]]:
+    """Return the curves that stand in one figure, by the text of the value that varies, or \"\".
+
+    At other values losses may be other numbers: those of another task, or on other rows.
+    """
+    groups: dict[str, list[RateCurve]] = {}
+    for curve in curves:
+        value = "" if curve.cell.value is None else str(curve.cell.value)
+        groups.setdefault(value, []).append(curve)
+    return groups
 
 
 def _collect_fresh(sweep: Sweep, cell: Cell) -> dict[float, FreshSeeds]:

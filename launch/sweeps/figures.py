@@ -56,12 +56,12 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
 
     # Where learning rates are chosen, these are the rows at their own.
     first = [group for group in finished if group.rate == rates[0]]
-    vary = sweep.table.vary
     for column in _choose_drawn_columns(sweep, finished):
         path = _get_path(sweep, folder, re.sub(r"[^\w-]+", "_", column.title.removesuffix(" (%)")))
-        if vary and "task.name" not in vary.fields:
+        if sweep.table.vary and not varies_task(sweep):
             lines = collect_lines(first, column)
-            paths.append(draw_scores_by_value(lines, vary.fields[0], column.title, path))
+            x_label = sweep.table.vary.fields[0]
+            paths.append(draw_scores_by_value(lines, x_label, column.title, path))
         else:
             paths.append(draw_scores(collect_points(finished, column), column.title, path))
 
@@ -71,19 +71,29 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
     return paths
 
 
-def _choose_drawn_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
-    """Return the columns with a figure: scores, those of the last epoch alone, and held-out loss.
-
-    Where tasks vary the loss has none: the losses of different tasks are different numbers.
-    """
+def varies_task(sweep: Sweep) -> bool:
+    """Return whether tasks vary: then a score is of one of them, and is not drawn against the tasks."""
     vary = sweep.table.vary
-    wanted = [f"{name} (%)" for name in [*list_benchmarks(sweep.table), "mean"]]
-    if not (vary and "task.name" in vary.fields):
-        wanted.append("held-out loss")
+    return vary is not None and "task.name" in vary.fields
+
+
+def joins_tasks(sweep: Sweep, column: Column) -> bool:
+    """Return whether a figure of the column would join the numbers of different tasks.
+
+    Where tasks vary each development score is of one of them; a loss is of all.
+    """
+    return varies_task(sweep) and not column.title.endswith(" epoch (%)")
+
+
+def _choose_drawn_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
+    """Return the columns with a figure: scores, those of the last epoch alone, and held-out loss."""
+    scores = [f"{name} (%)" for name in [*list_benchmarks(sweep.table), "mean"]]
+    wanted = [*scores, "held-out loss"]
     return [
         column
         for column in list_columns(sweep, groups)
         if (column.title in wanted or column.title.endswith(", last epoch (%)"))
+        and not joins_tasks(sweep, column)
         and any(group.get_values(column) for group in groups)
     ]
 

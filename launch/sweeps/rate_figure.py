@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.run import plots
-from launch.sweeps.curves import RateCurve
+from launch.sweeps.curves import RateCurve, group_by_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,26 +21,37 @@ def draw_rate_curves(curves: Sequence[RateCurve], path: Path) -> Path:
 
     The left panel shows every rate, the right one the best rates and their neighbours, with the
     rows' names at the ends of their lines. A circle marks a row's best rate, and a cross at the top
-    a rate at which its run diverged.
+    a rate at which its run diverged. Each value that varies has panels of its own.
     """
-    parts = plots.split_labels([curve.label for curve in curves])
-    figure, axes = plots.make_figure(2, len(parts), 4.6, 4.0)
-    rates = sorted({rate for curve in curves for rate in curve.losses})
-    for (whole, near), part in zip(axes, parts, strict=True):
-        for axis in (whole, near):
-            _draw_curves(axis, curves, part)
-            axis.set_xscale("log")
-            axis.set(xlabel="learning rate", ylabel="held-out loss")
-            axis.grid(alpha=0.3)
-            axis.set_xticks(rates, list(map(_format_rate, rates)), rotation=60, fontsize="small")
-            axis.minorticks_off()
-        whole.set_title("every rate")
-        near.set_title("around the best")
-        _set_whole_limits(whole, curves)
-        _set_near_limits(near, curves)
-        _mark_diverged(whole, curves, part)
-        _name_lines(near, curves, part)
+    panels = []  # of each row of panels: value, its curves, and the lines that are told apart
+    for value, members in group_by_value(curves).items():
+        parts = plots.split_labels([curve.cell.label for curve in members])
+        panels += [(value, members, part) for part in parts]
+    figure, axes = plots.make_figure(2, len(panels), 4.6, 4.0)
+    for pair, (value, members, part) in zip(axes, panels, strict=True):
+        _draw_panels(pair, members, part, f"{value}: " if value else "")
     return plots.save_figure(figure, path)
+
+
+def _draw_panels(
+    pair: Sequence["Axes"], curves: Sequence[RateCurve], part: Sequence[str], prefix: str
+) -> None:
+    """Draw a row of two panels: every rate, and those around the best."""
+    whole, near = pair
+    rates = sorted({rate for curve in curves for rate in curve.losses})
+    for axis in (whole, near):
+        _draw_curves(axis, curves, part)
+        axis.set_xscale("log")
+        axis.set(xlabel="learning rate", ylabel="held-out loss")
+        axis.grid(alpha=0.3)
+        axis.set_xticks(rates, list(map(_format_rate, rates)), rotation=60, fontsize="small")
+        axis.minorticks_off()
+    whole.set_title(f"{prefix}every rate")
+    near.set_title(f"{prefix}around the best")
+    _set_whole_limits(whole, curves)
+    _set_near_limits(near, curves)
+    _mark_diverged(whole, curves, part)
+    _name_lines(near, curves, part)
 
 
 def _draw_curves(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str]) -> None:
@@ -48,11 +59,13 @@ def _draw_curves(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str])
     for curve in curves:
         finite = curve.list_finite()
         rates, losses = list(finite), list(finite.values())
-        if curve.label not in part:
+        if curve.cell.label not in part:
             axis.plot(rates, losses, color=plots.GREY, linewidth=0.7, zorder=1)
             continue
         style = _find_style(curve, part)
-        axis.plot(rates, losses, **style, markersize=4, linewidth=1.4, label=curve.label, zorder=3)
+        axis.plot(
+            rates, losses, **style, markersize=4, linewidth=1.4, label=curve.cell.label, zorder=3
+        )
         if curve.own is not None:
             best = ([curve.own], [curve.losses[curve.own]])
             ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
@@ -67,7 +80,7 @@ def _format_rate(rate: float) -> str:
 
 def _find_style(curve: RateCurve, part: Sequence[str]) -> dict[str, Any]:
     """Return the style of a row's line."""
-    return plots.style_line(part.index(curve.label))
+    return plots.style_line(part.index(curve.cell.label))
 
 
 def _set_whole_limits(axis: "Axes", curves: Sequence[RateCurve]) -> None:
@@ -106,7 +119,7 @@ def _mark_diverged(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str
     top = axis.get_ylim()[1]
     for curve in curves:
         diverged = [r for r, loss in curve.losses.items() if loss is not None and math.isinf(loss)]
-        if curve.label in part and diverged:
+        if curve.cell.label in part and diverged:
             color = _find_style(curve, part)["color"]
             marks = {"markersize": 7, "markeredgewidth": 1.8, "clip_on": False}
             axis.plot(diverged, [top] * len(diverged), "x", color=color, **marks)
@@ -121,14 +134,14 @@ def _name_lines(axis: "Axes", curves: Sequence[RateCurve], part: Sequence[str]) 
         for rate, loss in curve.list_finite().items():
             if left <= rate <= right and low <= loss <= high:
                 shown.append((rate, loss))
-        if curve.label in part and shown:
+        if curve.cell.label in part and shown:
             ends.append((*shown[-1], curve))
     ends.sort(key=lambda end: end[1])
     heights = _spread([(loss - low) / (high - low) for _, loss, _ in ends])
     for (rate, loss, curve), height in zip(ends, heights, strict=True):
         color = _find_style(curve, part)["color"]
         axis.annotate(
-            curve.label,
+            curve.cell.label,
             xy=(rate, loss),
             xytext=(1.04, height),
             textcoords="axes fraction",

@@ -6,11 +6,13 @@ Needs nothing; takes 3 seconds.
 import json
 from pathlib import Path
 
+from launch.pages.sweep import write_sweep_page
 from launch.sweeps.blocks import build_blocks
 from launch.sweeps.figures import draw_figures
 from launch.sweeps.render import list_notes, render_csv, render_markdown
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell, Sweep
+from tests.support.html_pages import read_page
 from tests.support.sweeps import make_results, make_sweep, make_task_score, write_results
 
 TASKS = {"mrpc": ("accuracy", "f1"), "cola": ("matthews",)}
@@ -88,3 +90,16 @@ def test_each_tasks_scores_are_drawn_apart(tmp_path: Path) -> None:
         "t_mrpc_f1_last_epoch.png",
         "t_cola_matthews_last_epoch.png",
     }
+    write_sweep_page(sweep, tmp_path / "page.html")
+    charts = read_page(tmp_path / "page.html").get_data("charts-data")
+    (figures,) = [chart["figures"] for chart in charts if chart["name"] == "scores"]
+    assert list(figures) == [  # not the losses, which are different numbers
+        "mrpc accuracy, last epoch (%)",
+        "mrpc f1, last epoch (%)",
+        "cola matthews, last epoch (%)",
+        "mrpc accuracy, best epoch (%)",
+        "mrpc f1, best epoch (%)",
+        "cola matthews, best epoch (%)",
+    ]
+    (trace,) = figures["cola matthews, last epoch (%)"]["traces"]
+    assert trace["y"] == ["lora"]  # a row of points for each row, no line over the tasks

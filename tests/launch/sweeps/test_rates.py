@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from launch.pages.sweep import write_sweep_page
 from launch.run import plots
 from launch.runtime.errors import UserError
 from launch.sweeps import jobs
@@ -28,7 +29,8 @@ from launch.sweeps.render import render_markdown, render_rates_csv
 from launch.sweeps.report import report_sweep
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell, Sweep, read_table
-from tests.support.sweeps import make_results
+from tests.support.html_pages import read_page
+from tests.support.sweeps import make_held_out, make_results, write_results
 
 # Its arguments are those of launch/train.py. $TRAINER names a file that says at which rate the loss
 # is least, from which rate on a run diverges, and how many starts succeed.
@@ -325,6 +327,38 @@ def test_a_report_has_the_curve_the_best_and_its_neighbours(
         "0.00316",
     ]
     assert lines[-1] == "lora,,0.00316,diverged,0,,"
+
+
+def test_rates_are_drawn_apart_for_each_value_that_varies(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vary = {"fields": ["adapter.rank"], "values": [2, 4]}
+    sweep = trainer.read_table(vary=vary, learning_rates={"grid": [1e-3, 1e-2], "seed": 0})
+    for cell, losses in {Cell("lora", 2): [0.5, 0.25], Cell("lora", 4): [50.0, 75.0]}.items():
+        for run, loss in zip(sweep.list_tuning_runs(cell).values(), losses, strict=True):
+            results = make_results(0.5, scores={}, held_out=make_held_out(loss))
+            write_results(sweep, run, results)
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
+    draw_rate_curves(collect_rate_curves(sweep), trainer.folder / "rates.png")
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    assert list(panels) == [
+        "2: every rate",
+        "2: around the best",
+        "4: every rate",
+        "4: around the best",
+    ]
+    assert panels["2: every rate"].get_ylim()[1] < 1 < 40 < panels["4: every rate"].get_ylim()[0]
+    assert panels["4: every rate"].lines[0].get_ydata().tolist() == [50, 75]
+    assert [text.get_text() for text in panels["4: around the best"].texts] == ["lora"]
+
+    write_sweep_page(sweep, trainer.folder / "page.html")
+    charts = read_page(trainer.folder / "page.html").get_data("charts-data")
+    (shown,) = [chart["figures"] for chart in charts if chart["name"] == "rates"]
+    assert {value: figure["traces"][0]["y"] for value, figure in shown.items()} == {
+        "2": [0.5, 0.25],
+        "4": [50, 75],
+    }
 
 
 def test_diverged_fresh_seeds_are_counted_at_their_rate(trainer: Trainer) -> None:
