@@ -144,6 +144,33 @@ class Table(Section):
                     raise ValueError(f"learning_rates.grid: {error} (row {label})") from None
         return self
 
+    @model_validator(mode="after")
+    def _check_rows_keep_their_settings(self) -> "Table":
+        later = {
+            "vary.fields": self.vary.fields if self.vary else [],
+            "learning_rates.set": self.learning_rates.set if self.learning_rates else {},
+        }
+        for source, fields in later.items():
+            for changed in fields:
+                setting = self.find_row_setting(changed)
+                if setting is not None:
+                    raise ValueError(
+                        f"{source}: {changed} overrules {setting}; leave one of them out"
+                    )
+        return self
+
+    def find_row_setting(self, changed: str) -> str | None:
+        """Return the first setting of a row that a new value of the field `changed` would overrule.
+
+        Args:
+            changed: a field, a section, or what is inside of a field.
+        """
+        for label, row in self.rows.items():
+            for name in row.set:
+                if f"{changed}.".startswith(f"{name}.") or f"{name}.".startswith(f"{changed}."):
+                    return f"rows.{label}.set: {name}"
+        return None
+
 
 class Cell(NamedTuple):
     """A row at one of the values that vary. Its runs do not wait for those of other cells."""
@@ -405,7 +432,7 @@ def read_table(
 
 
 def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
-    """Raise UserError if an override would change no run, since every run takes the table's value."""
+    """Raise UserError if the table decides what an override sets, or an override what its rows differ in."""
     decided = {"eval.suites": "suites"}
     if table.learning_rates:
         decided["train.lr"] = "learning_rates"
@@ -419,6 +446,24 @@ def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
                     f"--set: {changed} follows from `{source}` of the table; change it in a table of "
                     "your own"
                 )
+    for text in overrides:
+        _refuse_lost_settings(table, *parse_override(text))
+
+
+def _refuse_lost_settings(table: Table, changed: str, value: object) -> None:
+    """Raise UserError if an override takes from the runs what tells them apart. A section is replaced whole."""
+    setting = table.find_row_setting(changed)
+    if setting is not None:
+        raise UserError(
+            f"--set: {changed} overrules {setting}; set a field that no row has, or change it in a "
+            "table of your own"
+        )
+    for seed in ("train.seed", "calibration.seed"):
+        if seed.startswith(f"{changed}.") and seed not in _list_fields(changed, value):
+            raise UserError(
+                f"--set: {changed} replaces the whole section, with the {seed} of each of `seeds`; set "
+                f"its fields one by one, as {changed}.FIELD=VALUE"
+            )
 
 
 def _list_fields(field: str, value: object) -> list[str]:

@@ -96,6 +96,30 @@ def test_an_override_that_no_run_would_have_is_refused(
         read_small_table(tmp_path, override, **table)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter={rank: 8}", "adapter overrules rows.astra.set: adapter.eigen_select;"),
+        ("adapter.method=pissa", "adapter.method overrules rows.lora.set: adapter.method;"),
+        ("calibration={samples: 64}", "with the calibration.seed of each of `seeds`;"),
+        ("train={max_steps: 9}", "with the train.seed of each of `seeds`;"),
+    ],
+)
+def test_an_override_that_would_make_runs_alike_is_refused(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        read_small_table(tmp_path, override, learning_rates=None)
+    assert str(error.value).startswith("--set: ")
+    assert message in str(error.value)
+
+
+def test_a_section_may_be_replaced_where_no_run_loses_its_own(tmp_path: Path) -> None:
+    section = "calibration={samples: 64, seed: 7}"
+    run = read_small_table(tmp_path, section).make_run(ASTRA, 0.01, 2, [])
+    assert (run.recipe.calibration.samples, run.recipe.calibration.seed) == (64, 7)
+
+
 def test_a_table_without_rates_of_its_own_takes_one_of_the_command_line(tmp_path: Path) -> None:
     sweep = read_small_table(tmp_path, "train.lr=3", learning_rates=None)
     [runs] = sweep.list_eval_runs(LORA).values()
@@ -206,6 +230,14 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         (
             {"vary": {"fields": ["train.lr"], "values": [1e-3, 1e-2]}},
             "vary.fields: train.lr is chosen by learning_rates",
+        ),
+        (
+            {"vary": {"fields": ["adapter"], "values": [{"rank": 2}, {"rank": 4}]}},
+            "vary.fields: adapter overrules rows.astra.set: adapter.eigen_select;",
+        ),
+        (
+            {"learning_rates": {"grid": [1e-3], "seed": 0, "set": {"adapter.method": "lora"}}},
+            "learning_rates.set: adapter.method overrules rows.lora.set: adapter.method;",
         ),
         ({"extends": "mathz"}, "no table or file 'mathz'; did you mean maths?"),
     ],
