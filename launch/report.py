@@ -16,7 +16,7 @@ from launch import cli
 from launch.run.metrics import read_metrics
 from launch.run.plots import plot_runs
 from launch.run.results import (
-    describe_mix,
+    describe_data,
     find_run_results,
     read_run_results,
     render_runs,
@@ -89,7 +89,7 @@ def report_runs(folders: Sequence[Path], figures: Path | None, page: Path | None
     if finished:
         print(render_runs(finished))
     for folder in finished:
-        for subject, line in describe_mix(read_run_results(folder).data):
+        for subject, line in describe_data(read_run_results(folder).data):
             print(f"{folder.resolve().name}, {subject}: {line}")
     if page is not None:
         from launch.pages.runs import write_runs_page

@@ -177,7 +177,7 @@ def render_mix_report(
         amount = ["" if rows.weight is None else f"{rows.weight:g}", rows.count or ""]
         cells = [name, *amount, share["rows"], share["available"], share["held_out"], rows.repeats]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    said = results.describe_mix(
+    said = results.describe_data(
         results.DataRecord.model_validate(describe_mixed_tokens(tokens, data))
     )
     for subject, line in said[len(data.sources) :]:  # the table has what is before

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from launch.pages.curves import WHEN, get_scores, list_benchmarks
 from launch.pages.records import RunRecord
-from launch.run.results import Score, TaskScore, describe_mix, describe_score
+from launch.run.results import Score, TaskScore, describe_data, describe_score
 
 MISSING = object()  # a field that a recipe does not have
 
@@ -148,7 +148,7 @@ def _list_conditions(record: RunRecord) -> dict[str, Any]:
         "rows": results.data.rows,
         "rows cut short": results.data.cut,
         "rows dropped": results.data.dropped,
-        **join_lines(describe_mix(results.data)),
+        **join_lines(describe_data(results.data)),
         "largest change of a logit at step 0": results.logit_drift,
         "largest rounding of a residual": results.residual_rounding,
         **{f"{field} (auto)": value for field, value in results.decided.items()},

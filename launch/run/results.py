@@ -370,8 +370,8 @@ def describe_task_score(score: TaskScore) -> str:
     return f"{'; '.join(parts)}; n = {score.n}"
 
 
-def describe_mix(data: DataRecord) -> list[tuple[str, str]]:
-    """Say what a mix has of each source, and what of the rows may surprise.
+def describe_data(data: DataRecord) -> list[tuple[str, str]]:
+    """Say what of the rows may surprise, and what a mix has of each source.
 
     Returns:
         Pairs of what is described, such as data.sources.NAME, and what is said of it.

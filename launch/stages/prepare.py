@@ -19,7 +19,7 @@ from launch.models.files import load_tokenizer
 from launch.planning.budget import decide_memory
 from launch.planning.decisions import CHECKPOINTING, ENGINE, decide_run
 from launch.quickstart.base import resolve_quickstart
-from launch.run.results import DataRecord, RunFacts, describe_mix
+from launch.run.results import DataRecord, RunFacts, describe_data
 from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
@@ -133,7 +133,7 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
         f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
         f"{recipe.train.micro_batch}"
     )
-    for subject, line in describe_mix(DataRecord.model_validate(inputs.data)):
+    for subject, line in describe_data(DataRecord.model_validate(inputs.data)):
         print_rank0(f"{subject}: {line}")
     for name, rows in inputs.dev.items():
         print_rank0(f"development: {name}, {len(rows)} rows ({rows.num_truncated} truncated)")

@@ -8,7 +8,7 @@ from launch.run.results import (
     RunResults,
     Score,
     TaskScore,
-    describe_mix,
+    describe_data,
     describe_source,
     describe_task_score,
 )
@@ -39,7 +39,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.label}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
 {_render_history(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
-{_render_mix(results)}{_render_note(results)}
+{_render_data(results)}{_render_note(results)}
 {_render_scores(results)}
 {_render_contents(exports, recipe.model.name, results)}
 {_render_rounding(exports, results)}
@@ -78,9 +78,9 @@ def _render_history(recipe: Recipe, results: RunResults) -> str:
     return "".join(lines)
 
 
-def _render_mix(results: RunResults) -> str:
-    """Render what a mix has of each source as a Markdown list; empty where there is no mix."""
-    lines = [f"- {subject}: {line}\n" for subject, line in describe_mix(results.data)]
+def _render_data(results: RunResults) -> str:
+    """Render what `describe_data` says as a Markdown list; empty where that is nothing."""
+    lines = [f"- {subject}: {line}\n" for subject, line in describe_data(results.data)]
     return "".join(["\n", *lines]) if lines else ""
 
 
