@@ -43,9 +43,8 @@ def test_a_training_on_messages_does_not_depend_on_the_number_of_ranks(
         done = launch(
             "launch/train.py", "--recipe", recipe, *options, "--output", output, ranks=ranks
         )
-        # Said where rows are read; the second run finds their tokens in the cache.
-        said = "messages of 'conversations' have from and value" in done.stdout + done.stderr
-        assert said == (engine == "single")
+        # Said at every start; the second run finds the tokens in the cache.
+        assert "messages of 'conversations' have from and value" in done.stdout + done.stderr
         losses[engine] = read_losses(output)
         hashes[engine] = read_results(output)["data"]["tokens_sha256"]
     assert len(losses["single"]) == 4
