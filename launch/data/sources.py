@@ -361,8 +361,8 @@ def _passes_filter(row: dict[str, Any], patterns: dict[str, list[str]]) -> bool:
 
 
 def _has_content(value: object) -> bool:
-    """Return whether there is something in a field: text that is not blank, or a list or number."""
-    return bool(value.strip() if isinstance(value, str) else value)
+    """Return whether there is something in a field; text may spell an empty list or object."""
+    return value.strip() not in ("", "[]", "{}") if isinstance(value, str) else bool(value)
 
 
 def _check_row(number: int, row: dict[str, Any], data: Data) -> Row | Conversation | BadRow:

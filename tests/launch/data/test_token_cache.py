@@ -224,6 +224,8 @@ def test_parts_of_an_instruction_that_are_not_read_are_counted(model: Path, tmp_
         row | {"input": "in" if i > 6 else "", "history": [], "id": i} for i, row in enumerate(GOOD)
     ]
     values[3] |= {"system": "be brief"}
+    values[4] |= {"history": "[]"}
+    values[5] |= {"history": " {}\n"}
     path = write(tmp_path / "rows.jsonl", values)
     data = Data(path=str(path))
     told = {
