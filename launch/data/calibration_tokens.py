@@ -21,6 +21,8 @@ from launch.models.check import read_config
 from launch.models.files import load_tokenizer
 from launch.runtime.errors import UserError
 
+# The section and its fields, as naming_fields and rename_notes take them.
+CALIBRATION_NAMES = ("calibration.data", CalibrationRows.model_fields)
 _PATH = "calibration.data.path: "
 
 
@@ -66,7 +68,7 @@ def _naming_calibration_data(data: SourceData) -> Iterator[None]:
     One about a path that is nearly a short name says that name.
     """
     try:
-        with naming_fields("calibration.data", CalibrationRows.model_fields):
+        with naming_fields(*CALIBRATION_NAMES):
             yield
     except UserError as error:
         line = str(error).replace("to train on", "to calibrate on")

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.config.rows import CalibrationRows, MixedRows
+from launch.config.rows import MixedRows
 from launch.config.schema import MIXED_FIELDS, Data, Recipe
-from launch.data.calibration_tokens import obtain_calibration_rows, obtain_calibration_tokens
+from launch.data.calibration_tokens import (
+    CALIBRATION_NAMES,
+    obtain_calibration_rows,
+    obtain_calibration_tokens,
+)
 from launch.data.labelled.encode import describe_pairs
 from launch.data.mix.tokens import obtain_mix
-from launch.data.sources import rename_fields
+from launch.data.sources import rename_notes
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
@@ -202,11 +206,9 @@ def _list_notes(
     for made in (tokens, *dev.values()):
         notes += made.manifest.get("notes", ())
     for name, part in tokens.manifest.get("parts", {}).items():  # of a mix
-        for note in part.get("notes", ()):
-            notes.append(rename_fields(note, f"data.sources.{name}", MixedRows.model_fields))
+        notes += rename_notes(part, f"data.sources.{name}", MixedRows.model_fields)["notes"]
     if calibration_tokens is not None:
-        for note in calibration_tokens.manifest.get("notes", ()):
-            notes.append(rename_fields(note, "calibration.data", CalibrationRows.model_fields))
+        notes += rename_notes(calibration_tokens.manifest, *CALIBRATION_NAMES)["notes"]
     return list(dict.fromkeys(notes))
 
 

@@ -4,13 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.config.rows import MixedRows
 from launch.config.schema import CALIBRATION_TOKENS, Data, Recipe
-from launch.data.calibration_tokens import obtain_calibration_rows, prepare_calibration_tokens
+from launch.data.calibration_tokens import (
+    CALIBRATION_NAMES,
+    obtain_calibration_rows,
+    prepare_calibration_tokens,
+)
 from launch.data.inputs import describe_mixed_tokens
 from launch.data.manifest import check_refused_rows
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
-from launch.data.sources import fetch_source
+from launch.data.sources import fetch_source, rename_notes
 from launch.data.task_rows import RowFolder, check_all_rows, make_head, obtain_all_rows
 from launch.data.token_cache import SPECIAL, TokenFolder, make_tokens
 from launch.models.check import (
@@ -93,6 +98,8 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
     parts = [("", rows), *((f"\nDevelopment rows of {name}:\n\n", dev[name]) for name in dev)]
     if recipe.calibration_source is not None:
         calibration = obtain_calibration_rows(recipe, model_path, folder / CALIBRATION_TOKENS)
+        manifest = rename_notes(calibration.manifest, *CALIBRATION_NAMES)
+        calibration = calibration._replace(manifest=manifest)
         parts.append(("\nTo calibrate on:\n\n", calibration))
     report = ""
     for title, found in parts:
@@ -114,7 +121,8 @@ def _prepare_calibration(recipe: Recipe, folder: Path, model_path: Path) -> None
     largest = int(prepared.open_tokens().tokens.max())
     config = read_config(model_path)
     check_token_ids(largest, get_num_embeddings(config), load_tokenizer(model_path))
-    report = render_report(data, recipe.model.name, prepared.manifest, {})
+    manifest = rename_notes(prepared.manifest, *CALIBRATION_NAMES)
+    report = render_report(data, recipe.model.name, manifest, {})
     write_text(folder / REPORT, report)
     print(report, flush=True)
 
@@ -184,7 +192,8 @@ def render_mix_report(
         lines += ["", f"{subject}: {line}."]
     for name, source in data.list_sources().items():
         lines += ["", f"## {name}: {source.path}", ""]
-        lines += _render_rows(source, model_name, manifest["parts"][name])
+        part = rename_notes(manifest["parts"][name], f"data.sources.{name}", MixedRows.model_fields)
+        lines += _render_rows(source, model_name, part)
     if overlaps:
         lines += _render_overlaps(overlaps)
     return "\n".join(lines) + "\n"

@@ -141,6 +141,15 @@ def rename_fields(line: str, section: str, fields: Iterable[str]) -> str:
     return names.sub(lambda match: f"{section}.{match[1]}", line)
 
 
+def rename_notes(manifest: dict[str, Any], section: str, fields: Iterable[str]) -> dict[str, Any]:
+    """Return a manifest whose notes on rows name `section` in the place of `data` (`rename_fields`).
+
+    Manifests of earlier versions have no notes.
+    """
+    notes = [rename_fields(note, section, fields) for note in manifest.get("notes", ())]
+    return manifest | {"notes": notes}
+
+
 @contextlib.contextmanager
 def naming_fields(section: str, fields: Iterable[str]) -> Iterator[None]:
     """Let errors about `data.FIELD` name `section` in its place, for rows that `section` describes.

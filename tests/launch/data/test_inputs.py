@@ -12,6 +12,7 @@ import torch
 from launch.config.loading import read_recipe
 from launch.config.schema import Recipe
 from launch.data import inputs
+from launch.data.preparation import prepare_tokens
 from launch.runtime.errors import UserError
 from tests.support.classifiers import load_recipe, make_base, make_recipe, make_rows, write_rows
 from tests.support.rows import write_lines
@@ -83,6 +84,14 @@ def test_notes_on_rows_are_printed_at_every_start_under_their_fields(
     source = "data.sources.a.input"
     mix = ["data.path=null", f"data.sources={{a: {{path: {path}, weight: 1}}}}"]
     assert read(*mix) == read(*mix) == [f"{source}{told}{source}=input"]
+    # As they stand in the reports of launch/prepare.py.
+    prepare_tokens(read_recipe(str(tmp_path / "recipe.yaml"), mix), tmp_path / "mix", [])
+    assert f"\n{source}{told}{source}=input.\n" in (tmp_path / "mix" / "report.md").read_text()
+    settings = [f"calibration.data.path={path}"]
+    prepare_tokens(read_recipe(str(tmp_path / "recipe.yaml"), settings), tmp_path / "made", [])
+    assert f"\ndata.input{told}data.input" in (tmp_path / "made" / "report.md").read_text()
+    source, report = "calibration.data.input", tmp_path / "made" / "calibration" / "report.md"
+    assert f"\n{source}{told}{source}=input.\n" in report.read_text()
 
 
 def test_a_tokenizer_that_runs_pairs_together_is_named(
@@ -112,10 +121,18 @@ def test_an_unofficial_number_of_rows_is_said_from_the_cache_too(
     (glue / "train.tsv").write_text("\n".join([*lines, "1\tw1\tw3\tnot_entailment"]) + "\n")
     settings = [f"data.path={glue}", "data.config=rte", "task.labels=[entailment, not_entailment]"]
     settings += ["task.sentence1=sentence1", "task.sentence2=sentence2", "task.dev=null"]
-    recipe = load_recipe(make_recipe(tmp_path / "bert", "bert"), *settings)
+    path = make_recipe(tmp_path / "bert", "bert")
+    recipe = load_recipe(path, *settings)
     said = [f"data.path: {glue}: split train of rte has 2 rows; GLUE's has 2490"]
     assert prepare(recipe, monkeypatch, capsys)[1] == said
     assert prepare(recipe, monkeypatch, capsys)[1] == said
+    calibrating = [f"calibration.data.path={glue}", "calibration.data.config=rte"]
+    prepare_tokens(load_recipe(path, *settings, *calibrating), tmp_path / "made", [])
+    report = (tmp_path / "made" / "report.md").read_text()
+    assert [line[:-1] for line in report.splitlines() if "GLUE's has" in line] == [
+        *said,
+        f"calibration.{said[0]}",
+    ]
 
 
 def test_rows_that_are_kept_apart_and_used_too_are_counted(
