@@ -102,13 +102,13 @@ def _stream_rows(split: Split, data: Data) -> Iterator[Row]:
                     yield row
                     continue
                 with contextlib.suppress(MessagesError):  # such a row is not trained on
-                    yield _join_messages(row, data.messages)
+                    yield _join_messages(row, data)
             advance(chunk)
 
 
-def _join_messages(row: Conversation, field: str) -> Row:
+def _join_messages(row: Conversation, data: Data) -> Row:
     """Return a conversation as a row: the user's first message, and all the others as the answer."""
-    messages, _ = read_messages(row.messages, field)
+    messages, _ = read_messages(row.messages, data.messages, data.train_on)
     texts = [message["content"] for message in messages]
     roles = [message["role"] for message in messages]
     question = texts.pop(roles.index("user")) if "user" in roles else ""

@@ -5,7 +5,8 @@ which it is.
 """
 
 import json
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
 
 from launch.data.sources import EMPTY, NOT_TEXT, NOT_UNICODE, show_value
 
@@ -43,12 +44,18 @@ class MessagesError(ValueError):
         self.what = what  # what is wrong with this row, for people
 
 
-def read_messages(value: object, field: str) -> tuple[list[Message], str]:
+def read_messages(
+    value: object, field: str, train_on: Literal["all", "last"]
+) -> tuple[list[Message], str]:
     """Read the value of a row's field as messages with `role` and a `content` of text.
 
     Parts of text are joined by line ends, and arguments of tool calls that are JSON in text are
     parsed, as servers of models do before they render them. Keys whose value is null are left out, and
     of ShareGPT's messages all but thinking and calls beside the text.
+
+    Args:
+        field: of the row.
+        train_on: the answers that are learnt.
 
     Returns:
         The messages, and the names that they had, OPENAI or SHAREGPT.
@@ -65,9 +72,17 @@ def read_messages(value: object, field: str) -> tuple[list[Message], str]:
     for number, given in enumerate(value, start=1):
         message, names = _read_message(given, f"message {number} of field {field!r}")
         messages.append(message)
-    if all(message["role"] != "assistant" for message in messages):
+    learnt = list_answers(messages, train_on)
+    if not learnt:
         _refuse(NO_ANSWER, f"field {field!r} has no assistant's message to learn")
+    _require_no_marks(value, learnt, field)
     return messages, names
+
+
+def list_answers(messages: Sequence[Message], train_on: Literal["all", "last"]) -> list[int]:
+    """List the numbers, from 0, of the assistant's messages: all, or the last."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return answers[-1:] if train_on == "last" else answers
 
 
 def _refuse(reason: str, what: str) -> NoReturn:
@@ -84,13 +99,36 @@ def _require_plain_values(value: list, field: str) -> None:
         _refuse(NOT_TEXT, f"field {field!r} holds values that are {NOT_TEXT}")
 
 
+def _require_no_marks(value: list[dict], learnt: Sequence[int], field: str) -> None:
+    """Raise MessagesError if a message that is learnt is marked not to be, or not in full.
+
+    Args:
+        value: the messages of a row, as they are given.
+        learnt: their numbers, from 0.
+    """
+    marks = [_find_mark(value[number]) for number in learnt]
+    for number, mark in zip(learnt, marks, strict=True):
+        if mark is not None:
+            hint = "" if marks[-1] else "; set data.train_on=last"  # which learns no other
+            what = f"message {number + 1} of field {field!r} has {mark}, but is learnt as any other"
+            _refuse(UNSUPPORTED, what + hint)
+
+
+def _find_mark(given: dict) -> str | None:
+    """Return what takes a message out of what is learnt, or out of it in part; None without."""
+    if given.get("weight") not in (None, 1):
+        return f"weight {given['weight']}"
+    for key in LEARNING:
+        if given.get(key) is not None and not given[key]:
+            return f"{key} {given[key]}"
+    return None
+
+
 def _read_message(given: object, where: str) -> tuple[Message, str]:
     """Return one message under OpenAI's names, and the names that it had."""
     if not isinstance(given, dict):
         _refuse(NOT_MESSAGES, f"{where} is {show_value(given)}, not an object")
     given = {key: value for key, value in given.items() if value is not None}
-    if given.get("weight", 1) != 1:
-        _refuse(UNSUPPORTED, f"{where} has weight {given['weight']}; only 1 is supported")
     if "role" in given:
         names, known = OPENAI, {role: role for role in ROLES}
         role, content = given["role"], given.get("content")
@@ -104,9 +142,6 @@ def _read_message(given: object, where: str) -> tuple[Message, str]:
         _refuse(NOT_MESSAGES, f"{where} has {has}; it needs role and content, or from and value")
     if not isinstance(role, str) or role not in known:
         _refuse(UNKNOWN_ROLE, f"{where} has role {show_value(role)}; known: {', '.join(known)}")
-    for key in LEARNING if known[role] == "assistant" else ():
-        if not given.get(key, True):
-            _refuse(UNSUPPORTED, f"{where} has {key} {given[key]}; all are learnt, or the last")
     message = {"role": known[role], **others}
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):

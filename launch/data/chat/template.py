@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from launch.data.chat.messages import THINKING, Message, MessagesError
+from launch.data.chat.messages import THINKING, Message, MessagesError, list_answers
 from launch.data.tokenize import find_special_tokens
 from launch.runtime.errors import UserError
 
@@ -78,12 +78,12 @@ class ChatTemplate:
             MessagesError: the template refuses the messages, leaves one out or does not keep turns
                 apart.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = turns[-1:] if train_on == "last" else turns
+        wanted = list_answers(messages, train_on)
         if self.has_marks:
             text, spans = _render(self.text, self.tokenizer, messages, generate=False)
-            if len(spans) != len(turns):
-                what = f"the chat template marks {len(spans)} turns of {len(turns)} answers"
+            num_answers = len(list_answers(messages, "all"))
+            if len(spans) != num_answers:
+                what = f"the chat template marks {len(spans)} turns of {num_answers} answers"
                 raise MessagesError(UNCLEAR, what)
             spans = spans[-len(wanted) :]
         else:

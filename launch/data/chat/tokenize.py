@@ -92,7 +92,7 @@ def _render_row(
     row: Conversation, template: ChatTemplate, field: str, train_on: Literal["all", "last"]
 ) -> _Rendered:
     """Read and render the messages of one row. Raises MessagesError."""
-    messages, names = read_messages(row.messages, field)
+    messages, names = read_messages(row.messages, field, train_on)
     text, turns = template.find_turns(messages, train_on)
     marked_messages = _mark(messages, template.special)
     if marked_messages == messages:

@@ -17,6 +17,7 @@ from tests.support.chat import CASES, CHATML, PHI3, QWEN3_CASE, TemplateCase, ma
 DATA = Data(path="x", messages="chat")
 USER = {"role": "user", "content": "one?"}
 ANSWER = {"role": "assistant", "content": "three"}
+MARKED = "message 2 of field 'chat' has"
 CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
 
@@ -52,12 +53,13 @@ def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") 
         ),
         ([{"role": "user"}, ANSWER], "message 1 of field 'chat' is None, not text"),
         ([USER, {"role": "assistant", "content": 3}], "message 2 of field 'chat' is 3, not text"),
-        ([USER, {**ANSWER, "weight": 0}], "message 2 of field 'chat' has weight 0; only 1"),
-        ([USER, {**ANSWER, "train": False}], "message 2 of field 'chat' has train False; all are"),
-        ([USER, {**ANSWER, "training": 0}], "message 2 of field 'chat' has training 0; all are"),
+        ([USER, {**ANSWER, "weight": 0}], f"{MARKED} weight 0, but is learnt"),
+        ([USER, {**ANSWER, "weight": 0.5}], f"{MARKED} weight 0.5, but is learnt"),
+        ([USER, {**ANSWER, "train": False}], f"{MARKED} train False, but is learnt"),
+        ([USER, {**ANSWER, "training": 0}], f"{MARKED} training 0, but is learnt"),
         (
             [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "loss": False}],
-            "message 2 of field 'chat' has loss False; all are",
+            f"{MARKED} loss False, but is learnt",
         ),
         ([USER, {**ANSWER, "content": "\ud83d"}], "field 'chat' holds text that is not valid"),
         (
@@ -77,7 +79,7 @@ def find_fault(template: ChatTemplate, messages: object, train_on: str = "all") 
 )
 def test_a_row_that_cannot_be_learnt_from_is_named(messages: object, fault: str) -> None:
     with pytest.raises(MessagesError) as raised:
-        read_messages(messages, "chat")
+        read_messages(messages, "chat", "all")
     assert raised.value.what.startswith(fault)
 
 
@@ -90,7 +92,7 @@ def test_both_names_are_read_and_parts_of_text_are_joined() -> None:
         {"role": "tool", "content": "3", "tool_call_id": "1"},
         {"role": "assistant", "content": "three", "weight": 1},
     ]
-    messages, names = read_messages(openai, "chat")
+    messages, names = read_messages(openai, "chat", "all")
     assert names == OPENAI
     called = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
     assert messages == [
@@ -102,11 +104,28 @@ def test_both_names_are_read_and_parts_of_text_are_joined() -> None:
     ]
     roles = ["system", "human", "gpt", "tool", "gpt"]
     sharegpt = [{"from": role, "value": role} for role in roles]
-    messages, names = read_messages(sharegpt, "chat")
+    messages, names = read_messages(sharegpt, "chat", "all")
     assert names == SHAREGPT
     known = ["system", "user", "assistant", "tool", "assistant"]
     assert [message["role"] for message in messages] == known
     assert [message["content"] for message in messages] == roles
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"loss": 0}, {"weight": 0}])
+def test_a_mark_is_refused_on_a_message_that_is_learnt_alone(mark: dict) -> None:
+    template = load(CASES["chatml"])
+    shared = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "three"}]
+    for user, answer in ((USER, ANSWER), shared):
+        first, last = [user, answer | mark, user, answer], [user, answer, user, answer | mark]
+        fault = find_fault(template, first)
+        assert fault.startswith(MARKED) and fault.endswith("; set data.train_on=last")
+        assert find_fault(template, first, "last") is None
+        for train_on in ("all", "last"):
+            fault = find_fault(template, last, train_on)
+            assert fault.startswith("message 4") and fault.endswith("but is learnt as any other")
+        fault = find_fault(template, [*first[:2], *last[2:]])  # no way out of both
+        assert fault.startswith(MARKED) and fault.endswith("but is learnt as any other")
+    assert find_fault(template, [USER | mark, ANSWER]) is None  # no user's message is learnt
 
 
 def test_what_the_template_refuses_or_leaves_out_is_said_in_its_words() -> None:
