@@ -1,6 +1,7 @@
 """What a run starts from: a local model folder and tokens, checked and prepared once on each node."""
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from launch.data.mix.tokens import obtain_mix
 from launch.data.sources import rename_notes
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
-from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
+from launch.data.token_set import TokenSet, count_shared, read_bytes, split_held_out
 from launch.models.check import (
     CheckedModel,
     check_max_length,
@@ -136,7 +137,7 @@ def _prepare_node(recipe: Recipe) -> dict:
         else:
             calibration_tokens = obtain_calibration_tokens(recipe.calibration_source, model_path)
         calibration_data = _describe_tokens(calibration_tokens, recipe.calibration_source)
-    _count_copies(data, tokens, dev, calibration_tokens, recipe.data)
+    _count_copies(data, tokens, dev, calibration_tokens, recipe)
     tokenizer = load_tokenizer(model_path, needs_end=not recipe.task.has_head)
     for made in filter(None, (tokens, calibration_tokens, *dev.values())):
         largest = int(made.open_tokens().tokens.max())
@@ -169,28 +170,30 @@ def _count_copies(
     tokens: TokenFolder | RowFolder,
     dev: dict[str, RowFolder],
     calibration_tokens: TokenFolder | RowFolder | None,
-    data: Data,
+    recipe: Recipe,
 ) -> None:
     """Count rows that are kept apart and used all the same, as the data has them twice.
 
     Args:
         described: of the tokens, as results.json has it, where the counts are added.
     """
-    training, held_out = split_held_out(tokens.open_tokens(), data.held_out)
-    for name, rows in dev.items():
-        described["dev"][name]["trained"] = _count_shared(rows.open_tokens(), training)
-    if held_out is None:
-        return
-    if not data.sources:  # a mix has counted them
-        described["held_out_trained"] = _count_shared(held_out, training)
-    if calibration_tokens is not None:
-        count = _count_shared(held_out, calibration_tokens.open_tokens())
+    training, held_out = split_held_out(tokens.open_tokens(), recipe.data.held_out)
+    apart = [(described["dev"][name], "trained", rows.open_tokens()) for name, rows in dev.items()]
+    if held_out is not None and not recipe.data.sources:  # a mix has counted them
+        apart.append((described, "held_out_trained", held_out))
+    counts = _count_in_each([rows for *_, rows in apart], training)
+    for (record, key, _), count in zip(apart, counts, strict=True):
+        record[key] = count
+    rows = recipe.calibration.data
+    if held_out is not None and rows is not None and rows.text is None:  # no row is a block of text
+        [count] = _count_in_each([held_out], calibration_tokens.open_tokens())
         described["held_out_calibrated"] = count
 
 
-def _count_shared(apart: TokenSet, used: TokenSet) -> int:
-    """Count the examples of `apart` whose very tokens are among those of `used`."""
-    return count_trained(*(read_bytes(part, range(len(part))) for part in (apart, used)))
+def _count_in_each(sets: Sequence[TokenSet], used: TokenSet) -> list[int]:
+    """Count in each of `sets` the examples whose very tokens are among those of `used`."""
+    contents = [read_bytes(tokens, range(len(tokens))) for tokens in (*sets, used)]
+    return count_shared(contents[:-1], contents[-1])
 
 
 def _list_notes(

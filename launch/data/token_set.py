@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 
 
@@ -89,23 +90,25 @@ def split_held_out(tokens: TokenSet, num_held_out: int) -> tuple[TokenSet, Token
     return training, replace(held_out, num_truncated=0, num_dropped=0, num_special=0)
 
 
-def count_trained(held_out: Iterable[bytes], training: Iterable[bytes]) -> int:
-    """Count the held-out examples that are trained on too: data sets have rows twice.
+def count_shared(sets: Iterable[Iterable[bytes]], used: Iterable[bytes]) -> list[int]:
+    """Count in each set the examples that are used too: data sets have rows twice.
 
     Args:
-        held_out, training: of each example its tokens, as `read_bytes` gives them.
+        sets: of examples that are kept apart, each its tokens, as `read_bytes` gives them.
+        used: of examples that are trained or calibrated on, likewise; read once for all sets.
     """
-    contents = list(held_out)
-    wanted = set(contents)
-    found = {content for content in training if content in wanted} if wanted else set()
-    return sum(content in found for content in contents)
+    contents = [list(examples) for examples in sets]
+    wanted = set().union(*contents)
+    found = {content for content in used if content in wanted} if wanted else set()
+    return [sum(content in found for content in examples) for examples in contents]
 
 
 def read_bytes(tokens: TokenSet, examples: Iterable[int]) -> Iterator[bytes]:
     """Yield the bytes of each example's tokens."""
+    content, offsets = tokens.tokens.numpy(), tokens.offsets.numpy()  # slices of tensors are slow
     for example in examples:
-        start, end = tokens.offsets[example : example + 2].tolist()
-        yield tokens.tokens[start:end].numpy().tobytes()
+        watchdog.heartbeat()
+        yield content[offsets[example] : offsets[example + 1]].tobytes()
 
 
 def _cut_examples(tokens: TokenSet, start: int, stop: int) -> TokenSet:

@@ -42,7 +42,7 @@ from launch.data.token_cache import (
     open_prepared,
     read_tally,
 )
-from launch.data.token_set import TokenSet, count_trained, read_bytes
+from launch.data.token_set import TokenSet, count_shared, read_bytes
 from launch.runtime import watchdog
 from launch.runtime.files import write_json
 
@@ -260,4 +260,5 @@ def _count_trained(
         chosen: of `_choose`.
     """
     parts = [read_bytes(sets[name], examples.unique().tolist()) for name, examples in chosen]
-    return count_trained(chain(*parts[num_sources:]), chain(*parts[:num_sources]))
+    held_out, training = chain(*parts[num_sources:]), chain(*parts[:num_sources])
+    return count_shared([held_out], training)[0]

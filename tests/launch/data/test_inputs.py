@@ -156,3 +156,8 @@ def test_rows_that_are_kept_apart_and_used_too_are_counted(
     assert data["dev"]["part"]["trained"] == 9
     data = prepare(load_recipe(path, *settings), monkeypatch, capsys)[0].data
     assert "held_out_calibrated" not in data
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "w1 w2"}] * 3)
+    blocks = f"calibration.data={{path: {text}, text: text}}"
+    data = prepare(load_recipe(path, *settings, blocks), monkeypatch, capsys)[0].data
+    assert data["held_out_trained"] == 1
+    assert "held_out_calibrated" not in data  # no row is a block of text

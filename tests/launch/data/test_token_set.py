@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launch.data.order import count_steps, plan_steps, sample_examples
-from launch.data.token_set import TokenSet, count_trained, read_bytes, split_held_out
+from launch.data.token_set import TokenSet, count_shared, read_bytes, split_held_out
 from launch.runtime.errors import UserError
 
 
@@ -39,17 +39,16 @@ def test_the_last_rows_are_split_off_whole() -> None:
         split_held_out(whole, 4)
 
 
-def test_held_out_rows_that_are_trained_on_are_counted() -> None:
+def test_rows_of_several_sets_that_are_trained_on_are_counted_in_one_pass() -> None:
     rows = make_token_set([3, 5, 4, 6])
     rows.tokens[-6:-2] = 12  # the last row begins as the third does, which is all of that one
     training, held_out = split_held_out(rows, 1)
 
-    def count(held_out: TokenSet) -> int:
-        parts = (read_bytes(part, range(len(part))) for part in (held_out, training))
-        return count_trained(*parts)
-
-    assert count(held_out) == 0
-    assert count(split_held_out(training, 2)[1]) == 2
+    sets = [held_out, split_held_out(training, 2)[1], split_held_out(training, 1)[1]]
+    sets = [read_bytes(part, range(len(part))) for part in sets]
+    used = read_bytes(training, range(3))  # which is read once
+    assert count_shared(sets, used) == [0, 2, 1]
+    assert count_shared([[]], used) == [0]
 
 
 @pytest.mark.parametrize(
