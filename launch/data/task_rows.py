@@ -146,7 +146,7 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
     Args:
         rows, dev: of `obtain_all_rows`.
     """
-    check_refused_rows(rows.manifest, recipe.data, TRUNCATED, _find_remedy(rows, None))
+    check_refused_rows(rows.manifest, recipe.data, TRUNCATED, _find_remedy(rows, recipe.data, None))
     if recipe.task.kind == "regression":
         labels = rows.open_tokens().labels
         if labels.min() == labels.max():  # the hub's test split of STS-B has -1 in every row
@@ -158,15 +158,15 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
         data = locate_dev(recipe.data, name, place)
         try:
             remedy = "leave them out by data.filter: a score is of all rows that pass it"
-            remedy = _find_remedy(dev[name], remedy)
+            remedy = _find_remedy(dev[name], data, remedy)
             check_refused_rows(dev[name].manifest, data, TRUNCATED, remedy)
         except UserError as error:
             raise UserError(f"task.dev: {place}: {error}") from None
 
 
-def _find_remedy(rows: RowFolder, usual: str | None) -> str | None:
+def _find_remedy(rows: RowFolder, data: Data, usual: str | None) -> str | None:
     """Return what helps against bad rows: where labels may count from 1, not to leave rows out."""
-    if ONE_BEYOND in rows.manifest["dropped"]:
+    if data.on_bad_row == "refuse" and ONE_BEYOND in rows.manifest["dropped"]:
         return "give task.labels as the numbers that the rows have"
     return usual
 
@@ -369,7 +369,13 @@ def _write_rows(
     aside = folder / f"{ROWS}.tmp"
     save_file(tensors, aside)
     shutil.move(aside, folder / ROWS)
-    tally |= {"tokens": len(tensors["tokens"]), "notes": list_notes(split, data)}
+    notes = list_notes(split, data)
+    if ONE_BEYOND in tally["dropped"]:
+        notes.append(
+            f"task.labels: {tally['dropped'][ONE_BEYOND]} rows have a label one beyond the places "
+            "(do the rows count from 1?)"
+        )
+    tally |= {"tokens": len(tensors["tokens"]), "notes": notes}
     write_json(folder / MANIFEST, tally | {"tokens_sha256": hash_file(folder / ROWS)})
 
 

@@ -145,3 +145,13 @@ def test_labels_that_count_from_1_are_suspected_and_no_row_is_to_be_left_out(
     write_rows(tmp_path / "train.jsonl", rows)
     _, found, _ = prepare_rows(given, tmp_path / "base")
     assert found.open_tokens().labels.tolist() == [0, 1, 2] * 3
+    write_rows(tmp_path / "dev.jsonl", make_rows(9, 1))
+    _, found, _ = prepare_rows(load_recipe(path, "data.on_bad_row=drop"), tmp_path / "base")
+    told = "3 rows have a label one beyond the places (do the rows count from 1?)"
+    assert found.manifest["notes"] == [f"task.labels: {told}"]
+    # Where such rows are dropped, another refusal keeps its own remedy.
+    short = ("data.on_bad_row=drop", "data.on_cut=refuse", "data.max_length=5")
+    with pytest.raises(
+        UserError, match=r"^data\.max_length: .*, or set data\.on_cut=keep or drop$"
+    ):
+        prepare_rows(load_recipe(path, *short), tmp_path / "base")
