@@ -24,7 +24,7 @@ from launch.data.order import sample_examples, shard_batches
 from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
 from launch.models.files import load_tokenizer
-from launch.run.results import CalibrationData
+from launch.run.results import CalibrationData, DataRecord, describe_calibrated
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 
@@ -85,7 +85,7 @@ def check_samples(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def print_calibration_rows(recipe: Recipe, inputs: Inputs) -> None:
-    """Print what is calibrated on where that is not the training rows."""
+    """Print what is calibrated on where that is not the training rows, and how much of it is held out."""
     rows = recipe.calibration.data
     if rows is None:
         return
@@ -99,6 +99,8 @@ def print_calibration_rows(recipe: Recipe, inputs: Inputs) -> None:
     print_rank0(
         f"calibration data: {rows.path}{config}, split {rows.split}: {len(tokens)} {kind}{dropped}"
     )
+    for subject, line in describe_calibrated(DataRecord.model_validate(inputs.data)):
+        print_rank0(f"{subject}: {line}")
 
 
 def count_tokens(recipe: Recipe, inputs: Inputs, samples: Sequence[int]) -> Tensor:

@@ -399,22 +399,8 @@ def _describe_limits(data: DataRecord) -> list[tuple[str, str]]:
         fields = " and ".join(f"data.sources.{name}.repeats" for name in data.scarce_sources)
         line = f"the mix is as large as the rows of {names} allow; raise {fields} for a larger one"
         described.append(("data.sources", line))
+    described += describe_copies(data)
     num_held_out = sum(source.held_out for source in data.sources.values())
-    if data.held_out_trained:
-        counted, where = f"{data.held_out_trained}", ""
-        if data.sources:
-            counted, where = f"{counted} of {num_held_out}", ", as rows of another source"
-        line = f"{counted} held-out rows are trained on too{where}: their loss is no held-out loss"
-        described.append(("data.held_out", line))
-    if data.held_out_calibrated:
-        line = f"{data.held_out_calibrated} held-out rows are among those of calibration.data too"
-        described.append(("data.held_out", line))
-    for name, rows in data.dev.items():
-        if rows.trained:
-            line = (
-                f"{rows.trained} of {rows.kept} rows of {name} are trained on too (the same tokens)"
-            )
-            described.append(("task.dev", line))
     by_path: dict[str, list[str]] = {}
     for name, source in data.sources.items():
         by_path.setdefault(source.path, []).append(name)
@@ -426,6 +412,34 @@ def _describe_limits(data: DataRecord) -> list[tuple[str, str]]:
             )
             described.append(("data.held_out", line))
     return described
+
+
+def describe_copies(data: DataRecord) -> list[tuple[str, str]]:
+    """Say which rows that are kept apart are used all the same, as the data has them twice."""
+    described = []
+    if data.held_out_trained:
+        counted, where = f"{data.held_out_trained}", ""
+        if data.sources:
+            num_held_out = sum(source.held_out for source in data.sources.values())
+            counted, where = f"{counted} of {num_held_out}", ", as rows of another source"
+        line = f"{counted} held-out rows are trained on too{where}: their loss is no held-out loss"
+        described.append(("data.held_out", line))
+    described += describe_calibrated(data)
+    for name, rows in data.dev.items():
+        if rows.trained:
+            line = (
+                f"{rows.trained} of {rows.kept} rows of {name} are trained on too (the same tokens)"
+            )
+            described.append(("task.dev", line))
+    return described
+
+
+def describe_calibrated(data: DataRecord) -> list[tuple[str, str]]:
+    """Say how many held-out rows are calibrated on too; nothing where there are none."""
+    if not data.held_out_calibrated:
+        return []
+    line = f"{data.held_out_calibrated} held-out rows are among those of calibration.data too"
+    return [("data.held_out", line)]
 
 
 def render_runs(folders: Sequence[Path]) -> str:

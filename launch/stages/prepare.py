@@ -133,7 +133,9 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
         f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
         f"{recipe.train.micro_batch}"
     )
-    for subject, line in describe_data(DataRecord.model_validate(inputs.data)):
+    # `print_calibration_rows` has said what is calibrated on.
+    data = DataRecord.model_validate(inputs.data | {"held_out_calibrated": None})
+    for subject, line in describe_data(data):
         print_rank0(f"{subject}: {line}")
     for name, rows in inputs.dev.items():
         print_rank0(f"development: {name}, {len(rows)} rows ({rows.num_truncated} truncated)")

@@ -6,8 +6,9 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
-from launch.run.results import RunResults, find_run_results
+from launch.run.results import RunResults, describe_copies, find_run_results
 from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
 from launch.sweeps.curves import collect_rate_curves, list_exhausted, list_missing
 from launch.sweeps.published import describe_hidden, find_published, list_shown
@@ -86,11 +87,8 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
                 f"The {loss} chose the step that each run exports (train.keep_best), so it is better "
                 f"than it would be on other {what}."
             )
-    num_trained = max((results.data.held_out_trained for results in runs), default=0)
-    if num_trained:
-        notes.append(
-            f"{num_trained} held-out rows are trained on too: their loss is no held-out loss."
-        )
+    copies = chain.from_iterable(describe_copies(results.data) for results in runs)
+    notes += dict.fromkeys(f"{line}." for _, line in copies)
     sizes, machines, revisions = set(), set(), set()
     for results in runs:
         sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}

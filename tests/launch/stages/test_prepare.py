@@ -1,5 +1,7 @@
 """A run does not resume with other inputs than it began with; the error names the field.
 
+What may surprise about the rows is printed once.
+
 Needs nothing; 2 s.
 """
 
@@ -7,8 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.calibration import batches
+from launch.config.loading import validate_recipe
+from launch.data.token_set import make_text_set
 from launch.runtime.errors import UserError
+from launch.stages import prepare
 from launch.stages.prepare import find_checkpoint
+from tests.support.sweeps import make_data
 
 INPUTS = {"model.dtype": "float32", "model.name": "w", "data.path": "t", "eval.other_text": "o"}
 MEASURED = ["held_out", "other_text"]
@@ -45,3 +52,25 @@ def test_a_loss_that_was_not_measured_before_training_is_refused() -> None:
     without = {name: content for name, content in INPUTS.items() if name != "eval.other_text"}
     with pytest.raises(UserError, match=r"^eval\.other_text: was not measured before training"):
         find_checkpoint(make_store(without, ["held_out"]), INPUTS, MEASURED)
+
+
+def test_held_out_rows_that_are_calibrated_on_are_named_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    for module in (batches, prepare):
+        monkeypatch.setattr(module, "print_rank0", lines.append)
+    monkeypatch.setattr(prepare.dist, "get_world_size", lambda: 1)
+    calibration = {"data": {"path": "c.jsonl"}}
+    sections = {"model": {"name": "m"}, "data": {"path": "d.jsonl"}, "calibration": calibration}
+    recipe = validate_recipe(sections)
+    data = make_data() | {"held_out_trained": 1, "held_out_calibrated": 2}
+    tokens = make_text_set([[1, 2]] * 3)
+    calibrated = SimpleNamespace(tokens=tokens, data=data)
+    inputs = SimpleNamespace(tokens=tokens, dev={}, data=data, calibration=calibrated)
+    batches.print_calibration_rows(recipe, inputs)  # all that launch/calibrate.py prints of them
+    said = "data.held_out: 2 held-out rows are among those of calibration.data too"
+    assert lines[1:] == [said]
+    prepare._print_rows(recipe, inputs, [[0, 1, 2]])
+    assert lines.count(said) == 1
+    assert sum(line.startswith("data.held_out: 1 held-out rows are trained on") for line in lines)

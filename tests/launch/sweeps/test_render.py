@@ -12,7 +12,7 @@ import pytest
 from launch.sweeps.render import escape_latex, list_notes, render_csv, render_latex, render_markdown
 from launch.sweeps.summary import collect_groups
 from launch.sweeps.table import Cell
-from tests.support.sweeps import make_results, make_sweep, write_results
+from tests.support.sweeps import make_data, make_results, make_sweep, write_results
 
 SCORES = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.81, 0.83], "c": [0.5, 0.5, 0.52]}
 SOURCE = "PEFT, examples/corda_finetuning/README.md"
@@ -122,6 +122,22 @@ def test_a_loss_that_chose_the_exported_step_is_named(
     assert f"The {loss} chose the step that each run exports" in notes
     assert f"better than it would be on other {what}." in notes
     assert notes.count("train.keep_best") == 1
+
+
+def test_rows_that_are_kept_apart_and_used_too_are_named(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, SCORES)
+    rows = {"tokens_sha256": "d", "kept": 9, "cut": 0}
+    counts = {"held_out_trained": 4, "held_out_calibrated": 3}
+    data = make_data() | counts | {"dev": {"mrpc": rows | {"trained": 2}}}
+    for run in sweep.list_eval_runs(sweep.list_cells()[0])["recipe"]:
+        write_results(sweep, run, make_results(0.2, data=data))
+    notes = list_notes(sweep, collect_groups(sweep))
+    for said in (
+        "4 held-out rows are trained on too: their loss is no held-out loss.",
+        "3 held-out rows are among those of calibration.data too.",
+        "2 of 9 rows of mrpc are trained on too (the same tokens).",
+    ):
+        assert notes.count(said) == 1
 
 
 def test_a_note_of_the_runs_and_the_command_stand_in_every_report(tmp_path: Path) -> None:
