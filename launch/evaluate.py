@@ -149,7 +149,7 @@ def _regrade(arguments: argparse.Namespace) -> None:
     from launch.scoring.score_table import render_scores
 
     output = arguments.output or arguments.grade.parent
-    data_dir = arguments.data_dir and Path(arguments.data_dir).expanduser()
+    data_dir = Path(arguments.data_dir).expanduser() if arguments.data_dir else None
     if arguments.data_dir == quickstart.NAME:
         data_dir = quickstart.cache_folder()
     scores = regrade_responses(
