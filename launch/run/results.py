@@ -74,6 +74,9 @@ class EpochScore(Record):
     step: int
     values: dict[str, float]  # metric -> value, fractions; epochs are compared by the first
     intervals: dict[str, tuple[float, float]] | None = None  # 95 %, by bootstrap over rows
+    # "predictions" or "labels" where all of these are the same; None too where it is not known, as
+    # without the predictions, and in records of earlier versions.
+    constant: str | None = None
 
 
 class TaskScore(Record):
@@ -84,6 +87,9 @@ class TaskScore(Record):
 
     metric: str  # by which epochs are compared
     n: int  # rows
+    # Share of the most frequent label, the accuracy of a model that always predicts it; None for
+    # numbers and in records of earlier versions.
+    most_frequent: float | None = None
     last: EpochScore
     best: EpochScore
     epochs: list[EpochScore]
@@ -366,8 +372,17 @@ def describe_task_score(score: TaskScore) -> str:
         if epoch.intervals is not None:
             low, high = epoch.intervals[score.metric]
             shown += f" ({low:.4f} to {high:.4f})"
+        if epoch.constant:
+            shown += f", all {epoch.constant} the same"
         parts.append(f"{when} epoch {epoch.epoch:.4g}: {shown}")
-    return f"{'; '.join(parts)}; n = {score.n}"
+    return f"{'; '.join(parts)}; n = {describe_rows(score)}"
+
+
+def describe_rows(score: Score | TaskScore) -> str:
+    """Give the number of rows of a score, with the share of the most frequent label if it has one."""
+    if not isinstance(score, TaskScore) or score.most_frequent is None:
+        return str(score.n)
+    return f"{score.n}, {100 * score.most_frequent:.1f} % of them with the most frequent label"
 
 
 def describe_data(data: DataRecord) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ every step of training seeds its own dropout. Each row's prediction is kept in p
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -168,27 +169,38 @@ def summarise_epochs(
         scores[name] = TaskScore(
             metric=next(iter(last.values)),
             n=len(tokens),
-            last=_add_intervals(last, name, tokens, task, folder),
-            best=_add_intervals(best, name, tokens, task, folder),
+            most_frequent=_find_most_frequent(tokens, task),
+            last=_complete_score(last, name, tokens, task, folder),
+            best=_complete_score(best, name, tokens, task, folder),
             epochs=epochs,
         )
     return scores
 
 
-def _add_intervals(
+def _complete_score(
     epoch: EpochScore, name: str, tokens: TokenSet, task: Task, folder: Path
 ) -> EpochScore:
-    """Return the epoch's score with its intervals; without, if its predictions are gone."""
+    """Return the epoch's score with what its predictions say; as it is, if these are gone.
+
+    That is its intervals, and whether all predictions are the same.
+    """
     path = _name_file(folder, name, epoch.step)
     if not path.is_file():
         return epoch
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     outputs = torch.tensor([row["outputs"] for row in rows], dtype=torch.float64)
     predictions = _choose_predictions(outputs, task)
-    intervals = score_intervals(
-        _get_metric_name(task), predictions, _read_labels(tokens), kind=task.kind
-    )
-    return epoch.model_copy(update={"intervals": intervals})
+    labels = _read_labels(tokens)
+    intervals = score_intervals(_get_metric_name(task), predictions, labels, kind=task.kind)
+    constant = find_constant(predictions, labels)
+    return epoch.model_copy(update={"intervals": intervals, "constant": constant})
+
+
+def _find_most_frequent(tokens: TokenSet, task: Task) -> float | None:
+    """Return the share of the rows with the most frequent label; None for numbers."""
+    if not task.labels:
+        return None
+    return Counter(_read_labels(tokens)).most_common(1)[0][1] / len(tokens)
 
 
 def _get_metric_name(task: Task) -> str:

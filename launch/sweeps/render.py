@@ -8,7 +8,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
-from launch.run.results import RunResults, describe_copies, find_run_results
+from launch.run.results import (
+    RunResults,
+    TaskScore,
+    describe_copies,
+    describe_rows,
+    find_run_results,
+)
 from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
 from launch.sweeps.curves import collect_rate_curves, list_exhausted, list_missing
 from launch.sweeps.published import describe_hidden, find_published, list_shown
@@ -75,6 +81,9 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
         notes.append(f"Every learning rate diverged: {names}.")
     if any(group.num_diverged for group in groups):
         notes.append("A diverged seed is in no mean, and a row with one is never bold.")
+    constant = [line for group in groups if (line := describe_constant(group))]
+    if constant:
+        notes.append(f"All predictions of the last epoch are the same: {'; '.join(constant)}.")
     tests = count_tests(sweep, groups)
     if tests is not None:
         notes.append(describe_power(*tests))
@@ -91,7 +100,7 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     notes += dict.fromkeys(f"{line}." for _, line in copies)
     sizes, machines, revisions = set(), set(), set()
     for results in runs:
-        sizes |= {f"{name}: n = {score.n}" for name, score in results.scores.items()}
+        sizes |= {f"{name}: n = {describe_rows(score)}" for name, score in results.scores.items()}
         conditions = results.conditions
         machines.add(f"{conditions.world_size} x {conditions.device}")
         revisions.add(conditions.git_revision or "no revision")
@@ -110,6 +119,19 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
     if hidden:
         notes.append(f"Published, of another protocol and not shown: {'; '.join(hidden)}.")
     return notes
+
+
+def describe_constant(group: Group) -> str:
+    """Name a group and its seeds whose model predicts the same for all rows; empty if none does."""
+    seeds = []
+    for seed, results in group.results.items():
+        scores = [score for score in results.scores.values() if isinstance(score, TaskScore)]
+        if any(score.last.constant == "predictions" for score in scores):
+            seeds.append(str(seed))
+    if not seeds:
+        return ""
+    where = "" if group.rate in ("recipe", "own") else f" at {group.lr:g}"
+    return f"{group.name}{where}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
 
 
 def describe_choice(rates: LearningRates) -> str:

@@ -12,6 +12,7 @@ from scipy import stats
 from eval.task_scores import score_intervals
 from launch.config.task import Task
 from launch.data.token_set import TokenSet
+from launch.run.results import describe_task_score
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring import development
@@ -89,6 +90,7 @@ def test_the_scores_of_a_regression_and_their_intervals_are_those_of_the_kept_pr
         stop_process_group()
     found = summarise_epochs(history, dev, task, tmp_path)["prices"]
     assert (found.metric, found.n, len(found.epochs)) == ("pearson", 20, 2)
+    assert found.most_frequent is None
     for epoch, numbers in ((found.best, by_step[0]), (found.last, by_step[1])):
         pair = (numbers.tolist(), labels.tolist())
         expected = {
@@ -97,6 +99,29 @@ def test_the_scores_of_a_regression_and_their_intervals_are_those_of_the_kept_pr
         }
         assert epoch.values == pytest.approx(expected)
         assert epoch.intervals == score_intervals("regression", *pair, kind="regression")
+
+
+def test_an_epoch_that_predicts_one_label_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_step = [torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 3)]
+    dev = {"mrpc": make_tokens([1, 0, 1])}
+    task = Task(kind="classification", name="mrpc", labels=["a", "b"], sentence1="text")
+    history = []
+    start_process_group()
+    try:
+        for step, outputs in enumerate(by_step, start=1):
+            monkeypatch.setattr(development, "predict_rows", lambda *_, outputs=outputs: outputs)
+            scored = score_sets(None, None, dev, task, tmp_path, history, step, float(step))
+            history.append({"step": step, "epoch": float(step), "dev": scored})
+    finally:
+        stop_process_group()
+    found = summarise_epochs(history, dev, task, tmp_path)["mrpc"]
+    assert found.most_frequent == found.last.values["accuracy"] == pytest.approx(2 / 3)
+    assert (found.best.constant, found.last.constant) == (None, "predictions")
+    described = describe_task_score(found)
+    assert described.count("all predictions the same") == 1
+    assert described.endswith("; n = 3, 66.7 % of them with the most frequent label")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,24 @@ def test_means_intervals_and_medians_are_of_one_kind_of_epoch(tmp_path: Path) ->
     assert 'lora,mrpc,recipe,0.0005,"mrpc f1, best epoch (%)",84.66' in render_csv(sweep, groups)
 
 
+def test_models_that_predict_one_label_are_named(tmp_path: Path) -> None:
+    sweep = make_glue_sweep(tmp_path)
+    assert "the same" not in " ".join(list_notes(sweep, collect_groups(sweep)))
+    for label, task, seed in (("lora", "mrpc", 1), ("lora", "mrpc", 3), ("astra", "mrpc", 1)):
+        run = sweep.list_eval_runs(Cell(label, task))["recipe"][seed - 1]
+        values = {"accuracy": 0.68, "f1": 0.81}
+        score = make_task_score(values, values)
+        score["last"] |= {"constant": "predictions"}
+        score |= {"most_frequent": 0.68}
+        write_results(sweep, run, make_results(0.5, scores={task: score}))
+    notes = list_notes(sweep, collect_groups(sweep))
+    expected = (
+        "All predictions of the last epoch are the same: astra mrpc, seed 1; lora mrpc, seeds 1, 3."
+    )
+    assert expected in notes
+    assert "mrpc: n = 200, 68.0 % of them with the most frequent label" in "\n".join(notes)
+
+
 def test_each_tasks_scores_are_drawn_apart(tmp_path: Path) -> None:
     sweep = make_glue_sweep(tmp_path)
     paths = draw_figures(sweep, collect_groups(sweep), tmp_path)
