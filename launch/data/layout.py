@@ -109,13 +109,13 @@ def _require_reader(path: Path) -> Reader:
     return reader
 
 
-def _name_splits(split: str) -> list[str]:
+def name_splits(split: str) -> list[str]:
     """Return the names in a split's specification: train and test of `train[:5]+test`."""
     return [re.split(r"[\[(]", piece)[0].strip() for piece in split.split("+")]
 
 
 def _require_splits(split: str, known: Collection[str], what: str) -> None:
-    for name in _name_splits(split):
+    for name in name_splits(split):
         if name not in known:
             raise UnreadableError(
                 f"{what} has no split {name!r}; set data.split to {' or '.join(known)}, "
@@ -132,7 +132,7 @@ def _cut_parts(wholes: Mapping[str, Part], split: str, what: str) -> Split:
 
     try:
         instruction = datasets.ReadInstruction.from_spec(split)
-        counts = {name: Split((wholes[name],)).count_rows() for name in _name_splits(split)}
+        counts = {name: Split((wholes[name],)).count_rows() for name in name_splits(split)}
         cuts = instruction.to_absolute(counts)
     except UnreadableError:
         raise
@@ -151,7 +151,7 @@ def _find_saved_split(path: Path, split: str) -> Split:
         folders = {name: path / name for name in names}
     _require_splits(split, folders, what)
     wholes = {}
-    for name in _name_splits(split):
+    for name in name_splits(split):
         files = _list_saved_files(folders[name])
         wholes[name] = Part(tuple(files), read_arrow)
     return _cut_parts(wholes, split, what)
@@ -182,14 +182,14 @@ def _find_glue_split(path: Path, split: str, task: str, found: Mapping[str, Glue
     wholes = {name: Part((part.file,), part.read) for name, part in found.items()}
     cut = _cut_parts(wholes, split, what)
     notes = []
-    for name in dict.fromkeys(_name_splits(split)):
+    for name in dict.fromkeys(name_splits(split)):
         notes.append(describe_size(name, task, Split((wholes[name],)).count_rows()))
     return cut._replace(note="; ".join(filter(None, notes)) or None)
 
 
 def _find_hub_split(path: Path, split: str, config: str | None) -> Split:
     """Find a split in a folder of the hub's layout. Raises UnreadableError."""
-    names = _name_splits(split)
+    names = name_splits(split)
     hub = find_hub_files(path, names, config)
     _require_splits(split, hub.splits, str(path))
     wholes = {}

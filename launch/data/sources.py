@@ -5,11 +5,12 @@ Which files those are is in launch.data.layout, and how one is read in launch.da
 
 import contextlib
 import difflib
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,27 +19,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from launch.config.schema import Data
-from launch.data.hub_layout import list_data_files
-from launch.data.layout import Split, find_split
-from launch.data.readers import GZIPPED, READERS, UnreadableError
+from launch.data.hub_layout import find_hub_files, list_data_files
+from launch.data.layout import Split, find_split, name_splits
+from launch.data.readers import READERS, UnreadableError, find_reader
 from launch.models.files import find_commit, is_hub_id
 from launch.run.progress import Progress, has_terminal
 from launch.runtime.errors import UserError
 
-
-def _match_any_case(ending: str) -> str:
-    """Return a pattern of names with this ending in any case: `*.[jJ][sS]` for `.js`."""
-    return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
-
-
-# The files of a data set that are downloaded from the hub. Of all other files only the names are
-# needed, and the hub lists them.
-HUB_FILES = [
-    *(_match_any_case(ending) for ending in READERS),
-    *(_match_any_case(f"{ending}.gz") for ending in GZIPPED),
-    "README.md",
-    ".huggingface.yaml",
-]
+# Files of a data set on the hub that say which of its files belong to which split.
+HUB_CARDS = ["README.md", ".huggingface.yaml"]
 CHUNK = 2000  # rows of the split that are read at a time
 NOT_TEXT, EMPTY, NOT_UNICODE = "not text", "empty", "not valid Unicode"
 BAD_TEXT = (NOT_TEXT, EMPTY, NOT_UNICODE)  # why a row has no texts to tokenise
@@ -181,9 +170,31 @@ def fetch_source(data: Data) -> Path:
         raise UserError(
             f"data.path: no file or folder {data.path}; correct the path, or give a hub id"
         )
+    return _fetch_from_hub(data)
+
+
+def _fetch_from_hub(data: Data) -> Path:
+    """Return the folder of a data set in the hub's cache, with the files of data.split in it.
+
+    Of its other files only the names are fetched: a data set may have thousands of configurations.
+
+    Raises:
+        UserError: there is no such data set, the hub is not reachable, or no file can be named.
+    """
+    folder = _download(data, data.revision, HUB_CARDS)
+    folder.mkdir(parents=True, exist_ok=True)  # not made where the data set has no card
+    files = _find_split_files(data, folder)
+    readable = [name for name in files if find_reader(Path(name)) is not None]
+    if readable:  # by commit: the branch may have moved since
+        _download(data, folder.name, [glob.escape(name) for name in readable])
+    return folder
+
+
+def _download(data: Data, revision: str, patterns: list[str]) -> Path:
+    """Return the folder of a data set in the hub's cache, with the files that match in it."""
     try:
         folder = snapshot_download(
-            data.path, repo_type="dataset", revision=data.revision, allow_patterns=HUB_FILES
+            data.path, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
@@ -194,16 +205,36 @@ def fetch_source(data: Data) -> Path:
     return Path(folder)
 
 
-def identify_source(path: Path) -> dict:
-    """Describe what decides the rows' bytes without reading them.
+def _find_split_files(data: Data, folder: Path) -> list[str]:
+    """Return the names of the files of data.split in a folder of the hub's cache.
+
+    Raises UserError if the folder has no such configuration, or its README.md is wrong.
+    """
+    try:
+        found = find_hub_files(folder, name_splits(data.split), data.config)
+    except UnreadableError as error:
+        raise _make_loading_error(data, error) from None
+    files = chain.from_iterable(found.files.values())
+    return sorted({str(file.relative_to(folder)) for file in files})
+
+
+def _make_loading_error(data: Data, error: UnreadableError) -> UserError:
+    """Make the error of a split that cannot be read."""
+    return UserError(f"data.path: cannot load {data.path} (split {data.split}): {error}")
+
+
+def identify_source(data: Data, path: Path) -> dict:
+    """Describe what decides the bytes of the rows at `path`, without reading them.
 
     Returns:
-        The hub's commit and the names of the files that are there, else every file's size, times of
-        change and inode.
+        The hub's commit and the names of the split's files, or of all files in a folder of the
+        hub's cache that data.path names. Of other files every one's size, times of change and inode.
 
     Raises:
         UserError: a folder cannot be listed, or a file is a link to nothing.
     """
+    if not Path(data.path).expanduser().exists():  # fetched from the hub
+        return {"commit": find_commit(path), "files": _find_split_files(data, path)}
     try:
         found = list_data_files(path)
     except UnreadableError as error:
@@ -242,8 +273,9 @@ def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:
     try:
         split = find_split(path, data.split, data.config)
     except UnreadableError as error:
-        where = "" if path.is_file() else f"cannot load {data.path} (split {data.split}): "
-        raise UserError(f"data.path: {where}{error}") from None
+        if path.is_file():
+            raise UserError(f"data.path: {error}") from None
+        raise _make_loading_error(data, error) from None
     _require_fields(split, data, form or make_causal_form(data))
     return split
 
@@ -256,9 +288,7 @@ def iterate_rows(split: Split, data: Data, fields: Sequence[str] | None) -> Iter
     try:
         yield from split.iterate_rows(fields)
     except UnreadableError as error:
-        raise UserError(
-            f"data.path: cannot load {data.path} (split {data.split}): {error}"
-        ) from None
+        raise _make_loading_error(data, error) from None
 
 
 def _require_fields(split: Split, data: Data, form: RowForm) -> None:

@@ -317,7 +317,7 @@ def _find_or_make(
             )
     else:
         source = fetch_source(data)
-        origin["source"] = identify_source(source)
+        origin["source"] = identify_source(data, source)
         folder = output or find_cache_folder("rows", origin)
 
         def write() -> None:

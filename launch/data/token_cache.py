@@ -27,7 +27,7 @@ from launch.config.schema import Data
 from launch.data.chat.template import ChatTemplate, hash_template, load_template, read_template
 from launch.data.chat.tokenize import tokenize_conversations
 from launch.data.earlier_tokens import find_doubt
-from launch.data.hub_layout import list_data_files
+from launch.data.layout import Split
 from launch.data.manifest import (
     CUT,
     MANIFEST,
@@ -200,7 +200,7 @@ def describe_origin(data: Data, model_path: Path, source: Path | None) -> dict:
         )
         origin["libraries"]["jinja2"] = version("jinja2")
     if source is not None:
-        origin["source"] = identify_source(source)
+        origin["source"] = identify_source(data, source)
     return origin
 
 
@@ -277,7 +277,7 @@ def _write_tokens(
     tally["notes"] = list_notes(split, data, tally["unread"], tally["selected"])
     if template is not None:
         tally["notes"] += _list_chat_notes(template, data, tally["names"])
-    _write_manifest(folder, tally, source, option)
+    _write_manifest(folder, tally, split, source, option)
 
 
 def _truncate_files(files: dict, tally: dict) -> None:
@@ -290,9 +290,10 @@ def _truncate_files(files: dict, tally: dict) -> None:
         files["offsets"].write(torch.zeros(1, dtype=DTYPES["offsets"]).numpy())
 
 
-def _write_manifest(folder: Path, tally: dict, source: Path, option: str) -> None:
+def _write_manifest(folder: Path, tally: dict, split: Split, source: Path, option: str) -> None:
     """Check the files' lengths, and write the manifest that marks the folder as finished."""
-    sources = {name: hash_file(path) for name, path in list_data_files(source).items()}
+    root = source if source.is_dir() else source.parent
+    sources = {str(file.relative_to(root)): hash_file(file) for file in split.list_files()}
     manifest = tally | {"source_sha256": sources} | describe_files(folder, tally, option)
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()

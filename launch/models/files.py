@@ -21,6 +21,8 @@ from launch.runtime.files import cache_root, hash_file, read_blob_name
 WEIGHT_FILES = "*.safetensors"
 # That are fetched from the hub; *.jinja are chat templates, some in a folder of their own.
 FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.codes", "*.jinja"]
+# Weights that transformers does not read: those in folders, and Mistral's own copy.
+OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]
 NO_FOLDER_REMEDY = "correct the path, or give a hub id"
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
@@ -57,8 +59,14 @@ def fetch_model(
         if not is_hub_id(name):
             raise UserError(f"{field}: no folder {name}; {remedy}")
         try:
-            patterns = FILES if weights else FILES[1:]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=FILES if weights else FILES[1:],
+                    ignore_patterns=OTHER_WEIGHTS,
+                )
+            )
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
                 f"{field}: cannot get {name} (revision {revision}) from the hub "

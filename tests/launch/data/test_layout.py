@@ -196,7 +196,7 @@ def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
     refuse(tmp_path, r"b\.jsonl is a link to a file that is missing")
     with pytest.raises(UserError, match="is a link to a file that is missing"):
-        sources.identify_source(tmp_path)
+        sources.identify_source(Data(path=str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,39 @@ def test_endings_are_fetched_in_any_case_and_other_files_change_nothing(hub: Pat
     assert not list(hub.parent.glob("hub/**/images.zip"))
 
 
+def test_only_the_files_of_the_split_are_fetched(hub: Path) -> None:
+    write_lines(hub / "en" / "train.jsonl", make_rows(2))
+    write_lines(hub / "en" / "validation.jsonl", make_rows(1))
+    write_lines(hub / "de" / "train[1].jsonl", make_rows(3))
+    write_readme(
+        hub,
+        """
+configs:
+- config_name: en
+  data_files: [{split: train, path: en/train.jsonl}, {split: validation, path: en/validation.jsonl}]
+- config_name: de
+  data_files: [{split: train, path: "de/*"}]
+""",
+    )
+
+    def list_fetched() -> set[str]:
+        return {path.name for path in hub.parent.glob("hub/**/*.jsonl")}
+
+    english = Data(path="someone/sums", config="en")
+    folder = sources.fetch_source(english)
+    assert list_fetched() == {"train.jsonl"}
+    before = sources.identify_source(english, folder)
+    assert before == {"commit": COMMIT, "files": ["en/train.jsonl"]}
+    german = Data(path="someone/sums", config="de")
+    split = load_split(german, sources.fetch_source(german))
+    assert split.count_rows() == 3
+    assert list_fetched() == {"train.jsonl", "train[1].jsonl"}
+    # What else has been fetched since is no difference: the tokens need not be made again.
+    assert sources.identify_source(english, folder) == before
+    with pytest.raises(UserError, match=r"cannot load someone/sums .*set data\.config to en or de"):
+        sources.fetch_source(Data(path="someone/sums"))
+
+
 def test_a_yaml_file_beside_readme_is_refused_from_the_hub_too(hub: Path) -> None:
     write_lines(hub / "train.jsonl", make_rows(1))
     (hub / ".huggingface.yaml").write_text("")
@@ -378,11 +411,12 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(name: str, hub: Path) -> None:
 
 def test_a_file_is_known_by_what_no_tool_sets_back(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", make_rows(5))
-    before, status = sources.identify_source(path), path.stat()
+    data = Data(path=str(path))
+    before, status = sources.identify_source(data, path), path.stat()
     path.write_text(path.read_text().replace("q0", "q9"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
-    assert sources.identify_source(path) != before
+    assert sources.identify_source(data, path) != before
 
 
 def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
