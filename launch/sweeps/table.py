@@ -266,8 +266,8 @@ class Sweep:
         overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
         recipe = read_recipe(source, overrides)
-        if recipe.train.seed != seed:
-            raise UserError("train.seed: is one of the table's `seeds`; set those in the table")
+        own = _to_overrides(self.table.set | row.set)
+        _check_seeds(recipe, seed, [*own, *self.overrides, *_to_overrides(last)])
         if lr is not None and recipe.train.lr != lr:
             raise UserError("train.lr: is one of learning_rates; take it out of learning_rates.set")
 
@@ -432,7 +432,10 @@ def read_table(
 
 
 def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
-    """Raise UserError if the table decides what an override sets, or an override what its rows differ in."""
+    """Raise UserError if the table decides what an override sets, or an override what its rows differ in.
+
+    A section that is set is replaced whole.
+    """
     decided = {"eval.suites": "suites"}
     if table.learning_rates:
         decided["train.lr"] = "learning_rates"
@@ -447,22 +450,29 @@ def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
                     "your own"
                 )
     for text in overrides:
-        _refuse_lost_settings(table, *parse_override(text))
-
-
-def _refuse_lost_settings(table: Table, changed: str, value: object) -> None:
-    """Raise UserError if an override takes from the runs what tells them apart. A section is replaced whole."""
-    setting = table.find_row_setting(changed)
-    if setting is not None:
-        raise UserError(
-            f"--set: {changed} overrules {setting}; set a field that no row has, or change it in a "
-            "table of your own"
-        )
-    for seed in ("train.seed", "calibration.seed"):
-        if seed.startswith(f"{changed}.") and seed not in _list_fields(changed, value):
+        changed, _ = parse_override(text)
+        setting = table.find_row_setting(changed)
+        if setting is not None:
             raise UserError(
-                f"--set: {changed} replaces the whole section, with the {seed} of each of `seeds`; set "
-                f"its fields one by one, as {changed}.FIELD=VALUE"
+                f"--set: {changed} overrules {setting}; set a field that no row has, or change it in "
+                "a table of your own"
+            )
+
+
+def _check_seeds(recipe: Recipe, seed: int, overrides: Sequence[str]) -> None:
+    """Raise UserError if a run has not the seed that the table gives it.
+
+    Args:
+        overrides: of the run, but for the seed's own.
+    """
+    given = {name for text in overrides for name in _list_fields(*parse_override(text))}
+    if "train.seed" in given and recipe.train.seed != seed:
+        raise UserError("train.seed: is one of the table's `seeds`; set those in the table")
+    for section, found in (("train", recipe.train.seed), ("calibration", recipe.calibration.seed)):
+        if found != seed and f"{section}.seed" not in given:
+            raise UserError(
+                f"{section}: a setting replaces the whole section, with the {section}.seed of each of "
+                f"`seeds`; set its fields one by one, as {section}.FIELD"
             )
 
 

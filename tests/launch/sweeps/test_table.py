@@ -101,8 +101,6 @@ def test_an_override_that_no_run_would_have_is_refused(
     [
         ("adapter={rank: 8}", "adapter overrules rows.astra.set: adapter.eigen_select;"),
         ("adapter.method=pissa", "adapter.method overrules rows.lora.set: adapter.method;"),
-        ("calibration={samples: 64}", "with the calibration.seed of each of `seeds`;"),
-        ("train={max_steps: 9}", "with the train.seed of each of `seeds`;"),
     ],
 )
 def test_an_override_that_would_make_runs_alike_is_refused(
@@ -112,6 +110,32 @@ def test_an_override_that_would_make_runs_alike_is_refused(
         read_small_table(tmp_path, override, learning_rates=None)
     assert str(error.value).startswith("--set: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields", "section"),
+    [
+        (["calibration={samples: 64}"], {}, "calibration"),
+        (["train={max_steps: 9}"], {}, "train"),
+        ([], {"set": {"calibration": {"samples": 64}}}, "calibration"),
+        ([], {"rows": {"a": {"set": {"train": {"max_steps": 9}}}}}, "train"),
+        ([], {"vary": {"fields": ["calibration"], "values": [{"samples": 4}]}}, "calibration"),
+    ],
+)
+def test_a_section_that_takes_the_seeds_with_it_is_refused(
+    overrides: list[str], fields: dict, section: str, tmp_path: Path
+) -> None:
+    message = (
+        rf"rows\.\w+: {section}: a setting replaces the whole section, with the {section}\.seed"
+    )
+    with pytest.raises(UserError, match=message):
+        read_small_table(tmp_path, *overrides, learning_rates=None, **fields)
+
+
+def test_the_runs_that_choose_a_rate_keep_their_seed(tmp_path: Path) -> None:
+    rates = {"grid": [1e-3], "seed": 7, "set": {"calibration": {"samples": 4}}}
+    with pytest.raises(UserError, match=r"with the calibration\.seed of each of `seeds`"):
+        read_small_table(tmp_path, learning_rates=rates)
 
 
 def test_a_section_may_be_replaced_where_no_run_loses_its_own(tmp_path: Path) -> None:
