@@ -251,10 +251,14 @@ def identify_source(data: Data, path: Path) -> dict:
 
 
 def limit_identity(source: dict, recorded: dict) -> dict:
-    """Leave out of what `identify_source` returned what an earlier version did not record."""
-    if "commit" in source:
-        return {"commit": source["commit"]} if recorded.keys() == {"commit"} else source
+    """Return what `identify_source` gives as an earlier version, which made `recorded`, gives it."""
     known = recorded.get("files")
+    if "commit" in source:
+        if recorded.keys() == {"commit"}:
+            return {"commit": source["commit"]}
+        # Earlier versions named all files that had been fetched, and not those of the split alone.
+        is_part = isinstance(known, list) and set(source["files"]) <= set(known)
+        return source | {"files": known} if is_part else source
     if not isinstance(known, dict):
         return source
     files = {name: state[: len(known.get(name, state))] for name, state in source["files"].items()}

@@ -427,3 +427,6 @@ def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
     now = {"commit": COMMIT, "files": ["a"]}
     assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
     assert sources.limit_identity(now, {"commit": COMMIT, "files": []}) == now
+    every = {"commit": COMMIT, "files": ["a", "of another split"]}
+    assert sources.limit_identity(now, every) == every
+    assert sources.limit_identity(now, every | {"commit": "0" * 40}) != every | {"commit": "0" * 40}
