@@ -100,7 +100,8 @@ def _read_hub(source: Source) -> Iterator[dict]:
             yield from datasets.load_dataset(
                 source.hub_id, config, split=source.split, revision=source.revision
             )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # datasets raises RuntimeError for a data set that is a script.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise EvalError(
             f"{source.benchmark}: cannot get {source.hub_id} from the hub ({reason})",

@@ -347,7 +347,8 @@ def _explain_error(error: ValidationError, kind: type[Section]) -> str:
         case "extra_forbidden":
             text = f"{where}: unknown key; {_suggest_key(problem['loc'], kind)}"
         case "missing":
-            text = f"{where}: is required; set it in the recipe or with --set {where}=VALUE"
+            remedy = f"the recipe or with --set {where}=VALUE" if kind is Recipe else "the file"
+            text = f"{where}: is required; set it in {remedy}"
         case "value_error" if isinstance(problem["input"], dict):
             # Of a whole section: the message names the field.
             text = f"{where}{'.' if where else ''}{problem['ctx']['error']}"

@@ -85,11 +85,11 @@ def list_data_files(path: Path) -> dict[str, Path]:
     return {str(name): found[name] for name in sorted(found)}
 
 
-def _list_hub_names(path: Path) -> list[Path]:
+def list_hub_names(path: Path) -> list[Path]:
     """Return the names of a data set's files, without hidden ones, of a folder in the hub's cache.
 
-    An empty list for other folders, and where the cache has no list of them: huggingface_hub leaves
-    one there when a whole data set is fetched.
+    An empty list for other folders, and where the cache has no list of them: `snapshot_download`
+    leaves one there, whatever it fetches; programs that fetch single files leave none.
     """
     commit = find_commit(path)
     if commit is None:
@@ -144,7 +144,7 @@ def _mirror_rows(path: Path, mirror: Path) -> dict[Path, Path]:
     """
     mirror.mkdir()
     links = {}
-    on_hub = {str(name): path / name for name in _list_hub_names(path)}
+    on_hub = {str(name): path / name for name in list_hub_names(path)}
     for name, file in (on_hub | list_data_files(path)).items():
         if _may_hold_rows(file):
             # fsspec, by which `datasets` finds files, takes :: for a chain of addresses.

@@ -43,8 +43,9 @@ def make_once(folder: Path, write: Callable[[], None]) -> None:
 def require_same_origin(folder: Path, manifest: dict, wanted: dict, option: str) -> None:
     """Raise UserError, naming the first difference, if `folder` was not made from `wanted`."""
     found = manifest["made_from"]
-    if "source" in wanted:
-        wanted = wanted | {"source": limit_identity(wanted["source"], found.get("source", {}))}
+    for key in wanted:  # of a mix, one for each set of rows
+        if key == "source" or key.startswith("source."):
+            wanted = wanted | {key: limit_identity(wanted[key], found.get(key, {}))}
     for name, before, after in _list_differences(found, json.loads(json.dumps(wanted))):
         field = RENAMED_FIELDS.get(name, name)  # manifests hold old names
         values = f"{json.dumps(before)[:80]}, now {json.dumps(after)[:80]}"

@@ -15,19 +15,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from launch.config.schema import Data
-from launch.data.hub_layout import find_hub_files, list_data_files
+from launch.data.hub_layout import find_hub_files, list_data_files, list_hub_names
 from launch.data.layout import Split, find_split, name_splits
-from launch.data.readers import READERS, UnreadableError, find_reader
-from launch.models.files import find_commit, is_hub_id
+from launch.data.readers import GZIPPED, READERS, UnreadableError, find_reader
+from launch.models.files import download, find_commit, is_hub_id
 from launch.run.progress import Progress, has_terminal
 from launch.runtime.errors import UserError
 
-# Files of a data set on the hub that say which of its files belong to which split.
-HUB_CARDS = ["README.md", ".huggingface.yaml"]
+
+def _match_any_case(ending: str) -> str:
+    """Return a pattern of names with this ending in any case: `*.[jJ][sS]` for `.js`."""
+    return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
+
+
+# Files of a data set on the hub that say which of its files belong to which split. Every data set has
+# .gitattributes; where no file matches, huggingface_hub warns.
+CARDS = ["README.md", ".huggingface.yaml", ".gitattributes"]
+# All files that may hold rows.
+ROW_FILES = [
+    *(_match_any_case(ending) for ending in READERS),
+    *(_match_any_case(f"{ending}.gz") for ending in GZIPPED),
+]
 CHUNK = 2000  # rows of the split that are read at a time
 NOT_TEXT, EMPTY, NOT_UNICODE = "not text", "empty", "not valid Unicode"
 BAD_TEXT = (NOT_TEXT, EMPTY, NOT_UNICODE)  # why a row has no texts to tokenise
@@ -158,7 +168,8 @@ def fetch_source(data: Data) -> Path:
     """Return the file or folder of the rows: data.path itself, or the hub's files.
 
     Raises:
-        UserError: there is no such file, folder or data set, or the hub is not reachable.
+        UserError: there is no such file, folder, data set or configuration, its README.md is wrong,
+            or the hub is not reachable.
     """
     path = Path(data.path).expanduser()
     if path.is_file() or path.is_dir():
@@ -177,32 +188,22 @@ def _fetch_from_hub(data: Data) -> Path:
     """Return the folder of a data set in the hub's cache, with the files of data.split in it.
 
     Of its other files only the names are fetched: a data set may have thousands of configurations.
+    Where the cache cannot keep the names, all files that may hold rows are fetched.
 
     Raises:
-        UserError: there is no such data set, the hub is not reachable, or no file can be named.
+        UserError: there is no such data set or configuration, its README.md is wrong, or the hub is
+            not reachable.
     """
-    folder = _download(data, data.revision, HUB_CARDS)
-    folder.mkdir(parents=True, exist_ok=True)  # not made where the data set has no card
-    files = _find_split_files(data, folder)
-    readable = [name for name in files if find_reader(Path(name)) is not None]
-    if readable:  # by commit: the branch may have moved since
-        _download(data, folder.name, [glob.escape(name) for name in readable])
+    folder = download("dataset", data.path, data.revision, "data.path", CARDS)
+    folder.mkdir(parents=True, exist_ok=True)  # not made where the data set has none of them
+    patterns = ROW_FILES
+    if list_hub_names(folder):
+        files = [folder / name for name in _find_split_files(data, folder)]
+        missing = [file for file in files if find_reader(file) is not None and not file.is_file()]
+        patterns = [glob.escape(str(file.relative_to(folder))) for file in missing]
+    if patterns:  # by commit: the branch may have moved since
+        download("dataset", data.path, folder.name, "data.path", patterns)
     return folder
-
-
-def _download(data: Data, revision: str, patterns: list[str]) -> Path:
-    """Return the folder of a data set in the hub's cache, with the files that match in it."""
-    try:
-        folder = snapshot_download(
-            data.path, repo_type="dataset", revision=revision, allow_patterns=patterns
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"data.path: cannot load {data.path} (revision {data.revision}) from the hub "
-            f"({type(error).__name__}); check the name and the network, or give a local file or "
-            "folder, or data.prepared"
-        ) from None
-    return Path(folder)
 
 
 def _find_split_files(data: Data, folder: Path) -> list[str]:
@@ -234,7 +235,7 @@ def identify_source(data: Data, path: Path) -> dict:
         UserError: a folder cannot be listed, or a file is a link to nothing.
     """
     if not Path(data.path).expanduser().exists():  # fetched from the hub
-        return {"commit": find_commit(path), "files": _find_split_files(data, path)}
+        return {"commit": find_commit(path), "split_files": _find_split_files(data, path)}
     try:
         found = list_data_files(path)
     except UnreadableError as error:
@@ -254,15 +255,18 @@ def limit_identity(source: dict, recorded: dict) -> dict:
     """Return what `identify_source` gives as an earlier version, which made `recorded`, gives it."""
     known = recorded.get("files")
     if "commit" in source:
-        if recorded.keys() == {"commit"}:
-            return {"commit": source["commit"]}
-        # Earlier versions named all files that had been fetched, and not those of the split alone.
-        is_part = isinstance(known, list) and set(source["files"]) <= set(known)
-        return source | {"files": known} if is_part else source
+        if "split_files" in recorded:
+            return source
+        rest = {key: source[key] for key in source if key not in ("files", "split_files")}
+        if known is None:  # the commit alone was recorded
+            return rest
+        # All files that had been fetched were recorded, and not those of the split alone.
+        names = source.get("split_files")
+        return source if names is None or set(names) - set(known) else rest | {"files": known}
     if not isinstance(known, dict):
         return source
     files = {name: state[: len(known.get(name, state))] for name, state in source["files"].items()}
-    return {"files": files}
+    return source | {"files": files}
 
 
 def load_split(data: Data, path: Path, form: RowForm | None = None) -> Split:

@@ -161,10 +161,12 @@ def make_meta_model(config: PretrainedConfig, field: str = "model.name") -> PreT
         UserError: transformers has none for this config; or it is an encoder's, without a head.
     """
     if config.problem_type is None and is_encoder(config):
+        remedy = "choose a decoder; a run with `task` is scored while it trains"
+        if field == "model.name":
+            remedy = "set task.kind to classification or regression, or choose a decoder"
         raise UserError(
             f"{field}: {config.model_type} is an encoder, whose tokens see those that follow, so it "
-            "cannot learn to predict them; set task.kind to classification or regression, or "
-            "choose a decoder"
+            f"cannot predict them; {remedy}"
         )
     kind = "model for sequence classification" if config.problem_type else "causal language model"
     try:

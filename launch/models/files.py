@@ -9,20 +9,35 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError
+from huggingface_hub.utils import tqdm as hub_bar
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from astra.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from launch.runtime import watchdog
 from launch.runtime.errors import UserError
 from launch.runtime.files import cache_root, hash_file, read_blob_name
+from launch.runtime.shortages import is_full_disk
 
 WEIGHT_FILES = "*.safetensors"
+# Files in a model's folder that decide its tokenizer, besides config.json.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.codes",
+    "tekken.json",
+    "*.model",
+)
 # That are fetched from the hub; *.jinja are chat templates, some in a folder of their own.
-FILES = [WEIGHT_FILES, "*.json", "*.model", "*.txt", "*.codes", "*.jinja"]
-# Weights that transformers does not read: those in folders, and Mistral's own copy.
-OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]
+FILES = [WEIGHT_FILES, "*.json", *TOKENIZER_FILES, "*.jinja"]
+# Of them, those that are not read: other formats' copies in folders, and Mistral's of the weights.
+OTHER_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*.safetensors"]
 NO_FOLDER_REMEDY = "correct the path, or give a hub id"
 RECENT = 2 * 10**9  # nanoseconds; a file system's clock may be as coarse as this
 
@@ -58,24 +73,64 @@ def fetch_model(
     if not folder.is_dir():
         if not is_hub_id(name):
             raise UserError(f"{field}: no folder {name}; {remedy}")
-        try:
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=FILES if weights else FILES[1:],
-                    ignore_patterns=OTHER_WEIGHTS,
-                )
-            )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise UserError(
-                f"{field}: cannot get {name} (revision {revision}) from the hub "
-                f"({type(error).__name__}); check the name and the network, log in if the model "
-                "is gated, or give a local folder"
-            ) from None
+        patterns = FILES if weights else FILES[1:]
+        folder = download("model", name, revision, field, patterns, OTHER_FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{field}: {folder} has no config.json; give a model's folder")
     return folder
+
+
+class _BeatingBar(hub_bar):
+    """A bar of a download, whose progress counts as that of the run."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` bytes or files, and a heartbeat."""
+        watchdog.heartbeat()
+        return super().update(n)
+
+
+def download(
+    kind: Literal["model", "dataset"],
+    name: str,
+    revision: str,
+    field: str,
+    patterns: list[str],
+    ignored: list[str] | None = None,
+) -> Path:
+    """Return the folder of a model or data set in the hub's cache, with the files that match in it.
+
+    Args:
+        field: what a message begins with, the recipe field or option that names it.
+        patterns: of the files' names; `*` also matches a slash.
+        ignored: of files that are left out though they match.
+
+    Raises:
+        UserError: there is no such model or data set, or the hub is not reachable.
+        OSError: the disk is full.
+    """
+    try:
+        folder = snapshot_download(
+            name,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
+            tqdm_class=_BeatingBar,
+        )
+    except IncompleteSnapshotError:
+        raise UserError(
+            f"{field}: the hub's cache lacks files of {name} (revision {revision}), and the hub cannot "
+            "be reached; start once with a network, or give a local folder"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if is_full_disk(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(
+            f"{field}: cannot get {name} (revision {revision}) from the hub; check the name and the "
+            f"network, log in if it is gated or private, or give a local folder ({reason})"
+        ) from None
+    return Path(folder)
 
 
 def fetch_config(name: str, revision: str) -> PretrainedConfig:

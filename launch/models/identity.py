@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from astra.adapter import ADAPTER_CONFIG
-from launch.models.files import hash_files
+from launch.models.files import TOKENIZER_FILES, hash_files
 from launch.runtime.files import hash_file
 
 # Fields, at any depth, that decide nothing here: the recipe or the command chooses the dtype.
@@ -17,17 +17,6 @@ ADAPTER_NOTES = (
     "revision",
     "auto_mapping",
     "inference_mode",
-)
-# Files in a model's folder that decide its tokenizer, besides config.json.
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.codes",
-    "tekken.json",
-    "*.model",
 )
 # Keys that records of earlier versions lack. They are compared where both sides have them.
 LATER_KEYS = (

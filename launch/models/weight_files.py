@@ -16,6 +16,11 @@ from launch.runtime.errors import UserError
 
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 LFS_POINTER = b"version https://git-lfs"
+# What to do with weights in another format. Another AutoModel would write a head of its own.
+CONVERT = (
+    "load it with transformers' AutoModel (a decoder with AutoModelForCausalLM), write it and its "
+    "tokenizer with save_pretrained, and give that folder"
+)
 
 
 class StoredTensor(NamedTuple):
@@ -113,11 +118,11 @@ def _describe_no_weights(folder: Path) -> str:
         for path in folder.glob(pattern)
     )
     if others:
-        return (
-            f"{folder} has weights as {others[0]} only, not as safetensors; load it once with "
-            "transformers and write it with save_pretrained"
-        )
-    return f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+        return f"{folder} has weights as {others[0]} only, not as safetensors; {CONVERT}"
+    return (
+        f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}; if the model has its "
+        f"weights in another format, {CONVERT}"
+    )
 
 
 def _read_header(path: Path, field: str) -> dict[str, StoredTensor]:

@@ -364,10 +364,20 @@ def _read(folder: Path, kind: type[RecordT], what: str) -> RecordT:
         raise UserError(f"{folder} is not the folder of {what}: {reason}") from None
 
 
-def describe_task_score(score: TaskScore) -> str:
-    """Describe scores of development rows in a line: of the last epoch, then of the best."""
+def describe_task_score(score: TaskScore, exported_step: int | None = None) -> str:
+    """Describe scores of development rows in a line: of the last epoch, then of the best.
+
+    Where the exported model is that of another epoch, which other rows chose, its score follows.
+
+    Args:
+        exported_step: None for the last.
+    """
+    described = [("last", score.last), ("best", score.best)]
+    if exported_step not in (None, score.last.step, score.best.step):
+        exported = [epoch for epoch in score.epochs if epoch.step == exported_step]
+        described += [("exported", epoch) for epoch in exported]
     parts = []
-    for when, epoch in (("last", score.last), ("best", score.best)):
+    for when, epoch in described:
         shown = f"{score.metric} {epoch.values[score.metric]:.4f}"
         if epoch.intervals is not None:
             low, high = epoch.intervals[score.metric]
@@ -478,15 +488,15 @@ def render_runs(folders: Sequence[Path]) -> str:
         cells += [row.steps, f"{row.final_loss:.4f}"]
         for name, when in columns:
             score = (row.baseline if when == "before" else row.scores).get(name)
-            cells.append("" if score is None else describe_score(score))
+            cells.append("" if score is None else describe_score(score, row.exported_step))
         cells.append(f"{row.seconds.training:.0f}")
         lines.append(cells)
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def describe_score(score: Score | TaskScore) -> str:
+def describe_score(score: Score | TaskScore, exported_step: int | None = None) -> str:
     """Describe a score for a cell: of a benchmark in percent, of development rows in fractions."""
     if isinstance(score, TaskScore):
-        return describe_task_score(score)
+        return describe_task_score(score, exported_step)
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}, n = {score.n})"

@@ -27,11 +27,15 @@ def hash_file(path: Path) -> str:
 def read_blob_name(path: Path) -> str | None:
     """Return the SHA-256 of a file in the hub's cache from its name; None for any other file.
 
-    A snapshot there links to a blob that is named by its own SHA-256.
+    A snapshot there links to a blob of the same repository, which is named by its own SHA-256. That
+    may link on to a store of all repositories, whose names are hashes of another kind (Xet's); see
+    huggingface_hub/utils/_shared_blobs.py.
     """
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-        return path.resolve().name
-    return None
+    if not path.is_symlink():
+        return None
+    blob = path.parent / os.readlink(path)
+    is_named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if is_named else None
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -24,7 +24,7 @@ def compare_evaluations(first: Path, second: Path) -> str:
         if not path.is_file():
             raise UserError(
                 f"--compare: {folder} has no {GENERATIONS}; give folders of launch/evaluate.py "
-                "or of runs"
+                "or of runs with eval.suites; launch/report.py has the scores of runs with `task`"
             )
         responses.append(read_generations(path))
     names = (str(first), str(second))

@@ -261,7 +261,8 @@ def run_sweep(
 
     take_stock()
     total, num_before = count_all(), sum(map(is_done, list_known_jobs()))
-    print(f"{sweep.name}: {num_before} runs of {total} are in {sweep.folder}", flush=True)
+    where = f"{sweep.folder} and {sweep.kept}" if sweep.kept.is_dir() else f"{sweep.folder}"
+    print(f"{sweep.name}: {num_before} runs of {total} are in {where}", flush=True)
     for line in describe_remaining(sweep, cells, total - num_before, num_slots):
         print(f"{sweep.name}: {line}", flush=True)
     failures: dict[str, str] = {}

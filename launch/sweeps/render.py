@@ -142,8 +142,11 @@ def describe_choice(rates: LearningRates) -> str:
     else:
         text += " of its grid"
     text += f", on seed {rates.seed}; no score counts. Fresh: the other seeds."
-    if rates.set:
-        values = ", ".join(f"{field}={json.dumps(value)}" for field, value in rates.set.items())
+    changed = {field: value for field, value in rates.set.items() if field != "task.dev"}
+    if changed != rates.set:  # no scores, by which the training does not change
+        text += " The runs that choose score no development rows."
+    if changed:
+        values = ", ".join(f"{field}={json.dumps(value)}" for field, value in changed.items())
         text += (
             f" The runs that choose have {values}, so their losses are not comparable with those of "
             "the fresh seeds."

@@ -266,8 +266,7 @@ class Sweep:
         overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
         recipe = read_recipe(source, overrides)
-        own = _to_overrides(self.table.set | row.set)
-        _check_seeds(recipe, seed, [*own, *self.overrides, *_to_overrides(last)])
+        _check_seeds(recipe, seed, overrides)
         if lr is not None and recipe.train.lr != lr:
             raise UserError("train.lr: is one of learning_rates; take it out of learning_rates.set")
 
@@ -432,10 +431,7 @@ def read_table(
 
 
 def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
-    """Raise UserError if the table decides what an override sets, or an override what its rows differ in.
-
-    A section that is set is replaced whole.
-    """
+    """Raise UserError if the table decides what an override sets, or an override what its rows differ in."""
     decided = {"eval.suites": "suites"}
     if table.learning_rates:
         decided["train.lr"] = "learning_rates"
@@ -460,20 +456,24 @@ def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
 
 
 def _check_seeds(recipe: Recipe, seed: int, overrides: Sequence[str]) -> None:
-    """Raise UserError if a run has not the seed that the table gives it.
+    """Raise UserError if a run has lost the seeds that the table gives it.
 
     Args:
-        overrides: of the run, but for the seed's own.
+        overrides: of the run, in order; a section that is set is replaced whole.
     """
-    given = {name for text in overrides for name in _list_fields(*parse_override(text))}
-    if "train.seed" in given and recipe.train.seed != seed:
-        raise UserError("train.seed: is one of the table's `seeds`; set those in the table")
-    for section, found in (("train", recipe.train.seed), ("calibration", recipe.calibration.seed)):
-        if found != seed and f"{section}.seed" not in given:
+    for section in ("train", "calibration"):
+        is_kept = True
+        for name, value in map(parse_override, overrides):
+            if name == section:
+                is_kept = f"{section}.seed" in _list_fields(name, value)
+            is_kept = is_kept or name == f"{section}.seed"
+        if not is_kept:
             raise UserError(
-                f"{section}: a setting replaces the whole section, with the {section}.seed of each of "
-                f"`seeds`; set its fields one by one, as {section}.FIELD"
+                f"{section}: a setting of the table or of --set replaces the whole section, with the "
+                f"{section}.seed of each of `seeds`; set its fields one by one, as {section}.FIELD"
             )
+    if recipe.train.seed != seed:
+        raise UserError("train.seed: is one of the table's `seeds`; set those in the table")
 
 
 def _list_fields(field: str, value: object) -> list[str]:
@@ -513,7 +513,7 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
         if best in run.recipe.task.dev_sets:
             raise UserError(
                 f"train.keep_best: {best} would choose the step of a run that chooses a learning rate; "
-                "set task.dev: null in learning_rates.set, or choose another"
+                "set task.dev, train.keep_best and train.patience to null in learning_rates.set"
             )
     # None checks the row's own train.lr too, although the rates of the table replace it.
     lrs = [None]

@@ -95,7 +95,9 @@ def _render_scores(results: RunResults) -> str:
     of_tasks = []
     for name, score in results.scores.items():
         if isinstance(score, TaskScore):
-            of_tasks.append(f"Development rows {name}: {describe_task_score(score)}.\n")
+            of_tasks.append(
+                f"Development rows {name}: {describe_task_score(score, results.exported_step)}.\n"
+            )
         else:
             rows.append(_render_row(name, "after", score))
     if of_tasks:
@@ -146,7 +148,9 @@ def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
     if results.task is not None:
         kind = "AutoModelForSequenceClassification"
         if "model" not in exports:
-            options += f", num_labels={max(1, len(results.task.labels))}"
+            # Without the labels' names, transformers calls them LABEL_0, LABEL_1.
+            names = dict(enumerate(results.task.labels))
+            options += f", id2label={names}" if names else ", num_labels=1"
             if results.task.pad_token is not None:
                 options += f", pad_token_id={results.task.pad_token}"
     code = [

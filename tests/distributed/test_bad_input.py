@@ -67,7 +67,10 @@ WRONG_INPUTS = [
         "model.name=someone/absent",
         "model.name: cannot get someone/absent (revision main) from the hub",
     ),
-    ("data.path=someone/absent", "data.path: cannot load someone/absent"),
+    (
+        "data.path=someone/absent",
+        "data.path: cannot get someone/absent (revision main) from the hub",
+    ),
     ("data.path={files}/absent.jsonl", "data.path: no file or folder"),
     ("data.path={files}/empty.jsonl", "data.path: {files}/empty.jsonl is empty"),
     ("data.path={files}/broken.jsonl", "data.path: cannot load {files}/broken.jsonl"),

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from launch.config.loading import dump_recipe, read_recipe
 from launch.config.schema import Recipe
-from launch.data import sources
 from launch.data.calibration_tokens import obtain_calibration_tokens
 from launch.data.preparation import prepare_tokens
 from launch.data.token_cache import obtain_tokens
 from launch.data.token_set import TokenSet
+from launch.models import files as model_files
 from launch.runtime.errors import UserError
 from tests.support.rows import make_byte_tokenizer
 
@@ -147,9 +147,9 @@ def test_a_path_that_is_nearly_a_short_name_says_so(
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no such data set")
 
-    monkeypatch.setattr(sources, "snapshot_download", refuse)
+    monkeypatch.setattr(model_files, "snapshot_download", refuse)
     recipe = make_recipe(tmp_path, model, "calibration.data=wikitext3")
-    message = r"^calibration\.data\.path: cannot load wikitext3 .*; did you mean wikitext2\?$"
+    message = r"^calibration\.data\.path: cannot get wikitext3 .*; did you mean wikitext2\?$"
     with pytest.raises(UserError, match=message):
         obtain_calibration_tokens(recipe.calibration_source, model)
 

@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from launch.config.schema import Data
 from launch.data import sources
 from launch.data.hub_layout import list_data_files
+from launch.data.manifest import require_same_origin
 from launch.data.readers import READERS
 from launch.data.sources import load_split, select_rows
 from launch.runtime.errors import UserError
@@ -369,7 +370,7 @@ configs:
     folder = sources.fetch_source(english)
     assert list_fetched() == {"train.jsonl"}
     before = sources.identify_source(english, folder)
-    assert before == {"commit": COMMIT, "files": ["en/train.jsonl"]}
+    assert before == {"commit": COMMIT, "split_files": ["en/train.jsonl"]}
     german = Data(path="someone/sums", config="de")
     split = load_split(german, sources.fetch_source(german))
     assert split.count_rows() == 3
@@ -427,6 +428,23 @@ def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
     now = {"commit": COMMIT, "files": ["a"]}
     assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
     assert sources.limit_identity(now, {"commit": COMMIT, "files": []}) == now
-    every = {"commit": COMMIT, "files": ["a", "of another split"]}
+    now = {"commit": COMMIT, "split_files": ["a"]}
+    assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
+    every = {"commit": COMMIT, "files": ["README.md", "a", "of another split"]}
     assert sources.limit_identity(now, every) == every
-    assert sources.limit_identity(now, every | {"commit": "0" * 40}) != every | {"commit": "0" * 40}
+    for other in (
+        {"commit": COMMIT, "files": ["b"]},
+        {"commit": COMMIT, "split_files": ["a", "b"]},
+    ):
+        assert sources.limit_identity(now, other) == now
+
+
+def test_rows_of_a_mix_that_an_earlier_version_fetched_are_the_same(tmp_path: Path) -> None:
+    found = {"commit": COMMIT, "files": ["README.md", "a"], "tokens_sha256": "1"}
+    manifest = {"made_from": {"source.sums": found}}
+    wanted = {"commit": COMMIT, "split_files": ["a"], "tokens_sha256": "1"}
+    require_same_origin(tmp_path, manifest, {"source.sums": wanted}, "--output")
+    with pytest.raises(UserError, match="was made with another source"):
+        require_same_origin(
+            tmp_path, manifest, {"source.sums": wanted | {"tokens_sha256": "2"}}, "--output"
+        )

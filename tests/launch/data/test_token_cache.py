@@ -183,7 +183,10 @@ def test_hub_files_are_taken_from_the_hubs_cache_with_their_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
     found = prepared.obtain_tokens(Data(path="someone/sums"), model)
-    assert found.manifest["made_from"]["source"] == {"commit": commit, "files": ["train.jsonl"]}
+    assert found.manifest["made_from"]["source"] == {
+        "commit": commit,
+        "split_files": ["train.jsonl"],
+    }
     assert found.manifest["kept"] == len(GOOD)
 
 

@@ -51,12 +51,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.usefixtures("later")
 def test_of_a_models_files_only_those_that_are_read_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = {"config.json", "model-00001-of-00001.safetensors", "tokenizer.model", "sub/chat.jinja"}
-    names = [*kept, "consolidated.safetensors", "original/a.safetensors", "a.bin", "README.md"]
+    kept = {"config.json", "model-00001-of-00001.safetensors", "tokenizer.model.v3", "vocab.txt"}
+    kept |= {"additional_chat_templates/tools.jinja"}
+    names = [*kept, "consolidated.safetensors", "original/a.safetensors", "original/params.json"]
+    names += ["original/tokenizer.model", "a.bin", "LICENSE.txt", "README.md"]
     fetched = []
 
     def download(_: str, allow_patterns: list[str], ignore_patterns: list[str], **__: str) -> str:
@@ -71,6 +72,7 @@ def test_of_a_models_files_only_those_that_are_read_are_fetched(
     assert fetched == [kept, kept - {"model-00001-of-00001.safetensors"}]
 
 
+@pytest.mark.usefixtures("later")
 def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], cache: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
@@ -146,12 +148,22 @@ def test_processes_may_write_the_same_entry_at_once(tmp_path: Path, cache: Path)
 def test_a_blob_of_the_hubs_cache_is_not_read(
     tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blob = tmp_path / sha256(b"elsewhere")
-    blob.write_bytes(b"weights")
-    link = tmp_path / "model.safetensors"
-    link.symlink_to(blob)
+    names = {kind: sha256(kind.encode()) for kind in ("sha256", "xet")}
+    stored = tmp_path / "blobs" / names["xet"][:2] / names["xet"]  # of all repositories
+    blob = tmp_path / "models--someone--model" / "blobs" / names["sha256"]
+    link = blob.parents[1] / "snapshots" / ("0" * 40) / "model.safetensors"
+    for path in (stored, blob, link):
+        path.parent.mkdir(parents=True)
+    stored.write_bytes(b"weights")
+    blob.symlink_to(os.path.relpath(stored, blob.parent))
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    alone = (
+        tmp_path / "linked.safetensors"
+    )  # no file of the hub's cache, whatever its target is called
+    alone.symlink_to(stored)
+    assert hash_unchanged_file(alone) == sha256(b"weights")
     monkeypatch.setattr(files.hashlib, "file_digest", None)
-    assert hash_unchanged_file(link) == blob.name
+    assert hash_unchanged_file(link) == names["sha256"]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,11 @@ def test_an_epoch_that_predicts_one_label_says_so(
     described = describe_task_score(found)
     assert described.count("all predictions the same") == 1
     assert described.endswith("; n = 3, 66.7 % of them with the most frequent label")
+    # Other rows chose an epoch between this set's last and best.
+    other = found.epochs[0].model_copy(update={"step": 9, "values": {"accuracy": 0.5}})
+    among = found.model_copy(update={"epochs": [other, *found.epochs]})
+    assert describe_task_score(among, exported_step=2) == described
+    assert "; exported epoch 1: accuracy 0.5000; n" in describe_task_score(among, exported_step=9)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def test_an_adapters_base_is_loaded_in_the_dtype_of_the_run(tmp_path: Path) -> N
     values["task"] = {"kind": "classification", "labels": ["no", "yes"], "pad_token": None}
     card = render_model_card(tmp_path / "lora", recipe, RunResults.model_validate(values))
     # The head was trained in fp32; PEFT would round it to the dtype of the base.
-    assert '.from_pretrained("base", dtype="float32", num_labels=2)' in card
+    loading = """.from_pretrained("base", dtype="float32", id2label={0: 'no', 1: 'yes'})"""
+    assert loading in card
 
 
 def test_what_the_recipe_no_longer_asks_for_is_removed_and_not_listed(tmp_path: Path) -> None:
