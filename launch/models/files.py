@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm as hub_bar
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -117,10 +117,10 @@ def download(
             ignore_patterns=ignored,
             tqdm_class=_BeatingBar,
         )
-    except IncompleteSnapshotError:
+    except LocalEntryNotFoundError:
         raise UserError(
-            f"{field}: the hub's cache lacks files of {name} (revision {revision}), and the hub cannot "
-            "be reached; start once with a network, or give a local folder"
+            f"{field}: the hub cannot be reached, and its cache lacks files of {name} (revision "
+            f"{revision}); check the name, start once with a network, or give a local folder"
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         if is_full_disk(error):

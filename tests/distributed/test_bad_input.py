@@ -65,11 +65,11 @@ WRONG_INPUTS = [
     ("model.name=/no/such/folder", "model.name: no folder /no/such/folder"),
     (
         "model.name=someone/absent",
-        "model.name: cannot get someone/absent (revision main) from the hub",
+        "model.name: the hub cannot be reached, and its cache lacks files of someone/absent",
     ),
     (
         "data.path=someone/absent",
-        "data.path: cannot get someone/absent (revision main) from the hub",
+        "data.path: the hub cannot be reached, and its cache lacks files of someone/absent",
     ),
     ("data.path={files}/absent.jsonl", "data.path: no file or folder"),
     ("data.path={files}/empty.jsonl", "data.path: {files}/empty.jsonl is empty"),

@@ -6,14 +6,11 @@ Folders of save_to_disk, and of the hub's layout with and without README.md. Nee
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
 
 from launch.config.schema import Data
 from launch.data import sources
@@ -22,9 +19,8 @@ from launch.data.manifest import require_same_origin
 from launch.data.readers import READERS
 from launch.data.sources import load_split, select_rows
 from launch.runtime.errors import UserError
+from tests.support.hub import COMMIT, serve_hub
 from tests.support.rows import write_lines
-
-COMMIT = "0123456789" * 4
 
 
 def make_rows(count: int, tag: str = "") -> list[dict[str, str]]:
@@ -292,63 +288,48 @@ def test_a_part_of_a_snapshot_in_the_hubs_cache_is_refused(
         read(Path("someone/sums"))
 
 
-class FakeHub:
-    """The hub's answers, and a folder from which files are fetched."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def repo_info(self, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(sha=COMMIT)
-
-    def list_repo_tree(self, **_: object) -> list[RepoFile]:
-        paths = [path for path in self.folder.rglob("*") if path.is_file()]
-        return [
-            RepoFile(
-                path=str(path.relative_to(self.folder)), size=path.stat().st_size, oid="0" * 40
-            )
-            for path in paths
-        ]
-
-    def fetch(self, _: str, filename: str, cache_dir: str, **__: object) -> str:
-        target = Path(cache_dir, "datasets--someone--sums", "snapshots", COMMIT, filename)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copyfile(self.folder / filename, target))
+@pytest.fixture
+def sent(tmp_path: Path) -> Iterator[list[str]]:
+    """Serve a hub from the folder `remote`, and return the names of the files that are fetched."""
+    with serve_hub(tmp_path / "remote", tmp_path / "hub") as names:
+        yield names
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of the data set someone/sums on a hub that is only played."""
-    fake = FakeHub(tmp_path / "remote")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.HfApi", lambda **_: fake)
-    monkeypatch.setattr("huggingface_hub._snapshot_download.hf_hub_download", fake.fetch)
-    return fake.folder
+def hub(tmp_path: Path, sent: list[str]) -> Path:
+    """Return the folder of the data set someone/sums on that hub."""
+    folder = tmp_path / "remote" / "datasets" / "someone" / "sums"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.mark.parametrize(
     "name", ["train-b.jsonl.zst", "train-b.TSV", "train-b.arrow", "train-b.parquet.gz"]
 )
-def test_a_file_that_is_refused_in_a_folder_is_refused_from_the_hub(name: str, hub: Path) -> None:
+def test_a_file_that_is_refused_in_a_folder_is_refused_from_the_hub(
+    name: str, hub: Path, sent: list[str]
+) -> None:
     write_lines(hub / "train-a.jsonl", make_rows(2))
     (hub / name).write_text("much")
     message = f"{Path(name).name} is among the files of split train"
     refuse(hub, message)
     refuse(Path("someone/sums"), message)
-    assert not list(hub.parent.glob(f"hub/**/{Path(name).name}"))
+    assert Path(name).name not in sent
 
 
-def test_endings_are_fetched_in_any_case_and_other_files_change_nothing(hub: Path) -> None:
+def test_endings_are_fetched_in_any_case_and_other_files_change_nothing(
+    hub: Path, sent: list[str]
+) -> None:
     write_lines(hub / "train-a.jsonl", make_rows(1))
     write_lines(hub / "train-b.JSONL", make_rows(2))
     (hub / "images.zip").write_text("much")  # of no split
     (hub / ".hidden").mkdir()
     (hub / ".hidden" / "train-c.zst").write_text("much")
     assert read(Path("someone/sums")) == read(hub) == ["0", "0", "1"]
-    assert not list(hub.parent.glob("hub/**/images.zip"))
+    assert "images.zip" not in sent
 
 
-def test_only_the_files_of_the_split_are_fetched(hub: Path) -> None:
+def test_only_the_files_of_the_split_are_fetched(hub: Path, sent: list[str]) -> None:
     write_lines(hub / "en" / "train.jsonl", make_rows(2))
     write_lines(hub / "en" / "validation.jsonl", make_rows(1))
     write_lines(hub / "de" / "train[1].jsonl", make_rows(3))
@@ -363,21 +344,47 @@ configs:
 """,
     )
 
-    def list_fetched() -> set[str]:
-        return {path.name for path in hub.parent.glob("hub/**/*.jsonl")}
-
     english = Data(path="someone/sums", config="en")
     folder = sources.fetch_source(english)
-    assert list_fetched() == {"train.jsonl"}
+    assert sent == ["README.md", "en/train.jsonl"]
     before = sources.identify_source(english, folder)
     assert before == {"commit": COMMIT, "split_files": ["en/train.jsonl"]}
     german = Data(path="someone/sums", config="de")
     split = load_split(german, sources.fetch_source(german))
     assert split.count_rows() == 3
-    assert list_fetched() == {"train.jsonl", "train[1].jsonl"}
+    assert sent[2:] == ["de/train[1].jsonl"]
     # What else has been fetched since is no difference: the tokens need not be made again.
     assert sources.identify_source(english, folder) == before
     with pytest.raises(UserError, match=r"cannot load someone/sums .*set data\.config to en or de"):
+        sources.fetch_source(Data(path="someone/sums"))
+    sent.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert load_split(english, sources.fetch_source(english)).count_rows() == 2
+        with pytest.raises(
+            UserError, match=r"its cache lacks files of someone/sums .*; check the name, start once"
+        ):
+            sources.fetch_source(Data(path="someone/sums", config="en", split="validation"))
+    assert not sent
+
+
+def test_without_room_for_the_names_all_rows_are_fetched(
+    hub: Path, sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(hub / "train-a.jsonl", make_rows(2))
+    write_lines(hub / "other.jsonl", make_rows(1))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.write_tree_cache", lambda *_: None)
+    assert read(Path("someone/sums")) == ["0", "1"]
+    assert sorted(sent) == ["other.jsonl", "train-a.jsonl"]
+
+
+def test_a_data_set_that_is_not_there_or_gated_is_named(hub: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^data\.path: cannot get someone/absent .*\(RepositoryNot"
+    ):
+        sources.fetch_source(Data(path="someone/absent"))
+    (hub / "gated").touch()
+    with pytest.raises(UserError, match=r"^data\.path: cannot get someone/sums .*log in .*\(Gated"):
         sources.fetch_source(Data(path="someone/sums"))
 
 
@@ -395,10 +402,7 @@ def test_what_was_listed_on_the_hub_is_refused_offline(
     (hub / "train-b.jsonl.zst").write_text("much")
     sources.fetch_source(Data(path="someone/sums"))
 
-    def refuse_contact(*_: object, **__: object) -> None:
-        raise OfflineModeIsEnabled
-
-    monkeypatch.setattr(FakeHub, "repo_info", refuse_contact)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refuse(Path("someone/sums"), "train-b.jsonl.zst is among the files of split train")
 
 

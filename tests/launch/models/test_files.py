@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from launch.models import files as model_files
-from launch.models.files import fetch_model, hash_unchanged_file, hash_weights
+from launch.models.files import hash_unchanged_file, hash_weights
 from launch.models.identity import hash_tokenizer
 from launch.runtime import files
 from launch.runtime.files import hash_file
@@ -49,27 +48,6 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def test_of_a_models_files_only_those_that_are_read_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = {"config.json", "model-00001-of-00001.safetensors", "tokenizer.model.v3", "vocab.txt"}
-    kept |= {"additional_chat_templates/tools.jinja"}
-    names = [*kept, "consolidated.safetensors", "original/a.safetensors", "original/params.json"]
-    names += ["original/tokenizer.model", "a.bin", "LICENSE.txt", "README.md"]
-    fetched = []
-
-    def download(_: str, allow_patterns: list[str], ignore_patterns: list[str], **__: str) -> str:
-        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-        fetched.append(set(filter_repo_objects(names, **patterns)))
-        (tmp_path / "config.json").write_text("{}")
-        return str(tmp_path)
-
-    monkeypatch.setattr(model_files, "snapshot_download", download)
-    assert fetch_model("someone/model", "main") == tmp_path
-    fetch_model("someone/model", "main", weights=False)
-    assert fetched == [kept, kept - {"model-00001-of-00001.safetensors"}]
 
 
 @pytest.mark.usefixtures("later")
