@@ -47,6 +47,15 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
+def locate_base(name: str) -> str:
+    """Return a model's name as a command in any folder takes it: a local folder's whole path.
+
+    Elsewhere a relative path would be taken for a hub id.
+    """
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 def fetch_model(
     name: str,
     revision: str,

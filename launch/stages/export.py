@@ -10,6 +10,8 @@ from peft.tuners.lora import LoraLayer
 from astra.adapter import ADAPTER, Factors, read_head
 from launch.config.schema import Export
 from launch.data.batches import make_model_inputs
+from launch.data.chat.template import load_template
+from launch.models.files import load_tokenizer
 from launch.run.metrics import Metrics
 from launch.run.plots import plot_runs
 from launch.run.results import SmallExport
@@ -18,6 +20,7 @@ from launch.runtime.distributed import run_on_rank0, try_or_say
 from launch.scoring.held_out import measure_predictions
 from launch.stages.records import PreparedRun, RunModel
 from launch.training import small_export
+from launch.training.chat_files import write_chat_files
 from launch.training.loss import has_bf16_products
 from launch.training.merged_export import remove_merged, save_merged
 from launch.training.small_export import save_small_lora, without_products
@@ -37,11 +40,26 @@ def export_run(
     exported = export_trained(run.folder, loaded.model, loaded.engine, run.inputs, initial)
     if run.recipe.export.merged:
         save_merged(run.folder, loaded.model, loaded.engine, run.inputs)
+    run_on_rank0(lambda: _add_chat_files(run, "model", "lora", "merged"))
     # Nothing depends on the plots: the run is not to fail for them after its training.
     run_on_rank0(
         lambda: try_or_say("the plots", lambda: plot_runs({run.folder.name: history}, run.folder))
     )
     return exported
+
+
+def _add_chat_files(run: PreparedRun, *names: str) -> None:
+    """Write a chat template and the ends of an answer into what was exported. Rank 0 calls it.
+
+    Nothing is written for runs on other rows than messages.
+    """
+    if not run.recipe.data.is_chat:
+        return
+    base = run.inputs.model_path
+    template = load_template(run.recipe.data.chat_template, load_tokenizer(base))
+    for name in names:
+        if (run.folder / name).is_dir():
+            write_chat_files(run.folder / name, base, template)
 
 
 def remove_unwanted(folder: Path, wanted: Export) -> None:
@@ -63,6 +81,7 @@ def export_small(
     small, dropped = save_small(
         run, loaded, loaded.lora_layers, initial, run.folder, keep_dropped=bool(held_out)
     )
+    run_on_rank0(lambda: _add_chat_files(run, small_export.FOLDER))
     if held_out:
         with without_products(loaded.lora_layers, dropped, loaded.engine.device):
             measured = measure_predictions(loaded.engine, loaded.model, held_out)

@@ -27,7 +27,7 @@ def list_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> dict[s
         "score": make_score_command(folder, recipe, results, exports),
         "compare": make_compare_command(folder),
     }
-    serve = make_serve_command(folder, results, exports)
+    serve = make_serve_command(folder, recipe, results, exports)
     return steps | ({"serve": serve} if serve else {})
 
 
@@ -106,7 +106,9 @@ def make_page_command(folders: Sequence[Path], path: Path) -> str:
     return shlex.join(["python", "launch/report.py", *map(str, folders), "--html", str(path)])
 
 
-def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]) -> str | None:
+def make_serve_command(
+    folder: Path, recipe: Recipe, results: RunResults, exports: Sequence[str]
+) -> str | None:
     """Return vLLM's command for what was exported; None where it cannot serve that."""
     for name in ("merged", "model"):
         if name in exports:
@@ -115,4 +117,4 @@ def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]
     if rank is None:
         return None
     lora = str((folder / "lora").resolve())
-    return shlex.join(list_vllm_words(results, results.base.name, lora, rank))
+    return shlex.join(list_vllm_words(results, None, lora, rank, recipe.data.is_chat))

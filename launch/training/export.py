@@ -4,6 +4,7 @@ astra_init/ holds A0 and B0 of any method that starts on a residual base, PiSSA 
 LoRAs for the original base have one rank and scale 1 (astra.plain_lora).
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from astra.adapter import ADAPTER_CONFIG, Factors, save_adapter
 from astra.plain_lora import get_scaling, save_plain_lora, to_plain_lora
+from launch.models.files import locate_base
 from launch.runtime.files import write_json
 
 RESIDUAL_WARNING = (
@@ -43,16 +45,30 @@ def save_adapters(
         head: the trained parameters of a new head, by name; empty without one.
     """
     on_residual = starts_on_residual(initial)
-    save_adapter(folder / "adapter", config, base["name"], trained, magnitudes, head)
+    config, name = name_base(config, base)
+    save_adapter(folder / "adapter", config, name, trained, magnitudes, head)
     note_base(folder / "adapter", base, "residual" if on_residual else "original")
     if on_residual:
-        save_adapter(folder / "astra_init", config, base["name"], initial)
+        save_adapter(folder / "astra_init", config, name, initial)
         note_base(folder / "astra_init", base, "original")
         (folder / "adapter" / "README.md").write_text(RESIDUAL_WARNING + "\n", encoding="utf-8")
     if not magnitudes:
         plain = to_plain_lora(trained, initial if on_residual else {}, get_scaling(config))
-        save_plain_lora(folder / "lora", config, base["name"], plain, head)
+        save_plain_lora(folder / "lora", config, name, plain, head)
         note_base(folder / "lora", base, "original")
+
+
+def name_base(config: LoraConfig, base: dict) -> tuple[LoraConfig, str]:
+    """Return the config and the name by which PEFT finds an adapter's base from any folder.
+
+    Args:
+        config: gets the base's commit on the hub; a local folder has none.
+        base: see `save_adapters`.
+    """
+    config = copy.copy(config)
+    if base["revision_verified"]:
+        config.revision = base["revision"]
+    return config, locate_base(base["name"])
 
 
 def starts_on_residual(initial: Mapping[str, Factors]) -> bool:

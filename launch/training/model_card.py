@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from launch.config.schema import Export, Recipe
+from launch.models.files import locate_base
 from launch.run.results import (
     RunResults,
     Score,
@@ -12,6 +13,7 @@ from launch.run.results import (
     describe_source,
     describe_task_score,
 )
+from launch.training.chat_files import CHAT_TEMPLATE
 
 # Of the folders that a run may export. The first that is there is the one to load.
 CONTENTS = {
@@ -34,19 +36,52 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
     trained = "All parameters trained"
     if results.rank:
         trained = f"Rank {results.rank}, alpha {results.alpha:g}"
-    return f"""# {recipe.model.name}, fine-tuned: {results.label}
+    return f"""{_render_header(exports, results)}# {recipe.model.name}, fine-tuned: {results.label}
 
 {trained}, seed {recipe.train.seed}, {results.steps} steps of
 {recipe.train.global_batch} rows of {recipe.data.label}. Final loss {results.final_loss:.4f}{_name_unit(results)}.
 {_render_history(recipe, results)}Largest relative change of the logits at step 0: {results.logit_drift:.1e}.
 {_render_data(results)}{_render_note(results)}
 {_render_scores(results)}
-{_render_contents(exports, recipe.model.name, results)}
-{_render_rounding(exports, results)}
-{render_commands(exports, recipe.model.name, results)}
+{_render_contents(exports, results)}
+{_render_rounding(exports, results)}{_render_prompt(recipe)}
+{render_commands(exports, results, recipe.data.is_chat)}
 `recipe.yaml` makes this run again; `results.json` has the numbers with their conditions, `metrics.jsonl` every step.
 Base weights: SHA-256 {results.base.weights_sha256}.
 """
+
+
+def _render_header(exports: list[str], results: RunResults) -> str:
+    """Render what the hub reads of a card; empty for a base that is not from there.
+
+    Source: https://huggingface.co/docs/hub/model-cards
+    """
+    if not results.base.revision_verified:
+        return ""
+    kind = "text-generation" if results.task is None else "text-classification"
+    library = "transformers" if "model" in exports else "peft"
+    return f"""---
+base_model: {results.base.name}
+library_name: {library}
+pipeline_tag: {kind}
+---
+
+"""
+
+
+def _render_prompt(recipe: Recipe) -> str:
+    """Say how the model is to be asked; empty where rows have no prompt."""
+    data = recipe.data
+    if recipe.task.has_head or data.text_field is not None:
+        return ""
+    if data.is_chat:
+        return (
+            "\nIt was trained on conversations: ask it by the chat template beside the weights, whose "
+            "end of a turn `generation_config.json` there names.\n"
+        )
+    if data.has_messages:
+        return "\nIt was trained on rows of several kinds; `recipe.yaml` has them.\n"
+    return "\nIt was trained on Alpaca's prompt: ask it by that, as plain text, not as a chat.\n"
 
 
 def _name_unit(results: RunResults) -> str:
@@ -127,7 +162,7 @@ def _render_rounding(exports: list[str], results: RunResults) -> str:
     )
 
 
-def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
+def _render_contents(exports: list[str], results: RunResults) -> str:
     """List what a run exported, and show how to load the first of it."""
     texts = dict(CONTENTS)
     if "astra_init" in exports:
@@ -143,7 +178,9 @@ def _render_contents(exports: list[str], base: str, results: RunResults) -> str:
         # By default transformers takes the dtype of the base's files; the scores are of this one. A new
         # head is fp32 on any base, and PEFT gives it the dtype of the base.
         dtype = results.dtype if results.task is None else "float32"
-        loaded, options = base, f', dtype="{dtype}"'
+        loaded, options = locate_base(results.base.name), f', dtype="{dtype}"'
+        if results.base.revision_verified:
+            options += f', revision="{results.base.revision}"'
     kind = "AutoModelForCausalLM"
     if results.task is not None:
         kind = "AutoModelForSequenceClassification"
@@ -191,7 +228,11 @@ def find_vllm_rank(rank: int) -> int | None:
 
 
 def list_vllm_words(
-    results: RunResults, model: str, lora: str | None = None, max_rank: int | None = None
+    results: RunResults,
+    model: str | None = None,
+    lora: str | None = None,
+    max_rank: int | None = None,
+    is_chat: bool = False,
 ) -> list[str]:
     """Return the words of vLLM's command that serves a model as the run was scored.
 
@@ -201,20 +242,37 @@ def list_vllm_words(
     vllm/lora/ops/triton_ops/lora_shrink_op.py, which takes 16 bits alone.
 
     Args:
-        model: hub id or folder.
+        model: folder of a whole model; the base when None.
         lora: folder of an adapter on it. After a run in fp32 that is served in bf16, `merged/` in fp32.
         max_rank: of `lora`, from `find_vllm_rank`.
+        is_chat: whether `lora` was trained on conversations. Then it has files that say where answers
+            end (launch.training.chat_files), and its generation_config.json nothing else.
     """
     dtype = "bfloat16" if lora is not None and results.dtype == "float32" else results.dtype
-    words = ["vllm", "serve", model, "--generation-config", "vllm", "--dtype", dtype]
+    words = ["vllm", "serve", model or locate_base(results.base.name)]
+    if model is None and results.base.revision_verified:
+        words += ["--revision", results.base.revision]
+    has_files = lora is not None and is_chat
+    words += ["--generation-config", lora if has_files else "vllm", "--dtype", dtype]
+    if has_files:
+        words += ["--chat-template", f"{lora}/{CHAT_TEMPLATE}"]
     if lora is not None:
         words += ["--enable-lora", "--max-lora-rank", str(max_rank)]
         words += ["--lora-modules", f"tuned={lora}"]
     return words
 
 
-def render_commands(exports: list[str], base: str, results: RunResults) -> str:
+def render_commands(exports: list[str], results: RunResults, is_chat: bool) -> str:
     """Show how to serve what was exported, convert it and upload it; paths are in the run folder."""
+    upload = f"hf upload USER/NAME {exports[0]} .\nhf upload USER/NAME README.md"
+    base = locate_base(results.base.name)
+    is_local = Path(base).is_absolute()
+    note = ""
+    if is_local and "model" not in exports:
+        note = (
+            f"\n\nThe base is a local folder: before you upload, put its id on the hub into "
+            f"`{exports[0]}/adapter_config.json` (`base_model_name_or_path`)."
+        )
     loras = {"lora": results.lora_rank}
     if results.small is not None:
         loras["lora_small"] = results.small.rank
@@ -223,24 +281,24 @@ def render_commands(exports: list[str], base: str, results: RunResults) -> str:
         return f"""Upload it, from this folder:
 
 ```bash
-hf upload USER/NAME {exports[0]} .
-```"""
+{upload}
+```{note}"""
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
-            lines.append(shlex.join(list_vllm_words(results, base, name, limit)))
+            lines.append(shlex.join(list_vllm_words(results, None, name, limit, is_chat)))
     for name in ("model", "merged"):
         if name in exports:
             lines.append(shlex.join(list_vllm_words(results, f"./{name}")))
     if "lora" in exports:
+        # llama.cpp reads the config of a base on the hub by the adapter's own name for it.
+        option = f"--base {shlex.quote(base)} " if is_local else ""
         lines.append(
-            f"python convert_lora_to_gguf.py --base {shlex.quote(base)} --outfile lora.gguf lora"
-            "  # llama.cpp's, with the base in a local folder"
+            f"python convert_lora_to_gguf.py {option}--outfile lora.gguf lora  # llama.cpp's"
         )
-    lines.append(f"hf upload USER/NAME {exports[0]} .")
-    text = "\n".join(lines)
+    text = "\n".join([*lines, upload])
     return f"""Serve, convert or upload it, from this folder:
 
 ```bash
 {text}
-```"""
+```{note}"""

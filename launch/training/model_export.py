@@ -180,7 +180,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
         for path in base.glob(pattern):
             is_weights = ".safetensors" in path.name or path.name.endswith(".index.json")
             # With ADAPTER_CONFIG in a model's folder transformers looks for an adapter there.
-            if is_weights or path.name == ADAPTER_CONFIG:
+            if is_weights or path.name == ADAPTER_CONFIG or not path.is_file():
                 continue
             target = folder / path.relative_to(base)
             target.parent.mkdir(exist_ok=True)
@@ -188,6 +188,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # older files' name of dtype
     config.pop("transformers_weights", None)  # the name of the base's own file of weights
+    config.pop("auto_map", None)  # names of the base's own code, which is not copied
     if head is not None:
         config |= _describe_head(base, head)
     write_json(folder / "config.json", config | {"dtype": name_dtype(dtype)})

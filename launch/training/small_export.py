@@ -24,7 +24,7 @@ from launch.engines import Engine
 from launch.run.results import SmallExport
 from launch.runtime import watchdog
 from launch.runtime.distributed import run_on_rank0
-from launch.training.export import note_base, starts_on_residual
+from launch.training.export import name_base, note_base, starts_on_residual
 
 FOLDER = "lora_small"
 
@@ -77,7 +77,7 @@ def save_small_lora(
 
     def write() -> SmallExport:
         kept = {name: found.kept for name, found in cut.items()}
-        save_plain_lora(folder / FOLDER, config, base["name"], kept, head)
+        save_plain_lora(folder / FOLDER, *name_base(config, base), kept, head)
         note_base(folder / FOLDER, base, "original")
         return _sum_errors(cut, rank)
 

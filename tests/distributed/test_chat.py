@@ -46,6 +46,7 @@ def test_a_training_on_messages_does_not_depend_on_the_number_of_ranks(
         # Said at every start; the second run finds the tokens in the cache.
         assert "messages of 'conversations' have from and value" in done.stdout + done.stderr
         losses[engine] = read_losses(output)
+        assert (output / "lora" / "chat_template.jinja").read_text() == MISTRAL
         hashes[engine] = read_results(output)["data"]["tokens_sha256"]
     assert len(losses["single"]) == 4
     # As for other rows: sums over ranks round differently.
