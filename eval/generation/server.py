@@ -26,10 +26,14 @@ _OVERLONG = re.compile(
     r"|(prompt|input)\b.{0,40}\b(too long|longer than)|inputs` tokens \+ `max_new_tokens",
     re.IGNORECASE,
 )
-# "maximum context length is 2048 tokens ... (1500 in the prompt, 1024 in the completion)" and the
-# like: a prompt that fits, but not with all the tokens that it asks for.
-_LIMIT = re.compile(r"(?:context length (?:is|of)|must be <=) (\d+)", re.IGNORECASE)
-_PROMPT = re.compile(r"(\d+) (?:in (?:the|your) (?:prompt|messages)|input tokens|`inputs` tokens)")
+# The tokens of the context, in the refusal of a prompt that fits, but not with all new tokens.
+_LIMIT = re.compile(
+    r"(?:context length (?:is|of)(?: only)? |must be <= |max_model_len=(?:max_total_tokens=)?)(\d+)",
+    re.IGNORECASE,
+)
+_PROMPT = re.compile(
+    r"(\d+) (?:in (?:the|your) (?:prompt|messages)|input tokens|`inputs` tokens|tokens from the input)"
+)
 
 
 def request_completions(
@@ -47,9 +51,9 @@ def request_completions(
 ) -> Iterator[dict[int, Completion | None]]:
     """Yield the server's completion of each prompt as it comes, as {index: completion}.
 
-    A prompt that the server refuses as too long for the model has None. One that fits the model's
-    context, but not with `max_new_tokens`, is asked for as many as fit, if the server says how many
-    that are: so it is with transformers too.
+    A prompt that the server refuses as too long for the model, with one new token too, has None. One
+    that fits the model's context, but not with `max_new_tokens`, is asked for as many as fit: so it
+    is with transformers too.
 
     Args:
         url: up to and including /v1, such as http://localhost:8000/v1. The key is $OPENAI_API_KEY,
@@ -62,8 +66,8 @@ def request_completions(
         pause: seconds before the second of RETRIES repetitions; it doubles before each further one.
 
     Raises:
-        EvalError: the server refuses, or does not answer after the repetitions; the message says
-            what it answered.
+        EvalError: the server refuses, does not answer after the repetitions, or does not say how
+            many new tokens fit; the message says what it answered.
     """
     address = f"{url.rstrip('/')}/completions"
     with (
@@ -121,18 +125,26 @@ def _request_completion(
 ) -> Completion | None:
     """Return the completion, or None if the prompt is too long for the model."""
     answer = _post(session, address, body, timeout)
-    if _says_overlong(answer):
-        room = _find_room(answer.text)
-        if not 0 < room < body["max_tokens"]:
-            return None
-        answer = _post(session, address, body | {"max_tokens": room}, timeout)
-        if _says_overlong(answer):
-            return None
-    if answer.status_code != 200:
+    if not _says_overlong(answer):
+        return _read_completion(answer)
+    # A refusal does not tell whether the prompt itself is too long: vLLM stops counting it where it
+    # exceeds what `max_tokens` leaves of the context. So ask for one token. `max_tokens: null`, all
+    # that the context leaves, ends in HTTP 500 from vLLM (its issue 19862); other servers refuse it.
+    shortest = _post(session, address, body | {"max_tokens": 1}, timeout)
+    if _says_overlong(shortest):
+        return None
+    _read_completion(shortest)  # raises if the server refuses for another reason
+    room = min(_find_room(answer.text, _read_prompt_length(shortest)), body["max_tokens"] - 1)
+    if room < 1:
         raise EvalError(
-            f"{answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}",
+            f"{answer.url} refuses {body['max_tokens']} new tokens after a prompt that it takes, and "
+            f"does not say how many fit: {answer.text[:300]}; serve the model with a longer context",
             subject="served_model",
         )
+    answer = _post(session, address, body | {"max_tokens": room}, timeout)
+    if _says_overlong(answer) and room > 1:
+        # Until its pull request 22546, SGLang refuses tokens that fill the context to the last.
+        answer = _post(session, address, body | {"max_tokens": room - 1}, timeout)
     return _read_completion(answer)
 
 
@@ -151,13 +163,33 @@ def _says_overlong(answer: requests.Response) -> bool:
     return is_refusal and _OVERLONG.search(answer.text) is not None
 
 
-def _find_room(refusal: str) -> int:
-    """Return the new tokens that fit beside the prompt by the server's own words, or 0."""
+def _find_room(refusal: str, counted: int) -> int:
+    """Return the new tokens that fit beside the prompt, or 0 if the server does not say it.
+
+    Args:
+        counted: tokens of the prompt in the answer to a request that fits, or 0 if it has none.
+    """
     limit, prompt = _LIMIT.search(refusal), _PROMPT.search(refusal)
-    return int(limit[1]) - int(prompt[1]) if limit and prompt else 0
+    # The larger number is right: that of vLLM's refusal is a lower bound, and that of SGLang's has
+    # the tokens that speculative decoding reserves besides.
+    length = max(counted, int(prompt[1]) if prompt else 0)
+    return int(limit[1]) - length if limit and length else 0
+
+
+def _read_prompt_length(answer: requests.Response) -> int:
+    """Return the tokens of the prompt that an answer was made from, or 0 if it does not say it."""
+    try:
+        return int(answer.json()["usage"]["prompt_tokens"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def _read_completion(answer: requests.Response) -> Completion:
+    if answer.status_code != 200:
+        raise EvalError(
+            f"{answer.url} answers HTTP {answer.status_code}: {answer.text[:300]}",
+            subject="served_model",
+        )
     try:
         choice = answer.json()["choices"][0]
         text = choice["text"]

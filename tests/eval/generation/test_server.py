@@ -23,7 +23,12 @@ class Handler(BaseHTTPRequestHandler):
     seen: list[dict]
     busy: list[int]  # now, and at most
     lock: threading.Lock
-    refusal: str  # of a prompt that is too long
+    refusal: str  # of a prompt that is too long, with its new tokens or alone
+    above: str | None = None  # of new tokens beyond the context, if it has other words for them
+    context: int = 10  # tokens of the model "short"; a letter is a token
+    may_fill: bool = True  # whether a prompt and its new tokens may be as long as the context
+    reserved: int = 0  # tokens that count with a prompt's
+    has_usage: bool = True
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -36,8 +41,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "no such model"})
         elif attempt <= 2 and body["model"] == "flaky":
             self.answer(503, {"error": "later"})
-        elif body["model"] == "short":  # 10 tokens of context; a letter is a token
+        elif body["model"] == "short":
             self.answer_short(body)
+        elif body["model"] == "alone":
+            self.answer_alone(body)
         elif body["model"] == "odd":
             self.answer(200, {"choices": []})
         else:
@@ -46,11 +53,42 @@ class Handler(BaseHTTPRequestHandler):
             self.busy[0] -= 1
 
     def answer_short(self, body: dict) -> None:
-        size, new = len(body["prompt"]), body["max_tokens"]
-        if size + new <= 10:
-            self.answer(200, {"choices": [{"text": "x" * new, "finish_reason": "length"}]})
+        """Refuse a prompt that does not fit with all its new tokens, as vLLM and SGLang do."""
+        size, new = len(body["prompt"]) + self.reserved, body["max_tokens"]
+        if size + new < self.context or (self.may_fill and size + new == self.context):
+            self.answer(200, self.complete(body, new))
+            return
+        left = self.context - new
+        counted = min(size, left + 1)  # vLLM reads no more of a prompt
+        words = self.above if self.above and left < 0 else self.refusal
+        self.refuse(
+            words.format(
+                context=self.context,
+                size=size,
+                new=new,
+                sum=size + new,
+                left=left,
+                counted=counted,
+                counted_sum=counted + new,
+            )
+        )
+
+    def answer_alone(self, body: dict) -> None:
+        """Refuse a prompt that leaves no room, and end a response where the context ends."""
+        room = self.context - len(body["prompt"])
+        if room > 0:
+            self.answer(200, self.complete(body, min(room, body["max_tokens"])))
         else:
-            self.answer(400, {"message": self.refusal.format(size=size, new=new, sum=size + new)})
+            self.refuse(self.refusal.format(size=len(body["prompt"]), context=self.context))
+
+    def complete(self, body: dict, new: int) -> dict:
+        completion: dict = {"choices": [{"text": "x" * new, "finish_reason": "length"}]}
+        if self.has_usage:
+            completion["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": new}
+        return completion
+
+    def refuse(self, message: str) -> None:
+        self.answer(400, {"message": message})
 
     def answer(self, status: int, body: dict) -> None:
         text = json.dumps(body).encode()
@@ -133,27 +171,121 @@ def test_samples_carry_their_seeds(server: tuple) -> None:
     assert {of["prompt"]: of["seed"] for of in handler.seen} == {"a": 3, "b": 4}
 
 
-# As servers word them. The last two do not say how many new tokens fit.
-VLLM = "This model's maximum context length is 10 tokens. However, "
-REFUSALS = [
-    (VLLM + "you requested {sum} tokens ({size} in the prompt, {new} in the completion).", True),
-    (VLLM + "you requested {sum} tokens ({size} in your prompt; {new} for the completion).", True),
-    (VLLM + "your request has {size} input tokens plus {new} 'max_tokens'.", True),
-    ("`inputs` tokens + `max_new_tokens` must be <= 10. Given: {size} `inputs` tokens", True),
-    ("the request exceeds the available context size. try increasing the context size", False),
-    ("The decoder prompt (length {size}) is longer than the maximum model length of 10.", False),
-]
+# As servers word them: vLLM in entrypoints/openai/serving_engine.py and, later, in
+# renderers/params.py; SGLang in srt/managers/tokenizer_manager.py.
+ABOVE = "max_tokens={new}cannot be greater than max_model_len=max_total_tokens={context}. Please"
+VLLM = "This model's maximum context length is {context} tokens. However, "
+AT_LEAST = VLLM + (
+    "you requested {new} output tokens and your prompt contains at least {counted} input tokens, "
+    "for a total of at least {counted_sum} tokens. Please reduce the length of the input prompt"
+)
+SGLANG = (
+    "Requested token count exceeds the model's maximum context length of {context} tokens. You "
+    "requested a total of {sum} tokens: {size} tokens from the input messages and {new} tokens for"
+)
+REFUSALS = {
+    "in the prompt": VLLM
+    + "you requested {sum} tokens ({size} in the prompt, {new} in the completion).",
+    "in your prompt": VLLM
+    + "you requested {sum} tokens ({size} in your prompt; {new} for the completion).",
+    "vLLM 0.10": "'max_tokens' or 'max_completion_tokens' is too large: {new}. This model's maximum "
+    "context length is {context} tokens and your request has {size} input tokens ({new} > {left}).",
+    "you passed": "You passed {counted} input tokens and requested {new} output tokens. However, "
+    "the model's context length is only {context} tokens, resulting in a maximum input length of "
+    "{left} tokens. Please reduce the length of the input prompt.",
+    "you passed characters": "You passed {size} input characters and requested {new} output "
+    "tokens. However, the model's context length is only {context} tokens, resulting in a maximum "
+    "input length of {left} tokens (at most {left} characters).",
+    "at least": AT_LEAST,
+    "upper bound": VLLM + "you requested {new} output tokens and your prompt contains {size} "
+    "characters (more than {left} characters, which is the upper bound for {left} input tokens).",
+    "SGLang": SGLANG,
+    "TGI": "`inputs` tokens + `max_new_tokens` must be <= {context}. Given: {size} `inputs` tokens",
+}
 
 
-@pytest.mark.parametrize(("refusal", "says_room"), REFUSALS)
-def test_a_prompt_that_is_too_long_has_no_response(
-    server: tuple, refusal: str, says_room: bool
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_a_prompt_that_fits_gets_fewer_new_tokens_and_one_that_does_not_none(
+    server: tuple, refusal: str
 ) -> None:
     url, handler = server
     handler.refusal = refusal
     # The second fits with three new tokens, but not with the seven that it asks for.
-    found = ask(url, "short", ["abc", "abcdefg", "abcdefghij", "abcdefghijk", "ab"])
-    assert found == ["x" * 7, "xxx" if says_room else None, None, None, "x" * 7]
+    found = complete(url, "short", ["abc", "abcdefg", "abcdefghij", "abcdefghijk", "ab"])
+    all_new, three = Completion("x" * 7, truncated=True), Completion("xxx", truncated=True)
+    assert found == [all_new, three, None, None, all_new]
+
+
+@pytest.mark.parametrize("context", [5, 7])
+@pytest.mark.parametrize(
+    ("refusal", "above"), [("at least", ABOVE), ("upper bound", ABOVE), ("SGLang", None)]
+)
+def test_new_tokens_beyond_the_whole_context_are_fewer_too(
+    server: tuple, refusal: str, above: str | None, context: int
+) -> None:
+    url, handler = server
+    handler.refusal, handler.above, handler.context = REFUSALS[refusal], above, context
+    found = ask(url, "short", ["abc", "a", "x" * context, "x" * (context + 1)])
+    assert found == ["x" * (context - 3), "x" * (context - 1), None, None]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "the request exceeds the available context size. try increasing the context size",
+        "The decoder prompt (length {size}) is longer than the maximum model length of {context}.",
+        "The input ({size} tokens) is longer than the model's context length ({context} tokens).",
+    ],
+)
+def test_a_server_that_ends_responses_itself_refuses_prompts_alone(
+    server: tuple, refusal: str
+) -> None:
+    url, handler = server
+    handler.refusal = refusal
+    assert ask(url, "alone", ["abcdefg", "abcdefghij", "ab"]) == ["xxx", None, "x" * 7]
+
+
+def test_a_server_may_refuse_a_context_that_is_filled_to_the_last(server: tuple) -> None:
+    url, handler = server
+    handler.refusal, handler.may_fill = SGLANG, False
+    assert ask(url, "short", ["abc", "abcdefg", "abcdefghi"]) == ["x" * 6, "xx", None]
+
+
+def test_a_server_may_reserve_tokens(server: tuple) -> None:
+    url, handler = server
+    handler.refusal, handler.reserved = SGLANG, 2
+    assert ask(url, "short", ["a", "abcdefg", "abcdefgh"]) == ["x" * 7, "x", None]
+
+
+def test_a_server_that_counts_no_tokens_of_prompts_is_taken_at_its_word(server: tuple) -> None:
+    url, handler = server
+    handler.refusal, handler.has_usage = SGLANG, False
+    assert ask(url, "short", ["abcdefg", "abcdefghij"]) == ["xxx", None]
+    handler.refusal = AT_LEAST
+    with pytest.raises(EvalError, match=r"HTTP 400: .*at least 6 input tokens"):
+        ask(url, "short", ["abcdefg"])
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (
+            "it exceeds the context size",
+            "refuses 7 new tokens .* does not say how many fit: .*size",
+        ),
+        ("its context length is 5", "refuses 7 new tokens .* does not say how many fit: .* is 5"),
+        ("its context length is 20", "HTTP 400: .* is 20"),  # and refuses what would fit into it
+    ],
+)
+def test_a_prompt_that_a_server_takes_is_never_too_long(
+    server: tuple, refusal: str, message: str
+) -> None:
+    url, handler = server
+    handler.refusal = refusal
+    assert ask(url, "short", ["abc", "abcdefghij"]) == ["x" * 7, None]
+    with pytest.raises(EvalError, match=message) as error:
+        ask(url, "short", ["abcdefg"])
+    assert error.value.subject == "served_model"
 
 
 def test_other_refusals_are_errors(server: tuple) -> None:
