@@ -323,5 +323,6 @@ def subtract_initial(
         module = model.get_submodule(name)
         parameter = getattr(module, "base_layer", module).weight
         weight = weights.read(parameter)
-        product = scaling * (b0.double() @ a0.double()).to(weight.device)
+        a0, b0 = a0.to(weight.device), b0.to(weight.device)  # where initialise_layers has them
+        product = scaling * (b0.double() @ a0.double())
         weights.write(parameter, (weight.double() - product).to(weight.dtype))

@@ -279,8 +279,9 @@ def load_saved_adapter(model: nn.Module, saved: SavedAdapter) -> PeftModel:
 
     For some initialisations PEFT changes the base here.
     """
+    device = next(model.parameters()).device  # by default PEFT reads it onto the first GPU
     with _reporting(saved.folder):
-        return PeftModel.from_pretrained(model, str(saved.folder))
+        return PeftModel.from_pretrained(model, str(saved.folder), torch_device=str(device))
 
 
 def attach_saved_adapter(model: nn.Module, saved: SavedAdapter) -> PeftModel:

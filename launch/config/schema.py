@@ -56,7 +56,8 @@ class Model(Section):
     )
     revision: Name = Field("main", description="hub branch, tag or commit of the model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of the frozen base; auto is bfloat16 on GPUs, float32 on CPUs"
+        "auto",
+        description="dtype of the frozen base; auto is bfloat16 on GPUs that have it, else float32",
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
         "auto",

@@ -31,6 +31,7 @@ from launch.models.check import (
 from launch.models.files import fetch_model, find_commit, hash_weights, load_tokenizer
 from launch.models.head import Head
 from launch.models.identity import hash_config
+from launch.runtime.devices import has_bf16
 from launch.runtime.distributed import print_rank0, run_on_each_node
 from launch.runtime.errors import UserError
 
@@ -103,7 +104,7 @@ def prepare_inputs(recipe: Recipe, device: torch.device) -> Inputs:
         calibration = Examples(here["calibration_tokens"].open_tokens(), first["calibration_data"])
     return Inputs(
         model=here["model"],
-        dtype=resolve_dtype(recipe.model.dtype, device),
+        dtype=resolve_dtype(recipe.model.dtype, has_bf16(device)),
         tokens=training,
         dev={name: rows.open_tokens() for name, rows in here["dev"].items()},
         held_out=held_out,
@@ -251,8 +252,12 @@ def describe_mixed_tokens(tokens: TokenFolder, data: Data) -> dict:
     }
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that `model.dtype` names; auto is bfloat16 on GPUs and float32 on CPUs."""
+def resolve_dtype(name: str, on_bf16_gpu: bool) -> torch.dtype:
+    """Return the dtype that `model.dtype` names.
+
+    Args:
+        on_bf16_gpu: see `has_bf16`. auto is bfloat16 there, and float32 elsewhere.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if on_bf16_gpu else torch.float32
     return getattr(torch, name)

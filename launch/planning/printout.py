@@ -57,7 +57,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
     head = find_outer_names(model) if recipe.task.has_head else ()
     check_max_length(recipe.data.max_length, config, recipe.model.name)
     steps = count_planned_steps(recipe, options)
-    dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda"))
+    dtype = resolve_dtype(recipe.model.dtype, on_bf16_gpu=True)
     name = recipe.model.name
     print(f"planning {name}: running its layers without numbers", file=sys.stderr, flush=True)
     wanted = list_checkpointing(recipe)

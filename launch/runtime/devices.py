@@ -1,7 +1,9 @@
 """The device of this rank: a GPU of its own, or a share of the machine's CPU threads."""
 
 import os
+import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import threadpoolctl
@@ -25,7 +27,15 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:  # is_available may ask the driver's library alone
+            raise _make_gpu_error(_first_line(error)) from None
+        _require_kernels(device)
+        # Where it can, torch 2.13 takes cuDNN's attention before all others (aten/src/ATen/native/
+        # transformers/cuda/sdp_utils.cpp). It builds a plan for every new length of a batch, which
+        # takes tens of milliseconds, and with a mask its gradients may be NaN (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     _require_no_gpu()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
@@ -54,11 +64,60 @@ def _require_no_gpu() -> None:
             torch.cuda.init()
             reason = "torch finds none of them"
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
-    raise NodeError(
+            reason = _first_line(error)
+    raise _make_gpu_error(reason)
+
+
+def _require_kernels(device: torch.device) -> None:
+    """Raise NodeError if this build of torch has no kernels for the GPU."""
+    built, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    if not can_run(built, capability):
+        raise _make_gpu_error(
+            f"torch {torch.__version__} is built for {', '.join(built)}, and "
+            f"{torch.cuda.get_device_name(device)} is of compute capability "
+            f"{'.'.join(map(str, capability))}; install a build for it"
+        )
+
+
+def can_run(built: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Return whether a GPU runs what torch is built for.
+
+    Binaries run on later GPUs of the same generation, intermediate code on all later ones. Source:
+    NVIDIA, CUDA C++ programming guide, Binary Compatibility and PTX Compatibility.
+
+    Args:
+        built: such as sm_80, sm_90a, compute_90, from `torch.cuda.get_arch_list`.
+        capability: major and minor number of the GPU's.
+    """
+    for name in built:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
+        if match is None:  # of another vendor
+            return True
+        made = (int(match[2]), int(match[3]))
+        if match[4] == "a":  # for this one alone
+            if made == capability:
+                return True
+        elif made <= capability and (match[1] == "compute" or made[0] == capability[0]):
+            return True
+    return False
+
+
+def _make_gpu_error(reason: str) -> NodeError:
+    """Make the error of GPUs that are there."""
+    return NodeError(
         f"{socket.gethostname()} has NVIDIA GPUs that cannot be used: {reason}; to train on the "
         "CPU, set CUDA_VISIBLE_DEVICES to nothing"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error of torch."""
+    return str(error).strip().splitlines()[0][:300]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device is a GPU that computes in bfloat16; older ones imitate it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def identify_gpu(device: torch.device) -> str:

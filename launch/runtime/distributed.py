@@ -106,6 +106,9 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
         )
         # Rank 0 holds the store: were it to end at once, the others would not know why.
         dist.barrier()
+    except dist.DistBackendError as error:  # NCCL has the cause on its last lines
+        cause = " ".join(str(error).split())[-600:]
+        raise RankError(f"rank {rank} of {world_size}: NCCL could not start: {cause}") from None
     except dist.DistError as error:
         raise RankError(
             f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank "

@@ -27,6 +27,7 @@ from launch.models.identity import differs, hash_adapter_config, hash_config, ha
 from launch.run.provenance import name_dtype
 from launch.run.results import Score
 from launch.runtime import watchdog
+from launch.runtime.devices import has_bf16
 from launch.runtime.distributed import print_rank0, run_on_each_node
 from launch.runtime.errors import UserError
 from launch.scoring.score import score_benchmarks
@@ -65,7 +66,7 @@ def evaluate_model(
         # Before there is an engine: DeepSpeed would shard the empty model too.
         saved = _read_adapter(checked, source)
     tokenizer = load_tokenizer(checked.folder)
-    engine = make_engine(source.engine, device, resolve_dtype(source.dtype, device))
+    engine = make_engine(source.engine, device, resolve_dtype(source.dtype, has_bf16(device)))
     watchdog.set_phase("loading the base")
     model = _load_model(checked, saved, on_residual, engine)
     identity = {"base": base, **hashes, "dtype": name_dtype(engine.dtype)}

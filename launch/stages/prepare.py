@@ -21,6 +21,7 @@ from launch.planning.decisions import CHECKPOINTING, ENGINE, decide_run
 from launch.quickstart.base import resolve_quickstart
 from launch.run.results import DataRecord, RunFacts, describe_data
 from launch.runtime import watchdog
+from launch.runtime.devices import has_bf16
 from launch.runtime.distributed import print_rank0, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.scoring.development import check_dev
@@ -47,7 +48,9 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     model_name = recipe.model.name  # before `quickstart` becomes a path
     settings = recipe.train
     run_on_rank0(lambda: require_trackers(recipe.tracking))
-    dtype = resolve_dtype(recipe.model.dtype, device)
+    dtype = resolve_dtype(recipe.model.dtype, has_bf16(device))
+    if device.type == "cuda" and recipe.model.dtype == "auto" and dtype == torch.float32:
+        print_rank0("model.dtype: auto is float32: these GPUs have no bfloat16 of their own")
     run_on_each_node(lambda: require_kernels(recipe, device, dtype))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)

@@ -25,20 +25,25 @@ def require_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
     """Raise UserError if this machine lacks what `recipe` asks for."""
     is_gpu = device.type == "cuda"
     if recipe.model.attention == "flash_attention_2":
-        if dtype != torch.bfloat16 or not is_gpu:
+        is_new = is_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+        if dtype != torch.bfloat16 or not is_new:
             raise UserError(
-                "model.attention: flash_attention_2 needs a GPU and model.dtype=bfloat16; set sdpa"
+                "model.attention: flash_attention_2 needs model.dtype=bfloat16 and a GPU of compute "
+                "capability 8.0 or later (A100, RTX 30); set sdpa"
             )
         if not is_flash_attn_2_available():
             raise UserError(
                 "model.attention: flash_attention_2 is not installed; pip install flash-attn, or "
                 "set sdpa"
             )
-    needs_compiler = recipe.train.compile and not is_gpu
-    if needs_compiler and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            "train.compile: needs a C++ compiler; apt-get install g++, or set train.compile=false"
-        )
+    # On a GPU Triton compiles a launcher of each kernel, Liger's too (triton/runtime/build.py).
+    compilers = [os.environ.get("CC", "gcc"), "clang"] if is_gpu else [os.environ.get("CXX", "g++")]
+    has_compiler = any(map(shutil.which, compilers))
+    for field, is_set in (("compile", recipe.train.compile), ("liger", recipe.train.liger)):
+        if is_set and (is_gpu or field == "compile") and not has_compiler:
+            raise UserError(
+                f"train.{field}: needs a compiler; apt-get install g++, or set train.{field}=false"
+            )
     if recipe.train.liger:
         if not is_gpu:
             raise UserError("train.liger: its kernels need a GPU; set train.liger=false")

@@ -13,19 +13,30 @@ import torch
 import torch.distributed as dist
 
 from launch.runtime import compat, devices, distributed
-from launch.runtime.devices import choose_device, require_own_gpu
+from launch.runtime.devices import can_run, choose_device, require_own_gpu
 from launch.runtime.errors import NodeError, UserError
 
 
 @pytest.fixture
-def set_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list]:
+def kernels() -> list[bool]:
+    """Whether cuDNN's attention has been switched on or off, as often as that was done."""
+    return []
+
+
+@pytest.fixture
+def set_gpus(monkeypatch: pytest.MonkeyPatch, kernels: list[bool]) -> Callable[[int], list]:
     """Return a function that simulates a number of visible GPUs; it returns which ones are set."""
 
     def set_count(count: int) -> list:
+        kernels.clear()
         chosen: list = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA TITAN")
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", kernels.append)
         return chosen
 
     return set_count
@@ -37,12 +48,56 @@ def test_a_rank_that_sees_one_gpu_takes_it(
     count: int,
     index: int,
     set_gpus: Callable[[int], list],
+    kernels: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen = set_gpus(count)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     assert choose_device() == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
+    assert kernels == [False]
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["sm_75", "sm_80", "sm_90"], (8, 0), True),
+        (["sm_75", "sm_80", "sm_90"], (8, 9), True),  # RTX 40: the same generation as A100
+        (["sm_75", "sm_80", "sm_90"], (7, 0), False),  # V100
+        (["sm_75", "sm_86"], (8, 0), False),  # binaries of a later GPU
+        (["sm_80", "sm_90"], (12, 0), False),
+        (["sm_80", "compute_90"], (12, 0), True),
+        (["sm_80", "sm_90a"], (9, 0), True),
+        (["sm_80", "sm_100a"], (10, 3), False),
+        (["gfx90a"], (9, 0), True),  # AMD's
+    ],
+)
+def test_a_gpu_runs_what_was_built_for_its_generation(
+    built: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    assert can_run(built, capability) == runs
+
+
+def test_a_gpu_that_torch_has_no_kernels_for_is_an_error(
+    set_gpus: Callable[[int], list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_gpus(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    message = r"built for sm_80, sm_90, and NVIDIA TITAN is of compute capability 7\.0; install"
+    with pytest.raises(NodeError, match=message):
+        choose_device()
+
+
+def test_a_driver_that_fails_only_when_it_is_used_is_an_error(
+    set_gpus: Callable[[int], list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: torch.device) -> None:
+        raise RuntimeError("CUDA unknown error - this may be due to ...\nMore")
+
+    set_gpus(1)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(NodeError, match=r"CUDA unknown error .*; to train on the CPU"):
+        choose_device()
 
 
 def test_deepspeed_is_told_that_gpu_and_the_local_rank_stays(
