@@ -30,9 +30,8 @@ def _match_any_case(ending: str) -> str:
     return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
 
 
-# Files of a data set on the hub that say which of its files belong to which split. Every data set has
-# .gitattributes; where no file matches, huggingface_hub warns.
-CARDS = ["README.md", ".huggingface.yaml", ".gitattributes"]
+# Files of a data set on the hub that say which of its files belong to which split.
+CARDS = ["README.md", ".huggingface.yaml"]
 # All files that may hold rows.
 ROW_FILES = [
     *(_match_any_case(ending) for ending in READERS),

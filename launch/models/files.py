@@ -47,13 +47,21 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
-def locate_base(name: str) -> str:
-    """Return a model's name as a command in any folder takes it: a local folder's whole path.
+def locate_base(name: str, revision: str | None, verified: bool) -> tuple[str, str | None]:
+    """Return a base's name and commit as commands in any folder take them.
 
-    Elsewhere a relative path would be taken for a hub id.
+    Args:
+        name: hub id or local folder. A relative path would elsewhere be taken for a hub id.
+        revision: that the run recorded.
+        verified: whether `revision` is a commit of the hub.
+
+    Returns:
+        Hub id and commit, if that is known; or a folder's whole path and None.
     """
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    if folder.is_dir():
+        return str(folder.resolve()), None
+    return name, revision if verified else None
 
 
 def fetch_model(
@@ -126,7 +134,9 @@ def download(
             ignore_patterns=ignored,
             tqdm_class=_BeatingBar,
         )
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # the hub answers, with a refusal
+            raise _make_hub_error(field, name, revision, error.__cause__) from None
         raise UserError(
             f"{field}: the hub cannot be reached, and its cache lacks files of {name} (revision "
             f"{revision}); check the name, start once with a network, or give a local folder"
@@ -134,12 +144,17 @@ def download(
     except (HfHubHTTPError, OSError, ValueError) as error:
         if is_full_disk(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise UserError(
-            f"{field}: cannot get {name} (revision {revision}) from the hub; check the name and the "
-            f"network, log in if it is gated or private, or give a local folder ({reason})"
-        ) from None
+        raise _make_hub_error(field, name, revision, error) from None
     return Path(folder)
+
+
+def _make_hub_error(field: str, name: str, revision: str, error: Exception) -> UserError:
+    """Make the error of a model or data set that the hub does not give."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    return UserError(
+        f"{field}: cannot get {name} (revision {revision}) from the hub; check the name and the "
+        f"network, log in if it is gated or private, or give a local folder ({reason})"
+    )
 
 
 def fetch_config(name: str, revision: str) -> PretrainedConfig:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from launch.pages.curves import WHEN, get_scores, list_benchmarks
 from launch.pages.records import RunRecord
-from launch.run.results import Score, TaskScore, describe_data, describe_score
+from launch.run.results import RunResults, Score, TaskScore, describe_data, describe_score
 
 MISSING = object()  # a field that a recipe does not have
 
@@ -61,7 +61,7 @@ def _list_cells(record: RunRecord, benchmarks: Sequence[str]) -> list[Cell]:
     cells.append(make_number(held_out and held_out.after.loss, ".4f"))
     for name in benchmarks:
         for when in WHEN:
-            cells.append(_make_score(get_scores(record, when).get(name)))
+            cells.append(_make_score(get_scores(record, when).get(name), results))
     if results is None:
         seconds = record.steps[-1].get("seconds") if record.steps else None
         return [*cells, Cell(""), Cell(""), make_number(seconds, ".0f"), Cell("")]
@@ -96,8 +96,12 @@ def _find_last_loss(record: RunRecord) -> float | None:
     return record.steps[-1]["loss"] if record.steps else None
 
 
-def _make_score(score: Score | TaskScore | None) -> Cell:
-    return Cell("") if score is None else Cell(describe_score(score), score.accuracy)
+def _make_score(score: Score | TaskScore | None, results: RunResults | None) -> Cell:
+    """Make the cell of a score of the run with these results; empty without one."""
+    if score is None:
+        return Cell("")
+    exported_step = None if results is None else results.exported_step
+    return Cell(describe_score(score, exported_step), score.accuracy)
 
 
 def tabulate_differences(records: Sequence[RunRecord]) -> Table | None:

@@ -40,7 +40,7 @@ def export_run(
     exported = export_trained(run.folder, loaded.model, loaded.engine, run.inputs, initial)
     if run.recipe.export.merged:
         save_merged(run.folder, loaded.model, loaded.engine, run.inputs)
-    run_on_rank0(lambda: _add_chat_files(run, "model", "lora", "merged"))
+    run_on_rank0(lambda: _add_chat_files(run, "model", "lora", "adapter", "merged"))
     # Nothing depends on the plots: the run is not to fail for them after its training.
     run_on_rank0(
         lambda: try_or_say("the plots", lambda: plot_runs({run.folder.name: history}, run.folder))

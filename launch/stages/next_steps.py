@@ -8,6 +8,7 @@ from launch.config.schema import EVAL_OPTIONS, Recipe
 from launch.run.folder import BASELINE, RECIPE
 from launch.run.results import RunResults
 from launch.scoring.responses import GENERATIONS
+from launch.training.chat_files import has_chat_files
 from launch.training.model_card import find_vllm_rank, list_exports, list_vllm_words
 
 PAGE = "page.html"  # of launch/report.py, in the run folder
@@ -27,7 +28,7 @@ def list_next_steps(folder: Path, recipe: Recipe, results: RunResults) -> dict[s
         "score": make_score_command(folder, recipe, results, exports),
         "compare": make_compare_command(folder),
     }
-    serve = make_serve_command(folder, recipe, results, exports)
+    serve = make_serve_command(folder, results, exports)
     return steps | ({"serve": serve} if serve else {})
 
 
@@ -106,9 +107,7 @@ def make_page_command(folders: Sequence[Path], path: Path) -> str:
     return shlex.join(["python", "launch/report.py", *map(str, folders), "--html", str(path)])
 
 
-def make_serve_command(
-    folder: Path, recipe: Recipe, results: RunResults, exports: Sequence[str]
-) -> str | None:
+def make_serve_command(folder: Path, results: RunResults, exports: Sequence[str]) -> str | None:
     """Return vLLM's command for what was exported; None where it cannot serve that."""
     for name in ("merged", "model"):
         if name in exports:
@@ -117,4 +116,4 @@ def make_serve_command(
     if rank is None:
         return None
     lora = str((folder / "lora").resolve())
-    return shlex.join(list_vllm_words(results, None, lora, rank, recipe.data.is_chat))
+    return shlex.join(list_vllm_words(results, None, lora, rank, has_chat_files(folder / "lora")))

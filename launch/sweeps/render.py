@@ -142,8 +142,9 @@ def describe_choice(rates: LearningRates) -> str:
     else:
         text += " of its grid"
     text += f", on seed {rates.seed}; no score counts. Fresh: the other seeds."
-    changed = {field: value for field, value in rates.set.items() if field != "task.dev"}
-    if changed != rates.set:  # no scores, by which the training does not change
+    without_dev = ("task.dev", None)  # by which the training does not change
+    changed = dict(item for item in rates.set.items() if item != without_dev)
+    if changed != rates.set:
         text += " The runs that choose score no development rows."
     if changed:
         values = ", ".join(f"{field}={json.dumps(value)}" for field, value in changed.items())

@@ -39,6 +39,11 @@ def write_chat_files(folder: Path, base: Path, template: ChatTemplate) -> None:
     write_text(folder / CHAT_TEMPLATE, template.text)
 
 
+def has_chat_files(folder: Path) -> bool:
+    """Return whether an exported folder has these files; those of earlier versions have none."""
+    return (folder / CHAT_TEMPLATE).is_file()
+
+
 def _read_json(path: Path) -> dict:
     """Read a JSON file; an empty mapping where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

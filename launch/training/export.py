@@ -38,8 +38,8 @@ def save_adapters(
     the change of the original base; DoRA has none, because no plain LoRA equals it.
 
     Args:
-        base: name and weights_sha256 of the base model. They are kept beside each adapter, and
-            checked when it is loaded.
+        base: of launch.data.inputs.Inputs. It is kept beside each adapter, and checked when that is
+            loaded.
         initial, trained: factors by module name.
         magnitudes: DoRA's by module name; empty for the others.
         head: the trained parameters of a new head, by name; empty without one.
@@ -62,13 +62,12 @@ def name_base(config: LoraConfig, base: dict) -> tuple[LoraConfig, str]:
     """Return the config and the name by which PEFT finds an adapter's base from any folder.
 
     Args:
-        config: gets the base's commit on the hub; a local folder has none.
+        config: its copy gets the base's commit on the hub.
         base: see `save_adapters`.
     """
     config = copy.copy(config)
-    if base["revision_verified"]:
-        config.revision = base["revision"]
-    return config, locate_base(base["name"])
+    name, config.revision = locate_base(base["name"], base["revision"], base["revision_verified"])
+    return config, name
 
 
 def starts_on_residual(initial: Mapping[str, Factors]) -> bool:

@@ -13,7 +13,7 @@ from launch.run.results import (
     describe_source,
     describe_task_score,
 )
-from launch.training.chat_files import CHAT_TEMPLATE
+from launch.training.chat_files import CHAT_TEMPLATE, has_chat_files
 
 # Of the folders that a run may export. The first that is there is the one to load.
 CONTENTS = {
@@ -45,10 +45,16 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 {_render_scores(results)}
 {_render_contents(exports, results)}
 {_render_rounding(exports, results)}{_render_prompt(recipe)}
-{render_commands(exports, results, recipe.data.is_chat)}
+{render_commands(exports, results, has_chat_files(folder / "lora"))}
 `recipe.yaml` makes this run again; `results.json` has the numbers with their conditions, `metrics.jsonl` every step.
 Base weights: SHA-256 {results.base.weights_sha256}.
 """
+
+
+def _locate_base(results: RunResults) -> tuple[str, str | None]:
+    """Return what `locate_base` does, of a run's base."""
+    base = results.base
+    return locate_base(base.name, base.revision, base.revision_verified)
 
 
 def _render_header(exports: list[str], results: RunResults) -> str:
@@ -56,12 +62,13 @@ def _render_header(exports: list[str], results: RunResults) -> str:
 
     Source: https://huggingface.co/docs/hub/model-cards
     """
-    if not results.base.revision_verified:
+    name, commit = _locate_base(results)
+    if commit is None:
         return ""
     kind = "text-generation" if results.task is None else "text-classification"
     library = "transformers" if "model" in exports else "peft"
     return f"""---
-base_model: {results.base.name}
+base_model: {name}
 library_name: {library}
 pipeline_tag: {kind}
 ---
@@ -72,14 +79,15 @@ pipeline_tag: {kind}
 def _render_prompt(recipe: Recipe) -> str:
     """Say how the model is to be asked; empty where rows have no prompt."""
     data = recipe.data
-    if recipe.task.has_head or data.text_field is not None:
+    are_text = [rows.text is not None for rows in data.sources.values()]
+    if recipe.task.has_head or (are_text and all(are_text)):
         return ""
     if data.is_chat:
         return (
             "\nIt was trained on conversations: ask it by the chat template beside the weights, whose "
             "end of a turn `generation_config.json` there names.\n"
         )
-    if data.has_messages:
+    if data.has_messages or any(are_text):
         return "\nIt was trained on rows of several kinds; `recipe.yaml` has them.\n"
     return "\nIt was trained on Alpaca's prompt: ask it by that, as plain text, not as a chat.\n"
 
@@ -178,9 +186,10 @@ def _render_contents(exports: list[str], results: RunResults) -> str:
         # By default transformers takes the dtype of the base's files; the scores are of this one. A new
         # head is fp32 on any base, and PEFT gives it the dtype of the base.
         dtype = results.dtype if results.task is None else "float32"
-        loaded, options = locate_base(results.base.name), f', dtype="{dtype}"'
-        if results.base.revision_verified:
-            options += f', revision="{results.base.revision}"'
+        loaded, commit = _locate_base(results)
+        options = f', dtype="{dtype}"'
+        if commit is not None:
+            options += f', revision="{commit}"'
     kind = "AutoModelForCausalLM"
     if results.task is not None:
         kind = "AutoModelForSequenceClassification"
@@ -232,7 +241,7 @@ def list_vllm_words(
     model: str | None = None,
     lora: str | None = None,
     max_rank: int | None = None,
-    is_chat: bool = False,
+    has_files: bool = False,
 ) -> list[str]:
     """Return the words of vLLM's command that serves a model as the run was scored.
 
@@ -245,14 +254,15 @@ def list_vllm_words(
         model: folder of a whole model; the base when None.
         lora: folder of an adapter on it. After a run in fp32 that is served in bf16, `merged/` in fp32.
         max_rank: of `lora`, from `find_vllm_rank`.
-        is_chat: whether `lora` was trained on conversations. Then it has files that say where answers
-            end (launch.training.chat_files), and its generation_config.json nothing else.
+        has_files: whether `lora` has those of launch.training.chat_files. Its generation_config.json
+            then says where answers end, and nothing else.
     """
     dtype = "bfloat16" if lora is not None and results.dtype == "float32" else results.dtype
-    words = ["vllm", "serve", model or locate_base(results.base.name)]
-    if model is None and results.base.revision_verified:
-        words += ["--revision", results.base.revision]
-    has_files = lora is not None and is_chat
+    base, commit = _locate_base(results)
+    words = ["vllm", "serve", model or base]
+    if model is None and commit is not None:
+        words += ["--revision", commit]
+    has_files = lora is not None and has_files
     words += ["--generation-config", lora if has_files else "vllm", "--dtype", dtype]
     if has_files:
         words += ["--chat-template", f"{lora}/{CHAT_TEMPLATE}"]
@@ -262,15 +272,19 @@ def list_vllm_words(
     return words
 
 
-def render_commands(exports: list[str], results: RunResults, is_chat: bool) -> str:
-    """Show how to serve what was exported, convert it and upload it; paths are in the run folder."""
+def render_commands(exports: list[str], results: RunResults, has_files: bool) -> str:
+    """Show how to serve what was exported, convert it and upload it; paths are in the run folder.
+
+    Args:
+        has_files: see `list_vllm_words`.
+    """
     upload = f"hf upload USER/NAME {exports[0]} .\nhf upload USER/NAME README.md"
-    base = locate_base(results.base.name)
+    base, _ = _locate_base(results)
     is_local = Path(base).is_absolute()
-    note = ""
+    note = f"\n\nOn the hub the files of `{exports[0]}/` are at the top: load them by `USER/NAME`."
     if is_local and "model" not in exports:
-        note = (
-            f"\n\nThe base is a local folder: before you upload, put its id on the hub into "
+        note += (
+            " The base is a local folder: before you upload, put its id on the hub into "
             f"`{exports[0]}/adapter_config.json` (`base_model_name_or_path`)."
         )
     loras = {"lora": results.lora_rank}
@@ -286,7 +300,7 @@ def render_commands(exports: list[str], results: RunResults, is_chat: bool) -> s
     for name, rank in loras.items():
         limit = find_vllm_rank(rank) if name in exports else None
         if limit is not None:
-            lines.append(shlex.join(list_vllm_words(results, None, name, limit, is_chat)))
+            lines.append(shlex.join(list_vllm_words(results, None, name, limit, has_files)))
     for name in ("model", "merged"):
         if name in exports:
             lines.append(shlex.join(list_vllm_words(results, f"./{name}")))

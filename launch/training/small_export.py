@@ -46,7 +46,7 @@ def save_small_lora(
         folder: of the run.
         layers: PEFT's layers with the trained factors, by module name.
         config: of the training.
-        base: name and weights_sha256 of the base.
+        base: of launch.data.inputs.Inputs.
         initial: on rank 0, A0 and B0 by module name.
         head: the trained parameters of a new head, by name; empty without one.
         keep_dropped: whether to return what is left out.

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 COMMIT = "0123456789" * 4  # of every repository and branch
 
@@ -47,6 +47,8 @@ def serve_hub(folder: Path, cache: Path) -> Iterator[list[str]]:
         )
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()  # the next one reads that
         yield sent
         server.shutdown()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import snapshot_download
 
 from launch.config.schema import Data
 from launch.data import sources
@@ -366,6 +367,17 @@ configs:
         ):
             sources.fetch_source(Data(path="someone/sums", config="en", split="validation"))
     assert not sent
+
+
+def test_what_an_earlier_version_fetched_is_enough_offline(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(hub / "train.jsonl", make_rows(2))
+    for name in ("README.md", ".gitattributes", "notes.txt"):
+        (hub / name).touch()
+    snapshot_download("someone/sums", repo_type="dataset", allow_patterns=["*.jsonl", "README.md"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert read(Path("someone/sums")) == ["0", "1"]
 
 
 def test_without_room_for_the_names_all_rows_are_fetched(

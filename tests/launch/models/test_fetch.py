@@ -49,7 +49,7 @@ def test_the_files_that_are_read_are_fetched_once(
     monkeypatch.setattr(watchdog, "heartbeat", lambda *_: beats.append(None))
     folder = fetch_model(NAME, "main", weights=False)
     assert set(sent) == {"config.json"} | TOKENIZER
-    assert len(beats) >= len(sent)  # a long download is no run that has stalled
+    assert len(beats) > len(sent)  # bytes count too: a large file is no run that has stalled
     assert fetch_model(NAME, "main") == folder
     assert set(sent) == {"config.json"} | TOKENIZER | WEIGHTS
     assert len(sent) == len(set(sent))

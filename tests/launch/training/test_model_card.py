@@ -42,7 +42,7 @@ def test_a_local_base_is_named_by_its_whole_path(
     (tmp_path / "my models").mkdir()
     monkeypatch.chdir(tmp_path)
     base = Base(name="my models", weights_sha256="w")
-    text = render_commands(["lora", "adapter"], make_results(24, base=base), is_chat=False)
+    text = render_commands(["lora", "adapter"], make_results(24, base=base), has_files=False)
     assert (
         f"vllm serve '{tmp_path}/my models' --generation-config vllm --dtype bfloat16 --enable-lora "
         "--max-lora-rank 32 --lora-modules tuned=lora\n" in text
@@ -53,14 +53,14 @@ def test_a_local_base_is_named_by_its_whole_path(
 
 
 def test_a_base_from_the_hub_is_named_with_its_commit() -> None:
-    text = render_commands(["lora"], make_results(24), is_chat=False)
+    text = render_commands(["lora"], make_results(24), has_files=False)
     assert f"vllm serve owner/base --revision {COMMIT} --generation-config vllm " in text
     assert "convert_lora_to_gguf.py --outfile lora.gguf lora" in text
     assert "put its id" not in text
 
 
 def test_a_server_of_conversations_is_told_the_template_and_where_answers_end() -> None:
-    text = render_commands(["lora", "merged"], make_results(24), is_chat=True)
+    text = render_commands(["lora", "merged"], make_results(24), has_files=True)
     assert (
         "--generation-config lora --dtype bfloat16 --chat-template lora/chat_template.jinja" in text
     )
@@ -69,10 +69,10 @@ def test_a_server_of_conversations_is_told_the_template_and_where_answers_end() 
 
 def test_what_vllm_cannot_serve_has_no_command() -> None:
     small = SmallExport(rank=100, error=0.1, worst_module="m", worst_error=0.2)
-    text = render_commands(["lora", "lora_small"], make_results(1024, small), is_chat=False)
+    text = render_commands(["lora", "lora_small"], make_results(1024, small), has_files=False)
     assert "tuned=lora\n" not in text
     assert "--max-lora-rank 128 --lora-modules tuned=lora_small" in text
-    text = render_commands(["adapter", "merged"], make_results(None), is_chat=False)  # dora
+    text = render_commands(["adapter", "merged"], make_results(None), has_files=False)  # dora
     assert "--enable-lora" not in text
     assert "vllm serve ./merged --generation-config vllm --dtype bfloat16\n" in text
     assert "convert_lora_to_gguf" not in text

@@ -64,7 +64,7 @@ def save(run: Path, model: nn.Module, state: TrainState, rehearsal: bool) -> Reh
     store = CheckpointStore(run, 2)
     initial = read_factors(find_lora_layers(model), TorchWeights())
     parameters = find_trained_parameters(model)
-    base = {"name": "base", "weights_sha256": ""}
+    base = {"name": "base", "weights_sha256": "", "revision": "main", "revision_verified": False}
     inputs = SimpleNamespace(model_path=run / "base", dtype=torch.float32, base=base, head=None)
     found, folder = None, run
     if rehearsal:
