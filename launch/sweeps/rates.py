@@ -1,5 +1,6 @@
-"""Choose a row's learning rate: rates at four a decade, extended until the best one is interior.
+"""Choose a row's learning rate: rates of four a decade, extended until the best one is interior.
 
+A grid may take each of the four, or every second one and so on, and is extended at its own spacing.
 A rate is known by its step k: the rate is 10^(k / 4), rounded to three significant digits, so that
 the names of the runs never change. A run that diverged has an infinite loss: it is worse than any
 other, and its rate is an end of the curve like any other.
@@ -30,7 +31,8 @@ def make_grid(rates: Sequence[float], factor: float) -> list[float]:
     """Return the rates times `factor`, each as its step has it.
 
     Raises:
-        ValueError: a product is no step, is beyond the ends, or does not follow on the one before.
+        ValueError: a product is no step or is beyond the ends, or they are not in ascending order and
+            evenly spaced.
     """
     steps: list[int] = []
     for rate in rates:
@@ -47,17 +49,22 @@ def make_grid(rates: Sequence[float], factor: float) -> list[float]:
                 f"{rate:g}{times} is not within {make_rate(LOWEST_STEP):g} to "
                 f"{make_rate(HIGHEST_STEP):g}, where a grid may be extended; leave it out"
             )
-        if steps and step != steps[-1] + 1:
-            raise ValueError(
-                f"{rate:g} does not follow on the rate before it, at four a decade; give all rates "
-                "in ascending order"
-            )
         steps.append(step)
+        if len(steps) > 1 and step - steps[-2] != max(1, steps[1] - steps[0]):
+            raise ValueError(
+                f"{rate:g} does not follow on the rate before it at the grid's spacing; give evenly "
+                "spaced rates in ascending order"
+            )
     return [make_rate(step) for step in steps]
 
 
+def find_spacing(rates: Sequence[float]) -> int:
+    """Return by how many steps the rates of a grid are apart, in ascending order; 1 for a single one."""
+    return round(STEPS_PER_DECADE * math.log10(rates[1] / rates[0])) if len(rates) > 1 else 1
+
+
 def choose_next_rate(losses: Mapping[float, float]) -> float | None:
-    """Return the rate by which a finished grid is to be extended.
+    """Return the rate by which a finished grid is to be extended, at its own spacing.
 
     Args:
         losses: held-out loss of each rate so far; infinite for a run that diverged.
@@ -67,11 +74,12 @@ def choose_next_rate(losses: Mapping[float, float]) -> float | None:
         is the last rate allowed. Where all have diverged the lowest counts as the best.
     """
     rates = sorted(losses)
-    best = find_best_rate(losses)
-    if best in (None, rates[0]) and find_step(rates[0]) > LOWEST_STEP:
-        return make_rate(find_step(rates[0]) - 1)
-    if best == rates[-1] and find_step(best) < HIGHEST_STEP:
-        return make_rate(find_step(best) + 1)
+    best, spacing = find_best_rate(losses), find_spacing(rates)
+    lower, higher = find_step(rates[0]) - spacing, find_step(rates[-1]) + spacing
+    if best in (None, rates[0]) and lower >= LOWEST_STEP:
+        return make_rate(lower)
+    if best == rates[-1] and higher <= HIGHEST_STEP:
+        return make_rate(higher)
     return None
 
 

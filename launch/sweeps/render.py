@@ -18,6 +18,7 @@ from launch.run.results import (
 from launch.sweeps.blocks import Entry, build_blocks, count_tests, list_row_blocks
 from launch.sweeps.curves import collect_rate_curves, list_exhausted, list_missing
 from launch.sweeps.published import describe_hidden, find_published, list_shown
+from launch.sweeps.rates import find_spacing, make_rate
 from launch.sweeps.significance import compare_groups, describe_power
 from launch.sweeps.summary import Group, list_columns
 from launch.sweeps.table import LearningRates, Sweep, list_benchmarks
@@ -134,11 +135,18 @@ def describe_constant(group: Group) -> str:
     return f"{group.name}{where}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
 
 
+def name_spacing(grid: Sequence[float]) -> str:
+    """Say how close the rates of a grid are that may be extended."""
+    spacing = find_spacing(grid)
+    names = {1: "four rates a decade", 2: "two rates a decade", 4: "a rate a decade"}
+    return names.get(spacing, f"rates a factor of {make_rate(spacing):.3g} apart")
+
+
 def describe_choice(rates: LearningRates) -> str:
     """Say how each row's own rate was chosen."""
     text = "A row's own learning rate has the least held-out loss"
     if rates.extend:
-        text += " of a grid at four rates a decade, extended while the best was at an end"
+        text += f" of a grid at {name_spacing(rates.grid)}, extended while the best was at an end"
     else:
         text += " of its grid"
     text += f", on seed {rates.seed}; no score counts. Fresh: the other seeds."

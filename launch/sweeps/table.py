@@ -67,7 +67,7 @@ class LearningRates(Section):
     )
     extend: bool = Field(
         False,
-        description="add the next of four rates a decade at an end of a row's grid while its best "
+        description="add the next rate at an end of a row's grid, at its own spacing, while its best "
         "is there",
     )
     seed: int = Field(ge=0, description="seed of the runs whose held-out loss chooses the rate")

@@ -195,6 +195,10 @@ def test_a_loss_that_is_not_finite_is_an_end() -> None:
     assert choose_next_rate({1e-3: 0.4}) == 5.62e-4
     assert choose_next_rate({5.62e-4: 0.5, 1e-3: 0.4}) == 1.78e-3
     assert choose_next_rate({1e-6: 0.4, 1.78e-6: 0.5}) is None
+    assert choose_next_rate({1e-4: 0.4, 3.16e-4: 0.5, 1e-3: 0.6}) == 3.16e-5
+    assert choose_next_rate({1e-4: 0.5, 3.16e-4: 0.4}) == 1e-3
+    assert choose_next_rate({1e-3: 0.5, 3.16e-3: 0.4, 1e-2: 0.3}) == 3.16e-2
+    assert choose_next_rate({3.16e-3: 0.4, 1.78e-2: 0.3}) is None  # the next is beyond the end
 
 
 def test_the_neighbours_of_the_best_are_run_with_every_seed_where_the_table_says_so(
@@ -395,6 +399,7 @@ def test_rates_are_named_alike_wherever_they_come_from() -> None:
         "0.0316",
     ]
     assert make_grid([1.778e-4, 3.162e-4], 0.1) == [1.78e-5, 3.16e-5]
+    assert make_grid([1e-4, 3.16e-4, 1e-3], 1) == [1e-4, 3.16e-4, 1e-3]
     assert find_step(2e-5) is None
 
 
@@ -402,7 +407,7 @@ def test_rates_are_named_alike_wherever_they_come_from() -> None:
     ("grid", "factor", "message"),
     [
         ([1e-3, 2e-3], 1.0, "grid: 0.002 is not one of the four rates a decade .* is 0.00178"),
-        ([1e-3, 3.16e-3], 1.0, "grid: 0.00316 does not follow on the rate before it"),
+        ([1e-3, 3.16e-3, 5.62e-3], 1.0, "grid: 0.00562 does not follow on the rate before it"),
         ([1e-3, 5.62e-4], 1.0, "grid: 0.000562 does not follow"),
         ([1e-3], 0.3, "grid: 0.001 times rate_factor 0.3 is not one of"),
         ([1e-6], 0.1, "grid: 1e-06 times rate_factor 0.1 is not within 1e-06 to 0.0316"),
