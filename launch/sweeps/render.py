@@ -99,15 +99,19 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             )
     copies = chain.from_iterable(describe_copies(results.data) for results in runs)
     notes += dict.fromkeys(f"{line}." for _, line in copies)
-    sizes, machines, revisions = set(), set(), set()
+    sizes: dict[tuple[str, int], str] = {}  # name of a score, rows -> what is said of the rows
+    machines, revisions = set(), set()
     for results in runs:
-        sizes |= {f"{name}: n = {describe_rows(score)}" for name, score in results.scores.items()}
+        for name, score in results.scores.items():
+            known = sizes.get((name, score.n), "")  # runs of earlier versions say less
+            sizes[name, score.n] = max(known, describe_rows(score), key=len)
         conditions = results.conditions
         machines.add(f"{conditions.world_size} x {conditions.device}")
         revisions.add(conditions.git_revision or "no revision")
     if runs:
         hours = sum(results.seconds.whole for results in runs) / 3600
-        held_for = "; ".join([*sorted(sizes), *sorted(machines)])
+        described = [f"{name}: n = {rows}" for (name, _), rows in sorted(sizes.items())]
+        held_for = "; ".join([*described, *sorted(machines)])
         notes.append(
             f"{held_for}; revision {', '.join(sorted(revisions))}; {len(runs)} finished runs, "
             f"{hours:.1f} hours in all."
