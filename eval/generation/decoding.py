@@ -107,8 +107,10 @@ def read_prompts(
 def decode_tokens(
     decoder: Decoder, batch: RunningBatch, num_steps: int, counts: Sequence[int]
 ) -> tuple[RunningBatch, list[list[int]]]:
-    """Run `num_steps` forward passes. The host waits for the device at the end, and, where
-    rows are of several lengths, at each pass, when transformers looks at the mask.
+    """Run `num_steps` forward passes.
+
+    The host waits for the device at the end, and where rows are of several lengths at each pass, when
+    transformers looks at the mask.
 
     Args:
         counts: tokens that each prompt has already.

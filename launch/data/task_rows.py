@@ -191,7 +191,8 @@ def locate_dev(data: Data, name: str, place: str) -> Data:
         update["prepared"] = str(folder)
         if (folder / MANIFEST).is_file():  # the file itself need not be on this machine
             is_path = read_json(folder / MANIFEST)["made_from"]["data"]["path"] == place
-    if not path.exists() and (os.sep in place or find_reader(path) is not None) and not is_path:
+    is_named_as_path = os.sep in place or find_reader(path) is not None
+    if is_named_as_path and not is_path and not path.exists():
         raise UserError(f"task.dev: {name}: there is no file or folder {place}; correct the path")
     if is_path:
         update |= {"path": place, "split": "train", "config": None}

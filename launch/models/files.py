@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from astra.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launch.runtime import watchdog
-from launch.runtime.errors import UserError
+from launch.runtime.errors import UserError, read_first_line
 from launch.runtime.files import cache_root, hash_file, read_blob_name
 from launch.runtime.shortages import is_full_disk
 
@@ -174,7 +174,7 @@ def fetch_config(name: str, revision: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else name, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.name: cannot get the config of {name}: {str(error).splitlines()[0]}"
+            f"model.name: cannot get the config of {name}: {read_first_line(error)}"
         ) from None
 
 

@@ -10,7 +10,7 @@ import threadpoolctl
 import torch
 import torch.distributed as dist
 
-from launch.runtime.errors import NodeError, UserError
+from launch.runtime.errors import NodeError, UserError, read_first_line
 
 DEVICE_FILES = Path("/dev")  # the NVIDIA driver makes /dev/nvidia0 and so on
 
@@ -30,11 +30,11 @@ def choose_device() -> torch.device:
         try:
             torch.cuda.set_device(device)
         except RuntimeError as error:  # is_available may ask the driver's library alone
-            raise _make_gpu_error(_first_line(error)) from None
+            raise _make_gpu_error(read_first_line(error)) from None
         _require_kernels(device)
         # Where it can, torch 2.13 takes cuDNN's attention before all others (aten/src/ATen/native/
-        # transformers/cuda/sdp_utils.cpp). It builds a plan for every new length of a batch, which
-        # takes tens of milliseconds, and with a mask its gradients may be NaN (pytorch#196678).
+        # transformers/cuda/sdp_utils.cpp). It builds a plan for every new length of a batch, and with a
+        # mask its gradients may be NaN (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     _require_no_gpu()
@@ -64,7 +64,7 @@ def _require_no_gpu() -> None:
             torch.cuda.init()
             reason = "torch finds none of them"
         except (RuntimeError, AssertionError) as error:
-            reason = _first_line(error)
+            reason = read_first_line(error)
     raise _make_gpu_error(reason)
 
 
@@ -108,11 +108,6 @@ def _make_gpu_error(reason: str) -> NodeError:
         f"{socket.gethostname()} has NVIDIA GPUs that cannot be used: {reason}; to train on the "
         "CPU, set CUDA_VISIBLE_DEVICES to nothing"
     )
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error of torch."""
-    return str(error).strip().splitlines()[0][:300]
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from launch.runtime.errors import (
     RankZeroError,
     UserError,
     describe_error,
+    read_first_line,
 )
 from launch.runtime.shortages import describe_shortage, is_full_disk
 
@@ -93,7 +94,7 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
         store = watchdog.join_peers(own_watchdog, store, stall)
     except dist.DistError as error:
         raise RankError(
-            f"rank {rank} did not reach rank 0 at {address}: {_first_line(error)}"
+            f"rank {rank} did not reach rank 0 at {address}: {read_first_line(error)}"
         ) from None
     try:
         require_own_gpu(store, rank, world_size, identify_gpu(device))
@@ -112,7 +113,7 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
     except dist.DistError as error:
         raise RankError(
             f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank "
-            f"within {stall:.0f} s: {_first_line(error)}"
+            f"within {stall:.0f} s: {read_first_line(error)}"
         ) from None
 
 
@@ -169,10 +170,6 @@ def read_slurm_ranks() -> dict[str, str]:
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
 
 
 def stop_process_group() -> None:

@@ -29,6 +29,12 @@ class NodeError(UserError):
     """An error of a node, found before its ranks can reach those of other nodes."""
 
 
+def read_first_line(error: Exception) -> str:
+    """Return the first line of another library's error, or its type's name where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 USER_ERRORS = (UserError, AstraError, EvalError)
 
 # Subject of an error of astra or eval -> the recipe field or the option that sets it.

@@ -1,6 +1,6 @@
 """Files that tell servers how a model of conversations is prompted, and where its answers end.
 
-A base's own files may name another end: answers of a model that learnt `<|im_end|>` then run on until
+A base's own files may name another end: answers of a model that learnt `<|im_end|>` would run on until
 the server stops them. Sources: transformers, generation/configuration_utils.py and
 tokenization_utils_base.py, where chat_template.jinja comes before tokenizer_config.json;
 vllm-project/vllm, vllm/config/model.py, try_get_generation_config.

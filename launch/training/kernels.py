@@ -15,7 +15,7 @@ from launch.data.order import Packing
 from launch.engines.base import Engine
 from launch.runtime.compat import list_layer_classes, read_attention, undo_compile
 from launch.runtime.distributed import all_reduce_max
-from launch.runtime.errors import UserError
+from launch.runtime.errors import UserError, read_first_line
 from launch.training.loss import measure_packing_leak
 
 MAX_LEAK = 1e-6  # relative; it is 0, but for rounding where experts batch tokens
@@ -80,7 +80,7 @@ def apply_kernels(base: PreTrainedModel, recipe: Recipe) -> None:
         try:
             base.set_attn_implementation(attention)
         except (ValueError, ImportError) as error:
-            raise UserError(f"model.attention: {str(error).splitlines()[0]}") from None
+            raise UserError(f"model.attention: {read_first_line(error)}") from None
         if read_attention(base.config) != attention:
             raise UserError(f"model.attention: {type(base).__name__} cannot change it; set auto")
     if not recipe.train.liger:

@@ -46,6 +46,7 @@ def render_model_card(folder: Path, recipe: Recipe, results: RunResults) -> str:
 {_render_contents(exports, results)}
 {_render_rounding(exports, results)}{_render_prompt(recipe)}
 {render_commands(exports, results, has_chat_files(folder / "lora"))}
+
 `recipe.yaml` makes this run again; `results.json` has the numbers with their conditions, `metrics.jsonl` every step.
 Base weights: SHA-256 {results.base.weights_sha256}.
 """

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from launch.config.schema import Recipe
 from launch.run.metrics import Metrics
 from launch.runtime.distributed import run_on_rank0
-from launch.runtime.errors import UserError
+from launch.runtime.errors import UserError, read_first_line
 
 Log = Callable[[Metrics], None]
 
@@ -113,7 +113,7 @@ def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
         )
     except wandb.Error as error:
         raise UserError(
-            f"tracking: wandb: {str(error).splitlines()[0]}; wandb login, or WANDB_MODE=offline"
+            f"tracking: wandb: {read_first_line(error)}; wandb login, or WANDB_MODE=offline"
         ) from None
 
     # wandb leaves out what is below its own count of steps, as are those that a resumed start trains
