@@ -1,5 +1,6 @@
 """Build the blocks of a table: means by row, the tests between rows, the rates around each best."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,20 +49,21 @@ def build_blocks(sweep: Sweep, groups: Sequence[Group]) -> dict[str, list[list[E
         if any(name in entry.scores for found in published for entry in list_shown(found)):
             benchmarks.append(name)
     places = {id(group): i for i, group in enumerate(groups)}
+    num_rows = len(sweep.table.rows)
     blocks, tests = {}, {}
     for heading, members in list_row_blocks(sweep, groups).items():
         # A mean is compared with those of its own block only, whose columns may be of one task.
         columns = list_columns(sweep, members)
         titles = ["row", "learning rate", "seeds", *(column.title for column in columns)]
         titles += [f"{name} published (%)" for name in benchmarks]
-        best = [find_best(members, column) for column in columns]
+        best = [find_best(members, column, num_rows) for column in columns]
         rows = [[Entry(title) for title in titles]]
         for place, group in enumerate(members):
             are_best = [index == place for index in best]
             shown = list_shown(published[places[id(group)]])
             rows.append(_build_row(group, columns, are_best, benchmarks, shown))
         blocks[heading] = rows
-        compared = _build_tests(members, _choose_tested(sweep, columns))
+        compared = _build_tests(members, _choose_tested(sweep, columns), num_rows)
         if len(compared) > 1:
             tests[f"Differences, {heading[0].lower()}{heading[1:]}"] = compared
     neighbours = _build_neighbours(collect_rate_curves(sweep))
@@ -76,12 +78,14 @@ def _choose_tested(sweep: Sweep, columns: Sequence[Column]) -> list[Column]:
     return [c for c in columns if c.title in shown or c.title.endswith(", last epoch (%)")]
 
 
-def _build_tests(groups: Sequence[Group], columns: Sequence[Column]) -> list[list[Entry]]:
+def _build_tests(
+    groups: Sequence[Group], columns: Sequence[Column], num_rows: int
+) -> list[list[Entry]]:
     """Return the tests of the rows of one block: of every pair, or of the best with every other."""
     titles = ["column", "rows", "difference", "pairs", "p", "p, Holm"]
     rows = [[Entry(title) for title in titles]]
     for column in columns:
-        comparisons = compare_groups(groups, column)
+        comparisons = compare_groups(groups, column, num_rows)
         if len(comparisons) > MAX_TESTS:
             best = order_groups(groups, column)[0]
             comparisons = [c for c in comparisons if best in (c.first, c.second)]
@@ -117,15 +121,14 @@ def _build_neighbours(curves: Sequence[RateCurve]) -> list[list[Entry]]:
 
 
 def count_tests(sweep: Sweep, groups: Sequence[Group]) -> tuple[int, int] | None:
-    """Return the pairs of seeds of the largest family of tests, and its size; None without any."""
-    families = []
+    """Return the most pairs of seeds of a test, and the tests of a family; None without a test."""
+    num_rows = len(sweep.table.rows)
+    columns = _choose_tested(sweep, list_columns(sweep, groups))
+    num_pairs = []
     for members in list_row_blocks(sweep, groups).values():
-        for column in _choose_tested(sweep, list_columns(sweep, groups)):
-            comparisons = compare_groups(members, column)
-            if comparisons:
-                pairs = max(comparison.num_pairs for comparison in comparisons)
-                families.append((pairs, comparisons[0].family))
-    return max(families, default=None)
+        for column in columns:
+            num_pairs += [test.num_pairs for test in compare_groups(members, column, num_rows)]
+    return (max(num_pairs), math.comb(num_rows, 2)) if num_pairs else None
 
 
 def _build_row(

@@ -284,7 +284,7 @@ def render_tests_csv(sweep: Sweep, groups: Sequence[Group]) -> str:
     columns = [column for column in list_columns(sweep, groups) if column.better is not None]
     for heading, members in list_row_blocks(sweep, groups).items():
         for column in columns:
-            for comparison in compare_groups(members, column):
+            for comparison in compare_groups(members, column, len(sweep.table.rows)):
                 labels = [members[i].label for i in (comparison.first, comparison.second)]
                 numbers = [*comparison.difference, comparison.num_pairs]
                 lines.append(

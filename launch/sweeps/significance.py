@@ -4,8 +4,8 @@ Runs of one seed share the order of the training data, so rows are compared seed
 paired t-test over the seeds that both have. The tests of one column, of every pair of rows in a
 block, are a family. S. Holm's procedure (Scandinavian Journal of Statistics 6, 1979) keeps the
 chance of any false difference in it below 5 %. One seed decides nothing. Neither do differences
-without spread, since few seeds with coarse scores give equal ones by chance: such a pair has no test,
-but remains in the family.
+without spread, since few seeds with coarse scores give equal ones by chance. A pair that cannot be
+tested, or not yet, remains in the family.
 """
 
 import itertools
@@ -30,7 +30,6 @@ class Comparison(NamedTuple):
     num_pairs: int
     p: float  # of this test alone
     adjusted: float  # by Holm's correction
-    family: int  # pairs that the correction counts
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
@@ -42,22 +41,6 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, (len(p_values) - rank) * p_values[index])
         adjusted[index] = min(1.0, largest)
     return adjusted
-
-
-def compare_pairs(first: dict[int, float], second: dict[int, float]) -> float | None:
-    """Return the p value of the paired t-test of two rows (seed -> number).
-
-    Returns:
-        None where there is no test: no values to pair, or differences without spread.
-    """
-    values = pair_values(first, second)
-    if values is None:
-        return None
-    differences = [a - b for a, b in zip(*values, strict=True)]
-    size = max(map(abs, values[0] + values[1]))
-    if max(differences) - min(differences) <= ROUNDING * size:
-        return None
-    return float(stats.ttest_rel(*values).pvalue)
 
 
 def pair_values(
@@ -74,25 +57,44 @@ def pair_values(
     return values if len(seeds) > 1 and is_finite else None
 
 
-def compare_groups(groups: Sequence[Group], column: Column) -> list[Comparison]:
-    """Test every pair of groups in a column, and correct for the number of pairs.
+def compare_pairs(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the p value of the paired t-test of two rows' numbers, seed by seed.
 
-    Pairs without spread have no test, but count in the correction: whether a pair is in the family
-    must not depend on its numbers.
+    Returns:
+        None where there is no test: differences without spread.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    size = max(map(abs, [*first, *second]))
+    if max(differences) - min(differences) <= ROUNDING * size:
+        return None
+    return float(stats.ttest_rel(first, second).pvalue)
+
+
+def compare_groups(groups: Sequence[Group], column: Column, num_rows: int) -> list[Comparison]:
+    """Test every pair of groups in a column, and correct for all pairs of rows of their block.
+
+    A pair without a test counts with p = 1: whether a pair is in the family must not depend on its
+    numbers, nor on which runs have finished.
+
+    Args:
+        num_rows: of the block, those that have no group yet among them.
+
+    Returns:
+        The comparisons of the pairs that have a test.
     """
     values = [group.get_values(column) for group in groups]
-    family = []
+    tested = []
     for i, j in itertools.combinations(range(len(groups)), 2):
-        if pair_values(values[i], values[j]) is not None:
-            family.append((i, j, compare_pairs(values[i], values[j])))
-    adjusted = adjust_holm([1.0 if p is None else p for _, _, p in family])
+        paired = pair_values(values[i], values[j])
+        p = None if paired is None else compare_pairs(*paired)
+        if p is not None:
+            tested.append((i, j, paired, p))
+    num_untested = math.comb(num_rows, 2) - len(tested)
+    adjusted = adjust_holm([p for *_, p in tested] + [1.0] * num_untested)
     comparisons = []
-    for (i, j, p), corrected in zip(family, adjusted, strict=True):
-        if p is None:
-            continue
-        first, second = pair_values(values[i], values[j])
+    for (i, j, (first, second), p), corrected in zip(tested, adjusted, strict=False):
         difference = estimate_mean([a - b for a, b in zip(first, second, strict=True)])
-        comparisons.append(Comparison(i, j, difference, len(first), p, corrected, len(family)))
+        comparisons.append(Comparison(i, j, difference, len(first), p, corrected))
     return comparisons
 
 
@@ -106,17 +108,20 @@ def order_groups(groups: Sequence[Group], column: Column) -> list[int]:
     return sorted(means, key=means.get, reverse=column.better == "high")
 
 
-def find_best(groups: Sequence[Group], column: Column) -> int | None:
+def find_best(groups: Sequence[Group], column: Column, num_rows: int) -> int | None:
     """Return the index of the group whose mean is best and differs from the next best, if any.
 
     Rows may lack different seeds, so a row that leads by its mean may be behind on the seeds that
     both have. Then none is best. Nor is one where the leader has a diverged seed: its mean leaves
     out its worst result.
+
+    Args:
+        num_rows: see `compare_groups`.
     """
     order = order_groups(groups, column)
     if column.better is None or len(order) < 2 or groups[order[0]].num_diverged:
         return None
-    for comparison in compare_groups(groups, column):
+    for comparison in compare_groups(groups, column, num_rows):
         is_of_these = {comparison.first, comparison.second} == set(order[:2])
         if is_of_these and comparison.adjusted < SIGNIFICANCE_LEVEL:
             first_leads = (comparison.difference.mean > 0) == (column.better == "high")
