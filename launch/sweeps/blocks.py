@@ -7,10 +7,10 @@ from typing import NamedTuple
 from launch.sweeps.curves import RateCurve, collect_rate_curves, format_loss
 from launch.sweeps.published import Published, find_published, list_shown
 from launch.sweeps.significance import (
-    SIGNIFICANCE_LEVEL,
     Comparison,
     compare_groups,
     find_best,
+    find_winner,
     order_groups,
 )
 from launch.sweeps.summary import Column, Group, Point, describe_seeds, list_columns
@@ -98,14 +98,14 @@ def _build_test(groups: Sequence[Group], column: Column, comparison: Comparison)
     """Return the row of one test."""
     names = " - ".join(groups[i].label for i in (comparison.first, comparison.second))
     mean, half = comparison.difference
-    is_significant = comparison.adjusted < SIGNIFICANCE_LEVEL
+    has_winner = find_winner(groups, column, comparison) is not None
     return [
         Entry(column.title),
         Entry(names),
-        Entry(f"{mean:+{column.form}} ± {half:{column.form}}", is_significant, mean),
+        Entry(f"{mean:+{column.form}} ± {half:{column.form}}", has_winner, mean),
         Entry(str(comparison.num_pairs), value=comparison.num_pairs),
         Entry(f"{comparison.p:.3g}", value=comparison.p),
-        Entry(f"{comparison.adjusted:.3g}", is_significant, comparison.adjusted),
+        Entry(f"{comparison.adjusted:.3g}", has_winner, comparison.adjusted),
     ]
 
 

@@ -81,7 +81,10 @@ def list_notes(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
         names = ", ".join(cell.name for cell in exhausted)
         notes.append(f"Every learning rate diverged: {names}.")
     if any(group.num_diverged for group in groups):
-        notes.append("A diverged seed is in no mean, and a row with one is never bold.")
+        notes.append(
+            "A diverged seed is in no mean, so a row with one is never bold, nor is its lead over "
+            "another."
+        )
     constant = [line for group in groups if (line := describe_constant(group))]
     if constant:
         notes.append(f"All predictions of the last epoch are the same: {'; '.join(constant)}.")

@@ -108,25 +108,34 @@ def order_groups(groups: Sequence[Group], column: Column) -> list[int]:
     return sorted(means, key=means.get, reverse=column.better == "high")
 
 
+def find_winner(groups: Sequence[Group], column: Column, comparison: Comparison) -> int | None:
+    """Return the index of the better one of two groups that differ, if any.
+
+    A group with a diverged seed never is: its mean leaves out its worst result.
+    """
+    if comparison.adjusted >= SIGNIFICANCE_LEVEL:
+        return None
+    first_leads = (comparison.difference.mean > 0) == (column.better == "high")
+    leader = comparison.first if first_leads else comparison.second
+    return None if groups[leader].num_diverged else leader
+
+
 def find_best(groups: Sequence[Group], column: Column, num_rows: int) -> int | None:
     """Return the index of the group whose mean is best and differs from the next best, if any.
 
     Rows may lack different seeds, so a row that leads by its mean may be behind on the seeds that
-    both have. Then none is best. Nor is one where the leader has a diverged seed: its mean leaves
-    out its worst result.
+    both have. Then none is best.
 
     Args:
         num_rows: see `compare_groups`.
     """
     order = order_groups(groups, column)
-    if column.better is None or len(order) < 2 or groups[order[0]].num_diverged:
+    if column.better is None or len(order) < 2:
         return None
     for comparison in compare_groups(groups, column, num_rows):
-        is_of_these = {comparison.first, comparison.second} == set(order[:2])
-        if is_of_these and comparison.adjusted < SIGNIFICANCE_LEVEL:
-            first_leads = (comparison.difference.mean > 0) == (column.better == "high")
-            leader = comparison.first if first_leads else comparison.second
-            return leader if leader == order[0] else None
+        if {comparison.first, comparison.second} == set(order[:2]):
+            winner = find_winner(groups, column, comparison)
+            return winner if winner == order[0] else None
     return None
 
 

@@ -124,7 +124,7 @@ def test_a_row_that_leads_only_by_other_seeds_is_not_best(tmp_path: Path) -> Non
     assert find_best(groups, column, 3) is None
 
 
-def test_a_row_with_a_diverged_seed_is_not_best(tmp_path: Path) -> None:
+def test_a_row_with_a_diverged_seed_is_neither_best_nor_ahead(tmp_path: Path) -> None:
     scores = {"a_1": [0.2, 0.21, 0.2], "b": [0.8, 0.8105, 0.83], "c": [None] * 3}
     sweep = make_sweep(tmp_path, scores)
     column = list_columns(sweep, collect_groups(sweep))[0]
@@ -138,7 +138,15 @@ def test_a_row_with_a_diverged_seed_is_not_best(tmp_path: Path) -> None:
     (comparison,) = compare_groups(groups, column, 3)
     assert comparison.adjusted < 0.05
     assert find_best(groups, column, 3) is None
+    assert "**" not in render_markdown(sweep, groups)
     assert "A diverged seed is in no mean" in "\n".join(list_notes(sweep, groups))
+
+    (folders[1] / "state.json").unlink()  # a diverged seed of the row that is behind hides nothing
+    (folders[0] / "results.json").unlink()
+    write_json(folders[0] / "state.json", {"state": "diverged"})
+    groups = collect_groups(sweep)
+    assert find_best(groups, column, 3) == 1
+    assert "| held-out loss | a_1 - b | **" in render_markdown(sweep, groups)
 
 
 def test_a_mean_that_is_not_finite_is_neither_best_nor_in_the_way(tmp_path: Path) -> None:
