@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from launch.run.results import find_run_results
-from launch.sweeps.rates import find_neighbours, have_all_diverged
+from launch.sweeps.rates import find_best_rate, find_neighbours, have_all_diverged
 from launch.sweeps.summary import Point, describe_seeds, estimate_mean, get_held_out_loss
 from launch.sweeps.table import Cell, Rate, Sweep, has_diverged, has_ended
 
@@ -77,7 +77,7 @@ def collect_rate_curves(sweep: Sweep) -> list[RateCurve]:
     for cell in sweep.list_cells() if sweep.table.learning_rates else []:
         losses = sweep.read_tuning_losses(cell)
         if any(loss is not None for loss in losses.values()):
-            own = sweep.choose_rate(cell)
+            own = find_best_rate(losses)
             curves.append(RateCurve(cell, losses, own, _collect_fresh(sweep, cell)))
     return curves
 

@@ -83,8 +83,14 @@ def choose_next_rate(losses: Mapping[float, float]) -> float | None:
     return None
 
 
-def find_best_rate(losses: Mapping[float, float]) -> float | None:
-    """Return the rate of the least loss, the lowest of equal ones; None if none is finite."""
+def find_best_rate(losses: Mapping[float, float | None]) -> float | None:
+    """Return the rate of the least loss, the lowest of equal ones.
+
+    Returns:
+        None if a loss is None, that is not known yet, or none is finite.
+    """
+    if None in losses.values():
+        return None
     finite = {rate: losses[rate] for rate in sorted(losses) if math.isfinite(losses[rate])}
     return min(finite, key=finite.get, default=None)
 

@@ -336,8 +336,7 @@ class Sweep:
         Returns:
             None until all tuning runs have ended, or if all of them have diverged.
         """
-        losses = self.read_tuning_losses(cell)
-        return None if None in losses.values() else find_best_rate(losses)
+        return find_best_rate(self.read_tuning_losses(cell))
 
     def list_eval_runs(self, cell: Cell) -> dict[Rate, list[Run]]:
         """Return the runs that fill the cell, one per seed, keyed by `Rate`.
@@ -349,11 +348,12 @@ class Sweep:
         if settings is None:
             rates["recipe"] = None
         else:
-            own = self.choose_rate(cell)
+            losses = self.read_tuning_losses(cell)
+            own = find_best_rate(losses)
             if own is not None:
                 rates["own"] = own
                 if settings.neighbours:
-                    below, above = find_neighbours(list(self.read_tuning_losses(cell)), own)
+                    below, above = find_neighbours(list(losses), own)
                     rates |= {"below": below, "above": above}
             rates["common"] = settings.common
             rates = {rate: lr for rate, lr in rates.items() if lr is not None}
