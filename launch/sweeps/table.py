@@ -124,15 +124,17 @@ class Table(Section):
     def _check_learning_rates(self) -> "Table":
         rates = self.learning_rates
         if rates is None:
+            for label, row in self.rows.items():
+                if row.rate_factor != 1:
+                    raise ValueError(
+                        f"rows.{label}.rate_factor: {row.rate_factor:g} is for the grid of "
+                        "learning_rates, which is not set; leave it out, and set the row's train.lr"
+                    )
             return self
         if rates.seed in self.seeds:
             raise ValueError(
                 f"learning_rates.seed: {rates.seed} is one of `seeds` too, and the run that chose "
                 "a rate cannot judge it; take another"
-            )
-        if self.vary and "train.lr" in self.vary.fields:
-            raise ValueError(
-                "vary.fields: train.lr is chosen by learning_rates; leave one of them out"
             )
         if len(set(rates.grid)) < len(rates.grid):
             raise ValueError("learning_rates.grid: the same value twice")
@@ -142,6 +144,18 @@ class Table(Section):
                     make_grid(rates.grid, row.rate_factor)
                 except ValueError as error:
                     raise ValueError(f"learning_rates.grid: {error} (row {label})") from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_settings_are_used(self) -> "Table":
+        decided = self.list_decided()
+        for source, name, value in self._list_settings():
+            for changed in _list_fields(name, value):
+                if changed in decided:
+                    raise ValueError(
+                        f"{source}: {changed} follows from `{decided[changed]}` of the table; leave "
+                        "it out"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -158,6 +172,24 @@ class Table(Section):
                         f"{source}: {changed} overrules {setting}; leave one of them out"
                     )
         return self
+
+    def list_decided(self) -> dict[str, str]:
+        """Return the fields of a recipe that the table sets for every run -> its own field for that."""
+        rates = {"train.lr": "learning_rates"} if self.learning_rates else {}
+        return {"eval.suites": "suites"} | rates
+
+    def _list_settings(self) -> list[tuple[str, str, Any]]:
+        """List every setting of the table: where it stands, the field or section, the value."""
+        settings = {"set": self.set}
+        settings |= {f"rows.{label}.set": row.set for label, row in self.rows.items()}
+        if self.learning_rates:
+            settings["learning_rates.set"] = self.learning_rates.set
+        found = []
+        for source, values in settings.items():
+            found += [(source, name, value) for name, value in values.items()]
+        for name in self.vary.fields if self.vary else []:
+            found += [("vary", name, value) for value in self.vary.values]
+        return found
 
     def find_row_setting(self, changed: str) -> str | None:
         """Return the first setting of a row that a new value of the field `changed` would overrule.
@@ -231,7 +263,7 @@ class Sweep:
         """Resolve the recipe of a run and name its folder.
 
         Of two settings of a field the later one wins: seed, table, row, command line, varied value,
-        learning rate, benchmarks, `settings`.
+        `settings`, learning rate, benchmarks.
 
         Args:
             lr: None for the recipe's or the row's.
@@ -239,7 +271,7 @@ class Sweep:
             settings: overrides of this run, field: value.
 
         Raises:
-            UserError: what `read_recipe` finds wrong in the recipe, or it has another seed or rate.
+            UserError: what `read_recipe` finds wrong in the recipe, or it has another seed.
         """
         # Resolving a recipe takes milliseconds, and a sweep asks for all runs whenever one ends.
         key = json.dumps([cell, lr, seed, list(benchmarks), settings or {}])
@@ -255,20 +287,18 @@ class Sweep:
         benchmarks: Sequence[str],
         settings: Mapping[str, Any],
     ) -> Run:
-        """Do what `make_run` says."""
+        """Resolve one run, without the cache of `make_run`."""
         row, vary = self.table.rows[cell.label], self.table.vary
         first = {"train.seed": seed, "calibration.seed": seed} | self.table.set | row.set
         last = dict.fromkeys(vary.fields, cell.value) if vary else {}
+        last |= settings
         if lr is not None:
             last["train.lr"] = lr
         last["eval.suites"] = list(benchmarks)
-        last |= settings
         overrides = [*_to_overrides(first), *self.overrides, *_to_overrides(last)]
         source = row.recipe or self.table.recipe
         recipe = read_recipe(source, overrides)
         _check_seeds(recipe, seed, overrides)
-        if lr is not None and recipe.train.lr != lr:
-            raise UserError("train.lr: is one of learning_rates; take it out of learning_rates.set")
 
         words = [cell.label] if cell.value is None else [cell.label, str(cell.value)]
         words += [f"lr{recipe.train.lr:g}", f"seed{seed}"]
@@ -431,10 +461,8 @@ def read_table(
 
 
 def _check_overrides(table: Table, overrides: Sequence[str]) -> None:
-    """Raise UserError if the table decides what an override sets, or an override what its rows differ in."""
-    decided = {"eval.suites": "suites"}
-    if table.learning_rates:
-        decided["train.lr"] = "learning_rates"
+    """Raise UserError for an override of what the table sets itself, or of what tells a row from the others."""
+    decided = table.list_decided()
     if table.vary:
         decided |= dict.fromkeys(table.vary.fields, "vary")
     overridden = [name for text in overrides for name in _list_fields(*parse_override(text))]
@@ -515,8 +543,7 @@ def _resolve_runs(sweep: Sweep, cell: Cell) -> list[Run]:
                 f"train.keep_best: {best} would choose the step of a run that chooses a learning rate; "
                 "set task.dev, train.keep_best and train.patience to null in learning_rates.set"
             )
-    # None checks the row's own train.lr too, although the rates of the table replace it.
-    lrs = [None]
+    lrs = [None]  # with learning_rates, in the place of the row's own, which is not known yet
     if table.learning_rates and table.learning_rates.common is not None:
         lrs.append(table.learning_rates.common)
     for lr in lrs:

@@ -247,7 +247,27 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         ),
         (
             {"learning_rates": {"grid": [1e-3], "seed": 0, "set": {"train.lr": 1}}},
-            "train.lr: is one of learning_rates",
+            "learning_rates.set: train.lr follows from `learning_rates` of the table; leave it out",
+        ),
+        (
+            {"set": {"data.held_out": 20, "train.lr": 1e-3}},
+            "set: train.lr follows from `learning_rates` of the table; leave it out",
+        ),
+        (
+            {"rows": {"a": {}, "b": {"set": {"train": {"lr": 1e-3, "seed": 1}}}}},
+            "rows.b.set: train.lr follows from `learning_rates` of the table; leave it out",
+        ),
+        (
+            {"learning_rates": None, "rows": {"a": {"set": {"eval.suites": ["math"]}}}},
+            "rows.a.set: eval.suites follows from `suites` of the table; leave it out",
+        ),
+        (
+            {"set": {"data.held_out": 20, "eval": {"limit": 5, "suites": []}}},
+            "set: eval.suites follows from `suites` of the table; leave it out",
+        ),
+        (
+            {"learning_rates": None, "rows": {"a": {"rate_factor": 0.1}}},
+            "rows.a.rate_factor: 0.1 is for the grid of learning_rates, which is not set",
         ),
         (
             {"learning_rates": {"grid": [1e-3], "seed": 0, "set": {"train.seed": 1}}},
@@ -255,7 +275,11 @@ def test_every_row_takes_each_varied_value(tmp_path: Path) -> None:
         ),
         (
             {"vary": {"fields": ["train.lr"], "values": [1e-3, 1e-2]}},
-            "vary.fields: train.lr is chosen by learning_rates",
+            "vary: train.lr follows from `learning_rates` of the table; leave it out",
+        ),
+        (
+            {"vary": {"fields": ["train"], "values": [{"seed": 1}, {"lr": 1e-3}]}},
+            "vary: train.lr follows from `learning_rates` of the table; leave it out",
         ),
         (
             {"vary": {"fields": ["adapter"], "values": [{"rank": 2}, {"rank": 4}]}},
@@ -293,6 +317,13 @@ def test_the_runs_that_choose_a_rate_have_settings_of_their_own(tmp_path: Path) 
     assert {run.recipe.data.limit for run in common} == {90}
     # the same rate and seed with other settings is another run
     assert len({run.name for run in sweep.list_runs(LORA)}) == 4
+
+
+def test_a_section_of_the_runs_that_choose_leaves_them_their_rate(tmp_path: Path) -> None:
+    rates = {"grid": [1e-3, 1e-2], "seed": 0, "set": {"train": {"max_steps": 3, "seed": 0}}}
+    runs = read_small_table(tmp_path, learning_rates=rates).list_tuning_runs(LORA)
+    assert [run.recipe.train.lr for run in runs.values()] == [1e-3, 1e-2]
+    assert {run.recipe.train.max_steps for run in runs.values()} == {3}
 
 
 def test_development_rows_do_not_choose_the_step_of_a_run_that_chooses_a_rate(
