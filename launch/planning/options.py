@@ -38,7 +38,7 @@ class PlanOptions:
     """The machine that a run is planned for, and its rows."""
 
     machine: Machine
-    num_rows: int | None = None  # training rows, where the recipe does not limit them
+    num_rows: int | None = None  # rows of the data, held-out ones too; of a mix those of an epoch
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     for name, (_, text) in COUNTS.items():
         options.add_argument(f"--{name}", type=int, metavar="N", help=text)
     options.add_argument(
-        "--rows", type=int, metavar="N", help="training rows, where the recipe has no data.limit"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="rows of the data, held-out ones too, where the recipe has no smaller data.limit; of a "
+        "mix the rows of an epoch",
     )
 
 

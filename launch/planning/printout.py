@@ -118,18 +118,30 @@ def _load_config(recipe: Recipe) -> PretrainedConfig:
 
 
 def count_planned_steps(recipe: Recipe, options: PlanOptions) -> int:
-    """Count the optimiser steps. Raises UserError if the number of training rows is unknown."""
-    settings = recipe.train
-    num_rows = options.num_rows or recipe.data.num_rows
-    if num_rows is None and recipe.data.path == quickstart.NAME:
-        num_rows = NUM_TRAIN_PROBLEMS
-    if num_rows is None:
+    """Count the optimiser steps.
+
+    Raises:
+        UserError: the number of rows is unknown, or all of them are held out.
+    """
+    data, settings = recipe.data, recipe.train
+    counts = [options.num_rows, data.num_rows]
+    if data.path == quickstart.NAME:
+        counts.append(NUM_TRAIN_PROBLEMS)
+    known = [count for count in counts if count is not None]
+    if not known:
         if settings.max_steps is None:
             raise UserError(
-                "--rows: how many training rows there are; the recipe sets neither data.limit, the "
-                "counts of data.sources nor max_steps"
+                "--rows: how many rows there are; the recipe sets neither data.limit, the counts of "
+                "data.sources nor max_steps"
             )
         return settings.max_steps
+    num_rows = min(known)
+    if not data.sources:  # a mix holds out rows beside those that it trains on
+        if data.held_out >= num_rows:
+            raise UserError(
+                f"data.held_out: {data.held_out} of {num_rows} rows leave none to train on; lower it"
+            )
+        num_rows -= data.held_out
     return count_steps(num_rows, settings.global_batch, settings.epochs, settings.max_steps)
 
 

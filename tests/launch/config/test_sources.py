@@ -123,6 +123,7 @@ def test_the_rows_of_counts_are_planned_and_those_of_weights_are_asked_for(mix: 
 
     counted = read_recipe(mix, [*COUNTS, "train.global_batch=10"])
     assert count(counted) == 12
+    assert count(read_recipe(mix, [*COUNTS, "train.global_batch=10", "data.held_out=9"])) == 12
     weighted = read_recipe(mix, ["train.global_batch=10"])
     assert count(weighted, 100) == 10
     with pytest.raises(UserError, match=r"^--rows: .* counts of data.sources"):

@@ -26,7 +26,7 @@ from launch.config.schema import Recipe
 from launch.planning.estimate import Estimate, estimate_run
 from launch.planning.machine import make_machine
 from launch.planning.options import PlanOptions
-from launch.planning.printout import print_plan
+from launch.planning.printout import count_planned_steps, print_plan
 from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
 from launch.training.loss import AnswerLoss
@@ -272,6 +272,34 @@ def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
     assert twice.hidden_states == 0
 
 
+@pytest.mark.parametrize(
+    ("data", "num_rows", "num_trained"),
+    [
+        ({"limit": 100}, None, 100),
+        ({"limit": 100, "held_out": 20}, None, 80),
+        ({"limit": 100, "held_out": 20}, 60, 40),
+        ({"limit": 100, "held_out": 20}, 600, 80),
+        ({"held_out": 20}, 60, 40),
+        ({"path": "quickstart"}, None, 3600),
+        ({"path": "quickstart", "held_out": 200}, None, 3400),
+        ({"path": "quickstart", "limit": 5000}, 4000, 3600),
+    ],
+    ids=str,
+)
+def test_held_out_rows_and_those_beyond_a_limit_are_not_trained_on(
+    data: dict, num_rows: int | None, num_trained: int
+) -> None:
+    recipe = make_recipe(data=data, train={"global_batch": 1, "micro_batch": 1, "epochs": 1})
+    assert count_planned_steps(recipe, PlanOptions(make_machine(None, 1), num_rows)) == num_trained
+
+
+def test_a_plan_without_a_row_to_train_on_is_refused() -> None:
+    options = PlanOptions(make_machine(None, 1), num_rows=20)
+    message = "^data.held_out: 20 of 20 rows leave none to train on; lower it"
+    with pytest.raises(UserError, match=message):
+        count_planned_steps(make_recipe(data={"held_out": 20}), options)
+
+
 def run_script(script: str, *arguments: object, code: int = 0) -> str:
     """Run a command, check its exit code, and return everything that it printed."""
     command = [sys.executable, ROOT / "launch" / script, *map(str, arguments)]
@@ -321,7 +349,7 @@ def test_the_command_needs_no_weights_and_says_whether_it_fits(tmp_path: Path) -
     [
         (["--gpus", "0"], "--gpus: 0 is not a number above 0"),
         (["--set", "model.name=/nowhere"], "model.name: no folder /nowhere"),
-        (["--set", "data.limit=null"], "--rows: how many training rows there are"),
+        (["--set", "data.limit=null"], "--rows: how many rows there are"),
     ],
     ids=str,
 )
