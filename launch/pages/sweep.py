@@ -64,8 +64,9 @@ def make_sweep_page(sweep: Sweep, path: Path) -> Page:
     shown = _choose_shown_runs(sweep, groups)
     responses, spectra = {}, {}
     for name, record in shown:
-        spectra[name] = read_spectra(record.folder)
-        responses |= read_responses(record.folder, name)
+        folder = sweep.folder / record.folder.name  # --keep copies neither of the two
+        spectra[name] = read_spectra(folder)
+        responses |= read_responses(folder, name)
     num_done = sum(record.results is not None for record in runs)
     notes = [*list_recipe_notes(sweep), *list_notes(sweep, groups)]
     notes.append("Spectra, responses and conditions are those of the first run of each row.")

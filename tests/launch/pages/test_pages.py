@@ -5,6 +5,7 @@ Pages are made of run folders in the fixtures and of made sweeps; test_browser.p
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from launch.pages.runs import write_runs_page
 from launch.pages.sweep import write_sweep_page
 from launch.run.metrics import read_metrics
 from launch.runtime.errors import UserError
+from launch.sweeps.kept import keep_runs
 from launch.sweeps.summary import collect_groups, list_columns
 from launch.sweeps.table import read_table
 from tests.support.html_pages import HtmlPage, read_page
@@ -333,6 +335,22 @@ def test_a_table_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     assert len(every) == 9
     assert sum(row["state"][0] == "finished" for row in every.values()) == 5
     assert "launch/sweep.py --table" in page.text
+
+
+def test_a_kept_run_has_the_responses_and_spectra_of_its_folder(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, {"a_1": [0.2] * 3, "b": [None] * 3, "c": [None] * 3})
+    sweep = replace(sweep, kept=tmp_path / "kept")
+    first, *_ = sweep.list_eval_runs(sweep.list_cells()[0])["recipe"]
+    made = make_run(tmp_path / "made")
+    for name in ("generations.jsonl", "calibration"):
+        (made / name).rename(sweep.folder / first.name / name)
+    keep_runs(sweep, sweep.list_cells())
+    assert sweep.find_folder(first) == sweep.kept / first.name
+    write_sweep_page(sweep, tmp_path / "page.html")
+    page = read_page(tmp_path / "page.html")
+    assert page.get_data("generations-data")["sources"] == ["a_1"]
+    assert list(get_chart(page, "effective-rank")["figures"]) == ["a_1"]
+    assert page.read_table(1)[first.name]["state"][0] == "finished"
 
 
 def test_the_chart_of_rates_shows_what_chose_them(tmp_path: Path) -> None:
