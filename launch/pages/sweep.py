@@ -31,9 +31,11 @@ from launch.sweeps.figures import (
     collect_curves,
     collect_lines,
     collect_points,
+    draws_by_value,
+    get_axis_limits,
     joins_tasks,
+    order_values,
     smooth_runs,
-    varies_task,
 )
 from launch.sweeps.render import list_notes, list_recipe_notes
 from launch.sweeps.summary import Column, Group, collect_groups, list_columns
@@ -166,7 +168,7 @@ def _draw_rates(curves: Sequence[RateCurve]) -> Figure:
 def _chart_scores(sweep: Sweep, groups: Sequence[Group]) -> Chart | None:
     """Chart each column that is compared, with its intervals: by row, or by what varies."""
     figures = {}
-    draw = _draw_by_value if sweep.table.vary and not varies_task(sweep) else _draw_by_row
+    draw = _draw_by_value if draws_by_value(sweep) else _draw_by_row
     for column in list_columns(sweep, groups):
         if column.better is None or joins_tasks(sweep, column):
             continue
@@ -182,8 +184,9 @@ def _draw_by_row(sweep: Sweep, groups: Sequence[Group], column: Column) -> Figur
     """Draw a row of points for each row of the table, a line for each kind of learning rate."""
     rows = collect_points(groups, column)
     figure = make_rows_figure(column.title, len(rows))
-    if column.title.endswith("(%)"):  # the interval of few seeds may reach further
-        figure.layout["xaxis"] |= {"minallowed": -2, "maxallowed": 102}
+    if column.limits is not None:
+        least, greatest = get_axis_limits(column)
+        figure.layout["xaxis"] |= {"minallowed": least, "maxallowed": greatest}
     for kind in dict.fromkeys(kind for points in rows.values() for kind in points):
         intervals = {}
         for label, points in rows.items():
@@ -199,17 +202,17 @@ def _draw_by_row(sweep: Sweep, groups: Sequence[Group], column: Column) -> Figur
 def _draw_by_value(sweep: Sweep, groups: Sequence[Group], column: Column) -> Figure:
     """Draw a line for each row of the table, by the value that varies."""
     lines = collect_lines([group for group in groups if group.rate == groups[0].rate], column)
-    values = list(dict.fromkeys(value for points in lines.values() for value in points))
-    is_numeric = all(isinstance(value, int | float) and value > 0 for value in values)
-    figure = make_figure(sweep.table.vary.fields[0], column.title, log_x=is_numeric)
-    if is_numeric:
+    values, is_log = order_values(lines)
+    figure = make_figure(sweep.table.vary.fields[0], column.title, log_x=is_log)
+    if is_log:
         set_ticks(figure, values)
     else:
         figure.layout["xaxis"]["type"] = "category"
     for label, points in lines.items():
-        x = [value if is_numeric else str(value) for value in points]
-        means = [point.mean for point in points.values()]
-        add_line(figure, label, x, means, half=[point.half for point in points.values()])
+        places = [value for value in values if value in points]
+        x = places if is_log else list(map(str, places))
+        means = [points[value].mean for value in places]
+        add_line(figure, label, x, means, half=[points[value].half for value in places])
     return figure
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WINDOW = 5  # steps of the moving average of noisy curves
 OFFSET = 0.28  # between the points of one row of scores
+MARGIN = 2  # of an axis beyond the limits of its column, for the markers there
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
 """Label of a line -> a value at every step, for each of the line's runs."""
@@ -58,12 +59,12 @@ def draw_figures(sweep: Sweep, groups: Sequence[Group], folder: Path) -> list[Pa
     first = [group for group in finished if group.rate == rates[0]]
     for column in _choose_drawn_columns(sweep, finished):
         path = _get_path(sweep, folder, re.sub(r"[^\w-]+", "_", column.title.removesuffix(" (%)")))
-        if sweep.table.vary and not varies_task(sweep):
+        if draws_by_value(sweep):
             lines = collect_lines(first, column)
             x_label = sweep.table.vary.fields[0]
-            paths.append(draw_scores_by_value(lines, x_label, column.title, path))
+            paths.append(draw_scores_by_value(lines, x_label, column, path))
         else:
-            paths.append(draw_scores(collect_points(finished, column), column.title, path))
+            paths.append(draw_scores(collect_points(finished, column), column, path))
 
     ranks = _collect_effective_ranks(first)
     if ranks:
@@ -75,6 +76,11 @@ def varies_task(sweep: Sweep) -> bool:
     """Return whether tasks vary: then a score is of one of them, and is not drawn against the tasks."""
     vary = sweep.table.vary
     return vary is not None and "task.name" in vary.fields
+
+
+def draws_by_value(sweep: Sweep) -> bool:
+    """Return whether scores are drawn against what varies, and not row by row."""
+    return sweep.table.vary is not None and not varies_task(sweep)
 
 
 def joins_tasks(sweep: Sweep, column: Column) -> bool:
@@ -147,6 +153,25 @@ def collect_lines(groups: Sequence[Group], column: Column) -> dict[str, dict[flo
             value = group.value if is_number else str(group.value)
             lines.setdefault(group.label, {})[value] = point
     return lines
+
+
+def order_values(
+    lines: Mapping[str, Mapping[float | str, Point]],
+) -> tuple[list[float | str], bool]:
+    """Return the values of all lines in the order of their axis, and whether that is logarithmic.
+
+    Positive numbers ascend and are spaced by their logarithm; anything else is in the table's order,
+    and evenly spaced.
+    """
+    values = list(dict.fromkeys(value for points in lines.values() for value in points))
+    is_log = all(isinstance(value, int | float) and value > 0 for value in values)
+    return sorted(values) if is_log else values, is_log
+
+
+def get_axis_limits(column: Column) -> tuple[float, float]:
+    """Return what an axis of the column shows at most: the interval of few seeds may reach further."""
+    low, high = column.limits or (-math.inf, math.inf)
+    return low - MARGIN, high + MARGIN
 
 
 def _collect_effective_ranks(groups: Sequence[Group]) -> dict[str, dict[str, RankChange]]:
@@ -249,12 +274,12 @@ def _format_minor_tick(value: float, _: int) -> str:
     return f"{value:g}" if first_digit in "25" else ""
 
 
-def draw_scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path) -> Path:
+def draw_scores(rows: Mapping[str, Mapping[str, Point]], column: Column, path: Path) -> Path:
     """Draw a row for each label, with a point and its interval for each kind; return `path`.
 
     Args:
         rows: label -> kind, such as the learning rate it was trained at -> mean.
-        label: of the x axis.
+        column: whose means these are, for the x axis.
     """
     figure, axes = plots.make_figure(1, 1, 6.5, 1.2 + 0.36 * len(rows))
     (axis,) = axes.flat
@@ -276,28 +301,26 @@ def draw_scores(rows: Mapping[str, Mapping[str, Point]], label: str, path: Path)
         )
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
-    axis.set_xlim(_clip_percent(axis.get_xlim(), label))
-    axis.set_xlabel(label)
+    axis.set_xlim(_clip_limits(axis.get_xlim(), column))
+    axis.set_xlabel(column.title)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncol=2, fontsize="small", frameon=False)
     return plots.save_figure(figure, path)
 
 
 def draw_scores_by_value(
-    lines: Mapping[str, Mapping[float | str, Point]], x_label: str, y_label: str, path: Path
+    lines: Mapping[str, Mapping[float | str, Point]], x_label: str, column: Column, path: Path
 ) -> Path:
     """Draw scores against what varies, with a line for each label, and return `path`.
 
-    Positive numbers are spaced by their logarithm, anything else evenly.
-
     Args:
         lines: label -> value -> mean.
+        column: whose means these are, for the y axis.
     """
     parts = plots.split_labels(list(lines))
     figure, axes = plots.make_figure(len(parts), 1, 5.2, 4.4)
-    values = list(dict.fromkeys(value for points in lines.values() for value in points))
-    is_numeric = all(isinstance(value, int | float) and value > 0 for value in values)
-    x = {value: value if is_numeric else i for i, value in enumerate(values)}
+    values, is_log = order_values(lines)
+    x = {value: value if is_log else i for i, value in enumerate(values)}
     for axis, part in zip(axes.flat, parts, strict=True):
         for name, points in lines.items():
             if name not in part:
@@ -315,12 +338,13 @@ def draw_scores_by_value(
                 linewidth=1.3,
                 label=name,
             )
-        if is_numeric:
+        if is_log:
             axis.set_xscale("log", base=2)
         # Ticks at the values that were run, not at matplotlib's powers of two.
         axis.set_xticks(list(x.values()), [str(value) for value in values])
         axis.minorticks_off()
-        axis.set(xlabel=x_label, ylabel=y_label, ylim=_clip_percent(axis.get_ylim(), y_label))
+        axis.set(xlabel=x_label, ylabel=column.title)
+        axis.set_ylim(_clip_limits(axis.get_ylim(), column))
         _add_legend(axis)
     _share_limits(list(axes.flat))
     return plots.save_figure(figure, path)
@@ -331,13 +355,10 @@ def _draw_half(half: float | None) -> float:
     return math.nan if half is None else half
 
 
-def _clip_percent(limits: tuple[float, float], label: str) -> tuple[float, float]:
-    """Return the limits of an axis: of percentages, none outside of 0 to 100.
-
-    The interval of few seeds may reach further.
-    """
-    low, high = limits
-    return (max(low, -2), min(high, 102)) if label.endswith("(%)") else limits
+def _clip_limits(limits: tuple[float, float], column: Column) -> tuple[float, float]:
+    """Return the limits of an axis, cut to those of its column."""
+    least, greatest = get_axis_limits(column)
+    return max(limits[0], least), min(limits[1], greatest)
 
 
 def _add_legend(axis: "Axes") -> None:

@@ -15,6 +15,9 @@ from launch.run.results import Prediction, RunResults, TaskScore, find_run_resul
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.table import Cell, Rate, Run, Sweep, has_diverged, list_benchmarks
 
+PERCENT, CORRELATION = (0.0, 100.0), (-100.0, 100.0)
+CORRELATIONS = ("matthews", "pearson", "spearman")  # metrics of tasks that may be below 0
+
 
 class Point(NamedTuple):
     """A mean over seeds."""
@@ -31,6 +34,7 @@ class Column(NamedTuple):
     form: str  # format specification
     better: Literal["high", "low"] | None = None  # None: neither is better
     has_median: bool = False  # whether the median over seeds is shown too, as GLUE's tables have it
+    limits: tuple[float, float] | None = None  # the least and the greatest number there can be
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,13 @@ def _make_group(sweep: Sweep, cell: Cell, rate: Rate, runs: Sequence[Run]) -> Gr
 def list_columns(sweep: Sweep, groups: Sequence[Group]) -> list[Column]:
     """Return the table's columns: benchmarks, then what else at least one run has a number of."""
     benchmarks = list_benchmarks(sweep.table)
-    columns = [
-        Column(f"{name} (%)", lambda results, name=name: _get_score(results, name), ".1f", "high")
-        for name in benchmarks
-    ]
+    columns = []
+    for name in benchmarks:
+        value = partial(_get_score, benchmark=name)
+        columns.append(Column(f"{name} (%)", value, ".1f", "high", limits=PERCENT))
     if len(benchmarks) > 1:
-        columns.append(
-            Column("mean (%)", lambda results: _average_scores(results, benchmarks), ".1f", "high")
-        )
+        mean = partial(_average_scores, benchmarks=benchmarks)
+        columns.append(Column("mean (%)", mean, ".1f", "high", limits=PERCENT))
     for column in [*_list_development_columns(groups), *OTHER_COLUMNS]:
         if any(group.get_values(column) for group in groups):
             columns.append(column)
@@ -168,7 +171,8 @@ def _list_development_columns(groups: Sequence[Group]) -> list[Column]:
         for name, metric in found:
             value = partial(_get_development_score, name=name, epoch=epoch, metric=metric)
             title = f"{name} {metric}, {epoch} epoch (%)"
-            columns.append(Column(title, value, ".1f", "high", has_median=True))
+            limits = CORRELATION if metric in CORRELATIONS else PERCENT
+            columns.append(Column(title, value, ".1f", "high", has_median=True, limits=limits))
     return columns
 
 
@@ -231,13 +235,17 @@ OTHER_COLUMNS = [
     Column("other-text loss before", lambda r: _get_other_text_loss(r, "before"), ".3f"),
     Column("other-text loss after", lambda r: _get_other_text_loss(r, "after"), ".3f", "low"),
     Column(
-        "other-text accuracy before (%)", lambda r: _get_other_text_accuracy(r, "before"), ".1f"
+        "other-text accuracy before (%)",
+        lambda r: _get_other_text_accuracy(r, "before"),
+        ".1f",
+        limits=PERCENT,
     ),
     Column(
         "other-text accuracy after (%)",
         lambda r: _get_other_text_accuracy(r, "after"),
         ".1f",
         "high",
+        limits=PERCENT,
     ),
     Column("trained parameters (M)", _get_trained_millions, ".3f"),
     Column("calibration (s)", lambda r: r.seconds.calibration, ".1f"),

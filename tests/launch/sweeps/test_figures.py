@@ -25,9 +25,18 @@ from launch.sweeps.figures import draw_figures, smooth_runs
 from launch.sweeps.report import report_sweep
 from launch.sweeps.summary import collect_groups, estimate_mean
 from launch.sweeps.table import Cell
-from tests.support.sweeps import TABLE, make_sweep
+from tests.support.html_pages import read_page
+from tests.support.sweeps import (
+    TABLE,
+    make_results,
+    make_score,
+    make_sweep,
+    make_task_score,
+    write_results,
+)
 
 PNG = b"\x89PNG"
+MATTHEWS = "cola matthews, last epoch (%)"
 
 
 @pytest.fixture
@@ -53,6 +62,13 @@ def read_lines(axis: Axes) -> dict[str, list[float]]:
     }
 
 
+def read_scores(page: Path) -> dict[str, dict]:
+    """Return the figures of a page's scores, by column."""
+    charts = read_page(page).get_data("charts-data")
+    (figures,) = [chart["figures"] for chart in charts if chart["name"] == "scores"]
+    return figures
+
+
 def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, {"a_1": [0.2, 0.3, None], "b": [0.3, 0.3, 0.3], "c": [None] * 3})
     paths = draw_figures(sweep, collect_groups(sweep), tmp_path)
@@ -74,7 +90,7 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
         Cell("b", 2): [0.1, 0.1, 0.4],
         Cell("b", 8): [None] * 3,
     }
-    vary = {"fields": ["adapter.rank"], "values": [2, 8]}
+    vary = {"fields": ["adapter.rank"], "values": [8, 2]}  # the axis ascends
     rows = {label: TABLE["rows"][label] for label in ("a_1", "b")}
     sweep = make_sweep(tmp_path, scores, vary=vary, rows=rows)
     draw_figures(sweep, collect_groups(sweep), tmp_path)
@@ -101,6 +117,30 @@ def test_where_something_varies_scores_are_drawn_against_it_and_losses_by_it(
         "a_1": {"2": pytest.approx([2, 2.7]), "8": pytest.approx([2, 2.4])},
         "b": {"2": pytest.approx([2, 2.8])},
     }
+
+    write_sweep_page(sweep, tmp_path / "page.html")
+    trace, _ = read_scores(tmp_path / "page.html")["gsm8k (%)"]["traces"]
+    assert (trace["x"], trace["y"]) == ([2, 8], pytest.approx([30, 60]))
+    assert trace["error_y"]["array"][1] == pytest.approx((intervals[1][1] - intervals[1][0]) / 2)
+
+
+def test_a_negative_correlation_is_shown_and_no_percentage_below_0(
+    saved: dict[str, Figure], tmp_path: Path
+) -> None:
+    sweep = make_sweep(tmp_path, {"a_1": [0.0, 0.01, 0.1], "b": [None] * 3, "c": [None] * 3})
+    for number, run in enumerate(sweep.list_eval_runs(sweep.list_cells()[0])["recipe"]):
+        values = {"matthews": -0.3 - 0.1 * number}
+        scores = {"gsm8k": make_score(0.05 * number), "cola": make_task_score(values, values)}
+        write_results(sweep, run, make_results(0.0, scores=scores))
+    draw_figures(sweep, collect_groups(sweep), tmp_path)
+    write_sweep_page(sweep, tmp_path / "page.html")
+    figures = read_scores(tmp_path / "page.html")
+    shown = {}
+    for file, title in (("gsm8k", "gsm8k (%)"), ("cola_matthews_last_epoch", MATTHEWS)):
+        (axis,) = saved[f"t_{file}.png"].axes
+        shown[title] = (axis.get_xlim()[0], figures[title]["layout"]["xaxis"]["minallowed"])
+    # Means -40 and 5, intervals of 25 and 12 points (t(0.975, 2) = 4.303 times 10 and 5 / sqrt(3)).
+    assert shown == {"gsm8k (%)": (-2, -2), MATTHEWS: (pytest.approx(-40 - 25, abs=3), -102)}
 
 
 def test_a_list_may_vary(saved: dict[str, Figure], tmp_path: Path) -> None:
