@@ -26,6 +26,8 @@ EXAMPLES = """\
   python launch/sweep.py --table maths --slurm maths.sbatch; sbatch maths.sbatch
   python launch/report.py --table maths --set model.name=/models/llama-2-7b        # with the sweep's own options"""
 
+OF_RUNNING = {"jobs", "launch"}  # options that have no use where nothing is run
+
 
 def main() -> None:
     """Run, list or submit the runs of a table, as the command line says."""
@@ -39,7 +41,7 @@ def main() -> None:
     if arguments.slurm:
         write_slurm_script(arguments.slurm, sweep)
     elif arguments.list:
-        print_jobs(sweep)
+        print_jobs(sweep, cells)
     else:
         launcher = shlex.split(arguments.launch)
         sys.exit(run_sweep(sweep, cells, arguments.jobs, launcher, arguments.keep is not None))
@@ -77,7 +79,23 @@ def read_command_line() -> argparse.Namespace:
         raise UserError("--table: is required")
     if arguments.jobs < 1:
         raise UserError("--jobs: must be above 0")
+    _refuse_unused(parser, arguments)
     return arguments
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that would be ignored beside the others."""
+    if arguments.slurm:
+        what, unused = "--slurm", OF_RUNNING | {"only", "list"}
+    elif arguments.list:
+        what, unused = "--list", OF_RUNNING
+    else:
+        return
+    values = vars(arguments)
+    given = [name for name in sorted(unused) if values[name] != parser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name}" for name in given)
+        raise UserError(f"{options}: no effect with {what}; leave out")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -122,9 +122,11 @@ def is_done(job: Job) -> bool:
     return job.output.is_file() or has_diverged(job.output.parent)
 
 
-def print_jobs(sweep: Sweep) -> None:
-    """Print every cell with its index, and under it its jobs that are known so far."""
+def print_jobs(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Print each of `cells` with its index in the table, and under it its jobs that are known so far."""
     for index, cell in enumerate(sweep.list_cells()):
+        if cell not in cells:
+            continue
         print(f"{index} {cell.name}")
         for job in list_jobs(sweep, cell):
             print(f"    {'done   ' if is_done(job) else 'missing'} {job.name}")

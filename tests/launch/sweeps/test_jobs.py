@@ -19,6 +19,7 @@ import yaml
 from launch import sweep as sweep_command
 from launch.calibration import effective_rank
 from launch.config.loading import RECIPES
+from launch.runtime.errors import UserError
 from launch.sweeps import jobs
 from launch.sweeps.render import render_markdown
 from launch.sweeps.summary import collect_groups
@@ -75,6 +76,42 @@ def test_a_changed_recipe_makes_new_rows_and_keeps_the_old(
     assert "| b | 2e-05 | 0 of 3 |  |" in shown
     kept = {path: of for path, of in read_files(old.folder).items() if run.name not in path.parts}
     assert kept == files
+
+
+def test_one_entry_is_listed_with_its_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = make_sweep(tmp_path, SCORES)
+    options = ["--table", str(tmp_path / "t.yaml"), "--output", str(old.folder)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *options, "--list", "--only", "1"])
+    sweep_command.main()
+    entry, *listed = capsys.readouterr().out.splitlines()
+    assert entry == "1 b"
+    runs = old.list_runs(old.list_cells()[1])
+    assert [line.split() for line in listed] == [["done", run.name] for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--slurm", "t.sbatch", "--launch", "srun"],
+            "--launch: no effect with --slurm; leave out",
+        ),
+        (["--slurm", "t.sbatch", "--jobs", "2", "--only", "0"], "--jobs, --only: no effect with"),
+        (["--slurm", "t.sbatch", "--list"], "--list: no effect with --slurm; leave out"),
+        (["--list", "--jobs", "2"], "--jobs: no effect with --list; leave out"),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--table", "miniature", *options])
+    with pytest.raises(UserError, match=f"^{message}"):
+        sweep_command.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_effective_ranks_are_measured_once_the_first_run_has_finished(tmp_path: Path) -> None:
