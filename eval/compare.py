@@ -4,18 +4,15 @@ from collections.abc import Sequence
 
 from eval.errors import EvalError
 from eval.statistics import mcnemar_p_value, paired_difference_interval
-from eval.tasks.base import Grader
 
 
-def compare_responses(
-    first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict"
-) -> dict[str, dict]:
+def compare_responses(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict]:
     """Compare the first samples of two sets of graded responses, benchmark by benchmark.
 
-    Only problems that both sets have are compared.
+    Only problems that both sets have are compared, by the strict grader.
 
     Args:
-        first: rows of a generations.jsonl: {suite, id, sample, reference, strict, literature}.
+        first: rows of a generations.jsonl: {suite, id, sample, reference, strict}.
 
     Returns:
         Benchmark -> {n (problems in both), only_in_one (problems), samples (the most responses to a
@@ -27,7 +24,7 @@ def compare_responses(
         EvalError: the two have no graded problem in common, or differ in a problem's reference or
             question.
     """
-    rows_a, rows_b = _index_graded(first, grader), _index_graded(second, grader)
+    rows_a, rows_b = _index_graded(first), _index_graded(second)
     pairs: dict[str, list[tuple[dict, dict]]] = {}
     for (benchmark, problem_id), row in rows_a.items():
         other = rows_b.get((benchmark, problem_id))
@@ -46,16 +43,14 @@ def compare_responses(
     found = {}
     for benchmark, of_benchmark in pairs.items():
         only_in_one = sum(key[0] == benchmark for key in rows_a.keys() ^ rows_b.keys())
-        samples = [_count_samples(rows, benchmark, grader) for rows in (first, second)]
-        found[benchmark] = _compare_pairs(of_benchmark, grader, only_in_one) | {"samples": samples}
+        samples = [_count_samples(rows, benchmark) for rows in (first, second)]
+        found[benchmark] = _compare_pairs(of_benchmark, only_in_one) | {"samples": samples}
     return found
 
 
-def list_uncompared(
-    first: Sequence[dict], second: Sequence[dict], grader: Grader = "strict"
-) -> list[str]:
+def list_uncompared(first: Sequence[dict], second: Sequence[dict]) -> list[str]:
     """List the benchmarks of either set that have no graded problem in both, in alphabetical order."""
-    keys_a, keys_b = _index_graded(first, grader).keys(), _index_graded(second, grader).keys()
+    keys_a, keys_b = _index_graded(first).keys(), _index_graded(second).keys()
     benchmarks = {benchmark for benchmark, _ in keys_a | keys_b}
     return sorted(benchmarks - {benchmark for benchmark, _ in keys_a & keys_b})
 
@@ -67,31 +62,31 @@ def _have_same_problem(row: dict, other: dict) -> bool:
     return is_same_question and row["reference"] == other["reference"]
 
 
-def _index_graded(rows: Sequence[dict], grader: Grader) -> dict[tuple[str, str], dict]:
-    """Return (benchmark, problem) -> its row, for the first samples that `grader` has graded."""
+def _index_graded(rows: Sequence[dict]) -> dict[tuple[str, str], dict]:
+    """Return (benchmark, problem) -> its row, for the first samples that have a grade."""
     indexed = {}
     for row in rows:
         # A file that is still being made has rows without grades.
-        if row.get("sample", 0) == 0 and grader in row:
+        if row.get("sample", 0) == 0 and "strict" in row:
             indexed[row["suite"], row["id"]] = row
     return indexed
 
 
-def _count_samples(rows: Sequence[dict], benchmark: str, grader: Grader) -> int:
-    """Return the most responses to a problem of `benchmark` that `grader` has graded."""
-    numbers = [row.get("sample", 0) for row in rows if row["suite"] == benchmark and grader in row]
-    return max(numbers) + 1
+def _count_samples(rows: Sequence[dict], benchmark: str) -> int:
+    """Return the most responses to a problem of `benchmark` that have a grade."""
+    graded = [row for row in rows if row["suite"] == benchmark and "strict" in row]
+    return max(row.get("sample", 0) for row in graded) + 1
 
 
-def _compare_pairs(pairs: list[tuple[dict, dict]], grader: Grader, only_in_one: int) -> dict:
-    lost = [a["id"] for a, b in pairs if a[grader] and not b[grader]]
-    won = [a["id"] for a, b in pairs if b[grader] and not a[grader]]
+def _compare_pairs(pairs: list[tuple[dict, dict]], only_in_one: int) -> dict:
+    lost = [a["id"] for a, b in pairs if a["strict"] and not b["strict"]]
+    won = [a["id"] for a, b in pairs if b["strict"] and not a["strict"]]
     n = len(pairs)
     return {
         "n": n,
         "only_in_one": only_in_one,
-        "first": sum(a[grader] for a, _ in pairs) / n,
-        "second": sum(b[grader] for _, b in pairs) / n,
+        "first": sum(a["strict"] for a, _ in pairs) / n,
+        "second": sum(b["strict"] for _, b in pairs) / n,
         "difference": (len(won) - len(lost)) / n,
         "interval": list(paired_difference_interval(len(lost), len(won), n)),
         "p": mcnemar_p_value(len(lost), len(won)),
