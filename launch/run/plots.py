@@ -99,9 +99,12 @@ def plot_runs(runs: Mapping[str, Sequence[Metrics]], folder: Path) -> list[Path]
     parts = split_labels(list(runs))
     paths = []
     for key, label in METRIC_LABELS.items():
+        points = {}
+        for name, steps in runs.items():
+            points[name] = ([step["step"] for step in steps], [step[key] for step in steps])
         figure, axes = make_figure(len(parts), 1, 6, 3.6)
         for axis, part in zip(axes.flat, parts, strict=True):
-            _draw_runs(axis, runs, part, key)
+            _draw_lines(axis, points, part)
             axis.set(xlabel="optimiser step", ylabel=label)
             axis.legend()
             axis.grid(alpha=0.3)
@@ -129,16 +132,6 @@ def _plot_scores(
             axis.legend()
             axis.grid(alpha=0.3)
     return [save_figure(figure, folder / "scores.png")]
-
-
-def _draw_runs(
-    axis: "Axes", runs: Mapping[str, Sequence[Metrics]], part: list[str], key: str
-) -> None:
-    """Draw the metric `key` of all `runs` by step, those that are not in `part` in grey."""
-    points = {}
-    for label, steps in runs.items():
-        points[label] = ([step["step"] for step in steps], [step[key] for step in steps])
-    _draw_lines(axis, points, part)
 
 
 def _draw_lines(
