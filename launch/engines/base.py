@@ -58,7 +58,7 @@ class TrainState(Protocol):
         """Average gradients over ranks, clip them, update and clear them.
 
         Args:
-            lr: learning rate; that of a group of the optimiser is its `rate_factor` times as large.
+            lr: learning rate; that of a group of the optimiser is its `lr_factor` times as large.
 
         Returns:
             The global gradient norm before clipping, a scalar tensor.
@@ -130,6 +130,6 @@ class Engine(Weights, Protocol):
         """Put `model` and its optimiser in the engine's hands. The model can run in eval mode too.
 
         Args:
-            optimizer: AdamW, whose groups have a `rate_factor` (see TrainState.step).
+            optimizer: AdamW, whose groups have an `lr_factor` (see TrainState.step).
         """
         ...

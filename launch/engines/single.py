@@ -63,7 +63,7 @@ class TorchTrainState:
         norm = self._compute_grad_norm()
         nn.utils.clip_grads_with_norm_(self.shards.values(), self.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["rate_factor"]
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
         for parameter, shard in self.shards.items():
             parameter.grad = shard.grad = None

@@ -74,7 +74,7 @@ class ZeroTrainState:
 
     def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["rate_factor"]
+            group["lr"] = lr * group["lr_factor"]
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm())
 

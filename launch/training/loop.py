@@ -158,7 +158,7 @@ def make_train_state(
     """
     groups = []
     for group in group_parameters(model, settings, head):
-        groups.append({"params": group.parameters, "rate_factor": group.rate_factor})
+        groups.append({"params": group.parameters, "lr_factor": group.lr_factor})
     optimizer = torch.optim.AdamW(
         groups,
         lr=settings.lr,  # TrainState.step sets each group's

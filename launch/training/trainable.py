@@ -186,7 +186,7 @@ def find_trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 class ParameterGroup(NamedTuple):
     """Trained parameters that have one learning rate."""
 
-    rate_factor: float  # the learning rate over train.lr, at every step
+    lr_factor: float  # the learning rate over train.lr, at every step
     parameters: list[nn.Parameter]
 
 

@@ -362,11 +362,11 @@ def test_each_trained_parameter_is_in_one_group_in_the_models_order(make_llama: 
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     (group,) = group_parameters(model, SETTINGS)
-    assert group.rate_factor == 1
+    assert group.lr_factor == 1
     # With one rate, the list that earlier versions gave to AdamW.
     assert [*map(id, group.parameters)] == [*map(id, trained)]
     others, of_b = group_parameters(model, SETTINGS.model_copy(update={"lr_ratio": 3.0}))
-    assert (others.rate_factor, of_b.rate_factor) == (1, 3)
+    assert (others.lr_factor, of_b.lr_factor) == (1, 3)
     assert {p.shape for p in of_b.parameters} == {(16, 2)}
     assert {*map(id, others.parameters)} | {*map(id, of_b.parameters)} == {*map(id, trained)}
     assert len(others.parameters) + len(of_b.parameters) == len(trained)
