@@ -1,6 +1,7 @@
 """Manifests of folders of tokens and of rows with labels: what they were made from, and what was left out."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def make_once(folder: Path, write: Callable[[], None]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / "lock"):
-        if not (folder / MANIFEST).is_file():  # another process may have made it meanwhile
+        # Another process may have made it meanwhile. NFS may still remember that the file was not
+        # there; it asks the server when a folder is opened (`nfs_lookup_verify_inode` of Linux).
+        if MANIFEST not in os.listdir(folder):
             write()
 
 

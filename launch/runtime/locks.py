@@ -20,7 +20,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system wi
 def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, and wait for it first while another process or thread holds it.
 
-    On a file system without locks nothing is held.
+    On a file system without locks nothing is held, and a warning says so.
     """
     with path.open("a") as file:
         try:
@@ -28,6 +28,11 @@ def hold_lock(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+            print(
+                f"warning: {path.parent} is on a file system without locks; fill it from one node at a "
+                "time, or set ASTRA_CACHE to a folder on a local disk",
+                flush=True,
+            )
         yield
 
 

@@ -25,7 +25,7 @@ from launch.data import overlap
 from launch.data import sources as rows
 from launch.data import token_cache as prepared
 from launch.data.batches import collate_sequences
-from launch.data.manifest import CUT, TOO_LONG
+from launch.data.manifest import CUT, MANIFEST, TOO_LONG, make_once
 from launch.data.order import Packing, plan_micro_batches, plan_steps
 from launch.data.preparation import prepare_tokens, render_report
 from launch.data.prompts import ALPACA_INPUT_PROMPT, format_prompt
@@ -496,6 +496,15 @@ def test_only_a_folder_named_by_a_commit_is_one(tmp_path: Path) -> None:
     assert find_commit(tmp_path / "snapshots" / ("0f" * 20)) == "0f" * 20
     assert find_commit(tmp_path / "snapshots" / "2024-01") is None
     assert find_commit(tmp_path / ("0f" * 20)) is None
+
+
+def test_a_folder_that_another_node_has_just_made_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS may answer for a while that the manifest is not there, and lists the folder as it is."""
+    (tmp_path / MANIFEST).touch()
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    make_once(tmp_path, lambda: pytest.fail("it was made again"))
 
 
 def test_tokens_that_two_processes_wrote_at_once_are_refused(

@@ -42,8 +42,11 @@ def test_a_file_system_without_locks_is_no_error(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with hold_lock(tmp_path / "lock"):
         pass
+    warning = f"warning: {tmp_path} is on a file system without locks; "
+    remedy = "fill it from one node at a time, or set ASTRA_CACHE to a folder on a local disk\n"
+    assert capsys.readouterr().out == warning + remedy
     FolderLock(tmp_path).acquire()
-    assert "is on a file system without locks; start this run only once" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{warning}start this run only once\n"
 
 
 def test_another_error_of_the_file_system_is_raised(
