@@ -60,7 +60,8 @@ def open_run(folder: Path, recipe: Recipe, lock: FolderLock) -> bool:
     """
     make_folder(folder)
     recipe_path = folder / RECIPE
-    if not recipe_path.is_file() and any(path.name != "lock" for path in folder.iterdir()):
+    others = {path.name for path in folder.iterdir()} - {"lock", f"{RECIPE}.tmp"}  # left by a kill
+    if others and not recipe_path.is_file():
         raise UserError(f"--output: {folder} holds other files; choose an empty or new folder")
     lock.acquire()
     if recipe_path.is_file():

@@ -84,6 +84,12 @@ def test_a_run_of_a_version_with_old_names_is_resumed(tmp_path: Path) -> None:
         open_once(folder, ["data.filter={lang: c}"])
 
 
+def test_a_start_that_was_killed_while_it_wrote_the_recipe_is_started_again(tmp_path: Path) -> None:
+    for name in ("lock", "recipe.yaml.tmp"):
+        (tmp_path / name).write_text("mod")
+    assert not open_once(tmp_path, [])
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
