@@ -40,7 +40,9 @@ class FolderLock:
     """The lock of an output folder, so that one process at a time writes to it.
 
     Whoever acquires it keeps this object for as long as the folder is in use. The open file holds
-    the lock; the kernel, or the file server, frees it when the process is gone, however it ended.
+    the lock; the kernel frees it when the process is gone, however it ended. Of a machine that is
+    gone a file server may keep it: NFS 4 for its lease, 90 s by default, NFS 3 until the machine is
+    back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +64,7 @@ class FolderLock:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"--output: {self.folder} is in use by {holder}; stop that run or choose "
-                    "another folder"
+                    f"another folder; if that machine is gone, delete {self._file.name}"
                 )
             if not told:
                 print(

@@ -106,7 +106,8 @@ def test_a_second_start_waits_and_is_refused(
     holder.start()
     assert here.poll(10) and here.recv() == "held"
     place = f"host {os.uname().nodename}, pid {holder.pid}"
-    with pytest.raises(UserError, match=f"is in use by {place}; stop that run"):
+    remedy = f"stop that run or choose .*; if that machine is gone, delete {tmp_path / 'lock'}$"
+    with pytest.raises(UserError, match=f"is in use by {place}; {remedy}"):
         open_once(tmp_path, [])
     assert f"in use by {place}; waiting up to 0 s for it to end" in capsys.readouterr().out
     holder.kill()  # the lock ends with the process, however that ends
