@@ -19,13 +19,13 @@ def choose_device() -> torch.device:
     """Choose this rank's device; on CPUs, also its share of the machine's threads.
 
     A launcher may show each rank a single GPU (Slurm's --gpus-per-task=1), which is then number 0
-    whatever the local rank.
+    whatever the local rank. `launch.runtime.distributed.complete_environment` comes first.
 
     Raises:
         NodeError: there are GPUs, and torch cannot use them.
     """
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         try:
             torch.cuda.set_device(device)
@@ -39,8 +39,8 @@ def choose_device() -> torch.device:
         return device
     _require_no_gpu()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     # LAPACK, which solves the eigenproblems, counts its threads itself.
     threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")

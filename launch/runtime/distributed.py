@@ -40,14 +40,15 @@ T = TypeVar("T")
 # gone or stall, and names them.
 FOREVER = timedelta(days=30)
 STALL = 600.0  # seconds
+# Where MPI's launchers say how many processes they have started: Open MPI; MPICH and Intel; MVAPICH.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def start_process_group(stall: float = STALL) -> torch.device:
     """Start the process group (nccl on GPUs, gloo on CPUs) and the watchdog over it.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set; under
-    srun, Slurm's own variables and MASTER_ADDR, MASTER_PORT. Without any of them this is the only
-    rank. On CPUs the ranks of a machine divide its cores, unless OMP_NUM_THREADS is set.
+    Reads the variables that `complete_environment` completes. On CPUs the ranks of a machine divide
+    its cores, unless OMP_NUM_THREADS is set.
 
     Args:
         stall: seconds after which ranks that have not come, or make no progress, are given up.
@@ -58,11 +59,10 @@ def start_process_group(stall: float = STALL) -> torch.device:
     Raises:
         NodeError: this machine's GPUs cannot be used.
         RankError: the ranks did not find one another, or a network in GLOO_SOCKET_IFNAME.
-        UserError: two ranks have the same GPU.
+        UserError: two ranks have the same GPU, and what `complete_environment` raises.
     """
     _silence_libraries()
-    if "RANK" not in os.environ:
-        os.environ |= read_slurm_ranks() if "SLURM_STEP_ID" in os.environ else _make_only_rank()
+    complete_environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = choose_device()
     compat.run_gloo_in_one_thread(FOREVER)
@@ -131,6 +131,39 @@ def _choose_backend(device: torch.device) -> dict[str, Any]:
     return {"backend": "nccl", "device_id": device}
 
 
+def complete_environment() -> None:
+    """Set those of the launcher's variables that this process lacks.
+
+    Launchers set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; under srun they follow from Slurm's
+    own. Without any of them this is the only rank. A launcher of one process on each machine, such as
+    Kubeflow's PyTorchJob, need not set LOCAL_RANK. deepspeed sets LOCAL_SIZE, not LOCAL_WORLD_SIZE.
+
+    Raises:
+        UserError: mpirun has started this process, and what `read_slurm_ranks` raises.
+    """
+    if "RANK" not in os.environ:
+        ranks = read_slurm_ranks() if "SLURM_STEP_ID" in os.environ else _make_only_rank()
+        _refuse_mpi(int(ranks["WORLD_SIZE"]))
+        os.environ |= ranks
+    os.environ.setdefault("LOCAL_RANK", "0")
+    local_world_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1")
+    os.environ["LOCAL_WORLD_SIZE"] = local_world_size
+
+
+def _refuse_mpi(world_size: int) -> None:
+    """Raise UserError if mpirun has started more processes than there would be ranks.
+
+    srun sets such a variable too (--mpi=pmi2): the number of its tasks.
+    """
+    for name in MPI_SIZES:
+        size = int(os.environ.get(name, "1"))
+        if size > world_size:
+            raise UserError(
+                f"{name}: mpirun has started {size} processes, which would not find one another; start "
+                "them with torchrun, srun, or deepspeed without --launcher"
+            )
+
+
 def _make_only_rank() -> dict[str, str]:
     """Return the launcher's variables for a process that no launcher started."""
     with socket.socket() as free:
@@ -140,6 +173,7 @@ def _make_only_rank() -> dict[str, str]:
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }

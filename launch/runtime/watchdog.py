@@ -84,8 +84,7 @@ def start_watchdog(rank: int, world_size: int) -> Watchdog:
     It lives until `disarm`.
     """
     global _watchdog
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     _watchdog = Watchdog(
         rank,
         world_size,

@@ -37,6 +37,7 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch, kernels: list[bool]) -> Callable[[
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA TITAN")
         monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", kernels.append)
+        monkeypatch.setenv("LOCAL_RANK", "0")
         return chosen
 
     return set_count

@@ -1,4 +1,4 @@
-"""What one rank finds wrong, every rank is told.
+"""What one rank finds wrong, every rank is told; and which rank and node a launcher's variables say.
 
 Needs nothing: one process is the whole group. Takes 3 s.
 """
@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from astra import adapter
 from astra.adapter import Factors
 from astra.errors import AstraError
-from launch.runtime.distributed import run_on_each_node, run_on_rank0
+from launch.runtime import distributed
+from launch.runtime.distributed import complete_environment, run_on_each_node, run_on_rank0
 from launch.runtime.errors import UserError
 
 
@@ -68,3 +69,55 @@ def test_an_error_of_the_method_names_the_field() -> None:
 
     with pytest.raises(UserError, match=r"^adapter\.rank: 8 is above the 4 outputs of q"):
         run_on_rank0(refuse)
+
+
+ONLY = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ONLY),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ONLY),
+        (SECOND, SECOND | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}),  # Kubeflow's PyTorchJob
+        (
+            SECOND | {"LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
+            {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        ),
+        # One torchrun on each machine, started by mpirun.
+        (
+            SECOND | {"LOCAL_WORLD_SIZE": "2", "PMI_SIZE": "4"},
+            {"RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        ),
+        (TASK | {"PMI_SIZE": "2", "PMIX_RANK": "1"}, {"RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
+    ],
+)
+def test_what_a_launcher_does_not_say_of_a_rank_is_added(
+    given: dict[str, str], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed.os, "environ", dict(given))
+    complete_environment()
+    assert os.environ.items() >= wanted.items()
+
+
+@pytest.mark.parametrize("name", distributed.MPI_SIZES)
+@pytest.mark.parametrize("task", [{}, TASK], ids=["machine", "Slurm"])
+def test_processes_of_mpirun_are_refused(
+    name: str, task: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a job of Slurm mpirun starts a task on each node, whose variables all its processes have."""
+    monkeypatch.setattr(distributed.os, "environ", task | {name: "16"})
+    with pytest.raises(
+        UserError, match=f"^{name}: mpirun has started 16 .* torchrun, srun, or deepsp"
+    ):
+        complete_environment()
