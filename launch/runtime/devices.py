@@ -10,7 +10,7 @@ import threadpoolctl
 import torch
 import torch.distributed as dist
 
-from launch.runtime.errors import NodeError, UserError, read_first_line
+from launch.runtime.errors import RankError, UserError, read_first_line
 
 DEVICE_FILES = Path("/dev")  # the NVIDIA driver makes /dev/nvidia0 and so on
 
@@ -22,7 +22,8 @@ def choose_device() -> torch.device:
     whatever the local rank. `launch.runtime.distributed.complete_environment` comes first.
 
     Raises:
-        NodeError: there are GPUs, and torch cannot use them.
+        RankError: this rank's GPU fails.
+        UserError: there are GPUs, and torch cannot use them.
     """
     if torch.cuda.is_available():
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -30,7 +31,8 @@ def choose_device() -> torch.device:
         try:
             torch.cuda.set_device(device)
         except RuntimeError as error:  # is_available may ask the driver's library alone
-            raise _make_gpu_error(read_first_line(error)) from None
+            line = _describe_unusable(f"GPU {device.index}", read_first_line(error))
+            raise RankError(line) from None
         _require_kernels(device)
         # Where it can, torch 2.13 takes cuDNN's attention before all others (aten/src/ATen/native/
         # transformers/cuda/sdp_utils.cpp). It builds a plan for every new length of a batch, and with a
@@ -48,7 +50,7 @@ def choose_device() -> torch.device:
 
 
 def _require_no_gpu() -> None:
-    """Raise NodeError if this machine has GPUs that torch cannot use and nobody has hidden.
+    """Raise UserError if this machine has GPUs that torch cannot use and nobody has hidden.
 
     Training would continue without a word, on CPUs and in fp32, a thousand times slower.
     """
@@ -65,18 +67,19 @@ def _require_no_gpu() -> None:
             reason = "torch finds none of them"
         except (RuntimeError, AssertionError) as error:
             reason = read_first_line(error)
-    raise _make_gpu_error(reason)
+    raise UserError(_describe_unusable("the NVIDIA GPUs", reason))
 
 
 def _require_kernels(device: torch.device) -> None:
-    """Raise NodeError if this build of torch has no kernels for the GPU."""
+    """Raise UserError if this build of torch has no kernels for the GPU."""
     built, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
     if not can_run(built, capability):
-        raise _make_gpu_error(
+        reason = (
             f"torch {torch.__version__} is built for {', '.join(built)}, and "
             f"{torch.cuda.get_device_name(device)} is of compute capability "
             f"{'.'.join(map(str, capability))}; install a build for it"
         )
+        raise UserError(_describe_unusable(f"GPU {device.index}", reason))
 
 
 def can_run(built: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -102,11 +105,11 @@ def can_run(built: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _make_gpu_error(reason: str) -> NodeError:
-    """Make the error of GPUs that are there."""
-    return NodeError(
-        f"{socket.gethostname()} has NVIDIA GPUs that cannot be used: {reason}; to train on the "
-        "CPU, set CUDA_VISIBLE_DEVICES to nothing"
+def _describe_unusable(gpus: str, reason: str) -> str:
+    """Return the line of an error of GPUs that are there."""
+    return (
+        f"{gpus} of {socket.gethostname()} cannot be used: {reason}; to train on the CPU, set "
+        "CUDA_VISIBLE_DEVICES to nothing"
     )
 
 

@@ -57,9 +57,10 @@ def start_process_group(stall: float = STALL) -> torch.device:
         This rank's device.
 
     Raises:
-        NodeError: this machine's GPUs cannot be used.
-        RankError: the ranks did not find one another, or a network in GLOO_SOCKET_IFNAME.
-        UserError: two ranks have the same GPU, and what `complete_environment` raises.
+        RankError: this rank's GPU fails, or the ranks did not find one another, or a network in
+            GLOO_SOCKET_IFNAME.
+        UserError: this machine's GPUs cannot be used, or two ranks have the same one; and what
+            `complete_environment` raises.
     """
     _silence_libraries()
     complete_environment()

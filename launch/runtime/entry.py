@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from launch.runtime import watchdog
 from launch.runtime.errors import (
     USER_ERRORS,
-    NodeError,
     RankError,
     RankZeroError,
     describe_error,
@@ -91,10 +90,9 @@ def run_command(main: Callable[[], None]) -> None:
 
     Once the ranks have found each other, the watchdog ends all of them with one line and one code,
     whether one rank alone meets an error or every rank the same user error (`report_error`); after
-    an error caused by a lost rank, with a line about that rank. Before that every rank meets the
-    error for itself: rank 0 prints the line, and the others wait for it, because a launcher stops
-    the other ranks as soon as one ends. The error of a node, which the other nodes do not know, is
-    printed by its first rank.
+    an error caused by a lost rank, with a line about that rank. Before that a rank does not know
+    whether others meet its error too. The first rank of a node prints the line at once; the others
+    wait first, because a launcher stops a node's ranks as soon as one ends.
     """
     # Else torch prints the C++ stack when the store of a process group closes. torch reads the
     # variable when it is first imported, which `main` does.
@@ -112,11 +110,9 @@ def run_command(main: Callable[[], None]) -> None:
         if not alone:
             watchdog.report_error(line, 2, shared=True)
         watchdog.disarm()
-        number = "LOCAL_RANK" if isinstance(error, NodeError) else "RANK"
-        if alone or int(os.environ.get(number, "0")) == 0:
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        else:
+        if not alone and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         code = 1 if alone else 2
     except RankZeroError:
         time.sleep(10)  # rank 0 reports it

@@ -25,10 +25,6 @@ def is_rank0_error(error: BaseException) -> bool:
     return isinstance(error, RankZeroError) or getattr(error, "of_rank0", False)
 
 
-class NodeError(UserError):
-    """An error of a node, found before its ranks can reach those of other nodes."""
-
-
 def read_first_line(error: Exception) -> str:
     """Return the first line of another library's error, or its type's name where it has no text."""
     lines = str(error).strip().splitlines()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launch.runtime import compat, devices, distributed
 from launch.runtime.devices import can_run, choose_device, require_own_gpu
-from launch.runtime.errors import NodeError, UserError
+from launch.runtime.errors import RankError, UserError
 
 
 @pytest.fixture
@@ -85,19 +85,21 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_an_error(
     set_gpus(1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     message = r"built for sm_80, sm_90, and NVIDIA TITAN is of compute capability 7\.0; install"
-    with pytest.raises(NodeError, match=message):
+    with pytest.raises(UserError, match=message):
         choose_device()
 
 
-def test_a_driver_that_fails_only_when_it_is_used_is_an_error(
+def test_a_gpu_that_fails_only_when_it_is_used_is_an_error_of_its_rank(
     set_gpus: Callable[[int], list], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: torch.device) -> None:
         raise RuntimeError("CUDA unknown error - this may be due to ...\nMore")
 
-    set_gpus(1)
+    set_gpus(8)
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
-    with pytest.raises(NodeError, match=r"CUDA unknown error .*; to train on the CPU"):
+    line = r"^GPU 3 of .* cannot be used: CUDA unknown error .*; to train on the CPU"
+    with pytest.raises(RankError, match=line):
         choose_device()
 
 
@@ -137,7 +139,7 @@ def test_gpus_that_the_driver_does_not_give_are_an_error_with_torchs_reason(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", refuse)
     with pytest.raises(
-        NodeError, match=r"driver on your system is too old .*; to train on the CPU"
+        UserError, match=r"driver on your system is too old .*; to train on the CPU"
     ):
         choose_device()
 
@@ -147,7 +149,7 @@ def test_gpus_under_a_build_without_cuda_are_an_error(
 ) -> None:
     set_gpus(0)
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(NodeError, match="is built without CUDA"):
+    with pytest.raises(UserError, match="is built without CUDA"):
         choose_device()
 
 

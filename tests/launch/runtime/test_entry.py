@@ -20,7 +20,7 @@ def run_main(body: str, **environment: str) -> subprocess.CompletedProcess:
     code = f"""
 from astra.errors import AstraError
 from launch.runtime.entry import run_command
-from launch.runtime.errors import NodeError, RankError, UserError
+from launch.runtime.errors import RankError, UserError
 def main():
     {body}
 run_command(main)"""
@@ -99,13 +99,17 @@ def test_a_broken_pipe_of_another_kind_is_a_fault() -> None:
     assert done.stderr.endswith("BrokenPipeError: of a server\n")
 
 
-@pytest.mark.parametrize(("local_rank", "line"), [("0", "error: no driver\n"), ("1", "")])
-def test_the_error_of_a_node_is_printed_by_its_first_rank(local_rank: str, line: str) -> None:
-    body = (
-        "from launch.runtime import entry; entry.time.sleep = print; raise NodeError('no driver')"
-    )
+@pytest.mark.parametrize(
+    ("error", "local_rank", "waited", "code"),
+    [("UserError", "0", "", 2), ("UserError", "1", "10\n", 2), ("RankError", "1", "", 1)],
+)
+def test_an_error_that_one_rank_alone_may_have_met_is_printed_by_any_rank(
+    error: str, local_rank: str, waited: str, code: int
+) -> None:
+    """Where its node's first rank met it too, the launcher ends a rank while it waits."""
+    body = f"from launch.runtime import entry; entry.time.sleep = print; raise {error}('no driver')"
     done = run_main(body, RANK="9", LOCAL_RANK=local_rank)
-    assert (done.returncode, done.stderr) == (2, line)
+    assert (done.returncode, done.stdout, done.stderr) == (code, waited, "error: no driver\n")
 
 
 def test_what_is_no_user_error_has_a_traceback() -> None:
