@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -296,11 +296,23 @@ def _find_node_owners() -> list[int]:
     """Return, by rank, the global rank of its node's local rank 0. Collective."""
     places: list = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), int(os.environ["LOCAL_RANK"])))
+    return choose_node_owners(places)
+
+
+def choose_node_owners(places: Sequence[tuple[str, int]]) -> list[int]:
+    """Return, by rank, the global rank of its node's local rank 0.
+
+    Args:
+        places: by rank, the name of its host and its local rank.
+    """
     owners = []
     for rank, (host, _) in enumerate(places):
+        of_host = [i for i, place in enumerate(places) if place == (host, 0)]
         # Hosts may share a name (containers); then the nearest below is the one of the same host.
-        below = [i for i in range(rank + 1) if places[i] == (host, 0)]
-        owners.append(max(below, default=rank))
+        # There may be none: deepspeed's local ranks are the global ones modulo the host's slots, and
+        # begin at any number where other hosts have other numbers of slots.
+        below = [i for i in of_host if i <= rank]
+        owners.append(max(below, default=min(of_host, default=rank)))
     return owners
 
 

@@ -19,7 +19,12 @@ from astra import adapter
 from astra.adapter import Factors
 from astra.errors import AstraError
 from launch.runtime import distributed
-from launch.runtime.distributed import complete_environment, run_on_each_node, run_on_rank0
+from launch.runtime.distributed import (
+    choose_node_owners,
+    complete_environment,
+    run_on_each_node,
+    run_on_rank0,
+)
 from launch.runtime.errors import UserError
 
 
@@ -121,3 +126,18 @@ def test_processes_of_mpirun_are_refused(
         UserError, match=f"^{name}: mpirun has started 16 .* torchrun, srun, or deepsp"
     ):
         complete_environment()
+
+
+@pytest.mark.parametrize(
+    ("places", "owners"),
+    [
+        ("a0 a1 b0 b1", [0, 0, 2, 2]),
+        ("a0 b0 a1 b1", [0, 1, 0, 1]),  # Slurm's cyclic placement
+        ("a0 a1 a0 a1", [0, 0, 2, 2]),  # containers of one name
+        # deepspeed with 2 slots on a and 4 on b: local ranks are global ones modulo 2, and modulo 4
+        ("a0 a1 b2 b3 b0 b1", [0, 0, 4, 4, 4, 4]),
+        ("a1 a2", [0, 1]),  # no local rank 0
+    ],
+)
+def test_a_nodes_first_rank_owns_it(places: str, owners: list[int]) -> None:
+    assert choose_node_owners([(name[0], int(name[1])) for name in places.split()]) == owners
