@@ -84,6 +84,9 @@ def _silence_libraries() -> None:
 def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) -> None:
     """Find the other ranks, start the watchdog, and make the default process group.
 
+    Ranks that find one another in the store may wait for ever in the first collective, for which NCCL
+    chooses a network of its own: so that is a phase with a stall limit.
+
     Raises:
         RankError: a rank did not come within `stall` seconds.
         UserError: two ranks have the same GPU.
@@ -97,6 +100,7 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
         raise RankError(
             f"rank {rank} did not reach rank 0 at {address}: {read_first_line(error)}"
         ) from None
+    watchdog.set_phase("connecting the ranks over the network", timed=True)
     try:
         require_own_gpu(store, rank, world_size, identify_gpu(device))
         dist.init_process_group(
@@ -116,6 +120,7 @@ def _join_ranks(rank: int, world_size: int, device: torch.device, stall: float) 
             f"rank {rank} of {world_size} found rank 0 at {address} but not every other rank "
             f"within {stall:.0f} s: {read_first_line(error)}"
         ) from None
+    watchdog.set_phase("starting")
 
 
 def _choose_backend(device: torch.device) -> dict[str, Any]:

@@ -44,11 +44,28 @@ def test_a_process_that_the_other_never_joins_ends(rank: int, line: str) -> None
         "LOCAL_WORLD_SIZE": 2,
         "TORCHELASTIC_USE_AGENT_STORE": True,
     }
-    code = (
-        "from launch.runtime import distributed, entry;"
-        "entry.run_command(lambda: distributed.start_process_group(stall=2))"
+    done = start_rank("", environment)
+    assert done.returncode == 1
+    assert f"error: {line}" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_the_network_does_not_connect_end_after_the_stall_limit() -> None:
+    done = start_rank("import time; distributed.dist.barrier = lambda: time.sleep(60)", {})
+    assert done.returncode == 1
+    assert (
+        " at connecting the ranks over the network, (launch/runtime/distributed.py:" in done.stderr
     )
-    done = subprocess.run(
+    assert "stalled; no progress for 2 s" in done.stderr
+
+
+def start_rank(body: str, environment: dict[str, object]) -> subprocess.CompletedProcess:
+    """Start the process group in a process of its own, with a stall limit of 2 s, after `body`."""
+    code = f"""
+from launch.runtime import distributed, entry
+{body}
+entry.run_command(lambda: distributed.start_process_group(stall=2))"""
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {name: str(value) for name, value in environment.items()},
         cwd=watchdog.ROOT,
@@ -56,8 +73,6 @@ def test_a_process_that_the_other_never_joins_ends(rank: int, line: str) -> None
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1
-    assert f"error: {line}" in done.stderr
 
 
 class Ranks:
