@@ -4,6 +4,7 @@ Each training is launch/train.py with a folder of its own. Killed at any time, t
 resumes: finished runs are skipped, and the others resume from their last checkpoint.
 """
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -12,16 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 from launch.run.folder import EFFECTIVE_RANKS
 from launch.run.progress import has_terminal
 from launch.run.results import RESULTS
+from launch.runtime.launcher import is_alive
 from launch.sweeps.curves import list_exhausted
 from launch.sweeps.inputs import check_inputs
 from launch.sweeps.kept import keep_runs
@@ -160,7 +162,7 @@ def run_jobs(
                 running[_start_job(job, num_slots, launcher)] = job
         if not running:
             return
-        while not (finished := [process for process in running if process.poll() is not None]):
+        while not (finished := [process for process in running if _has_ended(process, is_told)]):
             if stop.requested and not is_told:
                 is_told = True
                 for process in running:
@@ -170,6 +172,24 @@ def run_jobs(
             job = running.pop(process)
             ended.add(job.name)
             yield job, None if is_done(job) else _describe_failure(job, process.returncode)
+
+
+def _has_ended(process: subprocess.Popen, is_told: bool) -> bool:
+    """Return whether a job's launcher has ended and, if it was told to stop, its ranks too.
+
+    On one machine `deepspeed` itself ends at SIGTERM at once, while its ranks save (the end of `main` in
+    deepspeed/launcher/runner.py).
+    """
+    return process.poll() is not None and not (is_told and _has_processes(process.pid))
+
+
+def _has_processes(group: int) -> bool:
+    """Return whether a process group has one that runs; a zombie may wait for its parent for ever."""
+    for number in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(number) == group and is_alive(psutil.Process(number)):
+                return True
+    return False
 
 
 def _is_srun(launcher: list[str]) -> bool:
@@ -203,7 +223,7 @@ def _start_job(job: Job, num_slots: int, launcher: list[str]) -> subprocess.Pope
         threads = max(1, len(os.sched_getaffinity(0)) // num_slots)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+    with contextlib.ExitStack() as files:
         log = files.enter_context(job.log.open("a"))
         log.write(f"$ {shlex.join([*launcher, *job.command])}\n")
         log.flush()

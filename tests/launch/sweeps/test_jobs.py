@@ -7,6 +7,7 @@ runs jobs.
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -188,6 +189,32 @@ def test_other_launchers_are_told_to_stop_with_sigterm(tmp_path: Path) -> None:
     job, launcher = make_launched_job(tmp_path, "deepspeed")
     list(jobs.run_jobs(lambda: [job], 1, launcher, StopOnceStarted(tmp_path / "started")))
     assert "TERM" in (tmp_path / "told").read_text().splitlines()
+
+
+def test_a_job_that_is_told_to_stop_lasts_as_long_as_its_ranks(tmp_path: Path) -> None:
+    """On one machine `deepspeed` itself ends at SIGTERM at once."""
+    launcher = tmp_path / "deepspeed"
+    ranks = (
+        "trap 'sleep 1; touch $1/saved; exit' TERM; touch $1/started; while sleep 0.05; do :; done"
+    )
+    launcher.write_text(f"#!/usr/bin/env bash\n({ranks}) &\nwait\n")
+    launcher.chmod(0o755)
+    job = jobs.Job("a", (str(tmp_path),), tmp_path / "results.json", tmp_path / "log")
+    stop = StopOnceStarted(tmp_path / "started")
+    assert [ended for ended, _ in jobs.run_jobs(lambda: [job], 1, [str(launcher)], stop)] == [job]
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_zombie_is_no_process_that_a_stopped_job_waits_for() -> None:
+    """In a container nobody may wait for the processes that a launcher leaves."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        assert jobs._has_processes(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 10
+        while jobs._has_processes(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, 0)  # the zombie is still there
+        assert not jobs._has_processes(process.pid)
 
 
 def start_and_die(job: jobs.Job, launcher: list[str], started: Path) -> None:
