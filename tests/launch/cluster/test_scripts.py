@@ -69,6 +69,7 @@ def test_the_manifest_is_valid_and_its_names_fit_together() -> None:
         ("", "preempted", 1, 75),
         ("", "error", 1, 2),
         ("error", "error", 1, 2),
+        ("", 'error", "exit_code": 1, "x": "', 1, 1),  # a fault, which may not come again
         ("", "running", 1, 1),
         ("", "", 1, 1),
         ("error", "", 1, 1),  # of an earlier start: this one did not find the other pod
