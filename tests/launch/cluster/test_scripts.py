@@ -2,13 +2,15 @@
 what the batch scripts do when a run ends; and that srun's tasks become ranks.
 
 Needs bash; stubs stand in for Slurm's commands. Takes 20 seconds. The scripts were also run on a
-real Slurm (launch/cluster/README.md).
+real Slurm (docs/clusters.md).
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import kubernetes_validate
@@ -100,15 +102,26 @@ def test_a_pod_that_was_preempted_does_not_count_as_a_failure_and_an_error_ends_
     assert codes == {75: "Ignore", 2: "FailJob"}
 
 
-def test_torchrun_gives_the_ranks_almost_all_of_the_pods_time_to_stop() -> None:
-    """Torchrun's own default, 30 s, is too short for a step and a checkpoint."""
+def read_pods_start() -> tuple[int, str]:
+    """Return the seconds that a pod has to stop in, and the script that starts torchrun."""
     pod = read_job()["spec"]["template"]["spec"]
-    script = pod["containers"][0]["args"][0].replace("\\\n", " ")
-    script = script.replace("$JOB_COMPLETION_INDEX", "0")
-    (line,) = (line for line in script.splitlines() if line.startswith("torchrun "))
-    options = get_args_parser().parse_args(shlex.split(line)[1:])
+    script = pod["containers"][0]["args"][0].replace("$JOB_COMPLETION_INDEX", "0")
+    return pod["terminationGracePeriodSeconds"], script
+
+
+def read_containers_start() -> tuple[int, str]:
+    """Return the same of the container that the Dockerfile's comment starts."""
+    comment = (CLUSTER / "Dockerfile").read_text().replace("\n#", "\n")
+    return int(re.search(r"--stop-timeout (\d+)", comment)[1]), comment
+
+
+@pytest.mark.parametrize("read_start", [read_pods_start, read_containers_start])
+def test_torchrun_gives_the_ranks_almost_all_of_the_time_to_stop(read_start: Callable) -> None:
+    """Torchrun's own default, 30 s, is too short for a step and a checkpoint."""
+    grace, script = read_start()
+    (words,) = re.findall(r"torchrun (.* launch/train\.py .*)", script.replace("\\\n", " "))
+    options = get_args_parser().parse_args(shlex.split(words))
     assert options.training_script == "launch/train.py"
-    grace = pod["terminationGracePeriodSeconds"]
     assert grace - 30 <= options.shutdown_timeout < grace
 
 
