@@ -13,12 +13,10 @@ from launch.data.task_rows import (
     TRUNCATED,
     RowFolder,
     check_token_types,
-    make_head,
     obtain_unlabelled_rows,
+    read_base,
 )
 from launch.data.token_cache import TokenFolder, make_tokens, obtain_tokens
-from launch.models.check import read_config
-from launch.models.files import load_tokenizer
 from launch.runtime.errors import UserError
 
 # The section and its fields, as naming_fields and rename_notes take them.
@@ -52,12 +50,11 @@ def obtain_calibration_rows(
         UserError: rows cannot be read, or there are some that the recipe refuses.
     """
     data = recipe.calibration_source
-    tokenizer = load_tokenizer(model_path, needs_end=False)
-    config = read_config(model_path, head=make_head(recipe.task, model_path, tokenizer))
+    base = read_base(recipe.task, model_path)
     with _naming_calibration_data(data):
-        rows = obtain_unlabelled_rows(data, model_path, tokenizer, config, output)
+        rows = obtain_unlabelled_rows(data, base, output)
         check_refused_rows(rows.manifest, data, cut=TRUNCATED)
-    check_token_types(rows.open_tokens(), config)
+    check_token_types(rows.open_tokens(), base.config)
     return rows
 
 

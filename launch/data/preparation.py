@@ -16,7 +16,7 @@ from launch.data.manifest import check_refused_rows
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
 from launch.data.sources import fetch_source, rename_notes
-from launch.data.task_rows import RowFolder, check_all_rows, make_head, obtain_all_rows
+from launch.data.task_rows import RowFolder, check_all_rows, obtain_all_rows, read_base
 from launch.data.token_cache import SPECIAL, TokenFolder, make_tokens
 from launch.models.check import (
     check_max_length,
@@ -91,10 +91,9 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
 
     Raises what `prepare_tokens` does.
     """
-    rows, dev = obtain_all_rows(recipe, model_path, folder)
-    tokenizer = load_tokenizer(model_path, needs_end=False)
-    head = make_head(recipe.task, model_path, tokenizer)
-    num_embeddings = get_num_embeddings(read_config(model_path, head=head))
+    base = read_base(recipe.task, model_path)
+    rows, dev = obtain_all_rows(recipe, base, folder)
+    num_embeddings = get_num_embeddings(base.config)
     parts = [("", rows), *((f"\nDevelopment rows of {name}:\n\n", dev[name]) for name in dev)]
     if recipe.calibration_source is not None:
         calibration = obtain_calibration_rows(recipe, model_path, folder / CALIBRATION_TOKENS)
@@ -104,7 +103,7 @@ def _prepare_rows(recipe: Recipe, folder: Path, model_path: Path) -> None:
     report = ""
     for title, found in parts:
         largest = int(found.open_tokens().tokens.max())
-        check_token_ids(largest, num_embeddings, tokenizer)
+        check_token_ids(largest, num_embeddings, base.tokenizer)
         report += title + render_row_report(recipe, found)
     write_text(folder / REPORT, report)
     print(report, flush=True)

@@ -6,11 +6,12 @@ manifest, which ranks map into memory:
     tokens, offsets, labels, token_types    see TokenSet
 """
 
+import contextlib
 import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -90,6 +91,22 @@ class RowFolder(NamedTuple):
         )
 
 
+class RowBase(NamedTuple):
+    """What is read of a base to make rows for a new head on it."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    config: PretrainedConfig  # of the base with the head
+
+
+def read_base(task: Task, folder: Path) -> RowBase:
+    """Read what the rows of a task need of the base in `folder`. Raises UserError."""
+    tokenizer = load_tokenizer(folder, needs_end=False)
+    head = Head(tuple(task.labels), find_padding(tokenizer, read_config(folder)))
+    return RowBase(folder, tokenizer, head, read_config(folder, head=head))
+
+
 def prepare_rows(
     recipe: Recipe, model_path: Path
 ) -> tuple[CheckedModel, RowFolder, dict[str, RowFolder]]:
@@ -101,20 +118,15 @@ def prepare_rows(
     Raises:
         UserError: for whatever is wrong with them.
     """
-    tokenizer = load_tokenizer(model_path, needs_end=False)
-    model = check_model(model_path, head=make_head(recipe.task, model_path, tokenizer))
-    rows, dev = obtain_all_rows(recipe, model_path)
+    base = read_base(recipe.task, model_path)
+    model = check_model(model_path, head=base.head)
+    rows, dev = obtain_all_rows(recipe, base)
     check_all_rows(recipe, rows, dev)
     return model, rows, dev
 
 
-def make_head(task: Task, model_path: Path, tokenizer: PreTrainedTokenizerBase) -> Head:
-    """Return what decides the task's new head. Raises UserError."""
-    return Head(tuple(task.labels), find_padding(tokenizer, read_config(model_path)))
-
-
 def obtain_all_rows(
-    recipe: Recipe, model_path: Path, output: Path | None = None
+    recipe: Recipe, base: RowBase, output: Path | None = None
 ) -> tuple[RowFolder, dict[str, RowFolder]]:
     """Find or make the training rows and all development rows, by the name of the score.
 
@@ -124,20 +136,15 @@ def obtain_all_rows(
     Raises:
         UserError: rows cannot be read.
     """
-    tokenizer = load_tokenizer(model_path, needs_end=False)
-    head = make_head(recipe.task, model_path, tokenizer)
-    config = read_config(model_path, head=head)
-    rows = obtain_rows(recipe.data, recipe.task, model_path, tokenizer, config, output)
+    rows = obtain_rows(recipe.data, recipe.task, base, output)
     dev = {}
     for name, place in recipe.task.dev_sets.items():
         folder = None if output is None else _name_dev_folder(output, name)
         data = locate_dev(recipe.data, name, place)
-        try:
-            dev[name] = obtain_rows(data, recipe.task, model_path, tokenizer, config, folder)
-        except UserError as error:
-            raise UserError(f"task.dev: {place}: {error}") from None
+        with _naming_dev(place):
+            dev[name] = obtain_rows(data, recipe.task, base, folder)
     for found in (rows, *dev.values()):
-        check_token_types(found.open_tokens(), config)
+        check_token_types(found.open_tokens(), base.config)
     return rows, dev
 
 
@@ -157,12 +164,19 @@ def check_all_rows(recipe: Recipe, rows: RowFolder, dev: Mapping[str, RowFolder]
             )
     for name, place in recipe.task.dev_sets.items():
         data = locate_dev(recipe.data, name, place)
-        try:
-            remedy = "leave them out by data.filter: a score is of all rows that pass it"
-            remedy = _find_remedy(dev[name], data, remedy)
+        remedy = "leave them out by data.filter: a score is of all rows that pass it"
+        remedy = _find_remedy(dev[name], data, remedy)
+        with _naming_dev(place):
             check_refused_rows(dev[name].manifest, data, TRUNCATED, remedy)
-        except UserError as error:
-            raise UserError(f"task.dev: {place}: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming_dev(place: str) -> Iterator[None]:
+    """Let errors about development rows name their place in task.dev."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"task.dev: {place}: {error}") from None
 
 
 def _find_remedy(rows: RowFolder, data: Data, usual: str | None) -> str | None:
@@ -226,43 +240,32 @@ def describe_dev(dev: dict[str, RowFolder]) -> dict:
 def obtain_rows(
     data: Data,
     task: Task,
-    model_path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    base: RowBase,
     output: Path | None = None,
 ) -> RowFolder:
     """Find the rows of `data` in data.prepared, or in the cache, where they are made if needed.
 
     Args:
-        model_path: folder of the base.
-        tokenizer: of the base.
-        config: of the base with its head.
         output: folder to make them in, in the place of both.
 
     Raises:
         UserError: rows cannot be read, or a folder holds others.
     """
-    has_types = _takes_token_types(tokenizer, config)
+    has_types = _takes_token_types(base)
     described = task.model_dump(include={"kind", "labels", "sentence1", "sentence2", "label"})
-    encode = _make_row_encoder(tokenizer, data.max_length, has_types)
+    encode = _make_row_encoder(base.tokenizer, data.max_length, has_types)
     reading = RowReading(make_task_form(task, data), encode, has_types, described)
-    return _find_or_make(data, reading, model_path, tokenizer, config, output)
+    return _find_or_make(data, reading, base, output)
 
 
-def obtain_unlabelled_rows(
-    data: SourceData,
-    model_path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    output: Path | None,
-) -> RowFolder:
+def obtain_unlabelled_rows(data: SourceData, base: RowBase, output: Path | None) -> RowFolder:
     """Find or make rows to calibrate on, as `obtain_rows` does: texts, pairs or plain text."""
-    has_types = _takes_token_types(tokenizer, config)
-    encode = _make_row_encoder(tokenizer, data.max_length, has_types)
+    has_types = _takes_token_types(base)
+    encode = _make_row_encoder(base.tokenizer, data.max_length, has_types)
 
     def encode_blocks(rows: Sequence[Row]) -> Iterable[tuple[TaskRow, EncodedText]]:
         texts = [row.instruction for row in rows]
-        blocks = tokenize_blocks(tokenizer, texts, data.max_length, has_types)
+        blocks = tokenize_blocks(base.tokenizer, texts, data.max_length, has_types)
         return [(TaskRow(0, (), label=None), block) for block in blocks]
 
     if data.text is not None:
@@ -270,7 +273,7 @@ def obtain_unlabelled_rows(
     else:
         form = make_unlabelled_form(data, data.sentence1, data.sentence2)
         reading = RowReading(form, encode, has_types, {})
-    return _find_or_make(data, reading, model_path, tokenizer, config, output)
+    return _find_or_make(data, reading, base, output)
 
 
 def _make_row_encoder(
@@ -294,21 +297,14 @@ class RowReading(NamedTuple):
     task: dict  # fields of the task that decide labels and texts; empty without labels
 
 
-def _find_or_make(
-    data: Data,
-    reading: RowReading,
-    model_path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    output: Path | None,
-) -> RowFolder:
+def _find_or_make(data: Data, reading: RowReading, base: RowBase, output: Path | None) -> RowFolder:
     """Find or make the rows of `data`; see `obtain_rows`."""
     origin = {
         "format": FORMAT,
         "data": data.token_fields(),
         "task": reading.task,
         "token_types": reading.has_types,
-        "tokenizer": hash_tokenizer(model_path, with_config=True),
+        "tokenizer": hash_tokenizer(base.folder, with_config=True),
         "libraries": describe_libraries(),
     }
     option = "row cache" if output is None else "--output"
@@ -334,14 +330,14 @@ def _find_or_make(
     if not (folder / ROWS).is_file() or hash_file(folder / ROWS) != manifest["tokens_sha256"]:
         raise UserError(f"{folder / ROWS}: damaged; delete {folder}, and start again")
     has_classes = bool(reading.task.get("labels"))
-    return RowFolder(folder, manifest, has_classes, find_padding(tokenizer, config))
+    return RowFolder(folder, manifest, has_classes, base.head.pad_token)
 
 
-def _takes_token_types(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
+def _takes_token_types(base: RowBase) -> bool:
     """Return whether the tokenizer tells a pair's texts apart, and the model takes that in."""
-    forward = type(make_meta_model(config)).forward
+    forward = type(make_meta_model(base.config)).forward
     accepted = "token_type_ids" in inspect.signature(forward).parameters
-    return accepted and "token_type_ids" in tokenizer.model_input_names
+    return accepted and "token_type_ids" in base.tokenizer.model_input_names
 
 
 def _write_rows(

@@ -18,10 +18,9 @@ from launch.config.schema import Data
 from launch.config.task import Task
 from launch.data.batches import collate_rows
 from launch.data.manifest import check_refused_rows
-from launch.data.task_rows import TRUNCATED, RowFolder, obtain_rows
+from launch.data.task_rows import TRUNCATED, RowFolder, obtain_rows, read_base
 from launch.engines.base import load_pretrained
-from launch.models.check import check_model, read_config
-from launch.models.files import load_tokenizer
+from launch.models.check import check_model
 from launch.models.head import Head
 from launch.runtime.errors import UserError
 from launch.training.row_loss import RowLoss
@@ -39,9 +38,8 @@ def obtain(
         make_base(base, kind)
     path = write_rows(folder / f"rows{len(list(folder.glob('rows*')))}.jsonl", rows)
     settings = Data(path=str(path), max_length=MAX_LENGTH, **data)
-    tokenizer = load_tokenizer(base, needs_end=False)
-    config = read_config(base, head=Head(tuple(task.get("labels", ())), 0))
-    found = obtain_rows(settings, Task(**task), base, tokenizer, config)
+    task = Task(**task)
+    found = obtain_rows(settings, task, read_base(task, base))
     check_refused_rows(found.manifest, settings, cut=TRUNCATED)
     return found
 
