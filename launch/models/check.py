@@ -8,7 +8,7 @@ first, and every engine loads the `CheckedModel` that it returns.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,7 +24,13 @@ from launch.models.head import (
     is_of_other_head,
     set_head,
 )
-from launch.models.weight_files import StoredTensor, WeightFiles, find_weight_files
+from launch.models.weight_files import (
+    ModelFault,
+    StoredTensor,
+    WeightFiles,
+    find_weight_files,
+    naming_model,
+)
 from launch.runtime import compat
 from launch.runtime.errors import UserError
 
@@ -106,20 +112,27 @@ def check_model(
         UserError: whatever would make a run train something else than the files hold.
     """
     config = read_config(folder, field, head)
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{field}: {folder} also holds an adapter ({ADAPTER_CONFIG}), which transformers "
-            "would load with the model; move it to a folder of its own"
-        )
-    weights = find_weight_files(folder, config, field)
-    tensors = weights.read_headers(field)
-    model = make_meta_model(config, field)
-    new_head = None if head_is_stored else head
-    new_weights, unused, dtypes = _check_loading(
-        model, weights, tensors, new_weights, new_head, field
+    with naming_model(field):
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ModelFault(
+                f"{folder} also holds an adapter ({ADAPTER_CONFIG}), which transformers would load "
+                "with the model; move it to a folder of its own"
+            )
+        weights = find_weight_files(folder, config)
+        tensors = weights.read_headers()
+        model = make_meta_model(config, field)
+        new_head = None if head_is_stored else head
+        can_draw = field == "model.name"
+        loading = _check_loading(model, weights, tensors, new_weights, new_head, can_draw)
+    return CheckedModel(
+        folder=folder,
+        files=weights.files,
+        new_weights=loading.drawn,
+        num_embeddings=get_num_rows(model),
+        head=head,
+        unused=loading.unused,
+        dtypes=loading.dtypes,
     )
-    num_rows = get_num_rows(model)
-    return CheckedModel(folder, weights.files, new_weights, num_rows, head, unused, dtypes)
 
 
 def read_config(
@@ -237,102 +250,110 @@ def get_num_embeddings(config: PretrainedConfig) -> int:
     return get_num_rows(make_meta_model(config))
 
 
+class Loading(NamedTuple):
+    """What loading a model's files leaves to the run, and what it takes of them."""
+
+    drawn: tuple[str, ...]  # parameters that the run draws
+    unused: tuple[str, ...]  # tensors of other heads
+    dtypes: frozenset[str]  # of the parameters that are used
+
+
 def _check_loading(
     model: PreTrainedModel,
     weights: WeightFiles,
     tensors: Mapping[str, StoredTensor],
     new_weights: Sequence[str],
     head: Head | None,
-    field: str,
-) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
-    """Raise UserError if loading `tensors` into `model` would leave anything over or unset.
+    can_draw: bool,
+) -> Loading:
+    """Check that loading `tensors` into `model` leaves nothing over and nothing unset.
 
-    Returns:
-        The parameters that the run draws; the tensors of other heads, which are not used; and the
-        dtypes of the parameters that are.
+    Args:
+        can_draw: whether a recipe may declare further parameters as new.
+
+    Raises:
+        ModelFault: it does not.
+        UserError: a weight that is declared as new is none.
     """
     steps = compat.plan_reading(model, tensors)
-    dtypes = _read_dtypes(steps, tensors, field)
+    dtypes = _read_dtypes(steps, tensors)
     forms = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in TORCH_DTYPES:
-            raise UserError(f"{field}: {name} has the dtype {tensor.dtype}, which is not supported")
+            raise ModelFault(f"{name} has the dtype {tensor.dtype}, which is not supported")
         forms[name] = (TORCH_DTYPES[tensor.dtype], tensor.shape)
     report = compat.report_loading(model, forms)
     if report.failed:
         name, reason = next(iter(report.failed.items()))
-        raise UserError(
-            f"{field}: the files' tensors for {name}{_count_others(report.failed)} do not fit "
+        raise ModelFault(
+            f"the files' tensors for {name}{_count_others(report.failed)} do not fit "
             f"together: {reason}; get the whole model again"
         )
-    unused: tuple[str, ...] = ()
+    drawn, unused = tuple(new_weights), ()
     if head is not None:
-        new_weights = find_head_names(model, report.missing)
+        drawn = find_head_names(model, report.missing)
         unused = tuple(sorted(n for n in report.unexpected if is_of_other_head(n, model)))
-        _require_new_head(model, report.missing, field)
-    missing, unexpected = report.missing - set(new_weights), report.unexpected - set(unused)
+        _require_new_head(model, report.missing)
+    missing, unexpected = report.missing - set(drawn), report.unexpected - set(unused)
     if missing:
-        raise UserError(f"{field}: {_describe_missing(missing, unexpected, field)}")
+        raise ModelFault(_describe_missing(missing, unexpected, can_draw))
     if unexpected:
-        raise UserError(
-            f"{field}: the files hold {_pick(unexpected)}{_count_others(unexpected)}, "
+        raise ModelFault(
+            f"the files hold {_pick(unexpected)}{_count_others(unexpected)}, "
             f"for which {type(model).__name__} of this config.json has no place; correct "
             "config.json, or remove it from the files"
         )
     if report.mismatched:
         name, (found, wanted) = next(iter(sorted(report.mismatched.items())))
-        raise UserError(
-            f"{field}: {name}{_count_others(report.mismatched)} has the shape {found} in the "
+        raise ModelFault(
+            f"{name}{_count_others(report.mismatched)} has the shape {found} in the "
             f"files, and {wanted} by config.json; one of them is of another model"
         )
     for step in steps:
-        _check_numbering(step, field)
-    _check_new_weights(model, new_weights, report.missing)
+        _check_numbering(step)
+    _check_new_weights(model, drawn, report.missing)
     used = {key for step in steps for key in step.list_keys()}
-    try:
-        weights.check_index(tensors, tensors.keys() - used)
-    except UserError as error:
-        raise UserError(f"{field}: {error}; copy or download the model again") from None
-    _check_ties(model, steps, tensors, field)
-    return tuple(new_weights), unused, dtypes
+    weights.check_index(tensors, tensors.keys() - used)
+    _check_ties(model, steps, tensors)
+    return Loading(drawn, unused, dtypes)
 
 
-def _require_new_head(model: PreTrainedModel, missing: Collection[str], field: str) -> None:
-    """Raise UserError if the files hold a head, or a part of one, for sequence classification."""
+def _require_new_head(model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise ModelFault if the files hold a head, or a part of one, for sequence classification."""
     for name in find_outer_names(model):
         if name not in missing:
-            raise UserError(
-                f"{field}: the files hold {name}, a head whose outputs may be others than "
-                "task.labels; the run draws a new head: remove it from the files"
+            raise ModelFault(
+                f"the files hold {name}, a head whose outputs may be others than task.labels; the "
+                "run draws a new head: remove it from the files"
             )
 
 
 def _read_dtypes(
-    steps: Sequence[compat.ReadingStep], tensors: Mapping[str, StoredTensor], field: str
+    steps: Sequence[compat.ReadingStep], tensors: Mapping[str, StoredTensor]
 ) -> frozenset[str]:
-    """Return the dtypes of the parameters. Raises UserError if one is stored in a quantised form."""
+    """Return the dtypes of the parameters. Raises ModelFault if one is stored in a quantised form."""
     dtypes = set()
     for step in steps:
         if not step.is_parameter:
             continue
         for key in step.list_keys():
             if tensors[key].dtype not in FLOAT_DTYPES:
-                raise UserError(
-                    f"{field}: {key} is stored as {tensors[key].dtype}, a quantised form, which is "
+                raise ModelFault(
+                    f"{key} is stored as {tensors[key].dtype}, a quantised form, which is "
                     "not supported; give its weights in bfloat16, float16 or float32"
                 )
             dtypes.add(tensors[key].dtype)
     return frozenset(dtypes)
 
 
-def _describe_missing(missing: Collection[str], unexpected: Collection[str], field: str) -> str:
+def _describe_missing(missing: Collection[str], unexpected: Collection[str], can_draw: bool) -> str:
     """Say which weights are missing, and what to do."""
     text = f"the files lack {_pick(missing)}{_count_others(missing)}"
     if unexpected:
         text += (
             f" and hold {_pick(unexpected)}{_count_others(unexpected)}, which is not of this model"
         )
-    if field == "model.name" and len(missing) == 1:
+    if can_draw and len(missing) == 1:
         return (
             f"{text}; get the whole model, or, if it is to be trained from nothing, set "
             f"model.new_weights=[{_pick(missing)}] with adapter.method=full"
@@ -340,8 +361,8 @@ def _describe_missing(missing: Collection[str], unexpected: Collection[str], fie
     return f"{text}; get the whole model, with the config.json that belongs to these files"
 
 
-def _check_numbering(step: compat.ReadingStep, field: str) -> None:
-    """Raise UserError if one of the modules that are stacked into one tensor is missing.
+def _check_numbering(step: compat.ReadingStep) -> None:
+    """Raise ModelFault if one of the modules that are stacked into one tensor is missing.
 
     transformers stacks what is there, in order: with another one too many at the end, the shape
     would be right and the experts the wrong ones.
@@ -349,8 +370,8 @@ def _check_numbering(step: compat.ReadingStep, field: str) -> None:
     for numbers in compat.list_stacked_numbers(step):
         if numbers != list(range(len(numbers))):
             lacking = next(i for i, number in enumerate(numbers) if i != number)
-            raise UserError(
-                f"{field}: the files lack number {lacking} of the tensors that are stacked into "
+            raise ModelFault(
+                f"the files lack number {lacking} of the tensors that are stacked into "
                 f"{step.target}; get the whole model"
             )
 
@@ -377,9 +398,8 @@ def _check_ties(
     model: PreTrainedModel,
     steps: Sequence[compat.ReadingStep],
     tensors: Mapping[str, StoredTensor],
-    field: str,
 ) -> None:
-    """Raise UserError if two parameters that the config ties are both in the files, and differ.
+    """Raise ModelFault if two parameters that the config ties are both in the files, and differ.
 
     transformers then leaves them untied, but not with DeepSpeed's stage 3.
     """
@@ -388,8 +408,8 @@ def _check_ties(
         if name not in stored or other not in stored:
             continue
         if not _are_equal(model, stored[name], stored[other], tensors):
-            raise UserError(
-                f"{field}: config.json ties {name} to {other}, but the files hold both, with other "
+            raise ModelFault(
+                f"config.json ties {name} to {other}, but the files hold both, with other "
                 "values; set tie_word_embeddings to false in config.json to train two matrices, or "
                 f"remove {name} from the files"
             )

@@ -3,7 +3,8 @@
 No value of a weight is read: a header holds the name, dtype, shape and place of every tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,19 @@ CONVERT = (
 )
 
 
+class ModelFault(ValueError):
+    """What is wrong with a model's files, and what to do, without the field that names the model."""
+
+
+@contextmanager
+def naming_model(field: str) -> Iterator[None]:
+    """Let a ModelFault become a UserError that begins with `field`."""
+    try:
+        yield
+    except ModelFault as fault:
+        raise UserError(f"{field}: {fault}") from None
+
+
 class StoredTensor(NamedTuple):
     """What a file's header says of one tensor."""
 
@@ -37,25 +51,24 @@ class WeightFiles(NamedTuple):
     files: tuple[Path, ...]
     index: Mapping[str, str] | None  # tensor -> name of its file; None for a single file
 
-    def read_headers(self, field: str) -> dict[str, StoredTensor]:
+    def read_headers(self) -> dict[str, StoredTensor]:
         """Return name -> tensor of all files.
 
         Raises:
-            UserError: a file is missing or not whole, or two files hold the same tensor. The
-                message begins with `field`.
+            ModelFault: a file is missing or not whole, or two files hold the same tensor.
         """
         missing = [path for path in self.files if not path.is_file()]
         if missing:
-            raise UserError(
-                f"{field}: {missing[0]} is missing ({len(missing)} of the {len(self.files)} files "
+            raise ModelFault(
+                f"{missing[0]} is missing ({len(missing)} of the {len(self.files)} files "
                 "that the model's index names); copy or download it again"
             )
         tensors: dict[str, StoredTensor] = {}
         for path in self.files:
-            for name, tensor in _read_header(path, field).items():
+            for name, tensor in _read_header(path).items():
                 if name in tensors:
-                    raise UserError(
-                        f"{field}: {name} is in {tensors[name].file.name} and in {path}; keep one"
+                    raise ModelFault(
+                        f"{name} is in {tensors[name].file.name} and in {path}; keep one"
                     )
                 tensors[name] = tensor
         return tensors
@@ -68,43 +81,48 @@ class WeightFiles(NamedTuple):
             ignored: tensors that loading ignores, which need not be in the index.
 
         Raises:
-            UserError: it does not, said without a field before it.
+            ModelFault: it does not.
         """
         if self.index is None:
             return
         for name, file in self.index.items():
             if name not in tensors or tensors[name].file.name != file:
-                raise UserError(f"the index says that {name} is in {file}, but it is not there")
+                raise ModelFault(
+                    f"the index says that {name} is in {file}, but it is not there; copy or download "
+                    "the model again"
+                )
         for name, tensor in tensors.items():
             if name not in self.index and name not in ignored:
-                raise UserError(f"{tensor.file} holds {name}, which the index does not name")
+                raise ModelFault(
+                    f"{tensor.file} holds {name}, which the index does not name; copy or download "
+                    "the model again"
+                )
 
 
-def find_weight_files(folder: Path, config: PretrainedConfig, field: str) -> WeightFiles:
+def find_weight_files(folder: Path, config: PretrainedConfig) -> WeightFiles:
     """Find the files that transformers would read for the model in `folder`.
 
     It decides itself: a single file comes before an index, and only files that the index names
     are read. Files beside them are never read.
 
     Raises:
-        UserError: there are no safetensors weights, or the index cannot be used. The message begins
-            with `field`.
+        ModelFault: there are no safetensors weights, or the index cannot be used.
     """
     try:
         paths, index = compat.resolve_weight_files(folder, config)
     except OSError:
-        raise UserError(f"{field}: {_describe_no_weights(folder)}") from None
+        raise ModelFault(_describe_no_weights(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{field}: cannot read the index of the weights in {folder} "
+        raise ModelFault(
+            f"cannot read the index of the weights in {folder} "
             f"({type(error).__name__}: {str(error)[:100]}); copy or download it again"
         ) from None
     if not paths or not all(path.suffix == ".safetensors" for path in paths):
-        raise UserError(f"{field}: {_describe_no_weights(folder)}")
+        raise ModelFault(_describe_no_weights(folder))
     for path in paths:
         if path.parent != folder:
-            raise UserError(
-                f"{field}: the index of the weights in {folder} names {path}, which is in another "
+            raise ModelFault(
+                f"the index of the weights in {folder} names {path}, which is in another "
                 "folder; put the file beside the index"
             )
     return WeightFiles(tuple(paths), index)
@@ -125,14 +143,14 @@ def _describe_no_weights(folder: Path) -> str:
     )
 
 
-def _read_header(path: Path, field: str) -> dict[str, StoredTensor]:
+def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Return name -> tensor of one file.
 
     safetensors checks that the header can be read, that every tensor has the bytes of its dtype and
     shape, and that the file ends where the last one does.
 
     Raises:
-        UserError: the file is not whole, or cannot be read.
+        ModelFault: the file is not whole, or cannot be read.
     """
     tensors = {}
     try:
@@ -141,7 +159,7 @@ def _read_header(path: Path, field: str) -> dict[str, StoredTensor]:
                 tensor = file.get_slice(name)
                 tensors[name] = StoredTensor(path, tensor.get_dtype(), tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{field}: {_describe_damage(path, error)}") from None
+        raise ModelFault(_describe_damage(path, error)) from None
     return tensors
 
 

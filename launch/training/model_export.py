@@ -23,7 +23,7 @@ from launch.engines import Engine
 from launch.models.check import read_config
 from launch.models.files import FILES
 from launch.models.head import Head
-from launch.models.weight_files import find_weight_files
+from launch.models.weight_files import find_weight_files, naming_model
 from launch.run.provenance import name_dtype
 from launch.runtime import compat
 from launch.runtime.distributed import run_on_rank0
@@ -192,7 +192,8 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
     if head is not None:
         config |= _describe_head(base, head)
     write_json(folder / "config.json", config | {"dtype": name_dtype(dtype)})
-    find_weight_files(folder, read_config(folder, "export", head), "export")
+    with naming_model("export"):
+        find_weight_files(folder, read_config(folder, "export", head))
 
 
 def _describe_head(base: Path, head: Head) -> dict:
