@@ -1,6 +1,6 @@
 """Train, with checkpoints on the way and a rehearsal of every save after the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 from torch import nn
@@ -121,22 +121,23 @@ def train_model(
     num_done = len(history)
     state, compiled = _make_state(run, loaded)
     plan = plan_scoring(run)
-    is_over = num_done == total or has_stopped_early(run, history)
-    if not is_over:
+    if num_done == total or has_stopped_early(run, history):
+        training: Iterator[Metrics] = iter(())
+    else:
         run_on_rank0(lambda: remove_later_responses(run, num_done))
+        training = train(
+            state,
+            run.inputs.tokens,
+            run.steps,
+            settings,
+            engine.device,
+            history=earlier,
+            packing=choose_packing(recipe, loaded.base),
+            flop_counts=count_training_flops(loaded.base),
+            peak_flops=peak_flops,
+            pauses=plan.every | plan.epochs.keys(),
+        )
     watchdog.set_phase("training", timed=True, in_steps=True)
-    training = train(
-        state,
-        run.inputs.tokens,
-        run.steps[:num_done] if is_over else run.steps,
-        settings,
-        engine.device,
-        history=earlier,
-        packing=choose_packing(recipe, loaded.base),
-        flop_counts=count_training_flops(loaded.base),
-        peak_flops=peak_flops,
-        pauses=plan.every | plan.epochs.keys(),
-    )
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
     training = score_steps(run, loaded, training, history, plan, compiled)
