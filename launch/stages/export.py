@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
 
-from astra.adapter import ADAPTER, Factors, read_head
+from astra.adapter import Factors
 from launch.config.schema import Export
 from launch.data.batches import make_model_inputs
 from launch.data.chat.template import load_template
@@ -24,7 +23,7 @@ from launch.training.chat_files import write_chat_files
 from launch.training.loss import has_bf16_products
 from launch.training.merged_export import remove_merged, save_merged
 from launch.training.small_export import save_small_lora, without_products
-from launch.training.trainable import choose_smallest, export_trained
+from launch.training.trainable import export_trained
 
 
 def export_run(
@@ -78,8 +77,14 @@ def export_small(
         return None
     watchdog.set_phase("exporting lora_small")
     held_out = {name: tokens for name, tokens in run.measured.items() if name == "held_out"}
-    small, dropped = save_small(
-        run, loaded, loaded.lora_layers, initial, run.folder, keep_dropped=bool(held_out)
+    small, dropped = save_small_lora(
+        run.folder,
+        loaded.model,
+        loaded.engine,
+        run.inputs,
+        initial,
+        run.recipe.export.rank,
+        keep_dropped=bool(held_out),
     )
     run_on_rank0(lambda: _add_chat_files(run, small_export.FOLDER))
     if held_out:
@@ -98,36 +103,22 @@ def rehearse_small(
     To be called in training, within `in_bf16`. The model is left in training mode.
     """
     model, device, held_out = loaded.model, loaded.engine.device, run.measured.get("held_out")
-    layers = choose_smallest(loaded.lora_layers)
-    _, dropped = save_small(run, loaded, layers, initial, folder, keep_dropped=held_out is not None)
+    _, dropped = save_small_lora(
+        folder,
+        model,
+        loaded.engine,
+        run.inputs,
+        initial,
+        run.recipe.export.rank,
+        keep_dropped=held_out is not None,
+        rehearsal=True,
+    )
     # Compiled layers would be compiled once more for it.
     if held_out is None or run.recipe.train.compile:
         return
     inputs = make_model_inputs(held_out, [dist.get_rank() % len(held_out)], device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16_products(model))
     model.eval()
-    with without_products(layers, dropped, device), autocast:
+    with without_products(loaded.lora_layers, dropped, device), autocast:
         model(**inputs)
     model.train()
-
-
-def save_small(
-    run: PreparedRun,
-    loaded: RunModel,
-    layers: dict[str, LoraLayer],
-    initial: dict[str, Factors],
-    folder: Path,
-    keep_dropped: bool,
-) -> tuple[SmallExport, dict[str, Factors]]:
-    """Write lora_small/ of `layers` into `folder`; see `save_small_lora`. Collective."""
-    return save_small_lora(
-        folder,
-        layers,
-        loaded.engine,
-        loaded.model.peft_config[ADAPTER],
-        run.inputs.base,
-        initial,
-        read_head(loaded.model, loaded.engine),
-        run.recipe.export.rank,
-        keep_dropped,
-    )

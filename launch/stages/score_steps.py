@@ -101,19 +101,17 @@ def _score_step(
     """Score the model after `step`; return the fields of Metrics that it adds. Collective."""
     scored: dict = {"dev": {}}
     if step in plan.epochs:
-        epoch = plan.epochs[step]
-        dev, best = run.inputs.dev, run.recipe.train.keep_best
-        scored["epoch"] = epoch
+        scored["epoch"] = plan.epochs[step]
         scored["dev"] = score_sets(
-            loaded.engine,
-            loaded.model,
-            dev,
-            run.recipe.task,
-            run.folder,
-            history,
-            step,
-            epoch,
-            best,
+            engine=loaded.engine,
+            model=loaded.model,
+            dev=run.inputs.dev,
+            task=run.recipe.task,
+            folder=run.folder,
+            history=history,
+            step=step,
+            epoch=plan.epochs[step],
+            keep_best=run.recipe.train.keep_best,
         )
     if step in plan.every:
         measured = _measure(run, loaded, step)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from astra.adapter import Factors, read_factors
+from astra.adapter import ADAPTER, Factors, get_lora_layers, read_factors, read_head
 from astra.plain_lora import (
     Truncation,
     get_scaling,
@@ -20,41 +20,43 @@ from astra.plain_lora import (
     save_plain_lora,
     truncate_product,
 )
+from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.run.results import SmallExport
 from launch.runtime import watchdog
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import name_base, note_base, starts_on_residual
+from launch.training.trainable import choose_smallest
 
 FOLDER = "lora_small"
 
 
 def save_small_lora(
     folder: Path,
-    layers: Mapping[str, LoraLayer],
+    model: PeftModel,
     engine: Engine,
-    config: LoraConfig,
-    base: dict,
+    inputs: Inputs,
     initial: Mapping[str, Factors],
-    head: Mapping[str, Tensor],
     rank: int,
     keep_dropped: bool,
+    rehearsal: bool = False,
 ) -> tuple[SmallExport, dict[str, Factors]]:
     """Cut the change of every module to `rank`, and write them as one LoRA. Collective.
 
     Args:
         folder: of the run.
-        layers: PEFT's layers with the trained factors, by module name.
-        config: of the training.
-        base: of launch.data.inputs.Inputs.
         initial: on rank 0, A0 and B0 by module name.
-        head: the trained parameters of a new head, by name; empty without one.
         keep_dropped: whether to return what is left out.
+        rehearsal: try it with the smallest module alone.
 
     Returns:
         The errors, and the left out products by module name, on every rank; empty if not kept.
     """
-    trained = read_factors(layers, engine)
+    layers = get_lora_layers(model)
+    if rehearsal:
+        layers = choose_smallest(layers)
+    trained, head = read_factors(layers, engine), read_head(model, engine)
+    config = model.peft_config[ADAPTER]
     on_residual = starts_on_residual(initial)
     cut: dict[str, Truncation] = {}  # on rank 0
 
@@ -77,8 +79,8 @@ def save_small_lora(
 
     def write() -> SmallExport:
         kept = {name: found.kept for name, found in cut.items()}
-        save_plain_lora(folder / FOLDER, *name_base(config, base), kept, head)
-        note_base(folder / FOLDER, base, "original")
+        save_plain_lora(folder / FOLDER, *name_base(config, inputs.base), kept, head)
+        note_base(folder / FOLDER, inputs.base, "original")
         return _sum_errors(cut, rank)
 
     return run_on_rank0(write), dropped if keep_dropped else {}
@@ -102,15 +104,15 @@ def _sum_errors(cut: Mapping[str, Truncation], rank: int) -> SmallExport:
 def without_products(
     layers: Mapping[str, LoraLayer], products: Mapping[str, Factors], device: torch.device
 ) -> Iterator[None]:
-    """Return a context in which layers compute their outputs minus `B A x`.
+    """Return a context in which the layers of `products` compute their outputs minus `B A x`.
 
     So the model is, without a change of its (sharded) weights, what it is with the small LoRA.
     """
     handles = []
-    for name, layer in layers.items():
-        a, b = (factor.to(device) for factor in products[name])
+    for name, product in products.items():
+        a, b = (factor.to(device) for factor in product)
         if len(a):
-            handles.append(layer.register_forward_hook(partial(_subtract, a, b)))
+            handles.append(layers[name].register_forward_hook(partial(_subtract, a, b)))
     try:
         yield
     finally:
