@@ -49,7 +49,15 @@ def render_comparisons(comparisons: Iterable[Comparison], ours: dict[str, dict[s
     Args:
         ours: benchmark -> what `find_differences` takes.
     """
-    head = ["suite", "against", "our strict (%)", "our literature (%)", "theirs (%)", "n", "differ"]
+    head = [
+        "benchmark",
+        "against",
+        "our strict (%)",
+        "our literature (%)",
+        "theirs (%)",
+        "n",
+        "differ",
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for comparison in comparisons:
         cells = _list_cells(comparison, ours[comparison.benchmark])

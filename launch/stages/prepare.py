@@ -133,7 +133,7 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
     print_rank0(
         f"{len(tokens)} rows ({tokens.num_truncated} {cut} {recipe.data.max_length} tokens, "
         f"{tokens.num_dropped} dropped{dropped}), {len(steps)} steps of "
-        f"{recipe.train.global_batch} rows on {world_size} ranks, micro batch "
+        f"{recipe.train.global_batch} examples on {world_size} ranks, micro batch "
         f"{recipe.train.micro_batch}"
     )
     # `print_calibration_rows` has said what is calibrated on.
