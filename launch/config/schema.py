@@ -472,7 +472,7 @@ class Train(Section):
     patience: int | None = Field(
         None,
         ge=1,
-        description="stop when so many scores in a row, of keep_best, have brought no better one",
+        description="stop after this many consecutive scores of keep_best without a better one",
     )
 
 
@@ -711,11 +711,14 @@ class Recipe(Section):
         needs_spectrum = settings.statistics != "exact" or settings.split_half
         if needs_spectrum and self.adapter.method_record.solution != "subspace":
             field = "split_half" if settings.split_half else "statistics"
-            is_haar = self.adapter.eigen_select == "haar"  # refused with other methods
-            name = "eigen_select haar" if is_haar else self.adapter.method
-            only = "astra's eigenvectors" if is_haar else "astra"
+            if self.adapter.eigen_select == "haar":  # refused with other methods
+                raise ValueError(
+                    f"calibration.{field}: eigen_select haar has no use for it, only astra's "
+                    "eigenvectors; leave it out"
+                )
             raise ValueError(
-                f"calibration.{field}: {name} has no use for it, only {only}; leave it out"
+                f"calibration.{field}: {self.adapter.method} has no use for it, only astra; leave it "
+                "out"
             )
         if settings.path is not None and self.adapter.eigen_select == "haar":
             raise ValueError(
@@ -802,11 +805,10 @@ class Recipe(Section):
     @property
     def measured_names(self) -> list[str]:
         """The sets whose loss is measured before and after training."""
-        is_set = {
-            "held_out": self.data.held_out > 0,
-            "other_text": self.eval.other_text is not None,
-        }
-        return [name for name in is_set if is_set[name]]
+        names = ["held_out"] if self.data.held_out > 0 else []
+        if self.eval.other_text is not None:
+            names.append("other_text")
+        return names
 
     @property
     def calibration_source(self) -> SourceData | None:

@@ -251,7 +251,7 @@ def identify_source(data: Data, path: Path) -> dict:
 
 
 def limit_identity(source: dict, recorded: dict) -> dict:
-    """Return what `identify_source` gives as an earlier version, which made `recorded`, gives it."""
+    """Reduce `source` to what the version that wrote `recorded` would have written, so that the two can be compared."""
     known = recorded.get("files")
     if "commit" in source:
         if "split_files" in recorded:

@@ -51,15 +51,15 @@ def decide_run(
         as it is, and nothing, where there is nothing to be decided.
     """
     wanted = {ENGINE: recipe.engine, CHECKPOINTING: recipe.train.gradient_checkpointing}
-    is_open = {field for field, value in wanted.items() if value == "auto"}
-    decided = {field: recorded[field] for field in sorted(is_open & recorded.keys())}
+    open_fields = {field for field, value in wanted.items() if value == "auto"}
+    decided = {field: recorded[field] for field in sorted(open_fields & recorded.keys())}
     engines = list_engines(recipe, dist.get_world_size())
     if decided.get(ENGINE, engines[0]) not in engines:
         print_rank0(f"{ENGINE}: {decided.pop(ENGINE)}, as this run was begun with, cannot train it")
     for field, value in decided.items():
         print_rank0(f"{field}: auto stays {_format(value)}, as this run was begun with")
     recipe = _apply(recipe, decided)
-    if is_open - decided.keys():
+    if open_fields - decided.keys():
         found, lines = _decide_now(recipe, inputs, device)
         for line in lines:
             print_rank0(line)
