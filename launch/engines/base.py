@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from astra.weights import Weights
 from launch.models.check import CheckedModel, read_config
-from launch.runtime.compat import choose_auto_class
+from launch.runtime.compat.transformers_parts import choose_auto_class
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments of a parameter

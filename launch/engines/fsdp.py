@@ -17,7 +17,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from astra.weights import TorchWeights
 from launch.engines.single import TorchTrainState
 from launch.models.check import CheckedModel, read_config
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import set_group_timeout
+from launch.runtime.compat.transformers_parts import (
+    choose_auto_class,
+    convert_tensors,
+    keep_in_fp32,
+    list_layer_classes,
+    make_meta_model,
+    plan_reading,
+)
 from launch.runtime.distributed import FOREVER
 from launch.runtime.errors import UserError
 
@@ -50,7 +58,7 @@ class FsdpEngine(TorchWeights):
             self.mesh = DeviceMesh(device.type, list(nodes), mesh_dim_names=("replicate", "shard"))
             self.shard_mesh = self.mesh["shard"]
             for name in self.mesh.mesh_dim_names:
-                compat.set_group_timeout(self.mesh.get_group(name), FOREVER)
+                set_group_timeout(self.mesh.get_group(name), FOREVER)
 
     def load_model(self, checked: CheckedModel, full: bool = False) -> PreTrainedModel:
         self.checked = checked
@@ -62,7 +70,7 @@ class FsdpEngine(TorchWeights):
             self.policy = MixedPrecisionPolicy()  # base and adapters keep their own dtypes
         config = read_config(checked.folder, head=checked.head)
         with init_empty_weights(include_buffers=False):  # buffers are computed, not stored
-            self.base = compat.choose_auto_class(config).from_config(config, dtype=dtype)
+            self.base = choose_auto_class(config).from_config(config, dtype=dtype)
         if self.base.can_generate():
             # It may name end tokens that config.json lacks. `from_pretrained` reads it, and does
             # without it where it is missing or broken; `from_config` does not.
@@ -71,7 +79,7 @@ class FsdpEngine(TorchWeights):
                     checked.folder, local_files_only=True
                 )
         self.base.tie_weights()  # without storage each module was given a weight of its own
-        compat.keep_in_fp32(self.base, dtype)
+        keep_in_fp32(self.base, dtype)
         # Parameters are found by module later: adapters will wrap modules and so change their
         # names, and FSDP2 will put other parameters in the places of these. Buffers that are in
         # the files are found in the same way.
@@ -108,7 +116,7 @@ class FsdpEngine(TorchWeights):
         The units are under the base and not under PEFT's wrapper, since `generate` calls the base
         itself.
         """
-        layer_classes = compat.list_layer_classes(self.base)
+        layer_classes = list_layer_classes(self.base)
         for module in self.base.modules():
             if type(module).__name__ in layer_classes:
                 fully_shard(module, mesh=self.mesh, mp_policy=self.policy)
@@ -135,21 +143,19 @@ class FsdpEngine(TorchWeights):
             UserError: a parameter has no values. `check_model` has found all, so transformers has
                 then read a parameter in another way than `plan_reading` says.
         """
-        model = compat.make_meta_model(self.base.config)  # with the names that the files go by
+        model = make_meta_model(self.base.config)  # with the names that the files go by
         filled = set()
         with ExitStack() as stack:
             files: dict[str, Any] = {}  # name of a tensor -> its opened file
             for path in self.checked.files:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 files |= dict.fromkeys(file.keys(), file)
-            for step in compat.plan_reading(model, files):
+            for step in plan_reading(model, files):
                 if step.transform is None:
                     (key,) = step.list_keys()
                     made = {step.target: files[key].get_slice(key)}
                 else:
-                    made = compat.convert_tensors(
-                        step, model, lambda key: files[key].get_tensor(key)
-                    )
+                    made = convert_tensors(step, model, lambda key: files[key].get_tensor(key))
                 for name, values in made.items():
                     filled.add(id(self._fill(name, values)))
         for name, (module, attribute) in self.owners.items():

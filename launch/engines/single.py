@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS, load_pretrained
 from launch.models.check import CheckedModel
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import compute_norms
 
 WEIGHTS = TorchWeights()
 
@@ -76,7 +76,7 @@ class TorchTrainState:
             return nn.utils.get_total_norm(gradients)
         # A parameter's norm^2 is the sum over ranks of their shards' norm^2 / num_replicas. The sum
         # is over all ranks, also where nodes hold replicas: all clip by one number, to the bit.
-        squares = torch.stack(compat.compute_norms(gradients)) ** 2
+        squares = torch.stack(compute_norms(gradients)) ** 2
         dist.all_reduce(squares)
         return torch.linalg.vector_norm((squares / self.num_replicas) ** 0.5)
 

@@ -26,7 +26,20 @@ from transformers.integrations import HfDeepSpeedConfig
 from astra.weights import TorchWeights
 from launch.engines.base import MOMENTS, load_pretrained, read_deepspeed_config
 from launch.models.check import CheckedModel
-from launch.runtime import compat
+from launch.runtime.compat.deepspeed_parts import (
+    deepspeed_device,
+    forbid_compiled_collective,
+    forget_node_group,
+    get_deepspeed_group,
+    get_node_group,
+    get_shard_size,
+    is_zero_parameter,
+    make_adam_state,
+    remove_deepspeed_hooks,
+    switch_off_nvtx,
+)
+from launch.runtime.compat.torch_parts import set_group_timeout
+from launch.runtime.compat.transformers_parts import list_layer_classes
 from launch.runtime.distributed import FOREVER
 
 
@@ -38,7 +51,7 @@ class ZeroWeights:
             return parameter.detach().clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if not compat.is_zero_parameter(parameter):
+        if not is_zero_parameter(parameter):
             value = value.to(parameter).contiguous()
             dist.broadcast(value, 0)
             TorchWeights().write(parameter, value)
@@ -63,7 +76,7 @@ class ZeroTrainState:
             # After the first group's first step stage 2 links the moments of all groups, once. Groups
             # that have not stepped have no moments then and would never be linked, so make all
             # moments now: those that are not linked cannot be read.
-            compat.make_adam_state(optimizer, 0, MOMENTS)
+            make_adam_state(optimizer, 0, MOMENTS)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # Told for each micro batch, because packed steps differ in how many they have.
@@ -87,7 +100,7 @@ class ZeroTrainState:
     def restore_state(
         self, step: int, states: Iterable[tuple[nn.Parameter, Tensor, Tensor, Tensor]]
     ) -> None:
-        sharded = compat.make_adam_state(self.optimizer, step, MOMENTS)
+        sharded = make_adam_state(self.optimizer, step, MOMENTS)
         for parameter, trained, *moments in states:
             WEIGHTS.write(parameter, trained)
             if sharded:
@@ -106,7 +119,7 @@ def _cut_shard(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
     Stage 3 flattens a parameter, pads it at the end and splits it into shards of equal size.
     """
-    size = compat.get_shard_size(parameter)
+    size = get_shard_size(parameter)
     padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
     return padded[size * dist.get_rank() :][:size]
 
@@ -142,13 +155,13 @@ class ZeroEngine(ZeroWeights):
         # The other form of checkpointing compares the shapes of saved weights, which stage 3 has
         # released by then.
         self.reentrant = self.sharded
-        compat.forbid_compiled_collective()
-        compat.switch_off_nvtx()
+        forbid_compiled_collective()
+        switch_off_nvtx()
         # Wraps the process group; before this zero.Init would see one rank.
-        with compat.deepspeed_device(device):
+        with deepspeed_device(device):
             deepspeed.init_distributed(verbose=False)
-        compat.set_group_timeout(compat.get_deepspeed_group(), FOREVER)
-        compat.forget_node_group()
+        set_group_timeout(get_deepspeed_group(), FOREVER)
+        forget_node_group()
 
     def _use_bf16(self, enabled: bool) -> None:
         """Set the dtype of the weights, and fp32 for sums of gradients."""
@@ -165,11 +178,11 @@ class ZeroEngine(ZeroWeights):
         if self.sharded:
             # transformers looks for a live object of this class, now and while the model is used.
             self.transformers_config = HfDeepSpeedConfig(self.config)
-        with compat.deepspeed_device(self.device):
+        with deepspeed_device(self.device):
             model = load_pretrained(checked, self.dtype)
         self.base = model
         if self.node_size is not None:
-            compat.set_group_timeout(compat.get_node_group(), FOREVER)
+            set_group_timeout(get_node_group(), FOREVER)
         if self.sharded:
             self._gather_by_layer(model)
         return (model if self.sharded else model.to(self.device)).requires_grad_(full)
@@ -185,7 +198,7 @@ class ZeroEngine(ZeroWeights):
         Not the embeddings, which transformers does not split in encoders either: they have no input
         with a gradient, so DeepSpeed would take their backward pass to be over before it began.
         """
-        layer_classes = compat.list_layer_classes(model)
+        layer_classes = list_layer_classes(model)
         for module in model.get_decoder().modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
@@ -195,7 +208,7 @@ class ZeroEngine(ZeroWeights):
     def materialize(self, model: nn.Module) -> None:
         """Have stage 3 take over adapters that were attached since; the base is read already."""
         parameters = model.parameters()
-        if self.sharded and not all(compat.is_zero_parameter(p) for p in parameters):
+        if self.sharded and not all(is_zero_parameter(p) for p in parameters):
             with self.inference_mode(model):  # DeepSpeed shards what is not, on the device
                 pass
 
@@ -206,20 +219,20 @@ class ZeroEngine(ZeroWeights):
             yield
             return
         # A zero.Init model gathers its weights in `forward` only inside a DeepSpeed engine.
-        with compat.deepspeed_device(self.device):
+        with deepspeed_device(self.device):
             engine, *_ = deepspeed.initialize(model=model, config=self.config)
         engine.eval()
         try:
             yield
         finally:
             engine.destroy()
-            compat.remove_deepspeed_hooks(model)
+            remove_deepspeed_hooks(model)
 
     def make_trainable(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> ZeroTrainState:
         config = self.config | {"gradient_clipping": max_grad_norm}
-        with compat.deepspeed_device(self.device):
+        with deepspeed_device(self.device):
             engine, optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config
             )

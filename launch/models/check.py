@@ -31,7 +31,17 @@ from launch.models.weight_files import (
     find_weight_files,
     naming_model,
 )
-from launch.runtime import compat
+from launch.runtime.compat import transformers_parts
+from launch.runtime.compat.deepspeed_parts import get_full_shape
+from launch.runtime.compat.transformers_parts import (
+    ReadingStep,
+    convert_tensors,
+    draw_parameter,
+    get_ties,
+    list_stacked_numbers,
+    plan_reading,
+    report_loading,
+)
 from launch.runtime.errors import UserError
 
 # Dtypes in the words of safetensors. A parameter in any but the first four is quantised.
@@ -183,7 +193,7 @@ def make_meta_model(config: PretrainedConfig, field: str = "model.name") -> PreT
         )
     kind = "model for sequence classification" if config.problem_type else "causal language model"
     try:
-        return compat.make_meta_model(config)
+        return transformers_parts.make_meta_model(config)
     except Exception as error:  # noqa: BLE001 (a model's own code may raise anything)
         raise UserError(
             f"{field}: transformers cannot make a {kind} of this config.json: {_shorten(error)}"
@@ -233,7 +243,7 @@ def check_token_ids(
 
 def get_num_rows(model: nn.Module) -> int:
     """Return the number of rows of a model's input embedding, also where it is sharded."""
-    return compat.get_full_shape(model.get_input_embeddings().weight)[0]
+    return get_full_shape(model.get_input_embeddings().weight)[0]
 
 
 def draw_weight(folder: Path, name: str, seed: int, head: Head | None = None) -> Tensor:
@@ -242,7 +252,7 @@ def draw_weight(folder: Path, name: str, seed: int, head: Head | None = None) ->
     They have the distribution that transformers gives to this module, and depend on nothing but
     (seed, name) and the config: every engine and world size has the same.
     """
-    return compat.draw_parameter(make_meta_model(read_config(folder, head=head)), name, seed)
+    return draw_parameter(make_meta_model(read_config(folder, head=head)), name, seed)
 
 
 def get_num_embeddings(config: PretrainedConfig) -> int:
@@ -275,14 +285,14 @@ def _check_loading(
         ModelFault: it does not.
         UserError: a weight that is declared as new is none.
     """
-    steps = compat.plan_reading(model, tensors)
+    steps = plan_reading(model, tensors)
     dtypes = _read_dtypes(steps, tensors)
     forms = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in TORCH_DTYPES:
             raise ModelFault(f"{name} has the dtype {tensor.dtype}, which is not supported")
         forms[name] = (TORCH_DTYPES[tensor.dtype], tensor.shape)
-    report = compat.report_loading(model, forms)
+    report = report_loading(model, forms)
     if report.failed:
         name, reason = next(iter(report.failed.items()))
         raise ModelFault(
@@ -329,7 +339,7 @@ def _require_new_head(model: PreTrainedModel, missing: Collection[str]) -> None:
 
 
 def _read_dtypes(
-    steps: Sequence[compat.ReadingStep], tensors: Mapping[str, StoredTensor]
+    steps: Sequence[ReadingStep], tensors: Mapping[str, StoredTensor]
 ) -> frozenset[str]:
     """Return the dtypes of the parameters. Raises ModelFault if one is stored in a quantised form."""
     dtypes = set()
@@ -361,13 +371,13 @@ def _describe_missing(missing: Collection[str], unexpected: Collection[str], can
     return f"{text}; get the whole model, with the config.json that belongs to these files"
 
 
-def _check_numbering(step: compat.ReadingStep) -> None:
+def _check_numbering(step: ReadingStep) -> None:
     """Raise ModelFault if one of the modules that are stacked into one tensor is missing.
 
     transformers stacks what is there, in order: with another one too many at the end, the shape
     would be right and the experts the wrong ones.
     """
-    for numbers in compat.list_stacked_numbers(step):
+    for numbers in list_stacked_numbers(step):
         if numbers != list(range(len(numbers))):
             lacking = next(i for i, number in enumerate(numbers) if i != number)
             raise ModelFault(
@@ -396,7 +406,7 @@ def _check_new_weights(
 
 def _check_ties(
     model: PreTrainedModel,
-    steps: Sequence[compat.ReadingStep],
+    steps: Sequence[ReadingStep],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Raise ModelFault if two parameters that the config ties are both in the files, and differ.
@@ -404,7 +414,7 @@ def _check_ties(
     transformers then leaves them untied, but not with DeepSpeed's stage 3.
     """
     stored = {step.target: step for step in steps}
-    for name, other in compat.get_ties(model).items():
+    for name, other in get_ties(model).items():
         if name not in stored or other not in stored:
             continue
         if not _are_equal(model, stored[name], stored[other], tensors):
@@ -417,8 +427,8 @@ def _check_ties(
 
 def _are_equal(
     model: PreTrainedModel,
-    first: compat.ReadingStep,
-    second: compat.ReadingStep,
+    first: ReadingStep,
+    second: ReadingStep,
     tensors: Mapping[str, StoredTensor],
 ) -> bool:
     """Compare the values of two parameters, a few rows at a time."""
@@ -443,7 +453,7 @@ def _are_equal(
 
 
 def _convert(
-    model: PreTrainedModel, step: compat.ReadingStep, tensors: Mapping[str, StoredTensor]
+    model: PreTrainedModel, step: ReadingStep, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, Tensor]:
     """Read the tensors of one step and return the parameters made of them."""
 
@@ -451,7 +461,7 @@ def _convert(
         with safe_open(tensors[key].file, framework="pt") as file:
             return file.get_tensor(key)
 
-    return compat.convert_tensors(step, model, read)
+    return convert_tensors(step, model, read)
 
 
 def _find_quantization(config: dict, path: str = "") -> Iterator[tuple[str, Any]]:

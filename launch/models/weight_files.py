@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from launch.runtime import compat
+from launch.runtime.compat.transformers_parts import resolve_weight_files
 from launch.runtime.errors import UserError
 
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
@@ -109,7 +109,7 @@ def find_weight_files(folder: Path, config: PretrainedConfig) -> WeightFiles:
         ModelFault: there are no safetensors weights, or the index cannot be used.
     """
     try:
-        paths, index = compat.resolve_weight_files(folder, config)
+        paths, index = resolve_weight_files(folder, config)
     except OSError:
         raise ModelFault(_describe_no_weights(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import (
+    FLOPS,
+    DispatchMode,
+    changes_its_inputs,
+    find_tensors,
+    identify_storage,
+)
 
 # They name memory, and do not touch it.
 _UNTOUCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -21,7 +27,7 @@ class Operation(NamedTuple):
     is_bf16: bool  # whether its products are of bf16
 
 
-class CountingMode(compat.DispatchMode):
+class CountingMode(DispatchMode):
     """A context that counts the memory and the matrix products of the operations within it.
 
     PyTorch's own FlopCounterMode would not do: its hooks keep the inputs of modules alive, and it
@@ -39,20 +45,20 @@ class CountingMode(compat.DispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Run an operation and count it. PyTorch calls this for every operation in the context."""
-        inputs = compat.find_tensors(args, kwargs)
-        given = {compat.identify_storage(tensor) for tensor in inputs}
+        inputs = find_tensors(args, kwargs)
+        given = {identify_storage(tensor) for tensor in inputs}
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        outputs = compat.find_tensors(out)
+        outputs = find_tensors(out)
         # A view, or the output of an in-place operation, has the storage of an input.
-        made = [tensor for tensor in outputs if compat.identify_storage(tensor) not in given]
+        made = [tensor for tensor in outputs if identify_storage(tensor) not in given]
         for tensor in made:
             self._count_storage(tensor)
-        moves = bool(made) or compat.changes_its_inputs(func)
+        moves = bool(made) or changes_its_inputs(func)
         if moves and func.overloadpacket.__name__ not in _UNTOUCHED:
             flops = 0
-            if func.overloadpacket in compat.FLOPS:
-                flops = compat.FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+            if func.overloadpacket in FLOPS:
+                flops = FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
             traffic = sum(map(_count_touched, (*inputs, *outputs)))
             is_bf16 = any(tensor.dtype == torch.bfloat16 for tensor in outputs)
             self.operations[Operation(flops, traffic, is_bf16)] += 1

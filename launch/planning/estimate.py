@@ -32,7 +32,7 @@ from launch.planning.model import (
     run_without_numbers,
 )
 from launch.planning.timing import CalibrationTime, StepTime, time_calibration, time_step
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import make_fake_mode, replace_tensors
 from launch.runtime.units import GIB
 
 
@@ -222,8 +222,8 @@ def estimate_calibration_needs(
         config, head: see `make_fake_model`.
     """
     fake = make_fake_model(config, recipe, dtype, head)
-    with compat.make_fake_mode():
-        compat.replace_tensors(fake.model)
+    with make_fake_mode():
+        replace_tensors(fake.model)
         batch = run_calibration_batch(fake, recipe, world_size)
     return make_needs(count_held_bytes(recipe.engine, fake, world_size, node_size), batch)
 

@@ -26,7 +26,8 @@ from astra.windows import CANNOT_SPLIT, CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
 from launch.data.batches import RowBatch
 from launch.planning.counting import CountingMode, Operation, discard_gradients
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import make_fake_mode, replace_tensors
+from launch.runtime.compat.transformers_parts import make_meta_model
 from launch.runtime.units import GIB
 from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, sum_label_loss
 from launch.training.row_loss import RowLoss, sum_row_label_loss
@@ -111,7 +112,7 @@ def make_fake_model(
         head: parameters of the new head, of `CheckedModel.head_parameters`.
     """
     method = recipe.adapter.method_record
-    base = compat.make_meta_model(_without_attention_dropout(config), dtype)
+    base = make_meta_model(_without_attention_dropout(config), dtype)
     base.requires_grad_(method.trains_all)
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     num_head = sum(base.get_parameter(name).numel() for name in head)
@@ -191,9 +192,9 @@ def run_without_numbers(
     num_examples = math.ceil(settings.global_batch / world_size)
     micro_batch = min(settings.micro_batch, num_examples)
     fake = make_fake_model(config, recipe, dtype, head)
-    with compat.make_fake_mode():
+    with make_fake_mode():
         # Attention takes a costlier path with meta tensors than with the CPU tensors of this mode.
-        compat.replace_tensors(fake.model)
+        replace_tensors(fake.model)
         calibration = None
         if recipe.adapter.method_record.is_calibrated:
             calibration = run_calibration_batch(fake, recipe, world_size)

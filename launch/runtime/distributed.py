@@ -21,7 +21,9 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from launch.runtime import compat, watchdog
+from launch.runtime import watchdog
+from launch.runtime.compat.torch_parts import run_gloo_in_one_thread
+from launch.runtime.compat.versions import warn_on_other_versions
 from launch.runtime.devices import choose_device, identify_gpu, require_own_gpu
 from launch.runtime.errors import (
     USER_ERRORS,
@@ -66,9 +68,9 @@ def start_process_group(stall: float = STALL) -> torch.device:
     complete_environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = choose_device()
-    compat.run_gloo_in_one_thread(FOREVER)
+    run_gloo_in_one_thread(FOREVER)
     _join_ranks(rank, world_size, device, stall)
-    compat.warn_on_other_versions()
+    warn_on_other_versions()
     return device
 
 

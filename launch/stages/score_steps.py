@@ -15,7 +15,7 @@ from torch import nn
 from launch.run.best import find_best, stops_early
 from launch.run.metrics import Metrics
 from launch.runtime import watchdog
-from launch.runtime.compat import run_uncompiled
+from launch.runtime.compat.torch_parts import run_uncompiled
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.scoring.development import find_epoch_ends, score_sets
 from launch.scoring.held_out import measure_predictions

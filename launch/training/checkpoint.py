@@ -41,7 +41,8 @@ from astra.adapter import Factors
 from launch.engines.base import MOMENTS, STATE_KINDS, Engine, TrainState
 from launch.run.best import find_best
 from launch.run.metrics import METRICS, Metrics
-from launch.runtime import compat, watchdog
+from launch.runtime import watchdog
+from launch.runtime.compat.deepspeed_parts import count_elements, get_full_shape
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import hash_file, sync_file, sync_folder, write_json
@@ -197,10 +198,10 @@ class CheckpointStore:
         Raises:
             UserError: on every rank, if a file cannot be written.
         """
-        smallest = min(parameters, key=lambda name: compat.count_elements(parameters[name]))
+        smallest = min(parameters, key=lambda name: count_elements(parameters[name]))
         tensors, num_bytes, unreached = {}, 0, []
         for name, kind, value in _read_states(parameters, state):
-            shape = compat.get_full_shape(parameters[name])
+            shape = get_full_shape(parameters[name])
             if value.shape != shape:
                 raise ValueError(f"{name}.{kind} has the shape {value.shape}, not {shape}")
             if kind == MOMENTS[0] and not value.any():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from launch.runtime.compat import get_full_shape
+from launch.runtime.compat.deepspeed_parts import get_full_shape
 from launch.runtime.gpus import find_gpu
 
 

@@ -13,7 +13,8 @@ from transformers.utils import is_flash_attn_2_available
 from launch.config.schema import Recipe
 from launch.data.order import Packing
 from launch.engines.base import Engine
-from launch.runtime.compat import list_layer_classes, read_attention, undo_compile
+from launch.runtime.compat.torch_parts import undo_compile
+from launch.runtime.compat.transformers_parts import list_layer_classes, read_attention
 from launch.runtime.distributed import all_reduce_max
 from launch.runtime.errors import UserError, read_first_line
 from launch.training.loss import measure_packing_leak

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from astra.moments import Batch
-from launch.runtime import compat
+from launch.runtime.compat.transformers_parts import without_packing_check
 
 # Logits held at once: 16 MiB in fp32, which a CPU's caches like, and 128 MiB, enough to keep a GPU busy.
 CHUNK_CPU, CHUNK_GPU = 2**22, 2**25
@@ -74,7 +74,7 @@ class AnswerLoss(nn.Module):
         autocast = torch.autocast(
             input_ids.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
         )
-        with autocast, compat.without_packing_check(position_ids is None):
+        with autocast, without_packing_check(position_ids is None):
             return self._compute(input_ids, loss_indices, targets, position_ids)
 
     def _compute(

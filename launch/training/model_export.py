@@ -25,7 +25,12 @@ from launch.models.files import FILES
 from launch.models.head import Head
 from launch.models.weight_files import find_weight_files, naming_model
 from launch.run.provenance import name_dtype
-from launch.runtime import compat
+from launch.runtime.compat.deepspeed_parts import get_full_shape
+from launch.runtime.compat.transformers_parts import (
+    list_kept_in_fp32,
+    make_meta_model,
+    report_loading,
+)
 from launch.runtime.distributed import run_on_rank0
 from launch.runtime.files import write_json
 from launch.training.shards import write_shards
@@ -56,9 +61,9 @@ def describe_weights(model: PreTrainedModel, dtype: torch.dtype) -> Description:
     What transformers keeps in fp32, whatever the dtype that it loads, is in fp32. A tied weight is
     there under its first name only.
     """
-    weights, in_fp32 = {}, compat.list_kept_in_fp32(model, dtype)
+    weights, in_fp32 = {}, list_kept_in_fp32(model, dtype)
     for name, parameter in model.named_parameters():
-        shape = compat.get_full_shape(parameter)
+        shape = get_full_shape(parameter)
         own = torch.float32 if name in in_fp32 else dtype
         weights[name] = torch.empty(shape, dtype=own, device="meta")
     persistent = model.state_dict().keys()
@@ -98,7 +103,7 @@ def write_weights(
     """
     # The conversions that transformers keeps with a loaded model differ from engine to engine: under
     # ZeRO-3 those that it did not use are among them, and FSDP changes the classes they go by.
-    model = compat.make_meta_model(model.config)
+    model = make_meta_model(model.config)
 
     def convert(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         converted = revert_weight_conversion(model, dict(layer))
@@ -148,9 +153,9 @@ def plan_layers(model: PreTrainedModel, weights: Description) -> list[list[str]]
 
 def _check_reading(model: PreTrainedModel, converted: Description) -> None:
     """Raise ValueError if transformers would not read weights of these names and shapes again."""
-    empty = compat.make_meta_model(model.config)  # loading leaves its conversions with a model
+    empty = make_meta_model(model.config)  # loading leaves its conversions with a model
     forms = {name: (value.dtype, tuple(value.shape)) for name, value in converted.items()}
-    report = compat.report_loading(empty, forms)
+    report = report_loading(empty, forms)
     lost = [*report.failed, *report.missing, *report.unexpected, *report.mismatched]
     if lost:
         raise ValueError(
@@ -199,7 +204,7 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype, head: Head | None
 def _describe_head(base: Path, head: Head) -> dict:
     """Return the fields of config.json by which transformers makes a base with its new head."""
     config = read_config(base, head=head)
-    fields = {"architectures": [type(compat.make_meta_model(config)).__name__]}
+    fields = {"architectures": [type(make_meta_model(config)).__name__]}
     fields["id2label"] = {str(i): label for i, label in config.id2label.items()}
     fields["label2id"] = config.label2id
     fields["problem_type"] = config.problem_type

@@ -28,7 +28,7 @@ from launch.config.schema import Adapter, Train
 from launch.data.inputs import Inputs
 from launch.engines import Engine
 from launch.models.check import CheckedModel, draw_weight, make_meta_model, read_config
-from launch.runtime import compat
+from launch.runtime.compat.deepspeed_parts import count_elements, get_full_shape
 from launch.runtime.distributed import run_on_rank0
 from launch.training.export import save_adapters
 from launch.training.model_export import save_model
@@ -77,7 +77,7 @@ def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in head):
         module = base.get_submodule(owner)
         for name, old in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(compat.get_full_shape(old), dtype=torch.float32, device=old.device)
+            empty = torch.empty(get_full_shape(old), dtype=torch.float32, device=old.device)
             setattr(module, name, nn.Parameter(empty))
         module.register_forward_pre_hook(
             lambda _, inputs: tuple(value.float() for value in inputs)  # hidden states alone
@@ -192,7 +192,7 @@ class ParameterGroup(NamedTuple):
 
 def count_trained_parameters(model: nn.Module) -> int:
     """Count the numbers that training changes, over all ranks."""
-    return sum(compat.count_elements(p) for p in model.parameters() if p.requires_grad)
+    return sum(count_elements(p) for p in model.parameters() if p.requires_grad)
 
 
 def group_parameters(
@@ -230,11 +230,11 @@ def as_base(model: nn.Module) -> AbstractContextManager[None]:
 def choose_smallest(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
     """Return the layer with the smallest factors, by its name."""
 
-    def count_elements(name: str) -> int:
+    def measure_factors(name: str) -> int:
         factors = (layers[name].lora_A[ADAPTER].weight, layers[name].lora_B[ADAPTER].weight)
-        return sum(compat.count_elements(factor) for factor in factors)
+        return sum(count_elements(factor) for factor in factors)
 
-    name = min(layers, key=count_elements)
+    name = min(layers, key=measure_factors)
     return {name: layers[name]}
 
 

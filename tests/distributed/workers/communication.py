@@ -25,7 +25,7 @@ from launch.config.loading import read_recipe
 from launch.engines import zero
 from launch.engines.single import TorchTrainState
 from launch.engines.zero import ZeroTrainState
-from launch.runtime.compat import get_full_shape
+from launch.runtime.compat.deepspeed_parts import get_full_shape
 from launch.runtime.distributed import run_on_rank0, start_process_group, stop_process_group
 from launch.runtime.entry import run_command
 from tests.support.cases import NO_SCORES

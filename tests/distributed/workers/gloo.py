@@ -1,7 +1,7 @@
 """One rank of many gathers at once, in the default group and in a second one: `gloo.py OUTPUT`.
 
 Rank 0 writes the groups' numbers of threads to the file OUTPUT. With two threads a group, torch
-2.13 corrupts its heap here within seconds (launch/runtime/compat.py).
+2.13 corrupts its heap here within seconds (launch/runtime/compat/torch_parts.py).
 """
 
 import json

@@ -26,7 +26,7 @@ from launch.models.check import (
     read_config,
     refuse_quantised,
 )
-from launch.runtime import compat
+from launch.runtime.compat.transformers_parts import convert_tensors, make_meta_model, plan_reading
 from launch.runtime.errors import UserError
 from tests.support.architectures import CONFIGS, VOCABULARY, make_model
 
@@ -485,10 +485,10 @@ def test_the_reading_steps_make_what_transformers_loads(
 ) -> None:
     folder = models(name)
     weights = load_file(folder / WHOLE)
-    model = compat.make_meta_model(read_config(folder))
+    model = make_meta_model(read_config(folder))
     made = {}
-    for step in compat.plan_reading(model, weights):
-        made |= compat.convert_tensors(step, model, weights.__getitem__)
+    for step in plan_reading(model, weights):
+        made |= convert_tensors(step, model, weights.__getitem__)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert made.keys() <= loaded.keys()
     for key, value in made.items():

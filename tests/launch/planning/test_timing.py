@@ -23,7 +23,7 @@ from launch.planning.machine import count_usable_bytes, describe_machine, make_m
 from launch.planning.memory import count_held_bytes
 from launch.planning.model import ModelRun, Pass, make_fake_model, run_without_numbers
 from launch.planning.timing import SAME_HOST_TIME, StepTime, time_host, time_operations, time_step
-from launch.runtime import compat
+from launch.runtime.compat.torch_parts import make_fake_mode
 from launch.runtime.units import GIB
 from tests.support.paths import ROOT
 
@@ -78,7 +78,7 @@ def test_a_roofline_takes_the_longer_of_arithmetic_and_traffic() -> None:
 
 
 def test_operations_are_counted_with_what_they_read_and_write() -> None:
-    with compat.make_fake_mode(), CountingMode() as counted:
+    with make_fake_mode(), CountingMode() as counted:
         a, b = torch.zeros(64, 32, dtype=BF16), torch.zeros(32, 16, dtype=BF16)
         counted.operations.clear()
         (a @ b).t().view(16, 64)  # views move nothing

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.runtime import compat, devices, distributed
+from launch.runtime import devices, distributed
+from launch.runtime.compat.deepspeed_parts import deepspeed_device
 from launch.runtime.devices import can_run, choose_device, require_own_gpu
 from launch.runtime.errors import RankError, UserError
 
@@ -107,11 +108,11 @@ def test_deepspeed_is_told_that_gpu_and_the_local_rank_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ZeroDivisionError), compat.deepspeed_device(torch.device("cuda", 0)):
+    with pytest.raises(ZeroDivisionError), deepspeed_device(torch.device("cuda", 0)):
         assert devices.os.environ["LOCAL_RANK"] == "0"
         raise ZeroDivisionError
     assert devices.os.environ["LOCAL_RANK"] == "3"
-    with compat.deepspeed_device(torch.device("cpu")):
+    with deepspeed_device(torch.device("cpu")):
         assert devices.os.environ["LOCAL_RANK"] == "3"
 
 
