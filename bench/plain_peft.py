@@ -27,7 +27,7 @@ from eval.task_scores import score
 from launch.config.loading import read_stored_recipe
 from launch.config.schema import Recipe
 from launch.data.layout import find_split
-from launch.data.sources import fetch_source
+from launch.data.rows import fetch_source
 from launch.data.task_rows import locate_dev
 
 TOLERANCE = 1e-3  # relative; exported factors are fp32 and the order of sums differs

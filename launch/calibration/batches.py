@@ -21,7 +21,7 @@ from launch.data.batches import collate_examples, collate_rows
 from launch.data.inputs import Inputs
 from launch.data.mix.shares import Share, list_distinct
 from launch.data.order import sample_examples, shard_batches
-from launch.data.sources import BAD_TEXT, fetch_source, load_split, select_rows
+from launch.data.rows import BAD_TEXT, fetch_source, load_split, select_rows
 from launch.data.tokenize import encode_texts
 from launch.models.files import load_tokenizer
 from launch.run.results import CalibrationData, DataRecord, describe_calibrated

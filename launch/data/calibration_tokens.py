@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.config.rows import SHORT_NAMES, CalibrationRows
 from launch.config.schema import Recipe, SourceData
 from launch.data.manifest import check_refused_rows
-from launch.data.sources import fetch_source, naming_fields
+from launch.data.rows import fetch_source, naming_fields
 from launch.data.task_rows import (
     TRUNCATED,
     RowFolder,

@@ -12,7 +12,7 @@ import torch
 
 from launch.data.layout import TRAIN, require_whole_shards
 from launch.data.readers import UnreadableError
-from launch.data.sources import NOT_TEXT
+from launch.data.rows import NOT_TEXT
 from launch.data.token_set import TokenSet
 from launch.data.tokenize import SpecialTokens
 

@@ -17,7 +17,7 @@ from launch.data.calibration_tokens import (
 )
 from launch.data.labelled.encode import describe_pairs
 from launch.data.mix.tokens import obtain_mix
-from launch.data.sources import rename_notes
+from launch.data.rows import rename_notes
 from launch.data.task_rows import RowFolder, describe_dev, prepare_rows
 from launch.data.token_cache import TokenFolder, obtain_tokens
 from launch.data.token_set import TokenSet, count_shared, read_bytes, split_held_out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.config.loading import RENAMED_FIELDS
 from launch.config.schema import Data
-from launch.data.sources import BadRow, limit_identity
+from launch.data.rows import BadRow, limit_identity
 from launch.runtime.errors import UserError
 from launch.runtime.locks import hold_lock
 

@@ -24,7 +24,7 @@ from eval.tasks.base import Problem
 from launch.config.schema import Data, Recipe
 from launch.data.chat.messages import MessagesError, read_messages
 from launch.data.layout import Split
-from launch.data.sources import Conversation, Row, fetch_source, load_split, select_rows, show_rows
+from launch.data.rows import Conversation, Row, fetch_source, load_split, select_rows, show_rows
 
 GRAM = 13  # words; as GPT-3's authors took (Brown et al. 2020, appendix C)
 MAX_SHARED = 3  # problems that may share a 13-gram; one that more share is a phrase

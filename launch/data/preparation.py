@@ -15,7 +15,7 @@ from launch.data.inputs import describe_mixed_tokens
 from launch.data.manifest import check_refused_rows
 from launch.data.mix.tokens import cache_sources, check_refused_sources, make_mix
 from launch.data.overlap import find_overlaps
-from launch.data.sources import fetch_source, rename_notes
+from launch.data.rows import fetch_source, rename_notes
 from launch.data.task_rows import RowFolder, check_all_rows, obtain_all_rows, read_base
 from launch.data.token_cache import SPECIAL, TokenFolder, make_tokens
 from launch.models.check import (

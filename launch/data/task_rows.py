@@ -35,7 +35,7 @@ from launch.data.manifest import (
     require_same_origin,
 )
 from launch.data.readers import find_reader
-from launch.data.sources import (
+from launch.data.rows import (
     BadRow,
     Row,
     RowForm,

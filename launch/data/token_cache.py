@@ -40,7 +40,7 @@ from launch.data.manifest import (
     require_same_origin,
 )
 from launch.data.prompts import ALPACA_INPUT_PROMPT
-from launch.data.sources import (
+from launch.data.rows import (
     BadRow,
     Chunk,
     fetch_source,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from launch.data.prompts import format_prompt
-from launch.data.sources import Row
+from launch.data.rows import Row
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from launch.data.batches import IGNORED, collate_examples
 from launch.data.order import shard_batches
 from launch.data.readers import UnreadableError, read_json_rows
-from launch.data.sources import find_text_fault
+from launch.data.rows import find_text_fault
 from launch.data.token_set import TokenSet, make_text_set
 from launch.data.tokenize import encode_texts
 from launch.engines.base import Engine

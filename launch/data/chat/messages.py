@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from launch.data.sources import EMPTY, NOT_TEXT, NOT_UNICODE, show_value
+from launch.data.rows import EMPTY, NOT_TEXT, NOT_UNICODE, show_value
 
 NOT_MESSAGES = "not a list of messages"
 UNKNOWN_ROLE = "a role that is not known"

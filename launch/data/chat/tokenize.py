@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.data.chat.messages import Message, MessagesError, read_messages
 from launch.data.chat.template import UNCLEAR, ChatTemplate, Span
-from launch.data.sources import BadRow, Conversation
+from launch.data.rows import BadRow, Conversation
 
 SPELLED = "which spells a special token"
 # Characters for private use, put around what spells a special token until it is tokenised.

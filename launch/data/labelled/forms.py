@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from launch.config.schema import Data
 from launch.config.task import Task
-from launch.data.sources import (
+from launch.data.rows import (
     EMPTY,
     BadRow,
     RowForm,

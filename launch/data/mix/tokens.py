@@ -25,7 +25,7 @@ from launch.data.manifest import (
     require_same_origin,
 )
 from launch.data.mix.shares import Share, choose_examples, find_scarce, plan_shares
-from launch.data.sources import naming_fields
+from launch.data.rows import naming_fields
 from launch.data.token_cache import (
     CACHE,
     CHAT_DTYPES,

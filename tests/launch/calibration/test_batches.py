@@ -15,7 +15,7 @@ from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.data.manifest import TOO_LONG
 from launch.data.mix.shares import choose_examples
-from launch.data.sources import EMPTY
+from launch.data.rows import EMPTY
 from launch.runtime.errors import UserError
 
 SOURCES = {"b": {"rows": 90, "available": 30, "held_out": 0}}

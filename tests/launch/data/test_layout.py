@@ -14,11 +14,16 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from launch.config.schema import Data
-from launch.data import sources
 from launch.data.hub_layout import list_data_files
 from launch.data.manifest import require_same_origin
 from launch.data.readers import READERS
-from launch.data.sources import load_split, select_rows
+from launch.data.rows import (
+    fetch_source,
+    identify_source,
+    limit_identity,
+    load_split,
+    select_rows,
+)
 from launch.runtime.errors import UserError
 from tests.support.hub import COMMIT, serve_hub
 from tests.support.rows import write_lines
@@ -31,7 +36,7 @@ def make_rows(count: int, tag: str = "") -> list[dict[str, str]]:
 def read(path: Path, **fields: object) -> list[str]:
     """Return the answers that a recipe's `data` section selects."""
     data = Data(path=str(path), **fields)
-    split = load_split(data, sources.fetch_source(data))
+    split = load_split(data, fetch_source(data))
     return [row.answer for chunk in select_rows(split, data) for row in chunk.rows]
 
 
@@ -194,7 +199,7 @@ def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
     refuse(tmp_path, r"b\.jsonl is a link to a file that is missing")
     with pytest.raises(UserError, match="is a link to a file that is missing"):
-        sources.identify_source(Data(path=str(tmp_path)), tmp_path)
+        identify_source(Data(path=str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -346,26 +351,26 @@ configs:
     )
 
     english = Data(path="someone/sums", config="en")
-    folder = sources.fetch_source(english)
+    folder = fetch_source(english)
     assert sent == ["README.md", "en/train.jsonl"]
-    before = sources.identify_source(english, folder)
+    before = identify_source(english, folder)
     assert before == {"commit": COMMIT, "split_files": ["en/train.jsonl"]}
     german = Data(path="someone/sums", config="de")
-    split = load_split(german, sources.fetch_source(german))
+    split = load_split(german, fetch_source(german))
     assert split.count_rows() == 3
     assert sent[2:] == ["de/train[1].jsonl"]
     # What else has been fetched since is no difference: the tokens need not be made again.
-    assert sources.identify_source(english, folder) == before
+    assert identify_source(english, folder) == before
     with pytest.raises(UserError, match=r"cannot load someone/sums .*set data\.config to en or de"):
-        sources.fetch_source(Data(path="someone/sums"))
+        fetch_source(Data(path="someone/sums"))
     sent.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert load_split(english, sources.fetch_source(english)).count_rows() == 2
+        assert load_split(english, fetch_source(english)).count_rows() == 2
         with pytest.raises(
             UserError, match=r"its cache lacks files of someone/sums .*; check the name, start once"
         ):
-            sources.fetch_source(Data(path="someone/sums", config="en", split="validation"))
+            fetch_source(Data(path="someone/sums", config="en", split="validation"))
     assert not sent
 
 
@@ -394,10 +399,10 @@ def test_a_data_set_that_is_not_there_or_gated_is_named(hub: Path) -> None:
     with pytest.raises(
         UserError, match=r"^data\.path: cannot get someone/absent .*\(RepositoryNot"
     ):
-        sources.fetch_source(Data(path="someone/absent"))
+        fetch_source(Data(path="someone/absent"))
     (hub / "gated").touch()
     with pytest.raises(UserError, match=r"^data\.path: cannot get someone/sums .*log in .*\(Gated"):
-        sources.fetch_source(Data(path="someone/sums"))
+        fetch_source(Data(path="someone/sums"))
 
 
 def test_a_yaml_file_beside_readme_is_refused_from_the_hub_too(hub: Path) -> None:
@@ -412,7 +417,7 @@ def test_what_was_listed_on_the_hub_is_refused_offline(
 ) -> None:
     write_lines(hub / "train-a.jsonl", make_rows(2))
     (hub / "train-b.jsonl.zst").write_text("much")
-    sources.fetch_source(Data(path="someone/sums"))
+    fetch_source(Data(path="someone/sums"))
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refuse(Path("someone/sums"), "train-b.jsonl.zst is among the files of split train")
@@ -423,36 +428,36 @@ def test_what_was_listed_on_the_hub_is_refused_offline(
 )
 def test_a_missing_file_is_not_taken_for_a_hub_id(name: str, hub: Path) -> None:
     with pytest.raises(UserError, match=f"^data.path: no file or folder {name};"):
-        sources.fetch_source(Data(path=name))
+        fetch_source(Data(path=name))
 
 
 def test_a_file_is_known_by_what_no_tool_sets_back(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", make_rows(5))
     data = Data(path=str(path))
-    before, status = sources.identify_source(data, path), path.stat()
+    before, status = identify_source(data, path), path.stat()
     path.write_text(path.read_text().replace("q0", "q9"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
-    assert sources.identify_source(data, path) != before
+    assert identify_source(data, path) != before
 
 
 def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
     now = {"files": {"a": [1, 2, 3, 4]}}
-    assert sources.limit_identity(now, {"files": {"a": [1, 2]}}) == {"files": {"a": [1, 2]}}
-    assert sources.limit_identity(now, now) == now
-    assert sources.limit_identity(now, {"commit": COMMIT}) == now
+    assert limit_identity(now, {"files": {"a": [1, 2]}}) == {"files": {"a": [1, 2]}}
+    assert limit_identity(now, now) == now
+    assert limit_identity(now, {"commit": COMMIT}) == now
     now = {"commit": COMMIT, "files": ["a"]}
-    assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
-    assert sources.limit_identity(now, {"commit": COMMIT, "files": []}) == now
+    assert limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
+    assert limit_identity(now, {"commit": COMMIT, "files": []}) == now
     now = {"commit": COMMIT, "split_files": ["a"]}
-    assert sources.limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
+    assert limit_identity(now, {"commit": COMMIT}) == {"commit": COMMIT}
     every = {"commit": COMMIT, "files": ["README.md", "a", "of another split"]}
-    assert sources.limit_identity(now, every) == every
+    assert limit_identity(now, every) == every
     for other in (
         {"commit": COMMIT, "files": ["b"]},
         {"commit": COMMIT, "split_files": ["a", "b"]},
     ):
-        assert sources.limit_identity(now, other) == now
+        assert limit_identity(now, other) == now
 
 
 def test_rows_of_a_mix_that_an_earlier_version_fetched_are_the_same(tmp_path: Path) -> None:

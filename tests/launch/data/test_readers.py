@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pyarrow.parquet import write_table
 
 from launch.config.schema import Data
-from launch.data import sources
 from launch.data.prompts import format_prompt
 from launch.data.readers import (
     UnreadableError,
@@ -26,7 +25,7 @@ from launch.data.readers import (
     read_json_rows,
     read_parquet,
 )
-from launch.data.sources import BadRow, Row, load_split, select_rows
+from launch.data.rows import BadRow, Row, fetch_source, load_split, select_rows
 from launch.data.tokenize import tokenize_rows
 from launch.runtime.errors import UserError
 from tests.support.rows import WRITERS, make_byte_tokenizer, write_lines
@@ -99,7 +98,7 @@ def read(path: Path, **fields: object) -> tuple[list[Row], list[BadRow]]:
     """Return the good and the bad rows that a recipe's `data` section selects."""
     data = Data(path=str(path), **fields)
     good, bad = [], []
-    for chunk in select_rows(load_split(data, sources.fetch_source(data)), data):
+    for chunk in select_rows(load_split(data, fetch_source(data)), data):
         good += chunk.rows
         bad += chunk.bad
     return good, bad

@@ -25,7 +25,7 @@ from launch.config.loading import read_recipe
 from launch.config.schema import Data
 from launch.data.preparation import render_report
 from launch.data.prompts import format_prompt
-from launch.data.sources import Row
+from launch.data.rows import Row
 from launch.data.token_cache import SPECIAL, obtain_tokens
 from launch.data.tokenize import encode_texts, find_special_tokens, tokenize_rows
 from tests.support.rows import write_lines

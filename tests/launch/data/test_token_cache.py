@@ -21,8 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from eval.tasks import BENCHMARKS
 from launch.config.loading import read_recipe
 from launch.config.schema import Data
-from launch.data import overlap
-from launch.data import sources as rows
+from launch.data import overlap, rows
 from launch.data import token_cache as prepared
 from launch.data.batches import collate_sequences
 from launch.data.manifest import CUT, MANIFEST, TOO_LONG, make_once

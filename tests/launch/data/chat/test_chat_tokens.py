@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from launch.config.schema import Data
-from launch.data import sources, token_cache
+from launch.data import token_cache
 from launch.data.batches import IGNORED, collate_examples, collate_sequences
 from launch.data.order import Packing
 from launch.data.token_set import TokenSet, split_held_out
@@ -83,7 +83,7 @@ def test_files_hold_the_mask_and_are_resumed_and_found_again(
     assert decode_trained(last.open_tokens(), model) == [f"three {i}<|im_end|>" for i in range(9)]
     assert last.folder != made.folder
     # Killed between chunks of two rows, and resumed.
-    monkeypatch.setattr(sources, "CHUNK", 2)
+    monkeypatch.setattr("launch.data.rows.CHUNK", 2)
     write_json, folder = token_cache.write_json, tmp_path / "made"
 
     def die(where: Path, values: dict) -> None:
@@ -192,7 +192,7 @@ def test_a_system_prompt_beside_the_messages_is_said_not_to_be_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all rows, not of the first alone; `tools` is empty, and `id` no part of a conversation."""
-    monkeypatch.setattr(sources, "CHUNK", 2)
+    monkeypatch.setattr("launch.data.rows.CHUNK", 2)
     rows = [
         row | {"system": "Be kind." if i > 4 else " ", "tools": []} for i, row in enumerate(ROWS)
     ]

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.data.chat.template import ChatTemplate, load_template
 from launch.data.chat.tokenize import ChatTokens, tokenize_conversations
-from launch.data.sources import BadRow, Conversation
+from launch.data.rows import BadRow, Conversation
 from tests.support.chat import CASES, CHATML, TemplateCase, make_chat_tokenizer
 
 TOKENIZERS = {name: make_chat_tokenizer(case) for name, case in CASES.items()}

@@ -10,7 +10,7 @@ from launch.config.schema import Data
 from launch.data.chat.messages import OPENAI, SHAREGPT, MessagesError, read_messages
 from launch.data.chat.template import ChatTemplate, load_template
 from launch.data.chat.tokenize import tokenize_conversations
-from launch.data.sources import BadRow, Conversation
+from launch.data.rows import BadRow, Conversation
 from launch.runtime.errors import UserError
 from tests.support.chat import CASES, CHATML, PHI3, QWEN3_CASE, TemplateCase, make_chat_tokenizer
 

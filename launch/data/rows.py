@@ -1,4 +1,4 @@
-"""Training rows as a recipe asks for them: from the hub, a folder, or one file.
+"""Rows as a recipe asks for them: from the hub, a folder, or one file.
 
 Which files those are is in launch.data.layout, and how one is read in launch.data.readers.
 """
