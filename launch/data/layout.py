@@ -9,7 +9,7 @@ shards that are missing, files of another format among those of the split.
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Split(NamedTuple):
 
     def list_files(self) -> list[Path]:
         """Return the files that are read, each once."""
-        return list(dict.fromkeys(file for part in self.parts for file in part.files))
+        return list(dict.fromkeys(chain.from_iterable(part.files for part in self.parts)))
 
     def iterate_rows(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the rows, those of `fields` that they have, or more. Raises UnreadableError."""

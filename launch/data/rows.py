@@ -347,7 +347,7 @@ def select_rows(
     patterns = {}
     for field, wanted in data.filter.items():
         patterns[field] = [wanted] if isinstance(wanted, str) else wanted
-    fields = [field for of_key in form.columns.values() for field in of_key] + list(form.unread)
+    fields = [*chain.from_iterable(form.columns.values()), *form.unread]
     source = islice(iterate_rows(split, data, fields), position, None)
     while data.limit is None or selected < data.limit:
         rows = []

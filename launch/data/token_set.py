@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class TokenSet:
 
 def make_text_set(pieces: Sequence[Sequence[int]]) -> TokenSet:
     """Make a TokenSet of running text: in each piece every token but the first counts."""
-    tokens = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32)
+    tokens = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int32)
     offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0)
     ones = torch.ones(len(pieces), dtype=torch.int64)
     return TokenSet(tokens, offsets, ones, num_truncated=0, num_dropped=0)

@@ -319,10 +319,11 @@ def _check_loading(
             f"{name}{_count_others(report.mismatched)} has the shape {found} in the "
             f"files, and {wanted} by config.json; one of them is of another model"
         )
+    used: set[str] = set()
     for step in steps:
         _check_numbering(step)
+        used.update(step.list_keys())
     _check_new_weights(model, drawn, report.missing)
-    used = {key for step in steps for key in step.list_keys()}
     weights.check_index(tensors, tensors.keys() - used)
     _check_ties(model, steps, tensors)
     return Loading(drawn, unused, dtypes)

@@ -130,13 +130,11 @@ def find_weight_files(folder: Path, config: PretrainedConfig) -> WeightFiles:
 
 def _describe_no_weights(folder: Path) -> str:
     """Describe a folder without weights that are read."""
-    others = sorted(
-        path.name
-        for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf")
-        for path in folder.glob(pattern)
-    )
+    others: list[str] = []
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"):
+        others += [path.name for path in folder.glob(pattern)]
     if others:
-        return f"{folder} has weights as {others[0]} only, not as safetensors; {CONVERT}"
+        return f"{folder} has weights as {min(others)} only, not as safetensors; {CONVERT}"
     return (
         f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}; if the model has its "
         f"weights in another format, {CONVERT}"

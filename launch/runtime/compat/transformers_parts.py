@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class ReadingStep(NamedTuple):
 
     def list_keys(self) -> list[str]:
         """Return the names in the files."""
-        return [key for keys in self.sources.values() for key in keys]
+        return list(chain.from_iterable(self.sources.values()))
 
 
 class LoadingReport(NamedTuple):
