@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
-from launch.models.check import read_config
+from launch.models.check import make_meta_model, read_config
 from launch.planning.engines import (
     compare_engines,
     estimate_auto,
@@ -20,6 +20,7 @@ from launch.planning.engines import (
     list_checkpointing,
     list_engines,
     recommend_engine,
+    settle_checkpointing,
 )
 from launch.planning.machine import DEFAULT_GPU, RESERVE, Machine, make_machine
 from launch.planning.memory import is_offloaded
@@ -40,7 +41,7 @@ def decide_run(
 
     On GPUs launch/plan.py's estimate decides, for the least free memory and the slowest GPU of any
     rank. On CPUs checkpointing is off, and the engine is the simplest that fits: speeds there are
-    not known.
+    not known. Checkpointing is off too where transformers has none for the base.
 
     Args:
         recorded: what the run's checkpoint says was decided, which is taken again; empty at a run's
@@ -49,7 +50,11 @@ def decide_run(
     Returns:
         The recipe with the values, and by the fields' names the values to be recorded. The recipe
         as it is, and nothing, where there is nothing to be decided.
+
+    Raises:
+        UserError: the recipe turns checkpointing on, and transformers has none for the base.
     """
+    recipe, settled = _settle_checkpointing(recipe, inputs)
     wanted = {ENGINE: recipe.engine, CHECKPOINTING: recipe.train.gradient_checkpointing}
     open_fields = {field for field, value in wanted.items() if value == "auto"}
     decided = {field: recorded[field] for field in sorted(open_fields & recorded.keys())}
@@ -64,7 +69,27 @@ def decide_run(
         for line in lines:
             print_rank0(line)
         recipe, decided = _apply(recipe, found), decided | found
-    return recipe, decided
+    return recipe, settled | decided
+
+
+def _settle_checkpointing(recipe: Recipe, inputs: Inputs) -> tuple[Recipe, dict[str, Any]]:
+    """Turn checkpointing off where it is `auto` and the base's class has none. Collective.
+
+    Returns:
+        As `decide_run`. Raises UserError where the recipe turns it on.
+    """
+    if recipe.train.gradient_checkpointing is False:
+        return recipe, {}
+
+    def settle() -> Recipe:
+        model = make_meta_model(read_config(inputs.model_path, head=inputs.head))
+        return settle_checkpointing(recipe, model)
+
+    settled = run_on_rank0(settle)
+    if settled == recipe:
+        return recipe, {}
+    print_rank0(f"{CHECKPOINTING}: auto is false, as transformers has none for this base")
+    return settled, {CHECKPOINTING: False}
 
 
 def _apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

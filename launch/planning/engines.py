@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from launch.config.schema import Recipe
 from launch.planning.estimate import Estimate, estimate_engine
 from launch.planning.machine import Machine
 from launch.planning.memory import is_offloaded
 from launch.planning.model import ModelRun
+from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
 
 # The simplest first: of engines that are equally fast the first is taken.
@@ -32,6 +35,24 @@ def list_engines(recipe: Recipe, world_size: int) -> list[str]:
     if recipe.train.compile:  # which zero3 does not allow: it gathers weights inside the layers
         engines = [engine for engine in engines if not engine.startswith("zero3")]
     return engines
+
+
+def settle_checkpointing(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    """Return the recipe with gradient checkpointing off if it is `auto` and `model` has none.
+
+    Raises:
+        UserError: the recipe turns it on.
+    """
+    wanted = recipe.train.gradient_checkpointing
+    if model.supports_gradient_checkpointing or wanted is False:
+        return recipe
+    if wanted is True:
+        raise UserError(
+            f"train.gradient_checkpointing: {type(model).__name__} of transformers has none; set "
+            "false"
+        )
+    train = recipe.train.model_copy(update={"gradient_checkpointing": False})
+    return recipe.model_copy(update={"train": train})
 
 
 def list_checkpointing(recipe: Recipe) -> list[bool]:

@@ -20,6 +20,7 @@ from launch.planning.engines import (
     list_checkpointing,
     recommend_engine,
     render_comparison,
+    settle_checkpointing,
 )
 from launch.planning.estimate import Estimate
 from launch.planning.machine import Machine, describe_machine
@@ -53,6 +54,7 @@ def print_plan(recipe: Recipe, options: PlanOptions) -> bool:
         )
     config = _load_config(recipe)
     model = make_meta_model(config)  # refuses what cannot be made, before anything is printed
+    recipe = settle_checkpointing(recipe, model)
     # A pooler in the base is taken to be in its files, as BERT's is.
     head = find_outer_names(model) if recipe.task.has_head else ()
     check_max_length(recipe.data.max_length, config, recipe.model.name)

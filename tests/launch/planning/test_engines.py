@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
@@ -24,6 +24,7 @@ from launch.planning.engines import (
 )
 from launch.planning.machine import RESERVE, Machine, make_machine
 from launch.planning.model import ModelRun, run_without_numbers
+from launch.runtime.errors import UserError
 from launch.runtime.units import GIB
 
 CONFIG = LlamaConfig(
@@ -229,3 +230,26 @@ def test_a_model_that_is_not_estimated_is_sharded_and_that_is_said(
         "engine: auto is zero3, as there is no estimate: NotImplementedError: no fake kernel for this"
     )
     assert world.decide(make_recipe(compile=True))[ENGINE] == "fsdp"
+
+
+def test_checkpointing_is_off_and_refused_for_a_base_that_has_none(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    world.ranks = [(1, "NVIDIA H100 80GB HBM3", "a")]  # no step fits
+    assert world.decide(make_recipe())[CHECKPOINTING] is False
+    first, second = world.printed
+    assert (
+        first
+        == "train.gradient_checkpointing: auto is false, as transformers has none for this base"
+    )
+    assert "by the plan for " in second
+    # An earlier version recorded true, and could not train.
+    assert world.decide(make_recipe("fsdp"), recorded={CHECKPOINTING: True}) == {
+        CHECKPOINTING: False
+    }
+    assert world.decide(make_recipe("fsdp", gradient_checkpointing=False)) == {}
+    recipe = make_recipe("fsdp", gradient_checkpointing=True)
+    for device in (CPU, GPU):
+        with pytest.raises(UserError, match=r"^train\.gradient_checkpointing: LlamaForCausalLM"):
+            world.decide(recipe, device)

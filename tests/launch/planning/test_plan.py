@@ -208,6 +208,20 @@ def test_a_decoder_that_had_a_head_for_labels_is_planned_as_a_language_model(
     assert printed[0] == printed[1]
 
 
+def test_a_base_without_gradient_checkpointing_is_planned_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    CONFIG.save_pretrained(tmp_path)
+    sections = {"model": {"name": str(tmp_path)}, "data": {"limit": 20}}
+    options = PlanOptions(make_machine(None, 1, memory=0.001))  # where `auto` is on elsewhere
+    assert not print_plan(make_recipe(**sections), options)
+    assert "gradient checkpointing off" in capsys.readouterr().out
+    recipe = make_recipe(**sections, train={"gradient_checkpointing": True})
+    with pytest.raises(UserError, match=r"^train\.gradient_checkpointing: LlamaForCausalLM"):
+        print_plan(recipe, options)
+
+
 @pytest.mark.parametrize(("method", "num_exported"), [("rslora", 2), ("dora", 1)])
 def test_other_adapters_are_counted_as_they_are(method: str, num_exported: int) -> None:
     estimate = plan(make_recipe(adapter={"method": method}))
