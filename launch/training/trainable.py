@@ -1,7 +1,7 @@
 """What is trained: adapters in the base, or all of its parameters. All that differs is here."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from astra.adapter import (
@@ -67,7 +67,7 @@ def attach_trainable(
 
 
 def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
-    """Give a new head's parameters fp32 on a base in bf16, and its modules inputs in fp32.
+    """Give a new head's parameters fp32 on a base in bf16, and have its modules compute in fp32.
 
     Each is replaced by an empty fp32 parameter. ZeRO-3 shards the head together with the adapters,
     so both need the same dtype.
@@ -79,9 +79,20 @@ def keep_head_in_fp32(base: PreTrainedModel, head: Sequence[str]) -> None:
         for name, old in list(module.named_parameters(recurse=False)):
             empty = torch.empty(get_full_shape(old), dtype=torch.float32, device=old.device)
             setattr(module, name, nn.Parameter(empty))
-        module.register_forward_pre_hook(
-            lambda _, inputs: tuple(value.float() for value in inputs)  # hidden states alone
-        )
+        module.forward = _compute_in_fp32(module.forward)
+
+
+def _compute_in_fp32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a module's `forward` on hidden states in fp32, also where RowLoss autocasts to bf16.
+
+    An output in bf16 has 8 significant bits: of years, a prediction would be a multiple of 8.
+    """
+
+    def compute(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.float())
+
+    return compute
 
 
 def check_and_describe_model(checked: CheckedModel, settings: Adapter) -> str:

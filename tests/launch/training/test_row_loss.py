@@ -1,9 +1,14 @@
-"""Gradients of a row's loss, as LoRA-GA's calibration sums them, against autograd's. 2 s."""
+"""Gradients of a row's loss, as LoRA-GA's calibration sums them, against autograd's.
+
+On a base in bf16 the new head computes in fp32, as plain PyTorch does. 3 s.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from astra.gradients import sum_gradients
 from astra.moments import Batch, find_groups
@@ -13,7 +18,9 @@ from launch.data.batches import collate_rows
 from launch.data.task_rows import prepare_rows
 from launch.engines.base import load_pretrained
 from launch.models.check import draw_weight
-from launch.training.row_loss import compute_row_losses, sum_row_label_loss
+from launch.training.loss import has_bf16_products
+from launch.training.row_loss import RowLoss, compute_row_losses, sum_row_label_loss
+from launch.training.trainable import attach_trainable
 from tests.support.classifiers import TARGETS, load_recipe, make_recipe
 
 
@@ -52,3 +59,30 @@ def test_gradients_are_those_of_the_rows_own_losses(
         wanted = linears[name].weight.grad.double() / 5
         atol = 1e-5 * wanted.abs().max().item()
         torch.testing.assert_close(gradient.mean(), wanted, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_new_head_on_a_base_in_bf16_computes_in_fp32(
+    kind: str, regression: bool, tmp_path: Path
+) -> None:
+    recipe = load_recipe(make_recipe(tmp_path, kind, regression))
+    checked, rows, _ = prepare_rows(recipe, tmp_path / "base")
+    base = load_pretrained(checked, torch.bfloat16).requires_grad_(False)
+    model = attach_trainable(base, recipe.adapter, head=checked.head_parameters).eval()
+    torch.manual_seed(1)
+    for name in checked.head_parameters:
+        nn.init.normal_(base.get_parameter(name))
+    layers = {base.get_submodule(name.rpartition(".")[0]) for name in checked.head_parameters}
+    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda layer, inputs, output: calls.append((layer, *inputs, output))
+        )
+    assert has_bf16_products(model)
+    RowLoss(model)(*collate_rows(rows.open_tokens(), [0, 1, 2, 3]).arguments()).backward()
+    assert {layer for layer, _, _ in calls} == layers
+    for layer, hidden, output in calls:
+        assert torch.equal(output, F.linear(hidden.float(), layer.weight, layer.bias))
+        assert not torch.equal(output, output.bfloat16().float())
+        assert layer.weight.grad.dtype == torch.float32
