@@ -232,6 +232,9 @@ class ZeroEngine(ZeroWeights):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> ZeroTrainState:
         config = self.config | {"gradient_clipping": max_grad_norm}
+        if self.sharded:
+            # transformers' gradient checkpointing has asked for what is asked for below: too early.
+            self.base.disable_input_require_grads()
         with deepspeed_device(self.device):
             engine, optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config
