@@ -29,7 +29,7 @@ from launch.scoring.held_out import read_other_text
 from launch.scoring.score import check_prompts, read_problems
 from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, identify_inputs
 from launch.training.checkpoint import Checkpoint, CheckpointStore
-from launch.training.kernels import require_kernels
+from launch.training.kernels import refuse_mixed_lengths, require_kernels
 from launch.training.loop import describe_low_rates
 from launch.training.trackers import require_trackers
 from launch.training.trainable import check_and_describe_model
@@ -57,6 +57,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     check_samples(recipe, inputs)
     print_calibration_rows(recipe, inputs)
     tokens = inputs.tokens
+    refuse_mixed_lengths(recipe, inputs)
     tokenizer = load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head)
     problems = read_problems(recipe.eval)
     problems_while_training = read_problems(recipe.eval.while_training)

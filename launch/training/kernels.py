@@ -6,13 +6,15 @@ import shutil
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from launch.config.schema import Recipe
+from launch.data.inputs import Inputs
 from launch.data.order import Packing
 from launch.engines.base import Engine
+from launch.models.check import read_config
 from launch.runtime.compat.torch_parts import undo_compile
 from launch.runtime.compat.transformers_parts import list_layer_classes, read_attention
 from launch.runtime.distributed import all_reduce_max
@@ -72,6 +74,35 @@ def require_packing(engine: Engine, model: nn.Module) -> None:
             f"data.packing: an example's loss moves by {leak:.1e} with the one packed before it: "
             "this model's attention does not keep them apart; set data.packing=false"
         )
+
+
+def refuse_mixed_lengths(recipe: Recipe, inputs: Inputs) -> None:
+    """Raise UserError if a row's loss would depend on the other rows of its micro batch.
+
+    Bases with longrope (Phi-3.5, Phi-4-mini) have two sets of rotary frequencies: for rows that are
+    no longer than those of their pretraining, and for longer ones. transformers takes one of them for
+    a whole batch, by its longest row (modeling_rope_utils.py, longrope_frequency_update).
+    """
+    limit = _find_longrope_limit(read_config(inputs.model_path, head=inputs.head))
+    if limit is None or (recipe.train.micro_batch == 1 and not recipe.data.packing):
+        return
+    longest = int(inputs.tokens.lengths().max())
+    if longest > limit:
+        raise UserError(
+            f"train.micro_batch: the longest row has {longest} tokens, and above {limit} a row of "
+            "this base (longrope) changes the rotary frequencies of all rows in its batch; set "
+            f"train.micro_batch=1 and data.packing=false, or data.max_length={limit}"
+        )
+
+
+def _find_longrope_limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens up to which a base with longrope takes its short frequencies, else None."""
+    settings = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # One mapping, or one for each kind of layer.
+    for part in (settings, *settings.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            return part["original_max_position_embeddings"]
+    return None
 
 
 def apply_kernels(base: PreTrainedModel, recipe: Recipe) -> None:

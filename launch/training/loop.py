@@ -1,6 +1,7 @@
 """The training loop.
 
-Without dropout, engine, world size and micro batch change the losses by rounding only.
+Without dropout, engine, world size and micro batch change the losses by rounding only; where a base
+lets them change more, `refuse_mixed_lengths` of launch/training/kernels.py refuses the run.
 """
 
 import contextlib

@@ -9,13 +9,21 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from astra.adapter import attach_adapters
 from launch.config.loading import validate_recipe
@@ -27,7 +35,11 @@ from launch.run.metrics import Metrics
 from launch.runtime.errors import UserError
 from launch.training import kernels, loop, trackers
 from launch.training.flops import count_training_flops
-from launch.training.loop import describe_low_rates, make_train_state, train
+from launch.training.loop import (
+    describe_low_rates,
+    make_train_state,
+    train,
+)
 from launch.training.loss import AnswerLoss
 from launch.training.metrics_log import format_speed, log_steps
 from launch.training.profiling import TABLE, TRACE, profile_steps
@@ -330,6 +342,47 @@ def test_packing_is_refused_where_attention_does_not_keep_examples_apart(
         UserError, match=r"data\.packing: an example's loss moves by .*set data\.packing=false"
     ):
         kernels.require_packing(engine, OPTForCausalLM(config))
+
+
+@torch.no_grad()
+def test_rows_that_would_change_the_frequencies_of_others_are_refused(tmp_path: Path) -> None:
+    frequencies = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    config = Phi3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | frequencies,
+    )
+    torch.manual_seed(0)
+    model, ids = Phi3ForCausalLM(config).eval(), torch.randint(50, (2, 17))
+    alone = model(ids[:1, :16]).logits
+    torch.testing.assert_close(model(ids[:, :16]).logits[:1], alone, rtol=0, atol=1e-6)
+    assert (alone - model(ids).logits[:1, :16]).abs().max() > 1e-4  # for the other row is longer
+
+    config.save_pretrained(tmp_path)
+
+    def refuse(longest: int, micro_batch: int, packing: bool = False) -> None:
+        tokens = SimpleNamespace(lengths=lambda: torch.tensor([3, longest]))
+        inputs = SimpleNamespace(model_path=tmp_path, head=None, tokens=tokens)
+        settings = {"path": "d", "packing": packing}
+        one = recipe(data=settings, train={"micro_batch": micro_batch})
+        kernels.refuse_mixed_lengths(one, inputs)
+
+    refuse(16, 4, True)
+    refuse(17, 1)
+    for micro_batch, packing in ((2, False), (1, True)):
+        with pytest.raises(
+            UserError, match=r"^train\.micro_batch: .*17 tokens.*data.max_length=16$"
+        ):
+            refuse(17, micro_batch, packing)
+    LlamaConfig().save_pretrained(tmp_path)
+    refuse(17, 2)
 
 
 def test_attention_is_the_recipes(make_llama: Callable[..., LlamaForCausalLM]) -> None:
