@@ -30,7 +30,7 @@ from launch.scoring.score import check_prompts, read_problems
 from launch.stages.records import CALIBRATION, DTYPE, PreparedRun, identify_inputs
 from launch.training.checkpoint import Checkpoint, CheckpointStore
 from launch.training.kernels import refuse_mixed_lengths, require_kernels
-from launch.training.loop import describe_low_rates
+from launch.training.loop import describe_low_rates, describe_unused_epochs
 from launch.training.trackers import require_trackers
 from launch.training.trainable import check_and_describe_model
 
@@ -77,9 +77,6 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     check_dev(inputs.dev, recipe.task)
     print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
     _print_rows(recipe, inputs, steps)
-    low_rates = describe_low_rates(len(steps), settings)
-    if low_rates is not None:
-        print_rank0(low_rates)
     recipe, decided = _decide_auto(recipe, inputs, device, folder, saved)
     return PreparedRun(
         name=name,
@@ -127,7 +124,7 @@ def _decide_auto(
 
 
 def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
-    """Print what is trained on, and what about it may surprise."""
+    """Print what is trained on, and what about it and the steps may surprise."""
     tokens, world_size = inputs.tokens, dist.get_world_size()
     dropped = "".join(f"; {count} {reason}" for reason, count in inputs.data["dropped"].items())
     cut = "truncated to" if recipe.task.has_head else "cut at"
@@ -149,9 +146,13 @@ def _print_rows(recipe: Recipe, inputs: Inputs, steps: list[list[int]]) -> None:
             f"{tokens.num_special} rows{whose} hold text that became special tokens, since this tokenizer "
             "cannot take it for text; launch/prepare.py names the first"
         )
-    idle = describe_idle_ranks(steps, world_size)
-    if idle is not None:
-        print_rank0(idle)
+    for line in (
+        describe_idle_ranks(steps, world_size),
+        describe_unused_epochs(len(tokens), recipe.train),
+        describe_low_rates(len(steps), recipe.train),
+    ):
+        if line is not None:
+            print_rank0(line)
 
 
 def _read_measured_sets(

@@ -141,6 +141,17 @@ def describe_low_rates(steps: int, settings: Train) -> str | None:
     )
 
 
+def describe_unused_epochs(num_examples: int, settings: Train) -> str | None:
+    """Return a line if train.epochs is set and train.max_steps overrides it; None if not."""
+    if settings.max_steps is None or settings.is_default("epochs"):
+        return None
+    epochs = settings.max_steps * settings.global_batch / num_examples
+    return (
+        f"train.max_steps={settings.max_steps} ends the run after {epochs:.3g} epochs; train.epochs "
+        "is not used"
+    )
+
+
 def make_train_state(
     engine: Engine,
     model: nn.Module,

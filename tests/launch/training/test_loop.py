@@ -37,6 +37,7 @@ from launch.training import kernels, loop, trackers
 from launch.training.flops import count_training_flops
 from launch.training.loop import (
     describe_low_rates,
+    describe_unused_epochs,
     make_train_state,
     train,
 )
@@ -407,6 +408,15 @@ def test_a_rate_that_is_never_reached_is_said(
 ) -> None:
     line = describe_low_rates(steps, Train(lr=0.02, warmup_ratio=warmup_ratio))
     assert line is None if words is None else words in line
+
+
+def test_epochs_that_max_steps_overrides_are_said() -> None:
+    settings = {"global_batch": 8, "max_steps": 20}
+    assert describe_unused_epochs(200, Train(**settings)) is None
+    assert describe_unused_epochs(200, Train(global_batch=8, epochs=3)) is None
+    assert describe_unused_epochs(200, Train(**settings, epochs=3)) == (
+        "train.max_steps=20 ends the run after 0.8 epochs; train.epochs is not used"
+    )
 
 
 def test_each_trained_parameter_is_in_one_group_in_the_models_order(make_llama: Callable) -> None:
