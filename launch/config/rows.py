@@ -173,4 +173,8 @@ def refuse_text_fields(rows: Section, field: str, what: str) -> None:
     """
     for name in ("instruction", "answer", "input"):
         if not rows.is_default(name):
-            raise ValueError(f"{name}: {what} none; leave it out, or leave {field} out")
+            default = type(rows).model_fields[name].default or "null"
+            raise ValueError(
+                f"{name}: {what} none; leave it out (where it is inherited, set it to {default}), or "
+                f"leave {field} out"
+            )

@@ -140,6 +140,16 @@ def test_a_key_that_is_no_field_is_named(text: str, message: str, tmp_path: Path
     assert "\n" not in str(error.value)
 
 
+def test_inherited_fields_that_messages_lack_can_be_set_as_the_error_says() -> None:
+    settings = ["data.messages=messages", "eval.prompt=chat"]
+    for field, default in (("instruction", "query"), ("answer", "response"), ("input", "null")):
+        message = rf"^data\.{field}: messages have none; .* set it to {default}\)"
+        with pytest.raises(UserError, match=message):
+            read_recipe("commonsense", settings)
+        settings.append(f"data.{field}={default}")
+    assert read_recipe("commonsense", settings).data.has_messages
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UserError, match=r"data\.path: is required"):
         validate_recipe({"model": {"name": "x"}, "data": {}})
