@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 from launch.config.schema import Recipe
 from launch.run.metrics import Metrics
@@ -96,7 +97,7 @@ def _open_tensorboard(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
 def _open_wandb(recipe: Recipe, folder: Path, done: int) -> Iterator[Log]:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _is_reachable() else "offline")
+    mode = os.environ.get("WANDB_MODE") or _choose_wandb_mode()
     # The id is kept, so that a resumed start adds to the wandb run of the one before.
     id_file = folder / "wandb_id"
     if not done or not id_file.is_file():
@@ -139,11 +140,22 @@ def _list_scores(dev: dict[str, dict[str, float]]) -> list[tuple[str, str, float
     return scores
 
 
-def _is_reachable() -> bool:
-    """Return whether wandb's server can be reached from here."""
+def _choose_wandb_mode() -> str:
+    """Return `online`; or `offline`, with a line, where wandb's server cannot be reached from here.
+
+    Behind a proxy that is not tried.
+    """
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if getproxies().get(url.scheme) and not proxy_bypass(url.hostname):
+        return "online"
+    port = url.port or (80 if url.scheme == "http" else 443)
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
-    except OSError:
-        return False
-    return True
+        socket.create_connection((url.hostname, port), timeout=3).close()
+    except OSError as error:
+        print(
+            f"tracking: wandb: offline, as {url.hostname}:{port} cannot be reached ({error}); `wandb "
+            "sync` sends it later, and WANDB_MODE=online does not try",
+            flush=True,
+        )
+        return "offline"
+    return "online"

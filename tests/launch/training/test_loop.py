@@ -325,6 +325,44 @@ def test_a_tracker_continues_where_it_was(
         assert {run.rsplit("-", 1)[1] for run in runs} == {(tmp_path / "wandb_id").read_text()}
 
 
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({}, ("api.wandb.ai", 443)),
+        ({"WANDB_BASE_URL": "http://wandb.local"}, ("wandb.local", 80)),
+        ({"WANDB_BASE_URL": "http://wandb.local:8080"}, ("wandb.local", 8080)),
+        ({"https_proxy": "http://proxy:3128"}, None),
+        ({"http_proxy": "http://proxy:3128"}, ("api.wandb.ai", 443)),
+        ({"https_proxy": "http://proxy:3128", "no_proxy": "wandb.ai"}, ("api.wandb.ai", 443)),
+    ],
+    ids=str,
+)
+def test_wandb_is_offline_where_its_server_is_not_reached_and_that_is_said(
+    variables: dict[str, str],
+    address: tuple[str, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tried = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        tried.append(address)
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(trackers.socket, "create_connection", refuse)
+    mode, said = trackers._choose_wandb_mode(), capsys.readouterr().out
+    if address is None:
+        assert (mode, tried, said) == ("online", [], "")
+    else:
+        assert (mode, tried) == ("offline", [address])
+        assert said.startswith(f"tracking: wandb: offline, as {address[0]}:{address[1]} cannot be ")
+
+
 def test_packing_is_refused_where_attention_does_not_keep_examples_apart(
     make_llama: Callable,
 ) -> None:
