@@ -19,7 +19,7 @@ from launch.stages.score_steps import (
     remove_later_responses,
     score_steps,
 )
-from launch.training.checkpoint import restore_training
+from launch.training.checkpoint import name_best_step, restore_training
 from launch.training.flops import count_training_flops
 from launch.training.kernels import (
     choose_packing,
@@ -141,6 +141,7 @@ def train_model(
     if profile:
         training = profile_steps(training, total - num_done, run.folder, dist.get_rank())
     training = score_steps(run, loaded, training, history, plan, compiled)
+    training = name_best_step(training, run.checkpoints, history)
     last_saved = num_done
     with open_trackers(recipe, run.folder, num_done) as log, in_bf16(model):
         rank = dist.get_rank()

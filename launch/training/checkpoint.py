@@ -44,7 +44,7 @@ from launch.run.metrics import METRICS, Metrics
 from launch.runtime import watchdog
 from launch.runtime.compat.deepspeed_parts import count_elements, get_full_shape
 from launch.runtime.distributed import broadcast_tensor, run_on_rank0
-from launch.runtime.errors import UserError
+from launch.runtime.errors import DivergedError, UserError
 from launch.runtime.files import hash_file, sync_file, sync_folder, write_json
 from launch.runtime.shortages import describe_space
 from launch.runtime.units import GIB
@@ -279,6 +279,26 @@ class CheckpointStore:
         for path in older:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def name_best_step(
+    training: Iterator[Metrics], store: CheckpointStore, history: Sequence[Metrics]
+) -> Iterator[Metrics]:
+    """Yield the steps of a training; where it diverges, the error says where the best step is.
+
+    Args:
+        history: of the steps done; it grows.
+    """
+    try:
+        yield from training
+    except DivergedError as error:
+        best = store.find_best_step(history)
+        if best is None:
+            raise
+        raise DivergedError(
+            f"{error}; step {best}, the best by {store.keep_best}, stays in {store._get_path(best)}, "
+            "but only a run that ends exports it, and this one diverges at each start: train another"
+        ) from None
 
 
 def _gather_tensors(

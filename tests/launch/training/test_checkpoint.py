@@ -5,6 +5,7 @@ Needs nothing; takes 3 seconds.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from launch.runtime.errors import UserError
+from launch.run.metrics import Metrics
+from launch.runtime.errors import DivergedError, UserError
 from launch.training import checkpoint
-from launch.training.checkpoint import CheckpointStore
+from launch.training.checkpoint import CheckpointStore, name_best_step
 
 FACTS = {"baseline": {"gsm8k": 0.25}, "drift": 1e-7}
 
@@ -182,3 +184,27 @@ def test_without_its_best_a_checkpoint_is_skipped(
         "step-0000006 is skipped: that of step 4, the best by held_out" in capsys.readouterr().out
     )
     assert CheckpointStore(tmp_path, 3).find_newest().step == 6
+
+
+def test_a_run_that_diverges_names_the_checkpoint_of_its_best_step(tmp_path: Path) -> None:
+    def fail(keep_best: str | None) -> str:
+        history = [
+            {"step": 1, "dev": {"held_out": {"loss": 2.0}}},
+            {"step": 2, "dev": {"held_out": {"loss": 3.0}}},
+        ]
+
+        def train() -> Iterator[Metrics]:
+            yield from history
+            raise DivergedError("step 3: loss nan: not finite")
+
+        store, done = CheckpointStore(tmp_path, 2, keep_best), []
+        with pytest.raises(DivergedError) as caught:
+            for metrics in name_best_step(train(), store, done):
+                done.append(metrics)
+        assert done == history
+        return str(caught.value)
+
+    assert fail(None) == fail("other_text") == "step 3: loss nan: not finite"
+    path = tmp_path / checkpoint.FOLDER / "step-0000001"
+    expected = f"step 3: loss nan: not finite; step 1, the best by held_out, stays in {path}, but "
+    assert fail("held_out").startswith(expected)
