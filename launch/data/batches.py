@@ -7,7 +7,7 @@ attention mask leaves the padding out: an encoder's tokens would see it otherwis
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,29 @@ T = TypeVar("T")
 IGNORED = -100  # a label that PyTorch's cross-entropy leaves out
 
 
+class LossBatch:
+    """A batch of training: its fields are the arguments of a loss's forward pass, in their order."""
+
+    def to(self, device: torch.device) -> Self:
+        """Copy to `device`, without waiting for the copy."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Copy to page-locked memory, from which a copy to a GPU runs in the background."""
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(
+            *(value if value is None else function(value) for value in self.arguments())
+        )
+
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Return the arguments of the loss's forward pass."""
+        return tuple(vars(self).values())
+
+
 @dataclass(frozen=True)
-class TrainBatch:
+class TrainBatch(LossBatch):
     """One micro batch of training, as training.loss.AnswerLoss takes it."""
 
     # (sequences, tokens), int64, padded on the right; (1, tokens), unpadded, with Packing.flat.
@@ -33,30 +54,9 @@ class TrainBatch:
     # As input_ids, counted from 0 in each example; None without packing.
     position_ids: Tensor | None
 
-    def to(self, device: torch.device) -> "TrainBatch":
-        """Copy to `device`, without waiting for the copy."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "TrainBatch":
-        """Copy to page-locked memory, from which a copy to a GPU runs in the background."""
-        return self._map_tensors(Tensor.pin_memory)
-
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "TrainBatch":
-        position_ids = None if self.position_ids is None else function(self.position_ids)
-        return TrainBatch(
-            function(self.input_ids),
-            function(self.loss_indices),
-            function(self.targets),
-            position_ids,
-        )
-
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        """Return the arguments of AnswerLoss.forward."""
-        return self.input_ids, self.loss_indices, self.targets, self.position_ids
-
 
 @dataclass(frozen=True)
-class RowBatch:
+class RowBatch(LossBatch):
     """One batch of rows with labels, as training.row_loss.RowLoss takes it."""
 
     input_ids: Tensor  # (rows, tokens), int64, padded on the right
@@ -64,29 +64,6 @@ class RowBatch:
     token_type_ids: Tensor | None  # (rows, tokens), int64; where the model takes them
     labels: Tensor  # (rows,): int64 places in task.labels, or fp32 numbers
     weights: Tensor  # (rows,), fp64: 0 for a row that fills a batch up, else 1
-
-    def to(self, device: torch.device) -> "RowBatch":
-        """Copy to `device`, without waiting for the copy."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "RowBatch":
-        """Copy to page-locked memory, from which a copy to a GPU runs in the background."""
-        return self._map_tensors(Tensor.pin_memory)
-
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "RowBatch":
-        return RowBatch(
-            *(value if value is None else function(value) for value in self.arguments())
-        )
-
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        """Return the arguments of RowLoss.forward."""
-        return (
-            self.input_ids,
-            self.attention_mask,
-            self.token_type_ids,
-            self.labels,
-            self.weights,
-        )
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the arguments of the model's forward pass."""
