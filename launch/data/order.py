@@ -1,7 +1,7 @@
 """Which examples each optimiser step and each rank takes, in an order that no world size changes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -124,19 +124,25 @@ def plan_micro_batches(
     Returns:
         Equally many batches on every rank; None is a sequence of weight 0.
     """
-    longest_first = sorted(examples, key=lambda example: -lengths[example])
+    own_lengths = dict(zip(examples, lengths[torch.as_tensor(examples)].tolist(), strict=True))
+    longest_first = sorted(examples, key=lambda example: -own_lengths[example])
     if packing:
-        sequences = pack_examples(longest_first, lengths, packing.capacity)
+        sequences = pack_examples(longest_first, own_lengths, packing.capacity)
     else:
         sequences = [[example] for example in longest_first]
     size = min(micro_batch, math.ceil(len(sequences) / world_size))
     return shard_batches(sequences, rank, world_size, size)
 
 
-def pack_examples(examples: Sequence[int], lengths: Tensor, capacity: int) -> list[list[int]]:
+def pack_examples(
+    examples: Sequence[int], lengths: Mapping[int, int], capacity: int
+) -> list[list[int]]:
     """Pack examples, longest first, each into the first sequence that has room for it.
 
     First fit decreasing: at most 11/9 of the fewest possible sequences, plus one.
+
+    Args:
+        lengths: example -> its tokens.
 
     Returns:
         The examples of each sequence, the fullest sequences first.
@@ -144,7 +150,7 @@ def pack_examples(examples: Sequence[int], lengths: Tensor, capacity: int) -> li
     sequences: list[list[int]] = []
     room: list[int] = []  # tokens left in each sequence
     for example in examples:
-        length = int(lengths[example])
+        length = lengths[example]
         index = next((i for i, left in enumerate(room) if left >= length), None)
         if index is None:
             index = len(sequences)

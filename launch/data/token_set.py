@@ -48,7 +48,8 @@ class TokenSet:
         if self.is_trained is not None:
             return sum(len(self.find_trained(example)) for example in examples)
         index = torch.as_tensor(examples)
-        return int((self.lengths()[index] - self.prompt_lengths[index]).sum())
+        lengths = self.offsets[index + 1] - self.offsets[index]  # of these alone
+        return int((lengths - self.prompt_lengths[index]).sum())
 
     def find_trained(self, example: int) -> Tensor:
         """Return the places of the tokens of an example that the loss counts, int64, in order.

@@ -141,7 +141,7 @@ def test_what_a_step_waits_for_is_named(start: Callable, tokens: TokenSet) -> No
         "tolist token_set.py:find_trained",
         "__index__ batches.py:_get_example",
         "__int__ batches.py:_find_loss_indices",
-        "__bool__ order.py:plan_micro_batches",
+        "tolist order.py:plan_micro_batches",
         "__int__ loop.py:finish_step",
     }
     of_cpus = {"item optimizer.py:_get_value"}  # AdamW is fused on GPUs, and counts there

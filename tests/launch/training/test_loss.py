@@ -291,7 +291,7 @@ def test_packing_holds_every_row_once_within_the_capacity(
     lengths: list[int], capacity: int
 ) -> None:
     ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    packed = pack_examples(ordered, torch.tensor(lengths), capacity)
+    packed = pack_examples(ordered, dict(enumerate(lengths)), capacity)
     assert sorted(row for rows in packed for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= capacity for rows in packed)
     rooms = [capacity - sum(lengths[row] for row in rows) for rows in packed]
