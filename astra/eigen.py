@@ -231,22 +231,19 @@ def solve_eigenproblem(
     indices = select_indices(select, size, lora_rank, make_generator(seed, name))
     failure = errors = ""
     device_type = device_type or core.device.type
-    tries_cusolver = device_type == "cuda" and len(core) <= CUSOLVER_ROWS
-    if device_type == "cuda" and not tries_cusolver:
+    if device_type == "cuda" and len(core) > CUSOLVER_ROWS:
         _warn_of_lapack(f"fails above {CUSOLVER_ROWS:,} rows")
-    for i, decompose in enumerate(choose_decompositions(device_type, len(core))):
-        if tries_cusolver and i == 1:
-            _warn_of_lapack(f"failed ({failure})")
+    for decompose in choose_decompositions(device_type, len(core)):
         try:
             subspace = _form_subspace(basis, core, indices, decompose(core), seed, name)
+            checks = Checks(*subspace.checks.tolist())
+            if all(check <= 1 for check in checks):  # false where one is nan
+                return subspace
+            failure, errors = "inexact", f"; errors divided by their tolerances: {checks}"
         except (LinAlgError, torch.linalg.LinAlgError) as error:
-            failure = str(error).strip().partition("\n")[0][:150]
-            continue
-        checks = Checks(*subspace.checks.tolist())
-        if max(checks) <= 1:
-            return subspace
-        failure = "inexact"
-        errors = f"; errors divided by their tolerances: {checks}"
+            failure, errors = str(error).strip().partition("\n")[0][:150], ""
+        if device_type == "cuda" and decompose is decompose_dense:  # cuSOLVER's
+            _warn_of_lapack(f"failed ({failure})")
     raise AstraError(f"{name}: its eigenproblem could not be solved: {failure}{errors}")
 
 

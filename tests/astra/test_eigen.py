@@ -333,3 +333,23 @@ def test_what_no_solver_can_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(AstraError, match="m: its eigenproblem could not be solved: cusolver error"),
     ):
         solve_eigenproblem(None, core, 5, "smallest", 0, "m", "cuda")
+
+
+def test_a_failure_is_named_without_the_errors_of_an_earlier_solver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    def decompose_inexactly(matrix: Tensor) -> eigen.Eigenpairs:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, lambda start, end: 2 * vectors[:, start:end]
+
+    core = with_spectrum(torch.linspace(1, 2, 80))
+    monkeypatch.setattr(eigen, "decompose_tridiagonal", decompose_inexactly)
+    monkeypatch.setattr(eigen, "decompose_dense", fail)
+    with pytest.raises(AstraError, match=r"could not be solved: did not converge$"):
+        solve_eigenproblem(None, core, 5, "smallest", 0, "m")
+    monkeypatch.setattr(eigen, "decompose_dense", decompose_inexactly)
+    with pytest.raises(AstraError, match=r"solved: inexact; errors divided by .*Checks\(ortho"):
+        solve_eigenproblem(None, core, 5, "smallest", 0, "m")
