@@ -200,7 +200,7 @@ def sum_second_moments(
             entering = hidden_states[i]
             layers = range(window.layers.stop) if entering is None else window.layers
             with skip_layers_outside(plan.layers, layers, entering) as leaving:
-                run_forward(model, batch)
+                run_forward(model, batch, linears)
             hidden_states[i] = leaving[0] if leaving else None
     return moments
 

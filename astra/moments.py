@@ -140,17 +140,34 @@ def get_row_inputs(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: batch[name] for name in names if batch.get(name) is not None}
 
 
-def run_forward(model: nn.Module, batch: Batch) -> None:
-    """Run one forward pass for its hooks alone; logits are computed for the last token only."""
+def run_forward(model: nn.Module, batch: Batch, linears: Mapping[str, nn.Linear]) -> None:
+    """Run one forward pass for the hooks on `linears` alone.
+
+    Logits are computed for the last token only, unless the head is one of them.
+    """
     if "row_labels" in batch:
         model(**get_row_inputs(batch))
         return
+    options = {}
+    if not _contain_head(linears, model):
+        # Not the number 1, with which Gemma 4 runs its later layers on the last token only.
+        length = batch["input_ids"].shape[1]
+        options["logits_to_keep"] = torch.arange(
+            length - 1, length, device=batch["input_ids"].device
+        )
     model(
         input_ids=batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         use_cache=False,
-        logits_to_keep=1,
+        **options,
     )
+
+
+def _contain_head(linears: Mapping[str, nn.Linear], model: nn.Module) -> bool:
+    """Tell whether one of `linears` is the output head, or inside PEFT's layer in its place."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return head is not None and not set(head.modules()).isdisjoint(linears.values())
 
 
 @torch.no_grad()
@@ -217,7 +234,7 @@ def _find_shared_inputs(
         last_input = x  # kept alive, so that no other tensor is given its memory
 
     with _register_hooks(linears, record_input):
-        run_forward(model, batch)
+        run_forward(model, batch, linears)
     not_run = set(linears) - seen
     if not_run:
         raise AstraError(f"{min(not_run)} does not run in a forward pass; leave it out", "targets")

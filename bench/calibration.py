@@ -159,8 +159,10 @@ def measure_layer(shape: str, num_rows: int) -> dict[str, Any]:
     plan = make_plan(model, linears, groups, tokens=LENGTH)
     states = [None] * num_rows
     with torch.no_grad():
-        run_forward(model, batches[0])  # warms up
-        floor, _ = time_call(device, lambda: [run_forward(model, batch) for batch in batches])
+        run_forward(model, batches[0], linears)  # warms up
+        floor, _ = time_call(
+            device, lambda: [run_forward(model, batch, linears) for batch in batches]
+        )
         ours, moments = time_call(
             device,
             lambda: sum_second_moments(model, linears, batches, plan.windows[0], plan, states),
@@ -316,7 +318,7 @@ def _time_stages(
         return result
 
     with torch.no_grad():
-        run_stage("forward", lambda: [run_forward(model, batch) for batch in batches])
+        run_stage("forward", lambda: [run_forward(model, batch, linears) for batch in batches])
     window = plan.windows[0]
     sums = run_stage(
         "forward and sums", sum_second_moments, model, linears, batches, window, plan, states

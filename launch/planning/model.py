@@ -287,7 +287,7 @@ def _run_forward(fake: FakeModel, batch: Batch) -> tuple[Pass, bool]:
         torch.no_grad(),
         _watch_layers(fake.base) as outputs,
     ):
-        run_forward(fake.model.eval(), batch)
+        run_forward(fake.model.eval(), batch, fake.linears)
     can_split = all(issubclass(kind, Tensor) for kind in outputs)
     return Pass(counted.peak, counted.operations), can_split
 

@@ -6,7 +6,7 @@ Masks, batch sizes and padding change nothing. Tiny random models on the CPU. A 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from astra.calibrate import sum_second_moments
 from astra.errors import AstraError
@@ -45,6 +45,26 @@ def make_model(bias: bool, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
+def make_gemma4() -> Gemma4ForCausalLM:
+    """Make a Gemma 4 whose last two layers take the keys and values of the first two."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        global_head_dim=4,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=50,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    return Gemma4ForCausalLM(config).double().eval()
+
+
 def make_rows(count: int = 9) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(50, (3 + 2 * (i % 4),), generator=generator) for i in range(count)]
@@ -65,9 +85,12 @@ def batches_of(rows: list[Tensor], size: int, extra_padding: int = 0) -> list[Ba
 
 
 def measure(
-    model: nn.Module, batches: list[Batch], statistic: Statistic = "output"
+    model: nn.Module,
+    batches: list[Batch],
+    statistic: Statistic = "output",
+    linears: dict[str, nn.Linear] | None = None,
 ) -> list[tuple[Group, Moment]]:
-    linears = find_projections(model)
+    linears = linears or find_projections(model)
     groups = find_groups(model, linears, batches[0], statistic)
     plan = make_plan(model, linears, groups, tokens=100)
     moments = sum_second_moments(
@@ -92,11 +115,13 @@ def output_moments(model: nn.Module, statistics: list[tuple[Group, Moment]]) -> 
     return found
 
 
-def oracle(model: nn.Module, rows: list[Tensor]) -> dict[str, Tensor]:
+def oracle(
+    model: nn.Module, rows: list[Tensor], linears: dict[str, nn.Linear] | None = None
+) -> dict[str, Tensor]:
     """Return 1/n sum y y^T by name, y = W x + b in fp64, one row of tokens at a time."""
     kept: dict[str, list[Tensor]] = {}
     handles = []
-    for name, linear in find_projections(model).items():
+    for name, linear in (linears or find_projections(model)).items():
 
         def hook(module: nn.Linear, args: tuple, output: Tensor, name: str = name) -> None:
             y = args[0][0].double() @ module.weight.double().T
@@ -126,6 +151,23 @@ def test_moments_equal_the_oracle_for_any_batch_size_and_padding(
     assert found.keys() == wanted.keys()
     for name, second in wanted.items():
         assert (found[name] - second).norm() <= tolerance * second.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["layers that share keys", "the head"])
+def test_what_a_model_may_run_on_its_last_token_alone_counts_every_token(kind: str) -> None:
+    rows = make_rows()
+    if kind == "the head":
+        model = make_model(False, torch.float64)
+        names = ("model.layers.1.self_attn.q_proj", "lm_head")
+        linears = {name: model.get_submodule(name) for name in names}
+    else:
+        model = make_gemma4()
+        linears = find_projections(model)
+    found = output_moments(model, measure(model, batches_of(rows, 4), linears=linears))
+    wanted = oracle(model, rows, linears)
+    assert found.keys() == wanted.keys()
+    for name, second in wanted.items():
+        assert (found[name] - second).norm() <= 1e-12 * second.norm(), name
 
 
 def test_modules_that_read_one_tensor_share_one_statistic_and_the_smaller_one_is_kept() -> None:
@@ -259,7 +301,7 @@ def test_the_reference_moment_by_hand() -> None:
     ) as count:
         for batch in batches:
             count(batch["token_mask"])
-            run_forward(model, batch)
+            run_forward(model, batch, linears)
     first = torch.tensor([[9.0 + 1 + 1, -12 + 2 + 1], [-12 + 2 + 1, 16 + 4 + 1]])
     second = torch.tensor([[4.0 + 1 + 1, 8 + 1 + 1], [8 + 1 + 1, 16 + 1 + 1]])
     torch.testing.assert_close(
