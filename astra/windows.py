@@ -33,7 +33,7 @@ class Window:
     layers: range  # indices into the list of decoder layers; empty if the model is not split
     groups: list[Group]
     # On each rank, until the ranks' sums are added up; then an owner keeps those of its groups.
-    statistics_bytes: int
+    sums_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CalibrationPlan:
     @property
     def peak_bytes(self) -> int:
         """Bytes on each rank in addition to a forward pass's, without hidden states on the CPU."""
-        return max(window.statistics_bytes for window in self.windows) + self.working_bytes
+        return max(window.sums_bytes for window in self.windows) + self.working_bytes
 
     def describe(self) -> str:
         """Return one line to print: windows, passes and memory."""
@@ -67,9 +67,9 @@ class CalibrationPlan:
                 passes = "a forward and a backward pass in each"
             case _:
                 passes = "one forward pass in all"
-        statistics = format_gib(max(window.statistics_bytes for window in self.windows))
+        sums = format_gib(max(window.sums_bytes for window in self.windows))
         return (
-            f"calibration: {windows}, {passes}; at most {statistics} of statistics and "
+            f"calibration: {windows}, {passes}; at most {sums} of sums and "
             f"{format_gib(self.working_bytes)} to work in, on each rank"
         )
 
@@ -98,7 +98,7 @@ def make_plan(
             one list of decoder layers.
     """
     working = max(_count_working_bytes(group, linears, tokens, decomposition) for group in groups)
-    sizes = {group: num_parts * count_statistic_bytes(group, linears) for group in groups}
+    sizes = {group: num_parts * count_sum_bytes(group, linears) for group in groups}
     total = sum(sizes.values())
     if memory is None or total + working <= memory:
         window = Window(range(0), list(groups), total)
@@ -107,7 +107,7 @@ def make_plan(
     if layers is None:
         raise AstraError("this model's targets are not in a list of layers; set no limit", "memory")
     windows = _fill_windows(_sort_by_layer(groups, linears, layers), sizes, working, memory)
-    least = max(window.statistics_bytes for window in windows) + working
+    least = max(window.sums_bytes for window in windows) + working
     if least > memory:
         raise AstraError(
             f"{format_gib(memory)} is below the {format_gib(least)} that one layer takes; raise it",
@@ -170,7 +170,7 @@ def count_moment_bytes(size: int) -> int:
     return FP64_BYTES * num_numbers
 
 
-def count_statistic_bytes(group: Group, linears: Mapping[str, nn.Linear]) -> int:
+def count_sum_bytes(group: Group, linears: Mapping[str, nn.Linear]) -> int:
     """Return the bytes of the sums of one group."""
     match group.statistic:
         case "weight":

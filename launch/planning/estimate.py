@@ -136,7 +136,7 @@ def estimate_engine(
         flops = num_passes * batch.once.flops / recipe.calibration.batch_size * num_samples
         sum_flops = _count_sum_flops(fake.linears, batch, num_samples * recipe.data.max_length)
         solve_flops = _count_solve_flops(fake.linears, batch, recipe)
-        statistics = sum(window.statistics_bytes for window in windows.windows)
+        statistics = sum(window.sums_bytes for window in windows.windows)
         calibration_time = time_calibration(
             run,
             recipe,

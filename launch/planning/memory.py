@@ -44,7 +44,7 @@ def make_calibration_stage(
     """
     statistics = working = 0
     if plan is not None:
-        statistics = max(window.statistics_bytes for window in plan.windows)
+        statistics = max(window.sums_bytes for window in plan.windows)
         working = max(pass_bytes, plan.working_bytes)
     memory = leave_out(held, "gradients and optimiser")
     memory |= {"statistics": statistics, "forward pass or solving": working}

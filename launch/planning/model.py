@@ -319,7 +319,7 @@ def _run_gradients(
     with CountingMode() as counted, as_base(model):
         sum_gradients(model.eval(), linears, [batch], window, loss)
     # The statistics are counted as a part of the plan. Adding to them in place counts no product.
-    return Pass(counted.peak - window.statistics_bytes, counted.operations)
+    return Pass(counted.peak - window.sums_bytes, counted.operations)
 
 
 def _run_micro_batch(model: nn.Module, recipe: Recipe, size: int, checkpointing: bool) -> Pass:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from astra.gradients import sum_gradients
 from astra.moments import Batch, find_groups
-from astra.windows import count_statistic_bytes, make_plan
+from astra.windows import count_sum_bytes, make_plan
 from tests.support.calibration import find_projections
 
 
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_autograd_for_any_batch_size(
     )
     (window,) = plan.windows
     found = sum_gradients(model, linears, batches, window, loss)
-    assert sum(8 * (t.numel()) for g in found for t in g.tensors()) == window.statistics_bytes
+    assert sum(8 * (t.numel()) for g in found for t in g.tensors()) == window.sums_bytes
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -71,9 +71,7 @@ def test_windows_give_the_same_bits(make_llama: Callable[..., nn.Module]) -> Non
     linears, batches = find_projections(model), batches_of(2)
     groups = find_groups(model, linears, batches[0], "gradient")
     whole = make_plan(model, linears, groups, tokens=26, decomposition="matrix")
-    memory = (
-        whole.working_bytes + sum(count_statistic_bytes(group, linears) for group in groups) / 2
-    )
+    memory = whole.working_bytes + sum(count_sum_bytes(group, linears) for group in groups) / 2
     plan = make_plan(model, linears, groups, tokens=26, memory=memory, decomposition="matrix")
     assert [len(window.groups) for window in plan.windows] == [7, 7]
     assert "a forward and a backward pass in each" in plan.describe()

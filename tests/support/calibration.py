@@ -77,7 +77,7 @@ def find_subspaces_by_layer(
     """Return the same from a calibration in windows of one layer, the smallest."""
     whole = plan_calibration(model, linears, batches)
     num_layers = len(find_layers(model, linears))
-    memory = whole.windows[0].statistics_bytes / num_layers + whole.working_bytes
+    memory = whole.windows[0].sums_bytes / num_layers + whole.working_bytes
     plan = plan_calibration(model, linears, batches, memory)
     assert len(plan.windows) == num_layers
     return find_subspaces(model, linears, batches, weights, plan, **options)

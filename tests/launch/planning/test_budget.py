@@ -84,9 +84,7 @@ def test_windows_fit_beside_the_model_and_a_pass(method: str, world: World, tmp_
     whole = needs.batch.plan_windows(None)
     taken = needs.taken_bytes + needs.batch.hidden_states
     # Room for the model, a pass and half of the sums.
-    world.free = int(
-        (taken + whole.peak_bytes - whole.windows[0].statistics_bytes / 2) / (1 - RESERVE)
-    )
+    world.free = int((taken + whole.peak_bytes - whole.windows[0].sums_bytes / 2) / (1 - RESERVE))
     value, record = world.decide(recipe, tmp_path / "calibration")
     assert record == {FIELD: value}
     plan = needs.batch.plan_windows(value)

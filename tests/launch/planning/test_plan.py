@@ -75,7 +75,7 @@ def plan(recipe: Recipe, world_size: int = 1, checkpointing: bool = False) -> Es
 def halve_statistics(estimate: Estimate) -> float:
     """Return the GiB in which half of the calibration's statistics can be held and worked out."""
     (window,) = estimate.windows.windows
-    return (window.statistics_bytes / 2 + estimate.windows.working_bytes) / GIB
+    return (window.sums_bytes / 2 + estimate.windows.working_bytes) / GIB
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_windows_follow_the_budget() -> None:
 def test_windows_follow_the_gpus_memory_where_the_limit_is_auto() -> None:
     whole = plan(make_recipe())
     assert len(whole.windows.windows) == 1  # without the memory of the GPUs
-    statistics = whole.windows.windows[0].statistics_bytes
+    statistics = whole.windows.windows[0].sums_bytes
     room = whole.calibration.peak - statistics / 2 + whole.windows.working_bytes
     machine = replace(make_machine(None, 1), usable=room)
     estimate = estimate_run(
@@ -275,10 +275,10 @@ def test_what_a_method_needs_of_a_calibration_is_what_is_planned() -> None:
     # rest: the head on every token, and attention, whose backward pass costs 2.5 times the forward.
     assert 2 < backward.calibration.flops / forward.calibration.flops < 2.6
     elements = 6 * LAYER_ELEMENTS
-    assert backward.windows.windows[0].statistics_bytes == 8 * (elements + 6 * 7)
+    assert backward.windows.windows[0].sums_bytes == 8 * (elements + 6 * 7)
     assert backward.sum_flops == SAMPLES * LENGTH * 2 * elements
     assert (weights.calibration.flops, weights.sum_flops) == (0, 0)
-    assert weights.windows.windows[0].statistics_bytes == 0
+    assert weights.windows.windows[0].sums_bytes == 0
     assert weights.solve_flops > 0
     settings = {"memory_gib": halve_statistics(backward)}
     twice = plan(make_recipe(adapter={"method": "lora_ga"}, calibration=settings))

@@ -132,7 +132,7 @@ def test_windows_of_an_encoder_follow_the_limit_unless_it_cannot_be_split(
     limits = {}
     for kind in ("bert", "deberta"):
         whole = plan(load_recipe(recipes[kind])).windows
-        room = 0.6 * whole.windows[0].statistics_bytes + whole.working_bytes
+        room = 0.6 * whole.windows[0].sums_bytes + whole.working_bytes
         limits[kind] = f"calibration.memory_gib={room / 2**30}"
     halved = plan(load_recipe(recipes["bert"], limits["bert"]))
     assert [list(one.layers) for one in halved.windows.windows] == [[0], [1]]
