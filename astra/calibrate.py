@@ -63,7 +63,8 @@ Progress = Callable[[Sequence, str], Iterable]
 Solution = dict[str, Tensor]
 """The tensors computed for one module, by name, identical on all ranks.
 
-A Solver must return them in fp64: the other ranks receive them as fp64.
+A Solver must return them in fp64: the other ranks receive them as fp64. They are then kept on the
+CPU: of methods that need the weights alone, those of all modules are in one window.
 """
 
 
@@ -98,9 +99,9 @@ def calibrate_modules(
     solver: Solver,
     *,
     lora_ranks: Mapping[str, int],
+    solve_device: torch.device,
     loss: Loss | None = None,
     reduction: Reduction = "all",
-    solve_device: torch.device | None = None,
     start: int = 0,
     progress: Progress = lambda items, _: items,
     report_line: Callable[[str], None] = lambda _: None,
@@ -121,9 +122,9 @@ def calibrate_modules(
         plan: from windows.make_plan.
         solver: called on a module's owner alone.
         lora_ranks: module name -> r.
+        solve_device: where modules are solved.
         loss: needed if the plan's statistic is "gradient"; then every batch has labels.
         reduction: whether every rank gets the sums over all ranks, or the owners alone.
-        solve_device: where modules are solved; where the weights are read to by default.
         start: index of the first window, for a caller that has the solutions of the earlier ones.
         progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
         report_line: called on every rank with a line about a solver that failed, once for each line.
@@ -134,7 +135,6 @@ def calibrate_modules(
     # hidden_states[part][batch]: the hidden state that enters the next window, on the CPU. None
     # means that the window's pass starts at layer 0.
     hidden_states: list[list[Tensor | None]] = [[None] * len(batches) for batches in parts]
-    device_type = _find_solving_type(linears, solve_device)
     report_once = functools.cache(report_line)  # a line that is in the cache is not reported again
     for window in plan.windows[start:]:
         if window.groups[0].statistic == "gradient":
@@ -147,7 +147,9 @@ def calibrate_modules(
                 sums.append(
                     sum_second_moments(model, linears, batches, window, plan, states, progress)
                 )
-        owners = assign_owners(window.groups, linears, lora_ranks, plan.decomposition, device_type)
+        owners = assign_owners(
+            window.groups, linears, lora_ranks, plan.decomposition, solve_device.type
+        )
         for part_sums in sums:
             # sum over ranks of (sum over a rank's tokens) = sum over all tokens
             reduce_sums(part_sums, owners, reduction)
@@ -165,13 +167,6 @@ def calibrate_modules(
             solve_device=solve_device,
             report_line=report_once,
         )
-
-
-def _find_solving_type(linears: Mapping[str, nn.Linear], solve_device: torch.device | None) -> str:
-    """Return the type of the device that modules are solved on."""
-    if solve_device is not None:
-        return solve_device.type
-    return next(iter(linears.values())).weight.device.type
 
 
 @torch.no_grad()
@@ -248,7 +243,7 @@ def solve_window(
     lora_ranks: Mapping[str, int],
     progress: Progress = lambda items, _: items,
     *,
-    solve_device: torch.device | None = None,
+    solve_device: torch.device,
     report_line: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Solution]:
     """Solve every module of `groups` on its owner, and return all solutions everywhere. Collective.
@@ -285,8 +280,7 @@ def solve_window(
         problem, device = _read_problem(turns, rank, groups, sums, linears, weights, lora_ranks)
         solution, outcome = {}, _Outcome({}, None, [])
         if problem is not None:
-            if solve_device is not None:
-                problem = problem.to(solve_device)
+            problem = problem.to(solve_device)
             solution, outcome = _try_to_solve(solver, problem)
             i = queues[rank][number].group
             if problem.name == groups[i].modules[-1]:
@@ -398,24 +392,24 @@ def _broadcast_solution(
     shapes: Mapping[str, torch.Size],
     device: torch.device,
 ) -> Solution:
-    """Return the solution of rank `owner` on every rank. Collective.
+    """Return the solution of rank `owner` on every rank, on the CPU. Collective.
 
     Args:
         solution: on the owner; None on the other ranks.
         shapes: of the owner's solution.
+        device: on which it is sent.
     """
-    if solution is not None:
-        solution = {key: value.to(device) for key, value in solution.items()}
-    if not is_distributed():
-        return solution
     if solution is None:
-        solution = {
-            key: torch.empty(shape, dtype=torch.float64, device=device)
-            for key, shape in shapes.items()
-        }
-    for tensor in solution.values():
-        dist.broadcast(tensor, owner)
-    return solution
+        solution = {}
+        for key, shape in shapes.items():
+            solution[key] = torch.empty(shape, dtype=torch.float64, device=device)
+    received = {}
+    for key, value in solution.items():
+        tensor = value.to(device)
+        if is_distributed():
+            dist.broadcast(tensor, owner)
+        received[key] = tensor.cpu()
+    return received
 
 
 def solve_subspace(problem: ModuleProblem, select: EigenSelect, seed: int) -> Solution:

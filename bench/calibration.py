@@ -324,9 +324,8 @@ def _time_stages(
         "forward and sums", sum_second_moments, model, linears, batches, window, plan, states
     )
     run_stage("reduction", reduce_sums, sums, owners)
-    run_stage(
-        "solving", solve_window, groups, [sums], owners, linears, weights, solve_tail, lora_ranks
-    )
+    solving = (groups, [sums], owners, linears, weights, solve_tail, lora_ranks)
+    run_stage("solving", lambda: solve_window(*solving, solve_device=torch.device("cpu")))
     clock["total"] = clock["forward and sums"] + clock["reduction"] + clock["solving"]
     return clock
 
@@ -462,6 +461,7 @@ def run_within_budget(budget: float, output: Path) -> None:
         plan,
         lambda problem: solve_subspace(problem, "largest", 0),
         lora_ranks=lora_ranks,
+        solve_device=torch.device("cpu"),
     )
     for number, solutions in enumerate(windows):  # kept on disk, as a run keeps them
         vectors = {name: solution["vectors"] for name, solution in solutions.items()}

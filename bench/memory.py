@@ -241,6 +241,7 @@ def calibrate_model(
         plan,
         lambda problem: solve_subspace(problem, "largest", 0),
         lora_ranks=dict.fromkeys(linears, lora_rank),
+        solve_device=device,
     )
     return modules
 

@@ -107,7 +107,7 @@ def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) ->
     tensors = {}
     for name, solution in solutions.items():
         for field, value in solution.items():
-            tensors[f"{name}.{field}"] = value.cpu().contiguous()
+            tensors[f"{name}.{field}"] = value.contiguous()
     path = _name_window(folder, number)
     aside = path.with_suffix(".tmp")
     try:

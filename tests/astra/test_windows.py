@@ -89,6 +89,7 @@ def run(
             plan,
             make_solver("smallest", 0),
             lora_ranks=lora_ranks,
+            solve_device=torch.device("cpu"),
             start=start,
         )
     )

@@ -59,6 +59,7 @@ def find_subspaces(
         plan or plan_calibration(model, linears, batches),
         make_solver(select, seed),
         lora_ranks=dict.fromkeys(linears, rank),
+        solve_device=batches[0]["input_ids"].device,
     )
     subspaces = {}
     for solutions in windows:

@@ -77,6 +77,7 @@ def main(recipe_path: str, output: Path) -> None:
                 engine,
                 make_solver(select, SEED),
                 lora_ranks=lora_ranks,
+                solve_device=device,
             )
             subspaces[select] = {name: to_subspace(module) for name, module in found.items()}
         subspaces["by_layer"] = find_subspaces_by_layer(
