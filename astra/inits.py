@@ -17,7 +17,6 @@ from torch import Tensor
 
 from astra.eigen import (
     EPS,
-    Subspace,
     choose_signs,
     draw_directions,
     make_generator,
@@ -31,7 +30,7 @@ CORDA_DAMPING = 0.01  # added to the diagonal of the moment, whose mean is scale
 LORA_GA_GAMMA = 16.0  # as in the code of LoRA-GA's authors and in PEFT
 
 
-def init_astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
+def init_astra(weight: Tensor, vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return A0 = V^T W and B0 = V, where V's columns are the chosen eigenvectors.
 
     Astra, arXiv 2602.19111; PEFT pull request 3725 has the same.
@@ -39,11 +38,15 @@ def init_astra(weight: Tensor, subspace: Subspace) -> tuple[Tensor, Tensor]:
     Rows `v^T W` that are zero to rounding are set to exactly 0 if v has eigenvalue 0, so that no
     output of the module has a component along v. An eigenvalue can also be 0 because the
     calibration had too few tokens. Then the row is not small, and stays.
+
+    Args:
+        vectors: V, (d_out, r), fp64.
+        values: (r,), their eigenvalues.
     """
-    vectors, weight = subspace.vectors, weight.double()
+    weight = weight.double()
     rows = vectors.T @ weight
     rms_row_norm = weight.norm() / math.sqrt(len(weight))
-    is_zero = (subspace.values == 0) & (rows.norm(dim=1) < 1e-6 * rms_row_norm)
+    is_zero = (values == 0) & (rows.norm(dim=1) < 1e-6 * rms_row_norm)
     # Adam would turn the rounding noise in these rows into updates of B of full size.
     return rows * ~is_zero[:, None], vectors
 

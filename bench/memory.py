@@ -162,7 +162,6 @@ def run_worker(folder: Path, engine_name: str) -> None:
     from torch import Tensor
 
     from astra import adapter, inits
-    from astra.eigen import Subspace
     from launch.data.inputs import prepare_inputs
     from launch.data.order import plan_steps
     from launch.engines import make_engine
@@ -193,8 +192,8 @@ def run_worker(folder: Path, engine_name: str) -> None:
         record_stage("calibration")
 
     def make_factors(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        fields = ("vectors", "values", "spectrum", "checks")
-        return inits.init_astra(weight, Subspace(*(modules[name][field] for field in fields)))
+        vectors, values = (modules[name][key].to(device) for key in ("vectors", "values"))
+        return inits.init_astra(weight, vectors, values)
 
     adapter.initialise_layers(layers, make_factors, engine)
     modules.clear()

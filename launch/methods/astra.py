@@ -29,10 +29,9 @@ def make_factors(
     solution: "Solution",
 ) -> "tuple[Tensor, Tensor]":
     """Make A0 = V^T W, or 0, and B0 = V from the solution's eigenvectors V."""
-    from astra.eigen import Subspace
     from astra.inits import init_astra
 
-    a0, b0 = init_astra(weight, Subspace(**solution))
+    a0, b0 = init_astra(weight, solution["vectors"], solution["values"])
     return _choose_start(a0, settings), b0
 
 

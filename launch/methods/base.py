@@ -90,8 +90,6 @@ def crop_solution(
     return {
         "vectors": solution["vectors"][:, columns],
         "values": solution["values"][columns],
-        "spectrum": solution["spectrum"],
-        "checks": solution["checks"],
     }
 
 

@@ -19,7 +19,7 @@ from astra.errors import AstraError
 from astra.moments import Batch
 from astra.targets import find_targets
 from astra.weights import TorchWeights
-from tests.support.calibration import find_subspaces
+from tests.support.calibration import find_subspaces, make_factor_source
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 PLAIN = TorchWeights()
@@ -58,9 +58,7 @@ def start(
         subspaces = find_subspaces(
             model, adapter.get_base_layers(layers), [batch], PLAIN, rank=rank, select=select, seed=1
         )
-    rounding = adapter.initialise_layers(
-        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), PLAIN
-    )
+    rounding = adapter.initialise_layers(layers, make_factor_source(subspaces), PLAIN)
     return model, layers, subspaces, rounding
 
 
@@ -235,9 +233,7 @@ def test_any_causal_lm_with_linear_layers_can_be_calibrated_and_does_not_move(
     with model.disable_adapter():
         linears = adapter.get_base_layers(layers)
         subspaces = find_subspaces(model, linears, [batch], PLAIN, rank=4, select="largest", seed=1)
-    adapter.initialise_layers(
-        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), PLAIN
-    )
+    adapter.initialise_layers(layers, make_factor_source(subspaces), PLAIN)
     assert len(layers) == 2 * len(LINEARS[architecture])
     assert all(factors.a.any() for factors in adapter.read_factors(layers, PLAIN).values())
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()

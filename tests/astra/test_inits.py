@@ -39,7 +39,7 @@ def subspace_of(weight: Tensor, tokens: int, rank: int, select: str) -> Subspace
 def test_astra_is_v_and_its_projection_of_the_weight_in_fp64(dtype: torch.dtype) -> None:
     weight = random(10, 14).to(dtype)
     subspace = subspace_of(weight, 40, 4, "largest")
-    a0, b0 = inits.init_astra(weight, subspace)
+    a0, b0 = inits.init_astra(weight, subspace.vectors, subspace.values)
     assert (a0.dtype, b0.dtype) == (torch.float64, torch.float64)
     assert torch.equal(b0, subspace.vectors)
     # Two fp64 products of 10 terms.
@@ -57,7 +57,7 @@ def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(
 ) -> None:
     weight = random(20, 6)
     subspace = subspace_of(weight, 50, rank, select)
-    a0, b0 = inits.init_astra(weight, subspace)
+    a0, b0 = inits.init_astra(weight, subspace.vectors, subspace.values)
     wanted = [True] * zero + [False] * (rank - zero)
     assert (subspace.values == 0).tolist() == wanted
     assert (a0 == 0).all(1).tolist() == wanted
@@ -67,7 +67,8 @@ def test_rows_of_a0_are_exactly_zero_where_eigenvalues_are_and_nowhere_else(
 
 def test_all_eigenvectors_together_give_the_whole_weight_back() -> None:
     weight = random(12, 5)
-    a0, b0 = inits.init_astra(weight, subspace_of(weight, 30, 12, "smallest"))
+    subspace = subspace_of(weight, 30, 12, "smallest")
+    a0, b0 = inits.init_astra(weight, subspace.vectors, subspace.values)
     torch.testing.assert_close(b0 @ a0, weight, rtol=0, atol=1e-12)
 
 

@@ -1,12 +1,13 @@
 """Astra calibrations of small models in one call, for tests whose subject is something else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
-from torch import nn
+from torch import Tensor, nn
 
 from astra.calibrate import Solution, Solver, calibrate_modules, solve_subspace
 from astra.eigen import Subspace
+from astra.inits import init_astra
 from astra.moments import Batch, find_groups
 from astra.weights import Weights
 from astra.windows import CalibrationPlan, find_layers, make_plan
@@ -25,6 +26,13 @@ def make_solver(select: str, seed: int) -> Solver:
 def to_subspace(solution: Solution) -> Subspace:
     """Return the subspace of a solution by Astra's solver."""
     return Subspace(**{field.name: solution[field.name] for field in fields(Subspace)})
+
+
+def make_factor_source(
+    subspaces: Mapping[str, Subspace],
+) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function (module name, whole W) -> Astra's A0 and B0."""
+    return lambda name, weight: init_astra(weight, subspaces[name].vectors, subspaces[name].values)
 
 
 def plan_calibration(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from astra import adapter, inits
+from astra import adapter
 from launch.config.loading import read_recipe
 from launch.data import token_cache as prepared
 from launch.data.batches import collate_examples
@@ -24,7 +24,11 @@ from launch.engines import make_engine
 from launch.models.check import check_model
 from launch.runtime.distributed import start_process_group, stop_process_group
 from launch.runtime.entry import run_command
-from tests.support.calibration import find_subspaces, find_subspaces_by_layer
+from tests.support.calibration import (
+    find_subspaces,
+    find_subspaces_by_layer,
+    make_factor_source,
+)
 from tests.support.worker import read_arguments
 
 SEED = 5
@@ -91,9 +95,7 @@ def main(recipe_path: str, output: Path) -> None:
         subspaces = find_subspaces(model, linears, batches, engine, **wanted)
         before = model(input_ids=probe).logits
         by_layer = find_subspaces_by_layer(model, linears, batches, engine, **wanted)
-    adapter.initialise_layers(
-        layers, lambda name, weight: inits.init_astra(weight, subspaces[name]), engine
-    )
+    adapter.initialise_layers(layers, make_factor_source(subspaces), engine)
     moved = (model(input_ids=probe).logits - before).abs().max() / before.abs().max()
     held.record()
 
