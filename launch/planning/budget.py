@@ -10,7 +10,7 @@ from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.engines.nodes import count_node_ranks
 from launch.models.check import read_config
-from launch.planning.estimate import estimate_calibration_needs
+from launch.planning.estimate import CalibrationNeeds, estimate_calibration_needs
 from launch.planning.machine import RESERVE
 from launch.planning.model import try_estimate
 from launch.runtime.distributed import all_reduce_max, print_rank0, run_on_rank0
@@ -27,7 +27,8 @@ def decide_memory(
 
     Collective. The value is the free memory of the rank with the least, minus a tenth, minus the
     model and a forward pass. A calibration that was begun in `folder` keeps the value that it
-    was begun with, and so its windows, unless they no longer fit.
+    was begun with, and so its windows, unless they no longer fit. A value that the recipe has is
+    checked.
 
     Args:
         folder: of the calibration.
@@ -35,10 +36,16 @@ def decide_memory(
     Returns:
         The recipe with the value, and by the field's name the value to be recorded. The recipe as
         it is, and nothing, where there is nothing to be decided.
+
+    Raises:
+        AstraError: the recipe sets a limit that needs windows, which the model cannot run in.
     """
     settings = recipe.calibration
     is_made = recipe.adapter.method_record.is_calibrated and settings.path is None
-    if settings.memory_gib != "auto" or not is_made:
+    if settings.memory_gib is None or not is_made:
+        return recipe, {}
+    if settings.memory_gib != "auto":
+        run_on_rank0(lambda: _check_limit(recipe, inputs, folder))
         return recipe, {}
     record = run_on_rank0(lambda: read_memory_record(folder))
     if run_on_rank0(lambda: is_finished(folder)):
@@ -85,8 +92,38 @@ def _estimate_taken(
     Returns:
         The bytes, and None; or 0, and why there can be no limit.
     """
+    needs, problem = _estimate_needs(recipe, inputs, node_size)
+    if needs is None:
+        return 0, f"there is no estimate: {problem}"
+    if not needs.batch.can_split:
+        return 0, "this model cannot run in windows"
+    taken = needs.taken_bytes
+    if device.type == "cpu":
+        taken += needs.batch.hidden_states  # on GPUs they are in other memory than the sums
+    return taken, None
+
+
+def _check_limit(recipe: Recipe, inputs: Inputs, folder: Path) -> None:
+    """Check the limit that the recipe sets for a calibration still to be made. Rank 0 calls it.
+
+    A model of which there is no estimate is not checked.
+
+    Raises:
+        AstraError: the limit needs windows, which the model cannot run in.
+    """
+    if is_finished(folder):
+        return
+    needs, _ = _estimate_needs(recipe, inputs, None)
+    if needs is not None and not needs.batch.can_split:
+        needs.batch.plan_windows(recipe.calibration.memory_gib)
+
+
+def _estimate_needs(
+    recipe: Recipe, inputs: Inputs, node_size: int | None
+) -> tuple[CalibrationNeeds, None] | tuple[None, str]:
+    """Return what the calibration needs, and None; or None, and why there is no estimate."""
     config = read_config(inputs.model_path, head=inputs.head)
-    needs, problem = try_estimate(
+    return try_estimate(
         lambda: estimate_calibration_needs(
             config,
             recipe,
@@ -96,14 +133,6 @@ def _estimate_taken(
             inputs.model.head_parameters,
         )
     )
-    if needs is None:
-        return 0, f"there is no estimate: {problem}"
-    if not needs.batch.can_split:
-        return 0, "this model's layers cannot run in windows"
-    taken = needs.taken_bytes
-    if device.type == "cpu":
-        taken += needs.batch.hidden_states  # on GPUs they are in other memory than the sums
-    return taken, None
 
 
 def _format_limit(memory_gib: float | None) -> str:

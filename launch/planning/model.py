@@ -6,6 +6,7 @@ Every example is taken to be data.max_length tokens long. Nothing here depends o
 """
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ class CalibrationBatch:
     has_backward: bool
     groups: list[Group]
     hidden_states: int  # bytes on the CPU, carried from window to window where there are several
-    can_split: bool  # whether it can run in windows: each layer hands one tensor to the next
+    can_split: bool  # whether it can run in windows of layers
     # GiB for sums and for solving, None for no limit -> the windows. Raises AstraError if not even
     # one layer fits.
     plan_windows: Callable[[float | None], CalibrationPlan]
@@ -218,33 +219,39 @@ def run_calibration_batch(fake: FakeModel, recipe: Recipe, world_size: int) -> C
     batch = _make_calibration_batch(recipe)
     with as_base(fake.model):
         groups = find_groups(fake.model, fake.linears, batch, statistic)
-    can_split = True
+    has_forward = statistic not in ("gradient", "weight")
+    layers = find_layers(fake.base, fake.linears)
+    pass_on_one = layers is None or not has_forward or _check_layers(fake, layers, batch)
+    make = functools.partial(
+        make_plan,
+        fake.base,
+        fake.linears,
+        groups,
+        tokens=length * settings.batch_size,
+        num_parts=1 + settings.split_half,
+        decomposition=recipe.adapter.method_record.decomposition,
+    )
 
     def plan_windows(memory_gib: float | None) -> CalibrationPlan:
-        plan = make_plan(
-            fake.base,
-            fake.linears,
-            groups,
-            tokens=length * settings.batch_size,
-            num_parts=1 + settings.split_half,
-            memory=None if memory_gib is None else memory_gib * GIB,
-            decomposition=recipe.adapter.method_record.decomposition,
-        )
-        if plan.layers is not None and not can_split:
+        plan = make()
+        if memory_gib is None or plan.peak_bytes <= memory_gib * GIB:
+            return plan
+        if not pass_on_one:
             raise AstraError(CANNOT_SPLIT, "memory")
-        return plan
+        return make(memory=memory_gib * GIB)
 
     once, hidden_states = Pass(), 0
-    if statistic == "gradient":
+    has_backward = statistic == "gradient"
+    if has_backward:
         loss = sum_row_label_loss if recipe.task.has_head else sum_label_loss
         once = _run_gradients(fake.model, fake.linears, batch, plan_windows(None), loss)
-    elif statistic != "weight":
-        once, can_split = _run_forward(fake, batch)
+    elif has_forward:
+        once = _run_forward(fake, batch)
         num_batches = math.ceil(settings.samples / (settings.batch_size * world_size))  # of a rank
         hidden_size = fake.base.config.get_text_config().hidden_size
         num_tokens = num_batches * settings.batch_size * length
         hidden_states = num_tokens * hidden_size * fake.base.dtype.itemsize
-    has_backward = statistic == "gradient"
+    can_split = layers is not None and pass_on_one
     return CalibrationBatch(once, has_backward, groups, hidden_states, can_split, plan_windows)
 
 
@@ -275,33 +282,54 @@ def _make_row_batch(recipe: Recipe, size: int) -> RowBatch:
     )
 
 
-def _run_forward(fake: FakeModel, batch: Batch) -> tuple[Pass, bool]:
-    """Run a forward pass of the base.
-
-    Returns:
-        The pass, and whether every layer returns one tensor, its hidden states.
-    """
-    with (
-        CountingMode() as counted,
-        as_base(fake.model),
-        torch.no_grad(),
-        _watch_layers(fake.base) as outputs,
-    ):
+def _run_forward(fake: FakeModel, batch: Batch) -> Pass:
+    """Run a forward pass of the base."""
+    with CountingMode() as counted, as_base(fake.model), torch.no_grad():
         run_forward(fake.model.eval(), batch, fake.linears)
-    can_split = all(issubclass(kind, Tensor) for kind in outputs)
-    return Pass(counted.peak, counted.operations), can_split
+    return Pass(counted.peak, counted.operations)
+
+
+def _check_layers(fake: FakeModel, layers: nn.ModuleList, batch: Batch) -> bool:
+    """Return whether each of `layers` passes on one tensor, and nothing else, to later layers.
+
+    Layers that share keys and values do not (Gemma 3n), nor those whose hidden states the model
+    collects for later ones (Inkling 2).
+    """
+    frozen = [parameter for parameter in layers.parameters() if not parameter.requires_grad]
+    # What a layer makes then requires a gradient, and nothing that was there before the layers does.
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    with _watch_layers(layers) as passes_one, as_base(fake.model), torch.enable_grad():
+        run_forward(fake.model.eval(), batch, fake.linears)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return all(passes_one)
 
 
 @contextmanager
-def _watch_layers(base: PreTrainedModel) -> Iterator[list[type]]:
-    """Within the context, note the types of what the layers return, in the list that is yielded."""
-    kinds: list[type] = []
-    handles = [
-        layer.register_forward_hook(lambda _module, _inputs, output: kinds.append(type(output)))
-        for layer in find_layers(base, {}) or []
-    ]
+def _watch_layers(layers: nn.ModuleList) -> Iterator[list[bool]]:
+    """Within the context, note whether layers take and return hidden states alone of other layers.
+
+    Yields:
+        A list with an item for what each layer takes and for what it returns.
+    """
+    passes_one: list[bool] = []
+
+    def check_inputs(_layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        others = [*args[1:], *(kwargs[name] for name in kwargs if name != "hidden_states")]
+        # transformers shares keys and values in a mapping that PyTorch does not look into.
+        values = [dict(value) if isinstance(value, Mapping) else value for value in others]
+        passes_one.append(not any(one.requires_grad for one in compat.find_tensors(values)))
+
+    def check_output(_layer: nn.Module, _args: tuple, output: object) -> None:
+        passes_one.append(isinstance(output, Tensor))
+
+    handles = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(check_inputs, with_kwargs=True))
+        handles.append(layer.register_forward_hook(check_output))
     try:
-        yield kinds
+        yield passes_one
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3nTextConfig, Inkling2TextConfig, LlamaConfig, PretrainedConfig
 
 from astra.errors import AstraError
 from launch.calibration.store import MANIFEST, UNFINISHED
@@ -28,6 +28,42 @@ CONFIG = LlamaConfig(
     num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=2,
+)
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+# Models of which a layer depends on earlier ones not through its hidden states alone, or only beside.
+SHARED_KEYS = Gemma3nTextConfig(
+    **TEXT,
+    intermediate_size=48,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=300,
+    laurel_rank=4,
+    altup_num_inputs=2,
+    activation_sparsity_pattern=None,
+)
+OWN_KEYS = Gemma3nTextConfig(**SHARED_KEYS.to_dict() | {"num_kv_shared_layers": 0})
+BLOCK_STATES = Inkling2TextConfig(
+    **TEXT,
+    unpadded_vocab_size=300,
+    swa_num_attention_heads=4,
+    swa_num_key_value_heads=2,
+    swa_head_dim=8,
+    sliding_window_size=16,
+    d_rel=4,
+    rel_extent=16,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_layers_per_attn_res_block=2,
+    layer_types=["hybrid_sliding", "hybrid"] * 2,
 )
 CPU = torch.device("cpu")
 
@@ -185,3 +221,36 @@ def test_targets_that_the_model_lacks_are_named_at_once(world: World, tmp_path: 
     with pytest.raises(AstraError, match="no_proj") as error:
         world.decide(recipe, tmp_path / "calibration")
     assert error.value.subject == "targets"
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "can_split"),
+    [
+        (SHARED_KEYS, "q_proj", False),
+        (OWN_KEYS, "q_proj", True),
+        (BLOCK_STATES, "q_proj", False),
+        (CONFIG, "lm_head", False),
+    ],
+    ids=["shared keys and values", "own keys and values", "states of blocks", "the head"],
+)
+def test_a_model_runs_in_windows_only_if_its_layers_hand_on_one_tensor(
+    config: PretrainedConfig, target: str, can_split: bool, world: World, tmp_path: Path
+) -> None:
+    config.save_pretrained(world.inputs.model_path)
+    world.inputs.dtype, world.free = torch.bfloat16, GIB
+    folder, adapter = tmp_path / "calibration", {"targets": [target]}
+    value, _ = world.decide(make_recipe(adapter=adapter), folder)
+    assert (value is not None) == can_split
+    if not can_split:
+        assert world.printed == [f"{FIELD}: auto is no limit, as this model cannot run in windows"]
+    needed = make_recipe(adapter=adapter, calibration={"memory_gib": 1e-9})
+    enough = make_recipe(adapter=adapter, calibration={"memory_gib": 1})
+    assert world.decide(enough, folder) == (1, {})
+    if can_split:
+        assert world.decide(needed, folder) == (1e-9, {})
+        return
+    with pytest.raises(AstraError, match=r"; set no limit$") as error:
+        world.decide(needed, folder)
+    assert error.value.subject == "memory"
+    write_record(folder, MANIFEST)
+    assert world.decide(needed, folder) == (1e-9, {})

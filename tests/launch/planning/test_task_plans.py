@@ -161,7 +161,7 @@ def test_auto_is_no_limit_for_a_base_that_cannot_be_split(
         limits[kind] = decided.calibration.memory_gib
     assert 0.8 < limits["bert"] < 0.9  # GiB: what is free less a tenth and a tiny model
     assert limits["deberta"] is None
-    assert printed[1] == f"{FIELD}: auto is no limit, as this model's layers cannot run in windows"
+    assert printed[1] == f"{FIELD}: auto is no limit, as this model cannot run in windows"
 
 
 @pytest.mark.parametrize("kind", TARGETS)
