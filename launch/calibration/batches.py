@@ -9,6 +9,7 @@ cut off, and padding counted. Their draw of rows is not reproduced, nor sums in 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from astra.moments import Batch
 from eval.tasks.base import ALPACA_PROMPT
+from launch.calibration.store import is_finished
 from launch.config.schema import Recipe
 from launch.data.batches import collate_examples, collate_rows
 from launch.data.inputs import Inputs
 from launch.data.mix.shares import Share, list_distinct
 from launch.data.order import sample_examples, shard_batches
 from launch.data.rows import BAD_TEXT, fetch_source, load_split, select_rows
+from launch.data.token_cache import hash_source, open_prepared
 from launch.data.tokenize import encode_texts
 from launch.models.files import load_tokenizer
 from launch.run.results import CalibrationData, DataRecord, describe_calibrated
@@ -75,13 +78,40 @@ def draw_samples(recipe: Recipe, inputs: Inputs) -> list[int]:
     return [examples[place] for place in places]
 
 
-def check_samples(recipe: Recipe, inputs: Inputs) -> None:
-    """Raise UserError if there are fewer examples than the calibration is to have.
+def check_samples(recipe: Recipe, inputs: Inputs, folder: Path) -> None:
+    """Check the examples of a calibration in `folder`, before a base is loaded for it. Collective.
 
-    Called at the start, before a base is loaded for the calibration.
+    Raises:
+        UserError: there are fewer than the calibration is to have, or their rows are not those that
+            data.prepared was made from.
     """
     if recipe.adapter.method_record.is_calibrated:
         draw_samples(recipe, inputs)
+        run_on_rank0(lambda: check_reference_rows(recipe, folder))
+
+
+def check_reference_rows(recipe: Recipe, folder: Path) -> None:
+    """Check the rows that the reference statistics read again beside prepared tokens. Rank 0 calls it.
+
+    Raises:
+        UserError: the rows that data.prepared was made from are not there, or changed.
+    """
+    data, settings = recipe.data, recipe.calibration
+    is_reference = settings.statistics == "reference" and data.prepared is not None
+    if not is_reference or settings.path is not None or is_finished(folder):
+        return
+    try:
+        source = fetch_source(data)
+        found = hash_source(load_split(data, source), source)
+    except UserError as error:
+        raise UserError(
+            f"calibration.statistics: reference reads the rows again, not {data.prepared}: {error}"
+        ) from None
+    if found != open_prepared(data.prepared).manifest["source_sha256"]:
+        raise UserError(
+            f"calibration.statistics: reference reads the rows of {data.path} again, which are not "
+            f"those that {data.prepared} was made from; bring those back, or prepare again"
+        )
 
 
 def print_calibration_rows(recipe: Recipe, inputs: Inputs) -> None:

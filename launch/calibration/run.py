@@ -92,7 +92,7 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
     Args:
         folder: opened by `open_calibration_folder`.
     """
-    check_samples(recipe, inputs)
+    check_samples(recipe, inputs, folder)
     print_calibration_rows(recipe, inputs)
     print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
     engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)

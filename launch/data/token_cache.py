@@ -292,11 +292,16 @@ def _truncate_files(files: dict, tally: dict) -> None:
 
 def _write_manifest(folder: Path, tally: dict, split: Split, source: Path, option: str) -> None:
     """Check the files' lengths, and write the manifest that marks the folder as finished."""
-    root = source if source.is_dir() else source.parent
-    sources = {str(file.relative_to(root)): hash_file(file) for file in split.list_files()}
+    sources = hash_source(split, source)
     manifest = tally | {"source_sha256": sources} | describe_files(folder, tally, option)
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
+
+
+def hash_source(split: Split, source: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the files of `split`, which is at the file or folder `source`."""
+    root = source if source.is_dir() else source.parent
+    return {str(file.relative_to(root)): hash_file(file) for file in split.list_files()}
 
 
 def describe_files(folder: Path, tally: dict, option: str) -> dict:

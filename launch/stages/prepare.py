@@ -54,7 +54,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     run_on_each_node(lambda: require_kernels(recipe, device, dtype))
     recipe = resolve_quickstart(recipe, device)
     inputs = prepare_inputs(recipe, device)
-    check_samples(recipe, inputs)
+    check_samples(recipe, inputs, folder / CALIBRATION)
     print_calibration_rows(recipe, inputs)
     tokens = inputs.tokens
     refuse_mixed_lengths(recipe, inputs)

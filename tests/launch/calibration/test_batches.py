@@ -3,12 +3,14 @@
 The reference statistics, which take rows that are too long too, take none that are held out. Needs nothing; 2 s.
 """
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch.calibration.batches import draw_samples, split_samples
+from launch.calibration.batches import check_reference_rows, draw_samples, split_samples
 from launch.calibration.effective_rank import limit_samples
 from launch.calibration.run import describe_calibration
 from launch.config.loading import validate_recipe
@@ -17,6 +19,7 @@ from launch.data.manifest import TOO_LONG
 from launch.data.mix.shares import choose_examples
 from launch.data.rows import EMPTY
 from launch.runtime.errors import UserError
+from launch.runtime.files import hash_file
 
 SOURCES = {"b": {"rows": 90, "available": 30, "held_out": 0}}
 SOURCES = {"a": {"rows": 30, "available": 40, "held_out": 2}} | SOURCES
@@ -103,3 +106,40 @@ def test_the_reference_takes_rows_that_are_too_long_but_none_that_are_held_out(
         assert samples == list(range(9))
     with pytest.raises(UserError, match=rf"above the {num_samples} examples"):
         draw_reference(num_samples + 1)
+
+
+def test_the_reference_reads_no_other_rows_than_prepared_tokens_were_made_from(
+    tmp_path: Path,
+) -> None:
+    rows, prepared, folder = (tmp_path / name for name in ("a.jsonl", "prepared", "calibration"))
+    row = {"query": "q", "response": "a"}
+    rows.write_text(json.dumps(row) + "\n")
+    prepared.mkdir()
+    manifest = {"source_sha256": {"a.jsonl": hash_file(rows)}}
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+
+    def check(statistics: str = "reference", path: str | None = None) -> None:
+        values = {
+            "model": {"name": "m"},
+            "data": {"path": str(rows), "prepared": str(prepared)},
+            "calibration": {"statistics": statistics, "path": path},
+        }
+        check_reference_rows(validate_recipe(values), folder)
+
+    check()
+    rows.write_text(json.dumps(row | {"response": "b"}) + "\n")
+    with pytest.raises(
+        UserError, match=r"^calibration\.statistics: .* are not those that .*prepared"
+    ):
+        check()
+    rows.unlink()
+    with pytest.raises(
+        UserError, match=r"^calibration\.statistics: .* data\.path: no file or folder"
+    ):
+        check()
+    # Nothing is read again.
+    check("exact")
+    check(path="elsewhere")
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    check()
