@@ -33,6 +33,7 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_json
+from launch.runtime.memory import free_dropped_models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +72,8 @@ def measure_effective_ranks(
         folder = run / FOLDER / when
         if not run_on_rank0(lambda folder=folder: is_finished(folder)):
             trained = exported if when == "after" else None
-            engine = make_engine(recipe.engine, device, inputs.dtype)
-            _calibrate_model(recipe, inputs, engine, trained, folder)
+            _calibrate_model(recipe, inputs, device, trained, folder)
+            free_dropped_models()
     run_on_rank0(lambda: _write_comparison(run, recipe.adapter.targets))
     print_rank0(
         f"effective ranks before and after: {run / EFFECTIVE_RANKS} and {run / FOLDER / FIGURE}"
@@ -178,7 +179,7 @@ def limit_samples(recipe: Recipe, inputs: Inputs) -> Recipe:
 
 
 def _calibrate_model(
-    recipe: Recipe, inputs: Inputs, engine: Engine, trained: Path | None, folder: Path
+    recipe: Recipe, inputs: Inputs, device: torch.device, trained: Path | None, folder: Path
 ) -> None:
     """Calibrate the base, or the model whose export is `trained`, into `folder`. Collective."""
     watchdog.set_phase("loading the base")
@@ -189,6 +190,7 @@ def _calibrate_model(
         checked = run_on_rank0(
             lambda: check_model(trained, "--after", head=head, head_is_stored=True)
         )
+    engine = make_engine(recipe.engine, device, inputs.dtype)
     # The values that are drawn for a new head do not matter: it reads what is measured.
     base, linears = load_base(recipe, checked, engine)
     if trained is not None and not is_model:

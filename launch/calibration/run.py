@@ -48,6 +48,7 @@ from launch.runtime import watchdog
 from launch.runtime.distributed import print_rank0, run_on_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.locks import FolderLock
+from launch.runtime.memory import free_dropped_models
 from launch.runtime.units import GIB
 from launch.training.loss import sum_label_loss
 from launch.training.row_loss import sum_row_label_loss
@@ -95,33 +96,43 @@ def calibrate_alone(recipe: Recipe, inputs: Inputs, folder: Path, device: torch.
     check_samples(recipe, inputs, folder)
     print_calibration_rows(recipe, inputs)
     print_rank0(run_on_rank0(lambda: check_and_describe_model(inputs.model, recipe.adapter)))
-    engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)
-    if calibrate_base(recipe, inputs, engine, folder):
-        print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
-    else:
+    if find_calibration(recipe, inputs, folder) is not None:
         print_rank0(f"{folder} already holds this calibration, finished")
+        return
+    calibrate_base(recipe, inputs, device, folder)
+    print_rank0(f"the calibration is in {folder}: set calibration.path={folder}")
 
 
-def calibrate_base(recipe: Recipe, inputs: Inputs, engine: Engine, folder: Path) -> bool:
-    """Load the base, make the calibration in `folder`, and free the base. Collective.
+def find_calibration(recipe: Recipe, inputs: Inputs, folder: Path) -> Path | None:
+    """Return the folder of the recipe's calibration, checked, if it is finished. Collective.
 
-    A calibration that is there is checked only.
-
-    Args:
-        folder: of the calibration; calibration.path where the recipe sets it.
+    That is calibration.path where the recipe sets it, else `folder`.
 
     Returns:
-        Whether it was made now.
+        None if the calibration is still to be made in `folder`.
+
+    Raises:
+        UserError: the calibration there is not this recipe's, or that at calibration.path is not
+            finished.
     """
-    if recipe.calibration.path or run_on_rank0(lambda: is_finished(folder)):
-        described = describe_calibration(recipe, inputs, conditions={})  # they are not compared
-        run_on_rank0(lambda: check_calibration(folder, described))
-        return False
+    path = recipe.calibration.path
+    source = folder if path is None else Path(path).expanduser()
+    if path is None and not run_on_rank0(lambda: is_finished(folder)):
+        return None
+    described = describe_calibration(recipe, inputs, conditions={})  # they are not compared
+    run_on_rank0(lambda: check_calibration(source, described))
+    return source
+
+
+def calibrate_base(recipe: Recipe, inputs: Inputs, device: torch.device, folder: Path) -> None:
+    """Load the base, make its calibration in `folder`, and free the base. Collective."""
     watchdog.set_phase("loading the base")
+    engine = make_engine(recipe.engine, device, inputs.dtype, recipe.shard_within)
     base, linears = load_base(recipe, inputs.model, engine)
     with engine.inference_mode(base):
         make_calibration(recipe, inputs, engine, base, linears, folder)
-    return True
+    del engine, base, linears
+    free_dropped_models()
 
 
 def load_base(
@@ -152,23 +163,18 @@ def obtain_calibration(
         None for a method that needs no calibration.
 
     Raises:
-        UserError: the calibration at calibration.path is not this recipe's.
+        UserError: see `find_calibration`.
     """
     if not recipe.adapter.method_record.is_calibrated:
         return None
-    described = describe_calibration(recipe, inputs, conditions={})  # they are not compared
-    if recipe.calibration.path is not None:
-        source = Path(recipe.calibration.path).expanduser()
-        run_on_rank0(lambda: check_calibration(source, described))
+    source = find_calibration(recipe, inputs, folder)
+    if source is None:
+        make_calibration(recipe, inputs, engine, model, linears, folder)
+        return folder
+    if source != folder:
         run_on_rank0(lambda: copy_summary(source, folder))
         print_rank0(f"calibration: taken from {source}")
-        return source
-    if run_on_rank0(lambda: is_finished(folder)):
-        # An earlier start of this run finished it and was killed afterwards.
-        run_on_rank0(lambda: check_calibration(folder, described))
-    else:
-        make_calibration(recipe, inputs, engine, model, linears, folder)
-    return folder
+    return source
 
 
 def make_calibration(

@@ -27,7 +27,7 @@ from astra.windows import CANNOT_SPLIT, CalibrationPlan, find_layers, make_plan
 from launch.config.schema import Recipe
 from launch.data.batches import RowBatch
 from launch.planning.counting import CountingMode, Operation, discard_gradients
-from launch.runtime.compat.torch_parts import make_fake_mode, replace_tensors
+from launch.runtime.compat.torch_parts import find_tensors, make_fake_mode, replace_tensors
 from launch.runtime.compat.transformers_parts import make_meta_model
 from launch.runtime.units import GIB
 from launch.training.loss import CHUNK_GPU, AnswerLoss, in_bf16, sum_label_loss
@@ -319,7 +319,7 @@ def _watch_layers(layers: nn.ModuleList) -> Iterator[list[bool]]:
         others = [*args[1:], *(kwargs[name] for name in kwargs if name != "hidden_states")]
         # transformers shares keys and values in a mapping that PyTorch does not look into.
         values = [dict(value) if isinstance(value, Mapping) else value for value in others]
-        passes_one.append(not any(one.requires_grad for one in compat.find_tensors(values)))
+        passes_one.append(not any(one.requires_grad for one in find_tensors(values)))
 
     def check_output(_layer: nn.Module, _args: tuple, output: object) -> None:
         passes_one.append(isinstance(output, Tensor))

@@ -1,5 +1,6 @@
 """Memory of this rank's GPU, or of its share of the machine: what may still be taken, and what was."""
 
+import gc
 import resource
 import socket
 from pathlib import Path
@@ -91,6 +92,13 @@ def _read_stat(path: Path, key: str) -> int:
         return 0
     numbers = dict(line.split(maxsplit=1) for line in lines if " " in line)
     return int(numbers.get(key, 0))
+
+
+def free_dropped_models() -> None:
+    """Free the models that no variable holds any more: sharded ones are in cycles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def read_peak_memory(device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """Load the base with its adapters, and set their values: from a calibration or a checkpoint."""
 
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from launch.calibration.batches import describe_calibration_data
 from launch.calibration.run import (
     allocate_lora_ranks,
     calibrate_base,
+    find_calibration,
     make_factor_source,
     obtain_calibration,
 )
@@ -66,10 +66,11 @@ def _allocate_lora_ranks(run: PreparedRun, device: torch.device) -> dict[str, in
     recipe = run.recipe
     if recipe.adapter.rank_allocation == "uniform":
         return None
-    path = recipe.calibration.path
-    source = Path(path).expanduser() if path else run.folder / CALIBRATION
-    engine = make_engine(recipe.engine, device, run.inputs.dtype, recipe.shard_within)
-    calibrate_base(recipe, run.inputs, engine, source)
+    folder = run.folder / CALIBRATION
+    source = find_calibration(recipe, run.inputs, folder)
+    if source is None:
+        calibrate_base(recipe, run.inputs, device, folder)
+        source = folder
     return allocate_lora_ranks(recipe, source)
 
 

@@ -86,11 +86,15 @@ def forget_node_group() -> None:
 
 
 def remove_deepspeed_hooks(model: nn.Module) -> None:
-    """Remove what a destroyed DeepSpeed engine leaves on the modules of `model`.
+    """Remove what a destroyed DeepSpeed engine leaves on the modules of `model`, and of `model`.
 
-    The next engine's backward passes would run the hooks of this one. deepspeedai/DeepSpeed#7204
-    asks how an engine is to be deleted and made again.
+    The next engine's backward passes would run the hooks of this one, and stage 3's list of modules
+    that run would keep `model` in memory for ever. deepspeedai/DeepSpeed#7204 asks how an engine is
+    to be deleted and made again.
     """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK as RUNNING
+
+    RUNNING[:] = [module for module in RUNNING if module is not model]
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
             module.__dict__.pop(name, None)

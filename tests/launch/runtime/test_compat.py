@@ -189,12 +189,16 @@ def test_deepspeeds_switches_are_there() -> None:
     assert nvtx.enable_nvtx is False
 
 
-def test_what_an_engine_left_on_modules_is_removed() -> None:
+def test_what_an_engine_left_of_a_model_is_removed() -> None:
+    from deepspeed.runtime.zero import parameter_offload
+
     model = nn.Sequential(nn.Linear(2, 2))
+    parameter_offload.FWD_MODULE_STACK.append(model)
     model[0].pre_bwd_fn = model[0].applied_pre_backward_ref_cnt = 1
     deepspeed_parts.remove_deepspeed_hooks(model)
     assert not hasattr(model[0], "pre_bwd_fn")
     assert not hasattr(model[0], "applied_pre_backward_ref_cnt")
+    assert not parameter_offload.FWD_MODULE_STACK
 
 
 def test_a_whole_parameter_is_no_zero_parameter() -> None:
