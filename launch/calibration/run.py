@@ -1,7 +1,8 @@
 """A recipe's calibration: made window by window, or taken from `calibration.path`."""
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -211,9 +212,12 @@ def make_calibration(
     )
     if line is not None:
         print_rank0(line)
-    num_done = run_on_rank0(lambda: begin_calibration(folder, described))
-    if num_done:
-        print_rank0(f"resuming after window {num_done} of {len(plan.windows)}, from {folder}")
+    begun = run_on_rank0(lambda: begin_calibration(folder, described))
+    started -= begun.seconds
+    if begun.num_windows:
+        print_rank0(
+            f"resuming after window {begun.num_windows} of {len(plan.windows)}, from {folder}"
+        )
     windows = calibrate_modules(
         model,
         linears,
@@ -225,15 +229,11 @@ def make_calibration(
         lora_ranks=lora_ranks,
         reduction=recipe.calibration.reduction,
         solve_device=solve_device,
-        start=num_done,
+        start=begun.num_windows,
         progress=_show_calibration_progress,
         report_line=print_rank0,
     )
-    for number, solutions in enumerate(windows, start=num_done):
-        with watchdog.without_stall_limit():
-            run_on_rank0(
-                lambda number=number, solutions=solutions: save_window(folder, number, solutions)
-            )
+    _save_windows(folder, windows, begun.num_windows, started)
     facts = {"tokens": int(lengths.sum()), "seconds": time.perf_counter() - started}
     print_rank0(
         f"calibration: {len(linears)} modules, {facts['tokens']} tokens, {facts['seconds']:.1f} s"
@@ -243,6 +243,22 @@ def make_calibration(
         for line in run_on_rank0(lambda: write_report(folder, recipe, reachable, facts["tokens"])):
             print_rank0(line)
     run_on_rank0(lambda: finish_calibration(folder, facts))
+
+
+def _save_windows(
+    folder: Path, windows: Iterator[dict[str, Solution]], start: int, started: float
+) -> None:
+    """Write one window after another as they are solved. Collective.
+
+    Args:
+        start: number of the first.
+        started: when the calibration did, by time.perf_counter, had it never been interrupted.
+    """
+    for number, solutions in enumerate(windows, start=start):
+        seconds = time.perf_counter() - started
+        save = functools.partial(save_window, folder, number, solutions, seconds)
+        with watchdog.without_stall_limit():
+            run_on_rank0(save)
 
 
 def _plan_calibration(

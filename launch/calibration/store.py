@@ -22,8 +22,9 @@ k is the adapter's rank r, or more where ranks follow from the spectrum
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,14 +33,14 @@ from safetensors.torch import save_file
 
 from astra.calibrate import Solution
 from launch.methods.registry import METHODS
-from launch.models.identity import differs, records_agree
-from launch.runtime.distributed import broadcast_tensor
+from launch.models.identity import differs
+from launch.runtime.distributed import broadcast_tensor, print_rank0
 from launch.runtime.errors import UserError
 from launch.runtime.files import sync_file, sync_folder, write_json
 
 MANIFEST, UNFINISHED, SPECTRUM = "manifest.json", "unfinished.json", "spectrum.json"
 # Keys of the manifest in which a run and the calibration that it reuses must agree -> the recipe
-# field to look at where they differ. A calibration that is resumed must agree in all but conditions.
+# field to look at where they differ.
 COMPARED_FIELDS = {
     "method": "adapter.method",
     "statistics": "calibration.statistics",
@@ -62,33 +63,55 @@ COMPARED_FIELDS = {
 }
 
 
+# Further keys in which a calibration that is resumed must agree.
+RESUMED_KEYS = ("rank", "batch_size", "split_half", "tie_break", "windows")
+
 OTHER_DATA = "calibration_data"  # key of the recipe's calibration.data; absent for training rows
 
 
-def begin_calibration(folder: Path, manifest: dict) -> int:
+class Begun(NamedTuple):
+    """What earlier starts made of a calibration."""
+
+    num_windows: int
+    seconds: float
+
+
+def begin_calibration(folder: Path, manifest: dict) -> Begun:
     """Note that the calibration which `manifest` describes is made in `folder`. Rank 0 calls it.
 
-    Files of another calibration are removed.
+    Files of another calibration are removed, and a line says so if there are windows among them.
 
     Returns:
-        How many windows of this calibration are there already.
+        What there is of this calibration already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / UNFINISHED
-    found = _read_json(path)
-    described = _without_conditions(manifest)
-    if found is not None and records_agree(_without_conditions(found), described):
-        return _count_windows(folder)
+    found, num_windows = _read_json(path), _count_windows(folder)
+    if found is not None:
+        others = _list_differences(found, manifest, (*COMPARED_FIELDS, *RESUMED_KEYS))
+        if not others:
+            return Begun(num_windows, found.get("seconds", 0.0))
+        if num_windows:
+            print_rank0(
+                f"calibration: {num_windows} finished window{'s' if num_windows > 1 else ''} in "
+                f"{folder} made again: another {', '.join(others)}"
+            )
     for old in (path, *_list_windows(folder)):
         old.unlink(missing_ok=True)
     write_json(path, manifest)
-    return 0
+    return Begun(0, 0.0)
 
 
-def _without_conditions(manifest: dict) -> dict:
-    """Return a manifest as JSON has it, without the conditions: another machine may resume."""
-    values = {key: value for key, value in manifest.items() if key != "conditions"}
-    return json.loads(json.dumps(values))
+def _list_differences(found: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
+    """List those of `keys` in which two manifests differ."""
+    wanted = json.loads(json.dumps(wanted))  # as `found` has been read
+    different = []
+    for key in keys:
+        there, here = get_value(found, key), get_value(wanted, key)
+        # Earlier calibrations have no such hash.
+        if differs(there, here) if key == "base.config_sha256" else there != here:
+            different.append(key)
+    return different
 
 
 def _count_windows(folder: Path) -> int:
@@ -99,10 +122,16 @@ def _count_windows(folder: Path) -> int:
     return count
 
 
-def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) -> None:
+def save_window(
+    folder: Path, number: int, solutions: Mapping[str, Solution], seconds: float
+) -> None:
     """Write the solutions of one window's modules, whole or not at all.
 
-    Raises UserError if they cannot be written.
+    Args:
+        seconds: that the calibration has taken so far, in all its starts.
+
+    Raises:
+        UserError: they cannot be written.
     """
     tensors = {}
     for name, solution in solutions.items():
@@ -115,6 +144,7 @@ def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) ->
         sync_file(aside)
         aside.replace(path)
         sync_folder(folder)
+        _note_facts(folder, {"seconds": seconds})
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise UserError(
@@ -124,9 +154,14 @@ def save_window(folder: Path, number: int, solutions: Mapping[str, Solution]) ->
 
 def finish_calibration(folder: Path, facts: dict) -> None:
     """Mark the calibration in `folder` as whole, and note `facts` in its manifest."""
-    write_json(folder / UNFINISHED, _read_json(folder / UNFINISHED) | facts)
+    _note_facts(folder, facts)
     (folder / UNFINISHED).replace(folder / MANIFEST)
     sync_folder(folder)
+
+
+def _note_facts(folder: Path, facts: dict) -> None:
+    """Add `facts` to the manifest of an unfinished calibration."""
+    write_json(folder / UNFINISHED, _read_json(folder / UNFINISHED) | facts)
 
 
 def is_finished(folder: Path) -> bool:
@@ -223,23 +258,8 @@ def check_calibration(folder: Path, manifest: dict) -> None:
     """
     found = read_manifest(folder, "calibration.path")
     wanted = json.loads(json.dumps(manifest))
-    for key, field in COMPARED_FIELDS.items():
-        there, here = get_value(found, key), get_value(wanted, key)
-        if field == "data.path" and get_value(wanted, "data.sources"):
-            field = "data.sources"  # a mix
-        is_other = found.get(OTHER_DATA) or wanted.get(OTHER_DATA)
-        if key == "data.tokens_sha256" and is_other and there != here:
-            raise UserError(
-                f"calibration.data: the calibration in {folder} was made with other data "
-                f"({describe_data(found)}, here {describe_data(wanted)}); calibrate again, or "
-                "set the recipe to it"
-            )
-        if differs(there, here) if key == "base.config_sha256" else there != here:
-            raise UserError(
-                f"{field}: the calibration in {folder} was made with another {key} "
-                f"({_shorten(there)}, here {_shorten(here)}); calibrate again, or set the recipe "
-                "to it"
-            )
+    for key in _list_differences(found, wanted, COMPARED_FIELDS):
+        _refuse_difference(folder, found, wanted, key)
     is_random = wanted["eigen_select"] == "random"
     needs_exact_rank = is_random or METHODS[wanted["method"]].needs_exact_rank
     if found["rank"] < wanted["rank"] or (needs_exact_rank and found["rank"] != wanted["rank"]):
@@ -247,6 +267,22 @@ def check_calibration(folder: Path, manifest: dict) -> None:
             f"adapter.rank: {wanted['rank']} vectors are needed and the calibration in {folder} "
             f"has {found['rank']}; calibrate again with that rank"
         )
+
+
+def _refuse_difference(folder: Path, found: dict, wanted: dict, key: str) -> None:
+    """Raise UserError for the key of COMPARED_FIELDS in which `found`, in `folder`, differs."""
+    field = COMPARED_FIELDS[key]
+    there, here = _shorten(get_value(found, key)), _shorten(get_value(wanted, key))
+    what = f"another {key}"
+    if field == "data.path" and get_value(wanted, "data.sources"):
+        field = "data.sources"  # a mix
+    if key == "data.tokens_sha256" and (found.get(OTHER_DATA) or wanted.get(OTHER_DATA)):
+        field, what = "calibration.data", "other data"
+        there, here = describe_data(found), describe_data(wanted)
+    raise UserError(
+        f"{field}: the calibration in {folder} was made with {what} ({there}, here {here}); "
+        "calibrate again, or set the recipe to it"
+    )
 
 
 def describe_data(manifest: dict) -> str:

@@ -93,15 +93,20 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         checkpoints=checkpoints,
         saved=saved,
         decided=decided,
-        started=started - (0.0 if saved is None else _count_earlier_seconds(saved)),
+        started=started - (0.0 if saved is None else count_earlier_seconds(saved, recipe)),
     )
 
 
-def _count_earlier_seconds(saved: Checkpoint) -> float:
-    """Return the seconds of calibration, training and scoring before a checkpoint."""
+def count_earlier_seconds(saved: Checkpoint, recipe: Recipe) -> float:
+    """Return the seconds of the run's calibration, training and scoring before a checkpoint.
+
+    The calibration at calibration.path is not the run's.
+    """
+    is_own = recipe.calibration.path is None
+    calibration = saved.facts["calibration_seconds"] if is_own else 0.0
     training = saved.history[-1]["seconds"] if saved.history else 0.0
     scoring = sum(metrics.get("scoring_seconds", 0.0) for metrics in saved.history)
-    return saved.facts["calibration_seconds"] + training + scoring
+    return calibration + training + scoring
 
 
 def _decide_auto(

@@ -21,10 +21,10 @@ def kill_in_second_window() -> None:
     """Let rank 0 die when it is to save the second window."""
     save_window = calibration.save_window
 
-    def save_or_die(folder: Path, number: int, solutions: dict) -> None:
+    def save_or_die(folder: Path, number: int, solutions: dict, seconds: float) -> None:
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        save_window(folder, number, solutions)
+        save_window(folder, number, solutions, seconds)
 
     calibration.save_window = save_or_die
 

@@ -47,7 +47,7 @@ def write(folder: Path, spans: dict[str, dict[str, Tensor]], **values: object) -
     """Write a finished calibration with what it found of each module."""
     store.begin_calibration(folder, MANIFEST | values)
     for number, (name, solution) in enumerate(spans.items()):
-        store.save_window(folder, number, {name: solution})
+        store.save_window(folder, number, {name: solution}, 1.0)
     store.finish_calibration(folder, {})
     return folder
 

@@ -1,11 +1,12 @@
-"""What a calibration leaves: no base in memory.
+"""What a calibration leaves: no base in memory, and all of its seconds.
 
-In one process; about 5 s.
+A tiny random Llama in one process; about 5 s.
 """
 
 import gc
+import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,17 @@ import torch
 from torch import nn
 
 from launch.calibration import effective_rank, run
-from launch.calibration.run import calibrate_base
+from launch.calibration.run import calibrate_base, make_calibration
+from launch.calibration.store import MANIFEST, save_window
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
+from launch.data.token_set import make_text_set
+from launch.engines import make_engine
 from launch.runtime.distributed import start_process_group, stop_process_group
+from launch.runtime.units import GIB
 
 CPU = torch.device("cpu")
+TARGETS = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,7 @@ def make_recipe(**adapter: object) -> Recipe:
             "model": {"name": "m"},
             "data": {"path": "d"},
             "adapter": {"rank": 4} | adapter,
-            "calibration": {"samples": 2},
+            "calibration": {"samples": 2, "memory_gib": 25_000 / GIB},  # for one layer of two
             "engine": "single",
         }
     )
@@ -85,3 +91,39 @@ def test_the_base_is_freed_before_the_next_is_loaded(
         assert [model() for model in models] == [None] * len(models)
     finally:
         gc.enable()
+
+
+def test_a_calibration_took_the_seconds_of_all_its_starts(
+    make_llama: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: the clock. A window takes 10 s."""
+    model, clock, saved = make_llama(), SimpleNamespace(now=5.0), []
+    linears = {name: model.get_submodule(name) for name in TARGETS}
+    tokens = make_text_set([list(range(2, 12)), list(range(20, 29))])
+    calibration = SimpleNamespace(tokens=tokens, data={})
+    inputs = SimpleNamespace(calibration=calibration, data={}, base={}, dtype=torch.float32)
+    calibrate_modules = run.calibrate_modules
+
+    def calibrate_slowly(*arguments: object, **options: object) -> Iterator[dict]:
+        for solutions in calibrate_modules(*arguments, **options):
+            clock.now += 10
+            yield solutions
+
+    def save_one(*arguments: object) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save_window(*arguments))
+
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(run, "calibrate_modules", calibrate_slowly)
+    monkeypatch.setattr(run, "save_window", save_one)
+    engine = make_engine("single", CPU, torch.float32)
+    arguments = (make_recipe(targets=TARGETS), inputs, engine, model, linears, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        make_calibration(*arguments)
+    clock.now += 1000
+    saved.clear()
+    make_calibration(*arguments)
+    assert len(list(tmp_path.glob("window-*"))) == 2
+    # The second window of the first start is lost.
+    assert json.loads((tmp_path / MANIFEST).read_text())["seconds"] == 20

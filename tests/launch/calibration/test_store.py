@@ -61,9 +61,9 @@ def changed(**values: object) -> dict:
 
 
 def whole(folder: Path, manifest: dict, rank: int = 4, start: int = 0) -> Path:
-    assert artifact.begin_calibration(folder, manifest) == 0
-    artifact.save_window(folder, 0, {"layers.0.q_proj": found(rank, start=start)})
-    artifact.save_window(folder, 1, {"layers.1.q_proj": found(rank, start=start)})
+    assert artifact.begin_calibration(folder, manifest) == (0, 0)
+    artifact.save_window(folder, 0, {"layers.0.q_proj": found(rank, start=start)}, 0.5)
+    artifact.save_window(folder, 1, {"layers.1.q_proj": found(rank, start=start)}, 1)
     artifact.finish_calibration(folder, {"seconds": 1.5})
     return folder
 
@@ -143,14 +143,45 @@ def test_random_directions_serve_their_own_rank_only(tmp_path: Path) -> None:
         artifact.check_calibration(tmp_path, changed(eigen_select="random", rank=3))
 
 
-def test_a_calibration_resumes_after_its_last_window_and_only_its_own(tmp_path: Path) -> None:
-    assert artifact.begin_calibration(tmp_path, MANIFEST) == 0
-    artifact.save_window(tmp_path, 0, {"layers.0.q_proj": found(4)})
+def begin(folder: Path) -> None:
+    """Begin the calibration of MANIFEST, and finish one of its windows in 7 s."""
+    assert artifact.begin_calibration(folder, MANIFEST) == (0, 0)
+    artifact.save_window(folder, 0, {"layers.0.q_proj": found(4)}, 7)
+
+
+def test_a_calibration_resumes_after_its_last_window_and_keeps_its_time(tmp_path: Path) -> None:
+    begin(tmp_path)
     with pytest.raises(UserError, match=r"calibration\.path: .* is not finished"):
         artifact.check_calibration(tmp_path, MANIFEST)
-    assert artifact.begin_calibration(tmp_path, changed(conditions={"host": "b"})) == 1
-    assert artifact.begin_calibration(tmp_path, changed(seed=1)) == 0
+    # The content decides, not where it is or what it is called.
+    elsewhere = changed(
+        conditions={"host": "b"},
+        base=MANIFEST["base"] | {"name": "copy", "revision": "main"},
+        data=MANIFEST["data"] | {"path": "copy"},
+    )
+    assert artifact.begin_calibration(tmp_path, elsewhere) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"data": {"tokens_sha256": "0"}, "sample_ids": [3]}, "data.tokens_sha256, sample_ids"),
+        ({"rank": 5, "windows": [[1]]}, "rank, windows"),
+        ({"batch_size": 2, "split_half": True}, "batch_size, split_half"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_windows_of_another_calibration_are_made_again_and_that_is_said(
+    values: dict, keys: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path)
+    assert artifact.begin_calibration(tmp_path, changed(**values)) == (0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.json"]
+    line = f"calibration: 1 finished window in {tmp_path} made again: another {keys}\n"
+    assert capsys.readouterr().out == line
+    artifact.begin_calibration(tmp_path, MANIFEST)  # there is no window yet
+    assert not capsys.readouterr().out
 
 
 def test_missing_and_damaged_folders_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from launch.config.loading import validate_recipe
 from launch.data.token_set import make_text_set
 from launch.runtime.errors import UserError
 from launch.stages import prepare
-from launch.stages.prepare import find_checkpoint
+from launch.stages.prepare import count_earlier_seconds, find_checkpoint
 from tests.support.sweeps import make_data
 
 INPUTS = {"model.dtype": "float32", "model.name": "w", "data.path": "t", "eval.other_text": "o"}
@@ -74,3 +74,13 @@ def test_held_out_rows_that_are_calibrated_on_are_named_once(
     prepare._print_rows(recipe, inputs, [[0, 1, 2]])
     assert lines.count(said) == 1
     assert sum(line.startswith("data.held_out: 1 held-out rows are trained on") for line in lines)
+
+
+@pytest.mark.parametrize(("calibration", "seconds"), [({}, 142.0), ({"path": "c"}, 42.0)])
+def test_seconds_before_a_resume_are_those_of_the_run_itself(
+    calibration: dict, seconds: float
+) -> None:
+    history = [{"seconds": 10.0, "scoring_seconds": 2.0}, {"seconds": 40.0}]
+    saved = SimpleNamespace(facts={"calibration_seconds": 100.0}, history=history)
+    sections = {"model": {"name": "m"}, "data": {"path": "d"}, "calibration": calibration}
+    assert count_earlier_seconds(saved, validate_recipe(sections)) == seconds
