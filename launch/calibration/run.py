@@ -345,10 +345,14 @@ def _choose_kept_ranks(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> dict
 
 
 def allocate_lora_ranks(recipe: Recipe, folder: Path) -> dict[str, int]:
-    """Return each module's rank by its effective rank in the calibration in `folder`. Collective."""
+    """Return each module's rank by its effective rank in the calibration in `folder`. Collective.
+
+    A calibration for a larger rank gives the same: it keeps more vectors than count here.
+    """
     modules = run_on_rank0(lambda: read_summary(folder)["modules"])
     effective = {name: module["effective_rank"] for name, module in modules.items()}
-    kept = {name: module["rank"] for name, module in modules.items()}
+    most = choose_kept_rank(recipe)
+    kept = {name: min(module["rank"], most) for name, module in modules.items()}
     return allocate_ranks(effective, kept, recipe.adapter.rank)
 
 

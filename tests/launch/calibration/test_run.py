@@ -1,4 +1,4 @@
-"""What a calibration leaves: no base in memory, and all of its seconds.
+"""What a calibration leaves: no base in memory, all of its seconds, and ranks that follow from it.
 
 A tiny random Llama in one process; about 5 s.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from launch.calibration import effective_rank, run
-from launch.calibration.run import calibrate_base, make_calibration
-from launch.calibration.store import MANIFEST, save_window
+from launch.calibration.run import allocate_lora_ranks, calibrate_base, make_calibration
+from launch.calibration.store import MANIFEST, SPECTRUM, save_window
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
 from launch.data.token_set import make_text_set
@@ -127,3 +127,15 @@ def test_a_calibration_took_the_seconds_of_all_its_starts(
     assert len(list(tmp_path.glob("window-*"))) == 2
     # The second window of the first start is lost.
     assert json.loads((tmp_path / MANIFEST).read_text())["seconds"] == 20
+
+
+@pytest.mark.parametrize("kept", [256, 512])
+def test_ranks_by_effective_rank_do_not_depend_on_how_much_a_calibration_kept(
+    kept: int, tmp_path: Path
+) -> None:
+    modules = {name: {"effective_rank": 1.0, "rank": kept} for name in "abcde"}
+    modules["a"]["effective_rank"] = 1e12
+    (tmp_path / SPECTRUM).write_text(json.dumps({"modules": modules}))
+    recipe = make_recipe(rank=128, rank_allocation="effective_rank")
+    # 5 x 128 in all, at most max(2 x 128, 256) of them for one module.
+    assert allocate_lora_ranks(recipe, tmp_path) == {"a": 256} | dict.fromkeys("bcde", 96)
