@@ -1,4 +1,4 @@
-"""Read which label a response gives: true, answer2, ending4. The rule is in docs/evaluation.md."""
+"""Read which label a response gives: true, answer2, ending4. The rule is in docs/graders.md."""
 
 import re
 from collections.abc import Iterator, Sequence

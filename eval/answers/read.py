@@ -1,6 +1,6 @@
 r"""Read a response: which of its statements is the final answer.
 
-The rule, with examples, is in docs/evaluation.md. It is the same for gsm8k and maths and does not
+The rule, with examples, is in docs/graders.md. It is the same for gsm8k and maths and does not
 know the reference. A statement is what follows a marker ("the answer is", "Answer:", "####"), the
 content of a \boxed{}, or what stands before "is the answer". The last one that states something is
 the final answer. This file only cuts text; eval.answers.compare says what the text means.

@@ -1,4 +1,4 @@
-r"""Drop the words and units around a value, by the rules in docs/evaluation.md.
+r"""Drop the words and units around a value, by the rules in docs/graders.md.
 
 Whether letters are words or variables follows from the reference: what is a variable there is a
 variable in the answer too.

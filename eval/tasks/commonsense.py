@@ -198,7 +198,7 @@ def read_problems(name: str, data_dir: Path | None, limit: int | None = None) ->
 def grade_label(output: str, reference: str, name: str, grader: Grader = "strict") -> bool:
     """Return whether `output` gives the label `reference` of one of `CHOICES`. Never raises.
 
-    strict: the one label that eval.answers.labels reads; the rule is in docs/evaluation.md. Several
+    strict: the one label that eval.answers.labels reads; the rule is in docs/graders.md. Several
     labels, a denied one and an echo of the answer format are no answer.
 
     literature: LLM-Adapters' rule takes the first label anywhere, in lower case, also inside a

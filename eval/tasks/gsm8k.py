@@ -48,7 +48,7 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
     r"""Return whether `output` gives the number `reference` as its final answer. Never raises.
 
     strict: the final answer that eval.answers.read finds, compared exactly by eval.equivalence; the
-    rule is in docs/evaluation.md. No rounding, and two different numbers ("18 or 20") are no answer.
+    rule is in docs/graders.md. No rounding, and two different numbers ("18 or 20") are no answer.
 
     literature: MetaMath's rule (and PiSSA's) with its quirks. Only "The answer is: ", to the
     letter, is a marker. One separator of the number after it is read, so 1,450,000 is 1450. The

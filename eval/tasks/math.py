@@ -75,7 +75,7 @@ def grade_answer(output: str, reference: str, grader: Grader = "strict") -> bool
     Never raises, and ends within 10 s of processor time.
 
     strict: the final answer that eval.answers.read finds, compared exactly by eval.equivalence; the
-    rule is in docs/evaluation.md.
+    rule is in docs/graders.md.
 
     literature: MetaMath's rule (and PiSSA's). The text after the last "The answer is: ", up to
     ".\n", and the reference are the same after Hendrycks' normalisation. So 0.75 is not

@@ -1,4 +1,4 @@
-r"""Answers as models write them, with the verdict that the rule of docs/evaluation.md gives.
+r"""Answers as models write them, with the verdict that the rule of docs/graders.md gives.
 
 Kept apart from the labelled files of tests/eval: these were written with the rule, kind by kind.
 """

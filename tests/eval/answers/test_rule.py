@@ -1,4 +1,4 @@
-"""The rule of docs/evaluation.md: which statement is the answer, and what equals the reference.
+"""The rule of docs/graders.md: which statement is the answer, and what equals the reference.
 
 Needs nothing. A sample runs always, in a few seconds; all 1,000 cases in full.
 """
