@@ -110,7 +110,8 @@ def run_command(main: Callable[[], None]) -> None:
         if not alone:
             watchdog.report_error(line, 2, shared=True)
         watchdog.disarm()
-        if not alone and os.environ.get("LOCAL_RANK", "0") != "0":
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")
+        if not alone and local_rank != "0":
             time.sleep(10)
         print(f"error: {line}", file=sys.stderr, flush=True)
         code = 1 if alone else 2

@@ -162,7 +162,7 @@ def run_jobs(
                 running[_start_job(job, num_slots, launcher)] = job
         if not running:
             return
-        while not (finished := [process for process in running if _has_ended(process, is_told)]):
+        while not (finished := [one for one in running if _has_ended(one, stop.requested)]):
             if stop.requested and not is_told:
                 is_told = True
                 for process in running:
@@ -174,13 +174,13 @@ def run_jobs(
             yield job, None if is_done(job) else _describe_failure(job, process.returncode)
 
 
-def _has_ended(process: subprocess.Popen, is_told: bool) -> bool:
-    """Return whether a job's launcher has ended and, if it was told to stop, its ranks too.
+def _has_ended(process: subprocess.Popen, is_stopping: bool) -> bool:
+    """Return whether a job's launcher has ended and, while the sweep stops, its ranks too.
 
     On one machine `deepspeed` itself ends at SIGTERM at once, while its ranks save (the end of `main` in
     deepspeed/launcher/runner.py).
     """
-    return process.poll() is not None and not (is_told and _has_processes(process.pid))
+    return process.poll() is not None and not (is_stopping and _has_processes(process.pid))
 
 
 def _has_processes(group: int) -> bool:
@@ -213,7 +213,8 @@ def _tell_to_stop(process: subprocess.Popen, launcher: list[str]) -> None:
         # Not its group: the ranks are not in it, and srun's own helper is.
         process.send_signal(number)
     else:
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)
 
 
 def _start_job(job: Job, num_slots: int, launcher: list[str]) -> subprocess.Popen:

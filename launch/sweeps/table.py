@@ -128,7 +128,8 @@ class Table(Section):
                 if row.rate_factor != 1:
                     raise ValueError(
                         f"rows.{label}.rate_factor: {row.rate_factor:g} is for the grid of "
-                        "learning_rates, which is not set; leave it out, and set the row's train.lr"
+                        "learning_rates, which is not set; leave it out and set the row's train.lr (where "
+                        "the rows are another table's, write `rows` again)"
                     )
             return self
         if rates.seed in self.seeds:
