@@ -63,8 +63,8 @@ Progress = Callable[[Sequence, str], Iterable]
 Solution = dict[str, Tensor]
 """The tensors computed for one module, by name, identical on all ranks.
 
-A Solver must return them in fp64: the other ranks receive them as fp64. They are then kept on the
-CPU: of methods that need the weights alone, those of all modules are in one window.
+A Solver must return them in fp64: the other ranks receive them as fp64. They are kept on the CPU:
+methods that need the weights alone solve all modules in one window.
 """
 
 
@@ -102,6 +102,7 @@ def calibrate_modules(
     solve_device: torch.device,
     loss: Loss | None = None,
     reduction: Reduction = "all",
+    keep: bool = True,
     start: int = 0,
     progress: Progress = lambda items, _: items,
     report_line: Callable[[str], None] = lambda _: None,
@@ -125,6 +126,7 @@ def calibrate_modules(
         solve_device: where modules are solved.
         loss: needed if the plan's statistic is "gradient"; then every batch has labels.
         reduction: whether every rank gets the sums over all ranks, or the owners alone.
+        keep: whether this rank gets the solutions; else it yields an empty mapping for each window.
         start: index of the first window, for a caller that has the solutions of the earlier ones.
         progress: called with the batches ("calibrate") and the rounds of solve_window ("solve").
         report_line: called on every rank with a line about a solver that failed, once for each line.
@@ -165,6 +167,7 @@ def calibrate_modules(
             lora_ranks,
             progress,
             solve_device=solve_device,
+            keep=keep,
             report_line=report_once,
         )
 
@@ -244,6 +247,7 @@ def solve_window(
     progress: Progress = lambda items, _: items,
     *,
     solve_device: torch.device,
+    keep: bool = True,
     report_line: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Solution]:
     """Solve every module of `groups` on its owner, and return all solutions everywhere. Collective.
@@ -256,7 +260,7 @@ def solve_window(
     Args:
         sums: sums[part][group]. On the group's owner totals over all ranks; those of other ranks
             are dropped at once. Entries are set to None when no longer needed, to free memory.
-        solve_device, report_line: see calibrate_modules.
+        solve_device, keep, report_line: see calibrate_modules.
 
     Raises:
         AstraError: on every rank, if a module cannot be solved on its owner.
@@ -294,7 +298,9 @@ def solve_window(
         for turn in turns:
             mine = solution if turn.owner == rank else None
             shapes = outcomes[turn.owner].shapes
-            solutions[turn.name] = _broadcast_solution(mine, turn.owner, shapes, device)
+            received = _broadcast_solution(mine, turn.owner, shapes, device)
+            if keep:
+                solutions[turn.name] = received
     return solutions
 
 

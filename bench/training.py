@@ -352,7 +352,8 @@ def compare_sharded(bench: Bench) -> dict:
     held["ddp"] = count_held_bytes(model)
     wrapped = nn.parallel.DistributedDataParallel(objective.AnswerLoss(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    plain = TorchTrainState(wrapped, torch.optim.AdamW(parameters, lr=bench.settings.lr), 1.0)
+    group = {"params": parameters, "lr_factor": 1.0}
+    plain = TorchTrainState(wrapped, torch.optim.AdamW([group], lr=bench.settings.lr), 1.0)
     turns = {"ddp": lambda rows: bench.step(plain, rows)}
     for name in ("fsdp", "zero3"):
         turns[name] = bench.make_engine_turn(name, held=held)

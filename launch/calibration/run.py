@@ -230,6 +230,7 @@ def make_calibration(
         reduction=recipe.calibration.reduction,
         solve_device=solve_device,
         start=begun.num_windows,
+        keep=dist.get_rank() == 0,  # which writes them
         progress=_show_calibration_progress,
         report_line=print_rank0,
     )

@@ -24,8 +24,8 @@ def make_engine(
         UserError: on every rank, if the ranks are not placed as `shard_within` needs it.
     """
     nodes = choose_nodes(name) if shard_within == "node" else None
-    # fp32 products on GPUs: with a bf16 base they are an adapter's, for which TF32's 11 significant
-    # bits are more than enough. An fp32 base keeps fp32.
+    # fp32 products on GPUs: with a bf16 base they are an adapter's or a new head's, for which TF32's
+    # 11 significant bits are enough. An fp32 base keeps fp32.
     torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
     # Imported here because each of these libraries takes seconds to import.
     match name:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.calibration.batches import count_tokens, draw_samples
 from launch.calibration.store import is_finished, read_memory_record
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
@@ -106,13 +107,18 @@ def _estimate_taken(
 def _check_limit(recipe: Recipe, inputs: Inputs, folder: Path) -> None:
     """Check the limit that the recipe sets for a calibration still to be made. Rank 0 calls it.
 
-    A model of which there is no estimate is not checked.
+    As the calibration, it counts the tokens of the longest sample. A model of which there is no
+    estimate is not checked.
 
     Raises:
         AstraError: the limit needs windows, which the model cannot run in.
     """
     if is_finished(folder):
         return
+    lengths = count_tokens(recipe, inputs, draw_samples(recipe, inputs))
+    if len(lengths):
+        data = recipe.data.model_copy(update={"max_length": int(lengths.max())})
+        recipe = recipe.model_copy(update={"data": data})
     needs, _ = _estimate_needs(recipe, inputs, None)
     if needs is not None and not needs.batch.can_split:
         needs.batch.plan_windows(recipe.calibration.memory_gib)

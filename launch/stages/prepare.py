@@ -57,7 +57,6 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
     check_samples(recipe, inputs, folder / CALIBRATION)
     print_calibration_rows(recipe, inputs)
     tokens = inputs.tokens
-    refuse_mixed_lengths(recipe, inputs)
     tokenizer = load_tokenizer(inputs.model_path, needs_end=not recipe.task.has_head)
     problems = read_problems(recipe.eval)
     problems_while_training = read_problems(recipe.eval.while_training)
@@ -66,6 +65,7 @@ def prepare_run(recipe: Recipe, name: str, folder: Path, device: torch.device) -
         lambda: check_prompts(problems_while_training, recipe.eval.while_training, tokenizer)
     )
     measured, other_text_source = _read_measured_sets(recipe, inputs, tokenizer)
+    refuse_mixed_lengths(recipe, inputs, measured)
     checkpoints = CheckpointStore(folder, settings.keep, settings.keep_best)
     identity = identify_inputs(inputs, other_text_source)
     saved = run_on_rank0(lambda: find_checkpoint(checkpoints, identity, measured))

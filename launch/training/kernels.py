@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 from launch.config.schema import Recipe
 from launch.data.inputs import Inputs
 from launch.data.order import Packing
+from launch.data.token_set import TokenSet
 from launch.engines.base import Engine
 from launch.models.check import read_config
 from launch.runtime.compat.torch_parts import undo_compile
@@ -76,23 +78,50 @@ def require_packing(engine: Engine, model: nn.Module) -> None:
         )
 
 
-def refuse_mixed_lengths(recipe: Recipe, inputs: Inputs) -> None:
-    """Raise UserError if a row's loss would depend on the other rows of its micro batch.
+def refuse_mixed_lengths(recipe: Recipe, inputs: Inputs, measured: Mapping[str, TokenSet]) -> None:
+    """Raise UserError if what the base computes of a row would depend on the other rows of its batch.
 
     Bases with longrope (Phi-3.5, Phi-4-mini) have two sets of rotary frequencies: for rows that are
     no longer than those of their pretraining, and for longer ones. transformers takes one of them for
     a whole batch, by its longest row (modeling_rope_utils.py, longrope_frequency_update).
+
+    Args:
+        measured: name -> rows or pieces of text whose loss is measured.
     """
     limit = _find_longrope_limit(read_config(inputs.model_path, head=inputs.head))
-    if limit is None or (recipe.train.micro_batch == 1 and not recipe.data.packing):
+    if limit is None:
         return
-    longest = int(inputs.tokens.lengths().max())
-    if longest > limit:
-        raise UserError(
-            f"train.micro_batch: the longest row has {longest} tokens, and above {limit} a row of "
-            "this base (longrope) changes the rotary frequencies of all rows in its batch; set "
-            f"train.micro_batch=1 and data.packing=false, or data.max_length={limit}"
-        )
+    for setting, remedy, tokens in _list_batched(recipe, inputs, measured):
+        longest = int(tokens.lengths().max())
+        if longest > limit:
+            raise UserError(
+                f"{setting}: the longest of its rows has {longest} tokens, and above {limit} a row of "
+                "this base (longrope) changes the rotary frequencies of all rows in its batch; set "
+                f"{remedy}, or data.max_length={limit}"
+            )
+
+
+def _list_batched(
+    recipe: Recipe, inputs: Inputs, measured: Mapping[str, TokenSet]
+) -> list[tuple[str, str, TokenSet]]:
+    """List what runs several rows in one batch: the setting, what would change that, the rows."""
+    batched = []
+    if recipe.train.micro_batch > 1:
+        batched.append(("train.micro_batch", "train.micro_batch=1", inputs.tokens))
+    if recipe.data.packing:
+        batched.append(("data.packing", "data.packing=false", inputs.tokens))
+    if recipe.calibration.batch_size > 1 and recipe.statistic not in (None, "weight"):
+        rows = inputs.calibration.tokens
+        batched.append(("calibration.batch_size", "calibration.batch_size=1", rows))
+    settings = {
+        "held_out": ("data.held_out", "data.held_out=0"),
+        "other_text": ("eval.other_text", "eval.other_text=null"),
+    }
+    for name, tokens in measured.items():
+        batched.append((*settings[name], tokens))
+    for tokens in inputs.dev.values():
+        batched.append(("task.dev", "task.dev=null", tokens))
+    return batched
 
 
 def _find_longrope_limit(config: PretrainedConfig) -> int | None:

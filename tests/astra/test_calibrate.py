@@ -228,3 +228,21 @@ def test_solutions_leave_the_gpu() -> None:
         kept = calibrate._broadcast_solution(solution, 0, shapes, solution["a0"].device)
     assert kept["a0"].device.type == "cpu"
     assert kept["a0"].shape == (2, 3)
+
+
+@torch.no_grad()
+def test_a_rank_that_keeps_no_solutions_gets_none(make_llama: Callable[..., nn.Module]) -> None:
+    model, batches = make_llama(), batches_of([5, 9], 2)
+    linears = find_projections(model)
+    windows = calibrate_modules(
+        model,
+        linears,
+        [batches],
+        TorchWeights(),
+        plan_calibration(model, linears, batches),
+        lambda problem: solve_subspace(problem, "largest", SEED),
+        lora_ranks=dict.fromkeys(linears, RANK),
+        solve_device=torch.device("cpu"),
+        keep=False,
+    )
+    assert list(windows) == [{}]

@@ -15,6 +15,7 @@ from astra.errors import AstraError
 from launch.calibration.store import MANIFEST, UNFINISHED
 from launch.config.loading import validate_recipe
 from launch.config.schema import Recipe
+from launch.data.token_set import make_text_set
 from launch.planning import budget
 from launch.planning.budget import FIELD, decide_memory
 from launch.planning.estimate import estimate_calibration_needs
@@ -66,6 +67,7 @@ BLOCK_STATES = Inkling2TextConfig(
     layer_types=["hybrid_sliding", "hybrid"] * 2,
 )
 CPU = torch.device("cpu")
+LENGTH = 16  # tokens of every row, fewer than data.max_length
 
 
 class World:
@@ -74,8 +76,14 @@ class World:
     def __init__(self, model: Path, patch: pytest.MonkeyPatch) -> None:
         self.free, self.printed = 0, []
         checked = SimpleNamespace(head_parameters=())
+        rows = make_text_set([[1] * LENGTH] * 10)
         self.inputs = SimpleNamespace(
-            model_path=model, dtype=torch.float32, head=None, model=checked
+            model_path=model,
+            dtype=torch.float32,
+            head=None,
+            model=checked,
+            calibration=SimpleNamespace(tokens=rows),
+            data={},
         )
         patch.setattr(budget, "measure_free_memory", lambda _: self.free)
         patch.setattr(budget, "all_reduce_max", lambda value, _: value)
@@ -254,3 +262,16 @@ def test_a_model_runs_in_windows_only_if_its_layers_hand_on_one_tensor(
     assert error.value.subject == "memory"
     write_record(folder, MANIFEST)
     assert world.decide(needed, folder) == (1e-9, {})
+
+
+def test_a_limit_is_checked_for_the_lengths_of_the_samples(world: World, tmp_path: Path) -> None:
+    peaks, target = [], {"targets": ["lm_head"]}  # cannot run in windows
+    for length in (LENGTH, 2048):
+        recipe = make_recipe(data={"max_length": length}, adapter=target)
+        needs = estimate_calibration_needs(CONFIG, recipe, torch.float32, 1)
+        peaks.append(needs.batch.plan_windows(None).peak_bytes / GIB)
+    limit = sum(peaks) / 2
+    assert peaks[0] < limit < peaks[1]
+    settings = {"data": {"max_length": 2048}, "calibration": {"memory_gib": limit}}
+    recipe = make_recipe(adapter=target, **settings)
+    assert world.decide(recipe, tmp_path / "calibration") == (limit, {})

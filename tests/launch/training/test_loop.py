@@ -406,22 +406,30 @@ def test_rows_that_would_change_the_frequencies_of_others_are_refused(tmp_path: 
 
     config.save_pretrained(tmp_path)
 
-    def refuse(longest: int, micro_batch: int, packing: bool = False) -> None:
+    def refuse(longest: int, *measured: str, **sections: dict) -> None:
         tokens = SimpleNamespace(lengths=lambda: torch.tensor([3, longest]))
-        inputs = SimpleNamespace(model_path=tmp_path, head=None, tokens=tokens)
-        settings = {"path": "d", "packing": packing}
-        one = recipe(data=settings, train={"micro_batch": micro_batch})
-        kernels.refuse_mixed_lengths(one, inputs)
+        rows = {"tokens": tokens, "calibration": SimpleNamespace(tokens=tokens), "dev": {}}
+        inputs = SimpleNamespace(model_path=tmp_path, head=None, **rows)
+        alone = {"data": {"path": "d"}, "train": {"micro_batch": 1}}
+        one = recipe(**alone | sections)
+        kernels.refuse_mixed_lengths(one, inputs, dict.fromkeys(measured, tokens))
 
-    refuse(16, 4, True)
-    refuse(17, 1)
-    for micro_batch, packing in ((2, False), (1, True)):
-        with pytest.raises(
-            UserError, match=r"^train\.micro_batch: .*17 tokens.*data.max_length=16$"
-        ):
-            refuse(17, micro_batch, packing)
+    batched = {
+        "train.micro_batch": {"train": {"micro_batch": 2}},
+        "data.packing": {"data": {"path": "d", "packing": True}},
+        "calibration.batch_size": {"calibration": {"batch_size": 2}},
+    }
+    refuse(17)
+    for name, sections in batched.items():
+        refuse(16, **sections)
+        with pytest.raises(UserError, match=rf"^{name}: .*17 tokens.*{name}=.*max_length=16$"):
+            refuse(17, **sections)
+    for name, field in (("held_out", r"data\.held_out"), ("other_text", r"eval\.other_text")):
+        refuse(16, name)
+        with pytest.raises(UserError, match=rf"^{field}: .*17 tokens.*max_length=16$"):
+            refuse(17, name)
     LlamaConfig().save_pretrained(tmp_path)
-    refuse(17, 2)
+    refuse(17, "held_out", **batched["train.micro_batch"])
 
 
 def test_attention_is_the_recipes(make_llama: Callable[..., LlamaForCausalLM]) -> None:
