@@ -12,6 +12,7 @@ from eval.tasks.code_blocks import (
     join_dedented,
 )
 from eval.tasks.code_syntax import (
+    UNREADABLE,
     drop_stubs_and_prose,
     find_definition,
     find_prefix,
@@ -19,6 +20,7 @@ from eval.tasks.code_syntax import (
     list_bound_names,
     list_missing_names,
     parse_program,
+    read_tree,
 )
 
 # In the published order. The published script ends in an error where a main guard has another form,
@@ -34,9 +36,22 @@ def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
     uses of the prompt and of earlier blocks but does not define. If there is none, a bare function
     body is put below `prompt`. An end that cannot be parsed, as of a response that was cut off, is
     dropped, and so is a turn that the model invents after a program ("### Instruction:"). Nothing
-    else is: a program that asserts is not cut at its asserts.
+    else is: a program that asserts is not cut at its asserts. Never raises: a program that Python
+    nests too deep to be put together is the whole text.
     """
     output = _strip_around(output)
+    try:
+        return _find_program(output, entry_point, prompt)
+    except UNREADABLE:
+        return output
+
+
+def _find_program(output: str, entry_point: str, prompt: str) -> str:
+    """Return the program that `output`, without what stands around it, gives.
+
+    Raises:
+        One of UNREADABLE: it is nested too deep, or has too long an integer, to be put together.
+    """
     own = cut_at_turn(output)
     if own != output and _has_program(own, entry_point, prompt):
         output = own
@@ -47,7 +62,7 @@ def extract_program(output: str, entry_point: str, prompt: str = "") -> str:
     stub = None
     for program in _list_programs(output, text, blocks, entry_point, bool(prompt)):
         whole = _complete_program(program, entry_point, prompt, blocks)
-        if not is_stub(parse_program(program), entry_point):
+        if not is_stub(read_tree(program), entry_point):
             return whole
         stub = stub or whole
     # A stub at the beginning of a line is a program of its own, and no body of the prompt's.
@@ -82,8 +97,11 @@ def extract_program_literature(output: str, prompt: str = "") -> str:
 
 
 def _strip_around(output: str) -> str:
-    """Return `output` with plain line ends, and without a byte-order mark or thoughts before it."""
-    output = output.replace("\r\n", "\n").lstrip("\ufeff\u200b")
+    """Return `output` with plain line ends, and without a byte-order mark or thoughts before it.
+
+    A lone carriage return ends a line for Python too, in a string as well; no other character does.
+    """
+    output = output.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff\u200b")
     return output.rpartition("</think>")[2] if "</think>" in output else output
 
 
@@ -92,7 +110,7 @@ def _has_program(text: str, entry_point: str, prompt: str) -> bool:
     if prompt and is_completion(text):
         return bool(text.strip())
     programs = _list_programs(text, text, find_blocks(text), entry_point, bool(prompt))
-    return any(not is_stub(parse_program(program), entry_point) for program in programs)
+    return any(not is_stub(read_tree(program), entry_point) for program in programs)
 
 
 def _list_programs(
@@ -137,7 +155,7 @@ def _complete_program(program: str, entry_point: str, prompt: str, blocks: list[
     if not added:
         return program
     lines = program.split("\n")
-    first = _count_opening_lines(parse_program(program))
+    first = _count_opening_lines(read_tree(program))
     return "\n".join([*lines[:first], *map(ast.unparse, added), *lines[first:]])
 
 
@@ -148,7 +166,7 @@ def _find_lacking(
     sources = [of_prompt, *(parse_program(choices[0]) for choices in blocks)]
     known = [node for source in filter(None, sources) for node in source.body]
     known = [node for node in known if _is_definition(node, entry_point)]
-    lacking = list_missing_names(parse_program(program))
+    lacking = list_missing_names(read_tree(program))
     chosen: set[int] = set()
     grown = True
     while grown:  # a definition may lack others in turn

@@ -18,17 +18,25 @@ _SCOPES = _FUNCTIONS | ast.ClassDef | ast.Lambda
 # What prose that happens to parse consists of: "Explanation", "[PYTHON]", "yes - no".
 _PROSE_NODES = ast.Name | ast.List | ast.Tuple | ast.BinOp | ast.UnaryOp | ast.Constant
 _PROSE_MARKS = ast.expr_context | ast.operator | ast.unaryop
+# What Python raises for a text that is no program, or one that is nested too deep, which also
+# depends on the depth of the call. ValueError: NUL bytes, lone surrogates and, from ast.unparse,
+# integers of thousands of digits.
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def parse_program(program: str) -> ast.Module | None:
     """Return the tree of `program`, or None if it is not Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in the program's strings
-            return ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # ast raises ValueError for NUL bytes and lone surrogates.
+        return read_tree(program)
+    except UNREADABLE:
         return None
+
+
+def read_tree(program: str) -> ast.Module:
+    """Return the tree of `program`. Raises one of UNREADABLE if it is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about escapes in the program's strings
+        return ast.parse(program)
 
 
 def find_prefix(lines: list[str], min_lines: int) -> int:
@@ -157,10 +165,12 @@ def list_all_defined(tree: ast.Module) -> set[str]:
 
 def _walk_scope(tree: ast.AST) -> Iterator[ast.AST]:
     """Yield the nodes below `tree` that are not in a scope of their own."""
-    for node in ast.iter_child_nodes(tree):
-        yield node
-        if not isinstance(node, _SCOPES):
-            yield from _walk_scope(node)
+    waiting = [tree]
+    while waiting:  # no recursion: a response may nest deeper than Python recurses
+        for node in ast.iter_child_nodes(waiting.pop()):
+            yield node
+            if not isinstance(node, _SCOPES):
+                waiting.append(node)
 
 
 def is_stub(tree: ast.Module, name: str) -> bool:
@@ -202,8 +212,11 @@ def drop_stubs_and_prose(program: str, name: str) -> str:
 
     Prose is an expression or annotation that reads a name which the program has nowhere. Lines stay
     in place.
+
+    Raises:
+        One of UNREADABLE: `program` is not Python.
     """
-    tree = parse_program(program)
+    tree = read_tree(program)
     lines = program.split("\n")
     missing = list_missing_names(tree)
     is_real = False

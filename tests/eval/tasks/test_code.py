@@ -5,7 +5,7 @@ tests/eval/sandbox/test_variants.py. Needs nothing. A few seconds.
 """
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.tasks.code import extract_program, extract_program_literature
@@ -90,6 +90,14 @@ STRICT = [
     ("### Instruction:\nAdd one.\n\n### Response:\n" + WHOLE, True),  # an echo
     ("def f(x):\n    pass\n\n### Instruction:\nAdd one.\n\n### Response:\n" + WHOLE, True),
     ("from operator import neg as g\ndef f(x):\n    return 1 - g(x)\n", True),
+    ("def f(x):\r    return x + 1\r\rDone", True),  # ends of lines for Python too
+    ("Done:\r```python\rdef f(x):\r    return x + 1\r```\r", True),
+    ("Done:\x0c\ndef f(x):\n\x0c    return x + 1\n\x0bDone", True),  # no ends of lines
+    (WHOLE + "\nx = " + "-" * 1200 + "1\n", True),
+    # What the program lacks cannot be written out again.
+    (f"```\nN = 0x{'F' * 3700}\n```\n```\ndef f(x):\n    return x + N - N + 1\n```", False),
+    (f"```\nN = {'-' * 600}1\n```\n```\ndef f(x):\n    return x + N - N + 1\n```", False),
+    ("Complexity: O(n)\nx = 1\n" + WHOLE + "\\\nExplanation", False),
 ]
 
 
@@ -161,7 +169,17 @@ def test_the_published_rule_cuts(output: str, program: str) -> None:
     assert extract_program_literature(output, PROMPT) == f"{PROMPT}\n{program}"
 
 
-@given(st.text(max_size=80))
+# Parts of responses: what ends lines, is nested too deep for Python, or cannot be written out again.
+PARTS = [
+    *(WHOLE, "def f(x):\n    return x + STEP\n", "def f(x):\n    pass\n", "    return x\n", "foo"),
+    *("```python\n", "```\n", "\n", "\r", "\r\n", "\x0b", "\x0c", "\u2028", "\\\n", "#", "'''"),
+    *(f"STEP = {'-' * 600}1\n", f"STEP = {'-' * 1200}1\n", f"STEP = {'not ' * 2000}1\n"),
+    *(f"STEP = {'1 + ' * 1500}1\n", f"STEP = 0x{'F' * 3700}\n", "(" * 250, "\x00", "\ud800"),
+]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=80) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
 def test_never_raises(text: str) -> None:
     assert isinstance(extract_program(text, "f", PROMPT), str)
     assert isinstance(extract_program("```python\n" + text, "f"), str)

@@ -68,6 +68,8 @@ HOSTILE = [
     "The answer is: __import__('os').system('true')",
     "The answer is: ²",
     "The answer is: \x00\ud800",
+    "The answer is: x = " + "\u222a".join(["1"] * 500),
+    "The answer is: " + "1" + ")" * 500 + "," + "(" * 490 + "1,2" + ")" * 490,
     "answer is" + " " * 50_000,
 ]
 
