@@ -93,7 +93,9 @@ def _ask(worker: subprocess.Popen, question: list, timeout: float) -> str | None
         worker.stdin.flush()
     except BrokenPipeError:
         return ""
-    while not select.select([worker.stdout], [], [], POLL)[0]:
+    poll = select.poll()  # select.select takes no descriptor above 1023
+    poll.register(worker.stdout, select.POLLIN)
+    while not poll.poll(POLL * 1000):
         if read_usage(worker.pid).cpu - before > timeout or time.monotonic() > deadline:
             return None
     return worker.stdout.readline()

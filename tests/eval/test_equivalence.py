@@ -1,6 +1,7 @@
 """The time limit of the comparison by math-verify. Needs nothing; about ten seconds."""
 
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -42,6 +43,21 @@ def test_a_worker_that_cannot_run_is_not_late(worker: subprocess.Popen) -> None:
     threading.Timer(1.0, os.kill, (worker.pid, signal.SIGCONT)).start()
     assert are_equivalent(*EQUAL, timeout=0.5)
     assert equivalence._of_thread.worker is worker
+
+
+def test_a_worker_with_descriptors_above_1023_answers() -> None:
+    equivalence._of_thread.__dict__.pop("worker", None)  # the next one is new
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    opened = []
+    try:
+        while not opened or opened[-1] < 1024:
+            opened.append(os.dup(0))
+        assert are_equivalent(*EQUAL)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_worker_that_dies_over_a_question_is_replaced_once(worker: subprocess.Popen) -> None:
