@@ -75,7 +75,7 @@ def _find_labels(clause: str, label: re.Pattern) -> set[str]:
     for match in label.finditer(clause):
         between = clause[end : match.start()]
         # "neither option1 nor option2", "not answer1 or answer2"
-        is_denying = bool(_DENIED_BEFORE.search(clause[: match.start()])) or (
+        is_denying = bool(_DENIED_BEFORE.search(between)) or (
             is_denying and bool(re.fullmatch(r"\W*(?:or|nor|and)\W*", between))
         )
         name = re.sub(r"\s", "", match.group()).lower()

@@ -15,9 +15,12 @@ MAX_LENGTH = 2000  # characters; a longer statement is no answer
 MAX_STATEMENTS = 60  # from the end; a response that repeats itself has thousands
 
 _TURN_NAMES = r"(?:instruction|response|question|problem|human|user|assistant|input|q)"
+# The patterns below search whole responses, which may hold thousands of spaces. Where two repeats
+# that may match the same follow each other, they are possessive (*+): else they try every division.
+
 # A turn that the model invents. It counts only after a statement: before, it is an echo.
 _TURN = re.compile(
-    rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?\**(?:next[ \t]+)?{_TURN_NAMES}[ \t]*\d*\**[ \t]*[:\uff1a]"
+    rf"^[ \t]*(?:\#{{1,6}}[ \t]*)?\**(?:next[ \t]+)?{_TURN_NAMES}[ \t]*+\d*+\**+[ \t]*+[:\uff1a]"
     r"|^[ \t]*(?:\#{1,6}[ \t]*)?\**(?:example|exercise)[ \t]+\d+\**[ \t]*[:\uff1a]"
     r"|^[ \t]*\**(?:problem|question|example|exercise)[ \t]+\d+\**[ \t]*$"
     # behind a sentence, on its line
@@ -37,7 +40,7 @@ _MARKER = re.compile(
     # "Answer: 18", "**Final answer** = 18", "The answer (in dollars): 18"
     r"|\b(?<!\\)answers?(?:\s*\([^()\n]{0,40}\))?[*_\s]{0,4}[:\uff1a=]"
     # "### Final Answer", a heading, with the answer below
-    r"|^[ \t]*(?:\#{1,6}[ \t]*|\*\*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*(?:\*\*)?[ \t]*$"
+    r"|^[ \t]*(?:\#{1,6}[ \t]*|\*\*)(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*+(?:\*\*)?[ \t]*+$"
     r"|<answer>"
     # "#### 18", but no heading such as "#### Step 1"
     r"|\#{4}(?=[ \t]*[^\sA-Za-z#])",
@@ -107,7 +110,7 @@ _DENIED_AFTER_BOX = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
 _BARE_BOX = re.compile(r"-?\d[\d.,]*(?<![.,])|[A-Za-z](?![A-Za-z])")  # \boxed 5
 # Between two boxes that state one list: "\boxed{1} and $x = \boxed{2}$".
-_LIST_OF_BOXES = re.compile(r"[\s$,]*(?:and|or|,)?[\s$,]*(?:[A-Za-z]\s*=)?[\s$]*")
+_LIST_OF_BOXES = re.compile(r"[\s$,]*+(?:(?:and|or)[\s$,]*+)?(?:[A-Za-z]\s*+=)?[\s$]*+")
 _ENVIRONMENT = r"\{(?:equation|align|gather|displaymath)\*?\}"
 _DISPLAY = re.compile(
     r"(?:\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$[ \t]*\n(.+?)\$|```[a-z]*\n(.+?)```"
@@ -161,6 +164,11 @@ _ABBREVIATION = re.compile(
     r"|\b[a-z]\.[a-z])$",
     re.IGNORECASE,
 )
+_ABBREVIATION_LENGTH = 6  # characters of the longest, approx
+_FULL_STOP = re.compile(r"\.[*_\"'\u201d$)]*(?:\s|$)")
+_NEXT_SENTENCE = re.compile(r"\.\s+[A-Z]|\.\s*\n")
+# At the first of several marks, which decides for all of them.
+_EXCLAMATION = re.compile(r"(?<!(?<!\\)[!?])[!?]++\s+[A-Z]")
 # What follows explains the answer and may hold other numbers.
 _EXPLANATION = re.compile(
     r",\s+(?!(?:and|or|maybe|perhaps|possibly|pi|sqrt|sin|cos|tan|log|ln)\b)"
@@ -333,9 +341,11 @@ def is_comment(sentence: str) -> bool:
 
 def cut_sentence(text: str) -> str:
     """Return `text` up to the end of its first line or sentence, outside of braces and matrices."""
-    depth = environments = 0
+    depth = environments = brackets = 0
     for i, character in enumerate(text):
+        brackets += (character in "([") - (character in ")]")
         if character == "\\":
+            brackets += text.startswith(r"\{", i) - text.startswith(r"\}", i)
             environments += text.startswith(r"\begin{", i) - text.startswith(r"\end{", i)
         elif character in "{}" and text[i - 1 : i] != "\\":
             depth += 1 if character == "{" else -1
@@ -343,12 +353,13 @@ def cut_sentence(text: str) -> str:
             continue
         elif text[i - 1 : i] == "\\":
             continue  # the space command \;
-        elif character == "\n" or (character == ";" and not _is_bracketed(text[:i])):
+        elif character == "\n" or (character == ";" and brackets <= 0):
             return text[:i]
-        elif character == "." and re.match(r"\.[*_\"'\u201d$)]*(?:\s|$)", text[i:]):
-            if not _ABBREVIATION.search(text[:i]) or re.match(r"\.\s+[A-Z]|\.\s*\n", text[i:]):
+        elif character == "." and _FULL_STOP.match(text, i):
+            before = text[max(0, i - _ABBREVIATION_LENGTH - 1) : i]
+            if not _ABBREVIATION.search(before) or _NEXT_SENTENCE.match(text, i):
                 return text[:i]
-        elif character in "!?" and re.match(r"[!?]+\s+[A-Z]", text[i:]):
+        elif character in "!?" and _EXCLAMATION.match(text, i):
             return text[: i + 1]
     return text
 

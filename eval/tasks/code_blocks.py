@@ -8,7 +8,8 @@ from eval.end_tokens import END_TOKEN
 # A fence may stand in a list item or a quotation, whose marks are before it on its line.
 _OPENING = re.compile(r"^(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})")
 _CLOSING = re.compile(r"^[ \t>]*(?P<fence>`{3,}|~{3,})[ \t]*$")
-_INLINE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n?(.*?)```", re.DOTALL)
+# Possessive: else a run of spaces would be divided in every way.
+_INLINE = re.compile(r"```[ \t]*+[\w+-]*+[ \t]*+\n?+(.*?)```", re.DOTALL)
 # A turn that a model invents after its own, in the training prompt's form.
 _TURN = re.compile(
     r"^(?:\#{1,6}[ \t]*(?:instruction|human|user)\b|Below is an instruction that)",
@@ -86,9 +87,7 @@ def _find_closings(lines: list[str], start: int, fence: str) -> list[int]:
 
 def _strip_marks(line: str, before: str) -> str:
     """Strip from a line of a block the marks of quotation that its opening fence has."""
-    for _ in range(before.count(">")):
-        line = re.sub(r"^[ \t]*> ?", "", line)
-    return line
+    return re.sub(rf"^(?:[ \t]*> ?){{0,{before.count('>')}}}", "", line)
 
 
 def join_dedented(lines: list[str]) -> str:

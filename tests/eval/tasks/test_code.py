@@ -184,3 +184,19 @@ def test_never_raises(text: str) -> None:
     assert isinstance(extract_program(text, "f", PROMPT), str)
     assert isinstance(extract_program("```python\n" + text, "f"), str)
     assert isinstance(extract_program_literature(text), str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```" + " " * 50_000,
+        "> " * 10_000 + "```\n" + "\n" * 20_000,
+        "-" * 50_000 + "```\n" + "1" * 50_000,
+        "f" + " " * 50_000 + "=",
+        "def " + " " * 50_000,
+    ],
+    ids=lambda text: text[:4],
+)
+def test_a_long_response_ends(text: str) -> None:
+    """Linear work takes a tenth of a second; dividing a run of spaces in every way, hours."""
+    assert isinstance(extract_program(text, "f", PROMPT), str)

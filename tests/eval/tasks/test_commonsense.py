@@ -4,6 +4,7 @@ Needs the shared commonsense rows for the gold labels. A few seconds.
 """
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,25 @@ def test_the_published_rule_knows_five_answers_of_three_benchmarks(name: str) ->
 def test_graders_never_raise(text: str) -> None:
     for grader in GRADERS:
         assert grade_label(text, "true", "boolq", grader) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "true " * 20_000,
+        "answer is " + "a.m. " * 20_000,
+        "answer is (" + "; " * 50_000,
+        "answer is " + "!" * 100_000,
+        "answer is " + ". " * 50_000,
+        "\nQuestion" + " " * 100_000 + "x",
+    ],
+    ids=lambda text: text[:12].strip(),
+)
+def test_long_responses_are_graded_in_a_time_that_grows_with_their_length(text: str) -> None:
+    """Linear work takes 0.2 s of CPU at most, quadratic work minutes."""
+    start = time.process_time()
+    assert grade_label(text, "false", "boolq") is False
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("name", CHOICES)

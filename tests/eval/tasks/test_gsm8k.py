@@ -218,6 +218,9 @@ def test_answers_of_hundreds_of_digits_neither_raise_nor_equal_a_short_one(digit
         "-" * 100_000,
         "." * 100_000,
         "1=" * 50_000,
+        "\nQuestion" + " " * 100_000 + "x",
+        "\n# answer" + " " * 100_000 + "x",
+        "\\boxed{1}" + "$ " * 50_000 + "x\\boxed{1}",
     ],
     ids=lambda text: text[:8].strip(),
 )
