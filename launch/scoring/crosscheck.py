@@ -16,7 +16,7 @@ from eval.crosscheck.programs import check_with_evalplus
 from eval.crosscheck.table import Comparison, find_differences, render_comparisons
 from eval.tasks import BENCHMARKS, expand_groups
 from eval.tasks.base import GRADERS
-from launch.data.prompts import format_prompt
+from launch.config.schema import Eval
 from launch.data.tokenize import encode_texts
 from launch.models.check import check_model, get_num_positions, read_config
 from launch.models.files import fetch_model, hash_weights, load_tokenizer
@@ -24,6 +24,7 @@ from launch.models.identity import differs, hash_config
 from launch.run.results import RESULTS, EvaluationResults, read_evaluation_results
 from launch.runtime.errors import UserError
 from launch.runtime.files import write_text
+from launch.scoring.requests import choose_prompt, get_new_tokens, get_stops
 from launch.scoring.responses import GENERATIONS, check_responses, read_generations
 from launch.training.export import read_adapter_base
 
@@ -101,7 +102,21 @@ def _read_source(source: Path) -> tuple[list[dict], EvaluationResults | None]:
     rows = read_generations(path)
     check_responses(rows, path, "--scores")
     # The other harnesses are given one response to each problem, the first sample.
-    return [row for row in rows if row.get("sample", 0) == 0], results
+    rows = [row for row in rows if row.get("sample", 0) == 0]
+    return rows if results is None else _select_scored(rows, results), results
+
+
+def _select_scored(rows: Sequence[dict], results: EvaluationResults) -> list[dict]:
+    """Return the rows that the scores of an evaluation were made of.
+
+    Its file may also have graded responses of an earlier command, with another limit or of other
+    benchmarks, which come first, and those of a later command that was killed, which have no grades.
+    """
+    scored = []
+    for name, score in results.scores.items():
+        graded = [row for row in rows if row["suite"] == name and "strict" in row]
+        scored += graded[-score.n :]
+    return scored
 
 
 def _read_results(folder: Path) -> EvaluationResults:
@@ -255,22 +270,22 @@ def _compare_model(
     if results.url is not None:
         print("the responses came from a server: the model itself is not run again")
         return []
-    if results.settings["prompt"] == "chat":
+    # Without its checks: an earlier version may have had others.
+    settings = Eval.model_construct(**results.settings)
+    if settings.prompt == "chat":
         print("the prompt was a chat template's: the model itself is not run again")
         return []
-    if results.settings["temperature"]:
+    if settings.temperature:
         print("the responses were drawn at a temperature: the model itself is not run again")
         return []
     model = _find_model(results, revision)
     folder = folder / "model"
     response_tasks, likelihood_tasks = {}, {}  # lm-eval's name of a task -> benchmark
     for name, rows in ours.items():
-        documents, new_tokens = _select_fitting(
-            name, rows, results.settings, Path(model["pretrained"])
-        )
+        documents = _select_fitting(name, rows, settings, Path(model["pretrained"]))
         if documents:
-            # As launch/evaluate.py does: the published stops belong to the published prompt.
-            stops = BENCHMARKS[name].stops if results.settings["prompt"] == "literature" else ()
+            stops = get_stops(BENCHMARKS[name], settings)
+            new_tokens = get_new_tokens(BENCHMARKS[name], settings)
             task = harness.write_generate_task(folder, name, documents, stops, new_tokens)
             response_tasks[task] = name
         if name in COMMONSENSE:
@@ -280,7 +295,7 @@ def _compare_model(
                 problems.append(row["problem"]._replace(question=row["question"]))
             likelihood_tasks[harness.write_likelihood_task(folder, name, problems)] = name
     tasks = [*response_tasks, *likelihood_tasks]
-    judged = harness.run_lm_eval(folder, tasks, model, results.settings["batch_size"])
+    judged = harness.run_lm_eval(folder, tasks, model, settings.batch_size)
     comparisons = []
     for task, name in response_tasks.items():
         texts = {row.id: row.response for row in judged if row.task == task}
@@ -323,22 +338,15 @@ def _find_model(results: EvaluationResults, revision: str) -> dict[str, str]:
 
 
 def _select_fitting(
-    name: str, rows: GradedRows, settings: Mapping[str, Any], model: Path
-) -> tuple[list[dict[str, str]], int]:
-    """Select the problems that lm-eval can run as we do, and print how many it cannot.
+    name: str, rows: GradedRows, settings: Eval, model: Path
+) -> list[dict[str, str]]:
+    """Return the documents of problems that lm-eval can run as we do; print how many it cannot.
 
     Where a prompt and its new tokens are longer than the context, lm-eval cuts the prompt's
     beginning, and we generate fewer tokens.
-
-    Returns:
-        The documents of the task file, and the number of new tokens.
     """
-    new_tokens = settings["max_new_tokens"] or BENCHMARKS[name].max_new_tokens
-    format_question = (
-        format_prompt
-        if settings["prompt"] == "recipe"
-        else BENCHMARKS[name].format_literature_prompt
-    )
+    new_tokens = get_new_tokens(BENCHMARKS[name], settings)
+    format_question = choose_prompt(BENCHMARKS[name], settings, template=None)
     prompts = [format_question(row["question"]) for row in rows.values()]
     encoded = encode_texts(load_tokenizer(model), prompts)
     context = get_num_positions(read_config(model, "--scores")) or 2**31
@@ -351,7 +359,7 @@ def _select_fitting(
             f"{name}: left out of lm-eval's own responses, longer than the context of {context} "
             f"tokens with {new_tokens} new ones: {len(rows) - len(documents)} of {len(rows)}"
         )
-    return documents, new_tokens
+    return documents
 
 
 def _report(

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from eval.tasks.base import Benchmark, Problem
@@ -46,16 +46,7 @@ def make_requests(
     Raises:
         UserError: the chat template refuses a question.
     """
-    match settings.prompt:
-        case "recipe":
-            format_question = format_prompt
-        case "chat":
-
-            def format_question(question: str) -> str:
-                return template.render(ask(question), generate=True)
-
-        case _:
-            format_question = benchmark.format_literature_prompt
+    format_question = choose_prompt(benchmark, settings, template)
     requests = []
     for problem in problems:
         with naming_benchmark(benchmark):
@@ -74,6 +65,19 @@ def make_requests(
             hashed = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
             requests.append(Request(benchmark.name, problem, sample, prompt, seed, hashed))
     return requests
+
+
+def choose_prompt(
+    benchmark: Benchmark, settings: Eval, template: ChatTemplate | None
+) -> Callable[[str], str]:
+    """Return what makes a prompt of a question, see `make_requests`."""
+    match settings.prompt:
+        case "recipe":
+            return format_prompt
+        case "chat":
+            return lambda question: template.render(ask(question), generate=True)
+        case _:
+            return benchmark.format_literature_prompt
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.crosscheck import harness
-from launch.run.results import EvaluationResults
+from launch.run.results import EvaluationResults, write_results
 from launch.runtime.errors import UserError
 from launch.scoring import crosscheck
 
@@ -45,6 +45,34 @@ def test_responses_on_which_the_graders_differ_are_written(
     assert "| gsm8k | lm-eval strict-match | 50.0 | 50.0 | 100.0 | 2 | 1 |" in printed
     lines = (tmp_path / "checked" / "differences.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["wrong"]
+
+
+def test_of_a_folder_only_the_rows_of_its_scores_are_compared(tmp_path: Path) -> None:
+    def make_row(suite: str, number: int, **fields: object) -> dict:
+        return {"suite": suite, "id": f"{suite}/{number}", "sample": 0, "output": "", **fields}
+
+    grades = {"strict": True, "literature": True}
+    rows = [
+        make_row("gsm8k", 2, **grades),  # of an earlier command, beyond the limit
+        make_row("math500", 0, **grades),  # that had another benchmark
+        make_row("gsm8k", 0, **grades),
+        make_row("gsm8k", 0, **grades | {"sample": 1}),
+        make_row("gsm8k", 1, **grades),
+        make_row("gsm8k", 3),  # of a later command that was killed
+        make_row("siqa", 0),
+    ]
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = {"accuracy": 1.0, "n": 2, "samples": 2, "correct": 2, "interval": (0, 1)}
+    results = EvaluationResults(
+        base={"name": "base", "weights_sha256": "0"},
+        adapter=None,
+        settings={},
+        scores={"gsm8k": score | {"literature": score, "prompt": "recipe"}},
+        conditions={"git_revision": None, "world_size": 1, "device": "cpu"},
+    )
+    write_results(tmp_path, results)
+    selected, _ = crosscheck._read_source(tmp_path)
+    assert [row["id"] for row in selected] == ["gsm8k/0", "gsm8k/1"]
 
 
 def test_a_table_of_programs_alone_gets_its_folder(
