@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch.distributed as dist
+
 from eval.generation.decoding import Completion
 from eval.generation.server import SAMPLING, request_completions
 from eval.tasks.base import Benchmark, Problem
@@ -33,8 +35,13 @@ def evaluate_server(
 
     Raises:
         EvalError: the server refuses, or does not answer.
-        UserError: the prompt is chat.
+        UserError: the prompt is chat, or there are several ranks.
     """
+    if dist.get_world_size() > 1:
+        raise UserError(
+            f"--backend openai: each of {dist.get_world_size()} ranks would send every request; "
+            "start one process, by python, and raise --concurrency"
+        )
 
     def make_responses(
         benchmark: Benchmark, requests: list[Request]

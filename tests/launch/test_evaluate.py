@@ -14,6 +14,7 @@ import torch.distributed as dist
 from eval.generation.decoding import Completion
 from eval.generation.server import SAMPLING
 from launch import evaluate
+from launch.config.schema import Eval
 from launch.run.folder import RECIPE
 from launch.run.results import RESULTS, read_evaluation_results
 from launch.runtime import locks
@@ -99,6 +100,14 @@ def test_an_option_that_would_be_ignored_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run_evaluate(*options)
+
+
+def test_a_server_is_not_asked_by_several_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluate_server.dist, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"^--backend openai: each of 2 ranks would send every"):
+        evaluate_server.evaluate_server("http://none/v1", "m", 1, {}, Eval(), tmp_path)
 
 
 def test_results_name_the_suites_that_they_leave_out(
