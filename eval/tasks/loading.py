@@ -27,25 +27,25 @@ def read_rows(source: Source, data_dir: Path | None) -> Iterator[dict]:
     without .gz, or .parquet.
 
     Raises:
-        EvalError: no file exists, one cannot be read, or a row is not an object; the message says
-            which.
+        EvalError: no file exists, one cannot be read, has no row, or a row is not an object; the
+            message says which.
     """
-    if data_dir is None:
-        yield from _read_hub(source)
-        return
-    paths = [data_dir / name for name in source.files]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    place: str | Path | None = source.hub_id
+    if data_dir is not None:
+        paths = [data_dir / name for name in source.files]
+        place = next((path for path in paths if path.is_file()), None)
+    if place is None:
         raise EvalError(f"{source.benchmark}: {data_dir} has none of {', '.join(source.files)}")
+    rows = _read_hub(source) if data_dir is None else _read_file(place, source.benchmark)
     number = 0
-    for number, row in enumerate(_read_file(path, source.benchmark), start=1):
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise EvalError(
-                f"{source.benchmark}: row {number} of {path} is not an object with fields"
+                f"{source.benchmark}: row {number} of {place} is not an object with fields"
             )
         yield row
     if not number:
-        raise EvalError(f"{source.benchmark}: no problems in {path}")
+        raise EvalError(f"{source.benchmark}: no problems in {place}")
 
 
 def read_text_field(row: dict, field: str, source: Source, number: int) -> str:

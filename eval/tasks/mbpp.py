@@ -32,10 +32,20 @@ IN_BOX = (367, 533, 601, 927)
 
 
 def read_problems(benchmark: str, data_dir: Path | None, limit: int | None = None) -> list[Problem]:
-    """Read the first `limit` test problems; see `read_all_problems`."""
+    """Read the first `limit` test problems; see `read_all_problems`.
+
+    Raises:
+        EvalError: a row is not a problem, or none is of the test split.
+    """
     problems = read_all_problems(benchmark, data_dir)
     test_problems = (p for p in problems if int(p.id.rpartition("/")[2]) in TEST_IDS)
-    return list(islice(test_problems, limit))
+    found = list(islice(test_problems, limit))
+    if not found:
+        raise EvalError(
+            f"{benchmark}: {data_dir or HUB_ID} has no task_id from {TEST_IDS[0]} to "
+            f"{TEST_IDS[-1]}, the test split"
+        )
+    return found
 
 
 def read_all_problems(benchmark: str, data_dir: Path | None) -> Iterator[Problem]:
@@ -53,6 +63,7 @@ def read_all_problems(benchmark: str, data_dir: Path | None) -> Iterator[Problem
                 f"{benchmark}: row {number} needs the fields task_id, text (or prompt), code "
                 "and test_list"
             )
+        task_id = _read_task_id(row, f"{benchmark}: row {number} of {data_dir or HUB_ID}")
         # Some rows have Windows line ends.
         solution = row["code"].replace("\r\n", "\n")
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
@@ -62,10 +73,17 @@ def read_all_problems(benchmark: str, data_dir: Path | None) -> Iterator[Problem
             "setup": setup.replace("\r\n", "\n"),
             "tests": examples.replace("\r\n", "\n"),
             "prompt": "",
-            "in_box": row["task_id"] in IN_BOX,
+            "in_box": task_id in IN_BOX,
         }
         question = f"Create a Python script for this problem:\n{text}\nTest examples:\n{examples}"
-        yield Problem(f"{benchmark}/{row['task_id']}", question, solution, tests, text)
+        yield Problem(f"{benchmark}/{task_id}", question, solution, tests, text)
+
+
+def _read_task_id(row: dict, place: str) -> int:
+    try:
+        return int(row["task_id"])
+    except (ValueError, TypeError):
+        raise EvalError(f"{place}: task_id {row['task_id']!r} is not a number") from None
 
 
 def _find_entry_point(asserts: list[str], solution: str, benchmark: str, number: int) -> str:
@@ -75,7 +93,7 @@ def _find_entry_point(asserts: list[str], solution: str, benchmark: str, number:
             warnings.simplefilter("ignore")  # about escapes in their strings
             program = ast.parse(solution)
             tests = [ast.parse(text) for text in asserts]
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte
         raise EvalError(
             f"{benchmark}: row {number}: its code or tests are not Python: {error}"
         ) from None

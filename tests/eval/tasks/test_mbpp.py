@@ -24,6 +24,23 @@ def test_the_real_problems(shared: Path) -> None:
     assert in_box == [f"mbpp/{i}" for i in IN_BOX]
 
 
+def test_a_task_id_is_a_number_also_as_text(tmp_path: Path) -> None:
+    row = {"task_id": "367", "text": "", "code": SOLUTION, "test_list": ["assert f(1) == 2"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row))
+    (problem,) = BENCHMARKS["mbpp"].read_problems(tmp_path, None)
+    assert (problem.id, problem.tests["in_box"]) == ("mbpp/367", True)
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row | {"task_id": "Mbpp/367"}))
+    with pytest.raises(EvalError, match=r"row 1 of \S+: task_id 'Mbpp/367' is not a number"):
+        BENCHMARKS["mbpp"].read_problems(tmp_path, None)
+
+
+def test_a_file_of_other_splits_alone_has_no_problems(tmp_path: Path) -> None:
+    row = {"task_id": 601, "text": "", "code": SOLUTION, "test_list": ["assert f(1) == 2"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row))
+    with pytest.raises(EvalError, match=r"mbpp: \S+ has no task_id from 11 to 510"):
+        BENCHMARKS["mbpp"].read_problems(tmp_path, None)
+
+
 def test_the_sanitised_sets_fields_and_what_is_wrong(tmp_path: Path) -> None:
     row = {
         "task_id": 11,
