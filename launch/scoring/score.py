@@ -45,6 +45,7 @@ from launch.scoring.responses import (
     open_responses,
     write_graded,
 )
+from launch.training.kernels import find_longrope_limit
 
 # Fields of Eval that change responses.
 DECODING = ("prompt", "max_new_tokens", "temperature", "seed")
@@ -142,6 +143,7 @@ def score_benchmarks(
                 prompts = [encode_question(one.problem.question, template) for one in requests]
         largest = max((max(ids) for ids in prompts if ids), default=0)
         check_token_ids(largest, get_num_rows(model), tokenizer, "model")
+        _warn_of_longrope(benchmark, model, max(map(len, prompts)), settings)
         return generate_responses(
             model,
             tokenizer,
@@ -158,6 +160,22 @@ def score_benchmarks(
         )
 
     return score_responses(make_responses, problems, settings, folder, identity, template)
+
+
+def _warn_of_longrope(benchmark: Benchmark, model: nn.Module, longest: int, settings: Eval) -> None:
+    """Print a line where the responses may depend on which prompts run together.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    limit, context = find_longrope_limit(model.config), get_num_positions(model.config)
+    longest += get_new_tokens(benchmark, settings)
+    if limit is not None and settings.batch_size > 1 and min(longest, context or longest) > limit:
+        print_rank0(
+            f"{benchmark.name}: above {limit} tokens a row of this base (longrope) changes the "
+            "rotary frequencies of all rows in its batch, and may change their responses; with a "
+            "batch size of 1 none does"
+        )
 
 
 def score_responses(

@@ -88,7 +88,7 @@ def refuse_mixed_lengths(recipe: Recipe, inputs: Inputs, measured: Mapping[str, 
     Args:
         measured: name -> rows or pieces of text whose loss is measured.
     """
-    limit = _find_longrope_limit(read_config(inputs.model_path, head=inputs.head))
+    limit = find_longrope_limit(read_config(inputs.model_path, head=inputs.head))
     if limit is None:
         return
     for setting, remedy, tokens in _list_batched(recipe, inputs, measured):
@@ -124,7 +124,7 @@ def _list_batched(
     return batched
 
 
-def _find_longrope_limit(config: PretrainedConfig) -> int | None:
+def find_longrope_limit(config: PretrainedConfig) -> int | None:
     """Return the tokens up to which a base with longrope takes its short frequencies, else None."""
     settings = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     # One mapping, or one for each kind of layer.

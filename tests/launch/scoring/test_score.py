@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MptConfig, MptForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from eval.generation.decoding import Completion
 from eval.tasks import BENCHMARKS
@@ -261,6 +261,31 @@ def test_a_chat_prompt_is_the_templates_and_a_response_ends_at_its_end_of_turn(
     template = hashlib.sha256(CASES["llama3"].template.encode()).hexdigest()
     assert recorded["chat_template_sha256"] == template
     assert json.loads((tmp_path / "generation.json").read_text())["end_tokens"] == [1, end]
+
+
+@pytest.mark.parametrize(
+    ("switch", "batch_size", "warned"), [(8, 2, True), (8, 1, False), (64, 2, False)]
+)
+def test_a_line_says_where_longrope_lets_rows_change_each_other(
+    switch: int, batch_size: int, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [4.0] * 4, "original_max_position_embeddings": switch}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 40}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **sizes,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            rope_parameters=rope,
+        )
+    )
+    engine = SimpleNamespace(device=torch.device("cpu"), sharded=False)
+    settings = Eval(suites=["gsm8k"], max_new_tokens=4, batch_size=batch_size)
+    problems = {"gsm8k": PROBLEMS["gsm8k"][:2]}
+    score_benchmarks(engine, model, make_tokenizer(), problems, settings, tmp_path, IDENTITY)
+    assert ("a row of this base (longrope) changes" in capsys.readouterr().out) is warned
 
 
 def test_a_question_that_the_template_refuses_is_named_with_its_benchmark() -> None:
