@@ -16,7 +16,7 @@ import pytest
 from eval.errors import EvalError
 from eval.sandbox.box import Box, choose_bubblewrap
 from eval.sandbox.check import Job, check_programs, run_in_box
-from tests.support.sandbox import BOXES, check
+from tests.support.sandbox import BOXES, check, show_to_all
 from tests.support.sandbox_values import VALUES
 
 pytestmark = pytest.mark.xdist_group("sandbox")  # they look for processes that stayed behind
@@ -201,9 +201,7 @@ def test_a_checker_runs_in_the_box_with_its_libraries_alone(tmp_path: Path) -> N
     folder, outside = tmp_path / "library", tmp_path / "outside"
     folder.mkdir()
     outside.mkdir()
-    for path in (folder, *folder.parents):
-        if path.owner() == tmp_path.owner() and path != Path("/"):
-            path.chmod(0o755)
+    show_to_all(folder)
     (folder / "library.py").write_text("x = 1")
     job = json.dumps({"folder": str(folder), "outside": str(outside)}).encode()
     box = choose_bubblewrap((str(folder),))

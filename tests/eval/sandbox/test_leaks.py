@@ -26,6 +26,7 @@ from tests.support.sandbox import (
     find_boxed_processes,
     find_programs_of,
     make_caller,
+    show_to_all,
 )
 
 pytestmark = [
@@ -246,8 +247,7 @@ def test_nothing_stays_if_the_caller_dies_at_once(level: str, nothing_stays: Non
 def test_an_old_bubblewrap_is_not_silent(
     any_box: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)  # the box's user runs it
+    show_to_all(tmp_path)  # the box's user runs it
     old = tmp_path / "bwrap"
     old.write_text("#!/bin/sh\necho 'bwrap: Unknown option --disable-userns' >&2\nexit 1\n")
     old.chmod(0o755)
