@@ -21,7 +21,7 @@ _ARGUMENTS = """
 """
 
 CALLS = f"""
-import ctypes, errno, fcntl, mmap, os, socket, subprocess, threading
+import asyncio, ctypes, errno, fcntl, mmap, os, socket, subprocess, threading
 libc = ctypes.CDLL(None, use_errno=True)
 def call(number, *values):
     ctypes.set_errno(0)
@@ -62,7 +62,8 @@ calls['prctl PDEATHSIG'] = lambda: call(157, 1, 0, 0, 0, 0)
 for kind in (1, 3):  # MAP_SHARED, MAP_SHARED_VALIDATE; with MAP_ANONYMOUS, readable and writable
     calls['mmap %d' % kind] = lambda kind=kind: call(9, 0, 4096, 3, kind | 32, -1, 0)
 buffer = ctypes.create_string_buffer(88)
-for family in (16, 17, 31, 38, 40, 44):  # NETLINK, PACKET, BLUETOOTH, ALG, VSOCK, XDP
+# INET, INET6, NETLINK, PACKET, BLUETOOTH, ALG, VSOCK, XDP
+for family in (2, 10, 16, 17, 31, 38, 40, 44):
     calls['socket %d' % family] = lambda family=family: call(41, family, 1, 0)
     calls['socketpair %d' % family] = lambda family=family: call(53, family, 1, 0, buffer)
 for bit in (17, 25, 26, 27, 28, 29, 30):
@@ -81,6 +82,7 @@ def f(names=None):
     thread.start()
     thread.join()
     subprocess.run(['/bin/true'], check=True)
+    asyncio.run(asyncio.sleep(0))
     pair = socket.socketpair()
     fcntl.fcntl(pair[0], fcntl.F_GETFL)
     mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
