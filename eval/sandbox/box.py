@@ -148,13 +148,9 @@ def choose_bubblewrap(folders: tuple[str, ...]) -> Box:
     return box
 
 
-def find_box(level: str, folders: tuple[str, ...] = ()) -> Box | None:
-    """Return the first box of a level that runs a program here, or None.
-
-    Args:
-        folders: what bubblewrap shows besides the system and the interpreter, read-only.
-    """
-    return _try_level(level, folders)[0]
+def find_box(level: str) -> Box | None:
+    """Return the first box of a level that runs a program here, or None."""
+    return _try_level(level)[0]
 
 
 def _try_level(level: str, folders: tuple[str, ...] = ()) -> tuple[Box | None, str]:

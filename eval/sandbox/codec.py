@@ -59,29 +59,28 @@ _COPIES: dict[type, Callable] = {
     dict: lambda value: dict(dict.items(value)),
     memoryview: bytes,
 } | {kind: lambda value, kind=kind: kind(kind.__iter__(value)) for kind in _SEQUENCE_TAGS}
-# Other types of the standard library: module and name, and the arguments that make a value again.
-# Decimal's text is exact; isoformat leaves out `fold`, which counts in no comparison of ours.
-_ARGUMENTS: dict[tuple[str, str], Callable[..., tuple]] = {
-    ("fractions", "Fraction"): lambda value: (value.numerator, value.denominator),
-    ("decimal", "Decimal"): lambda value: (str(value),),
-    ("array", "array"): lambda value: (value.typecode, value.tolist()),
-    ("datetime", "timedelta"): lambda value: (value.days, value.seconds, value.microseconds),
-    ("datetime", "date"): lambda value: (value.isoformat(),),
-    ("datetime", "time"): lambda value: (value.isoformat(),),
-    ("datetime", "datetime"): lambda value: (value.isoformat(),),
+
+
+def _write_iso(value: object) -> tuple[str]:
+    return (value.isoformat(),)  # without `fold`, which counts in no comparison of ours
+
+
+# Other types of the standard library, by name: their module, the types of the arguments that make a
+# value again, and how to find these. The types are checked when arguments arrive:
+# Fraction(Decimal("1e999999999")), say, would take all memory. Decimal's text is exact.
+_LIBRARY: dict[str, tuple[str, tuple[type, ...], Callable[..., tuple]]] = {
+    "Fraction": ("fractions", (int, int), lambda value: (value.numerator, value.denominator)),
+    "Decimal": ("decimal", (str,), lambda value: (str(value),)),
+    "array": ("array", (str, list), lambda value: (value.typecode, value.tolist())),
+    "timedelta": (
+        "datetime",
+        (int, int, int),
+        lambda value: (value.days, value.seconds, value.microseconds),
+    ),
+    "date": ("datetime", (str,), _write_iso),
+    "time": ("datetime", (str,), _write_iso),
+    "datetime": ("datetime", (str,), _write_iso),
 }
-_MODULES = {name: module for module, name in _ARGUMENTS}
-# Checked when they arrive: Fraction(Decimal("1e999999999")), say, would take all memory.
-_ARGUMENT_TYPES = {
-    "Fraction": (int, int),
-    "Decimal": (str,),
-    "array": (str, list),
-    "timedelta": (int, int, int),
-    "date": (str,),
-    "time": (str,),
-    "datetime": (str,),
-}
-_FROM_ISO = ("date", "time", "datetime")
 
 
 class Opaque:
@@ -137,7 +136,7 @@ def encode_value(value: object, strict: bool = False, depth: int = 0) -> object:
     if kind is range:
         return ["range", *encode_each((value.start, value.stop, value.step))]
     if (name := _name_library_type(kind)) is not None:
-        return [name[1], *encode_each(_ARGUMENTS[name](value))]
+        return [name, *encode_each(_take_apart(name, value))]
     if issubclass(kind, collections.abc.KeysView):
         return ["keys", *encode_each(value)]
     if issubclass(kind, collections.abc.ValuesView):
@@ -156,13 +155,19 @@ def encode_value(value: object, strict: bool = False, depth: int = 0) -> object:
     return encode_value(plain, strict, depth)
 
 
-def _name_library_type(kind: type) -> tuple[str, str] | None:
-    """Return the key in _ARGUMENTS of a type of the standard library, or None."""
-    name = (kind.__module__, kind.__name__)
-    if name not in _ARGUMENTS:
+def _name_library_type(kind: type) -> str | None:
+    """Return the name in _LIBRARY of a type of the standard library, or None."""
+    name = kind.__name__
+    if name not in _LIBRARY:
         return None
     # A program may have a class of the same name.
-    return name if getattr(sys.modules.get(name[0]), name[1], None) is kind else None
+    return name if getattr(sys.modules.get(_LIBRARY[name][0]), name, None) is kind else None
+
+
+def _take_apart(name: str, value: object) -> tuple:
+    """Return the arguments that make a value of a type in _LIBRARY again."""
+    _, _, take_apart = _LIBRARY[name]
+    return take_apart(value)
 
 
 def _copy_plainly(value: object, kind: type) -> object:
@@ -182,7 +187,7 @@ def _copy_as_base(value: object, kind: type) -> object:
         if base in _COPIES:
             return _COPIES[base](value)
         if (name := _name_library_type(base)) is not None:
-            return _make_library_value(name, _ARGUMENTS[name](value))
+            return _make_library_value(name, _take_apart(name, value))
     if issubclass(kind, collections.abc.Mapping):
         return dict(value)
     if issubclass(kind, collections.abc.MutableSequence):
@@ -221,11 +226,11 @@ def decode_value(data: object, depth: int = 0) -> object:
             decoded_key = decode_value(key, depth + 1)
             pairs[decoded_key] = decode_value(value, depth + 1)
         return _MAKE_MAPPING[tag](pairs)
-    if tag in _MODULES:
+    if tag in _LIBRARY:
         arguments = tuple(decode_value(item, depth + 1) for item in items)
-        if tuple(map(type, arguments)) != _ARGUMENT_TYPES[tag]:
+        if tuple(map(type, arguments)) != _LIBRARY[tag][1]:
             raise ValueError("no encoded value")
-        return _make_library_value((_MODULES[tag], tag), arguments)
+        return _make_library_value(tag, arguments)
     match data:
         case ["int", str(text)]:
             return int(text, 16)
@@ -242,6 +247,7 @@ def decode_value(data: object, depth: int = 0) -> object:
     raise ValueError("no encoded value")
 
 
-def _make_library_value(name: tuple[str, str], arguments: tuple) -> object:
-    kind = getattr(__import__(name[0]), name[1])  # importlib would be one more import
-    return kind.fromisoformat(*arguments) if name[1] in _FROM_ISO else kind(*arguments)
+def _make_library_value(name: str, arguments: tuple) -> object:
+    module, _, take_apart = _LIBRARY[name]
+    kind = getattr(__import__(module), name)  # importlib would be one more import
+    return kind.fromisoformat(*arguments) if take_apart is _write_iso else kind(*arguments)

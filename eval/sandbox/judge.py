@@ -71,7 +71,7 @@ class Channel:
         except BrokenPipeError:
             raise self.make_stop(_ENDED) from None
 
-    def receive_message(self) -> list | str:
+    def receive_message(self) -> list:
         """Return the next message of a known kind.
 
         Raises:
@@ -86,9 +86,9 @@ class Channel:
         match message:
             case ["failed", str(reason)]:
                 raise self.make_stop(reason)
-            case ["ready"] | ["value", _] | ["raised", str(), str()] | ["passed", str()]:
+            case ["started"] | ["ready"] | ["value", _] | ["raised", str(), str()]:
                 return message
-            case "started":
+            case ["passed", str()]:
                 return message
         raise self.make_stop(_INTRUDED)
 
@@ -194,7 +194,7 @@ def main() -> None:
         os.dup2(null, fd)
     channel = Channel(source, sink)
     try:
-        channel.receive_message()  # "started"
+        channel.receive_message()  # ["started"]
     except Stop:  # the box did not start, which its own message tells
         os._exit(1)
     os.write(verdicts, b"started\n")

@@ -3,7 +3,7 @@
 eval.sandbox.check passes this file's text to `python -c`, after that of eval.sandbox.codec, so it
 imports nothing else of this repository; eval.sandbox.judge, in a box of its own, imports the same
 codec and channel. Neither imports what it can do without: an import of `typing` takes 3 ms a
-program. A message is its length in 4 bytes, and JSON. Messages out are "started", then ["ready"],
+program. A message is its length in 4 bytes, and JSON. Messages out are ["started"], then ["ready"],
 and for each ["call", arguments, keywords] either ["value", x] or ["raised", name of a builtin
 exception, text]; ["failed", text] at any time. Nothing that is sent from here is believed: it is
 data, and the judge compares it.
@@ -158,7 +158,7 @@ def main() -> None:
         os.dup2(null, fd)
         os.close(null)
     limit_process(*map(int, sys.argv[1:4]))
-    write_message(sink, "started")
+    write_message(sink, ["started"])
     try:
         serve_solution(source, sink)
     except (EOFError, BrokenPipeError):  # the judge has its verdict

@@ -126,7 +126,7 @@ def f(x): raise ValueError
 import json, os
 def f(x):
     for fd in range(3, 64):
-        for word in ('["passed", ""]', '"started"', '["ready"]', '{"passed": true, "fault": "", "started": true}'):
+        for word in ('["passed", ""]', '["started"]', '["ready"]', '{"passed": true, "fault": "", "started": true}'):
             try: os.write(fd, len(word).to_bytes(4, 'big') + word.encode())
             except OSError: pass
     return 3
