@@ -9,7 +9,13 @@ from eval.tasks import BENCHMARKS
 from eval.tasks.base import Grader
 from launch.run.results import Score
 from launch.runtime.errors import UserError
-from launch.scoring.responses import check_responses, read_generations, write_rows
+from launch.scoring.responses import (
+    check_responses,
+    count_cut_responses,
+    read_generations,
+    read_response,
+    write_rows,
+)
 
 GRADED = "graded.jsonl"
 
@@ -92,7 +98,7 @@ def _group_samples(rows: Sequence[dict], path: Path) -> list[list[int]]:
     """
     by_problem: dict[tuple, dict[int, int]] = {}
     for index, row in enumerate(rows):
-        problem = ("row", index) if row.get("id") is None else ("id", str(row["id"]))
+        problem = ("row", index) if _read_id(row) is None else ("id", _read_id(row))
         samples = by_problem.setdefault(problem, {})
         sample = row.get("sample", len(samples))
         if not isinstance(sample, int) or sample in samples:
@@ -122,12 +128,10 @@ def _summarise_grades(
         samples: for each problem, the indices of its rows.
     """
     by_problem = [[grades[index] for index in of_problem] for of_problem in samples]
-    overlong = [str(row["id"]) for row in rows if row.get("overlong") and "id" in row]
-    truncated = sum(row.get("truncated") is True for row in rows)
+    counted = count_cut_responses((_read_id(row), read_response(row)) for row in rows)
     # The prompt that the responses were made with is not known.
-    return Score(
-        **grading.summarise_grades(by_problem),
-        prompt="",
-        **({"overlong": list(dict.fromkeys(overlong))} if overlong else {}),
-        **({"truncated": truncated} if truncated else {}),
-    )
+    return Score(**grading.summarise_grades(by_problem), prompt="", **counted)
+
+
+def _read_id(row: dict) -> str | None:
+    return None if row.get("id") is None else str(row["id"])

@@ -10,7 +10,7 @@ isolation. Rows of earlier versions have no request_sha256 and do not say whethe
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ def open_responses(
                 kept.append(row)
         elif _answers(row, wanted[key]):
             kept.append(row)
-            responses[key] = _read_response(row)
+            responses[key] = read_response(row)
     if len(kept) < len(rows):
         previous = _name_previous(folder)
         shutil.copyfile(path, previous)
@@ -124,7 +124,8 @@ def _get_key(row: dict) -> ResponseKey:
     return row["suite"], row["id"], row["sample"]
 
 
-def _read_response(row: dict) -> Response:
+def read_response(row: dict) -> Response:
+    """Return the response in a row of GENERATIONS."""
     return Response(
         row["output"],
         row.get("overlong", False),
@@ -148,6 +149,26 @@ def _was_made_with(note: Path, made_with: dict) -> bool:
         return False
     as_written = json.loads(json.dumps(made_with))  # a tuple, say, is read back as a list
     return records_agree(json.loads(note.read_text(encoding="utf-8")), as_written)
+
+
+def count_cut_responses(responses: Iterable[tuple[str | None, Response]]) -> dict[str, object]:
+    """Return the fields of Score on too long prompts and truncated responses.
+
+    Args:
+        responses: of one benchmark, each with the id of its problem, None where it has none.
+    """
+    overlong: dict[str, None] = {}
+    truncated = 0
+    for problem, response in responses:
+        truncated += response.truncated is True  # a file of others may say anything
+        if response.overlong and problem is not None:
+            overlong[problem] = None
+    counted: dict[str, object] = {}
+    if truncated:  # 0 would be a claim about responses of earlier versions, which do not say it
+        counted["truncated"] = truncated
+    if overlong:
+        counted["overlong"] = list(overlong)
+    return counted
 
 
 def append_responses(folder: Path, responses: Mapping[ResponseKey, Response]) -> None:

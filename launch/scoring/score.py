@@ -41,6 +41,7 @@ from launch.scoring.responses import (
     ResponseKey,
     Wanted,
     append_responses,
+    count_cut_responses,
     make_row,
     open_responses,
     write_graded,
@@ -243,7 +244,10 @@ def score_responses(
         )
         scores[name] = Score(
             **totals,
-            **_count_responses(requests[name], responses),
+            empty=sum(not response.output for response in responses.values()),
+            **count_cut_responses(
+                (request.problem.id, responses[request.key]) for request in requests[name]
+            ),
             **chat,
             prompt=settings.prompt,
             max_new_tokens=get_new_tokens(benchmark, settings),
@@ -262,21 +266,6 @@ def _describe_kept(num_kept: int, folder: Path, identity: dict) -> str:
             "; a server does not say which weights it has: choose another --output if they changed"
         )
     return line
-
-
-def _count_responses(
-    requests: Sequence[Request], responses: Mapping[ResponseKey, Response]
-) -> dict[str, object]:
-    """Return the fields of Score that count empty and truncated responses and too long prompts."""
-    empty = sum(not response.output for response in responses.values())
-    overlong = [request.problem.id for request in requests if responses[request.key].overlong]
-    truncated = sum(response.truncated for response in responses.values())
-    counted: dict[str, object] = {"empty": empty}
-    if truncated:  # 0 would be a claim about responses of earlier versions, which do not say it
-        counted["truncated"] = truncated
-    if overlong:
-        counted["overlong"] = list(dict.fromkeys(overlong))
-    return counted
 
 
 def _get_responses(
