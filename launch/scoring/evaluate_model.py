@@ -22,7 +22,13 @@ from launch.config.schema import Eval
 from launch.data.inputs import resolve_dtype
 from launch.engines import Engine, make_engine
 from launch.models.check import CheckedModel, check_model, make_meta_model, read_config
-from launch.models.files import fetch_model, hash_adapter, hash_weights, load_tokenizer
+from launch.models.files import (
+    fetch_model,
+    find_commit,
+    hash_adapter,
+    hash_weights,
+    load_tokenizer,
+)
 from launch.models.identity import differs, hash_adapter_config, hash_config, hash_tokenizer
 from launch.run.provenance import name_dtype
 from launch.run.results import Score
@@ -54,7 +60,8 @@ def evaluate_model(
     """Load the model and score it. Collective.
 
     Returns:
-        What the responses depend on besides `settings`, as JSON values; and the scores.
+        What the responses depend on besides `settings`, as JSON values, and the base's commit; and
+        the scores.
 
     Raises:
         UserError: there is no such model or adapter, or the adapter is for another base.
@@ -73,7 +80,10 @@ def evaluate_model(
     with engine.inference_mode(model):
         watchdog.set_phase("scoring", timed=True)
         scores = score_benchmarks(engine, model, tokenizer, problems, settings, folder, identity)
-    return identity, scores
+    # No part of the identity: another commit may have the same files, and keeps their responses.
+    commit = find_commit(checked.folder)
+    noted = {"revision": commit or source.revision, "revision_verified": commit is not None}
+    return identity | {"base": base | noted}, scores
 
 
 def _fetch_base(source: ModelSource) -> tuple[CheckedModel, dict]:

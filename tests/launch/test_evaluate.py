@@ -1,9 +1,10 @@
-"""launch/evaluate.py in this process, on one rank: a server's sampling, and folders that are refused.
+"""launch/evaluate.py in this process, on one rank: what is recorded, and folders that are refused.
 
 Needs nothing, and no server: its responses are made here. A few seconds.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ from launch.runtime.distributed import stop_process_group
 from launch.runtime.errors import UserError
 from launch.scoring import evaluate_server
 from launch.scoring.responses import GENERATIONS, PREVIOUS, SETTINGS
+from tests.support.hub import COMMIT, serve_hub
+from tests.support.paths import ROOT
 
+BASE = ROOT / "tests" / "fixtures" / "before" / "base"
 SERVER = ["--backend", "openai", "--url", "http://none/v1", "--model", "m", "--suite", "gsm8k"]
 
 
@@ -79,6 +83,20 @@ def test_the_results_of_a_run_are_not_replaced(
         run_evaluate(*SERVER, "--data-dir", tmp_path, "--output", run)
     left = {path.name: path.read_text() for path in run.iterdir()}
     assert left == {name: f"{name} of the run" for name in (RECIPE, RESULTS, GENERATIONS)}
+
+
+def test_results_have_the_commit_of_a_model_from_the_hub(
+    run_evaluate: Callable[..., None], tmp_path: Path
+) -> None:
+    shutil.copytree(BASE, tmp_path / "remote" / "models" / "someone" / "model")
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    options = ["--data-dir", tmp_path, "--max-new-tokens", 1, "--output", tmp_path / "scores"]
+    with serve_hub(tmp_path / "remote", tmp_path / "hub"):
+        run_evaluate("--model", "someone/model", *options)
+    base = read_evaluation_results(tmp_path / "scores").base
+    assert (base.name, base.revision, base.revision_verified) == ("someone/model", COMMIT, True)
+    made_with = json.loads((tmp_path / "scores" / SETTINGS).read_text())
+    assert "revision" not in made_with["base"]  # the responses are another commit's too
 
 
 @pytest.mark.parametrize(
