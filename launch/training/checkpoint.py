@@ -126,7 +126,7 @@ class CheckpointStore:
 
         Raises RuntimeError if it is damaged: the same command may succeed.
         """
-        path = self._get_path(step)
+        path = self.get_path(step)
         try:
             return _read_checkpoint(path)
         except UNREADABLE as error:
@@ -137,12 +137,12 @@ class CheckpointStore:
 
     def _is_intact(self, step: int) -> bool:
         try:
-            _read_checkpoint(self._get_path(step))
+            _read_checkpoint(self.get_path(step))
         except UNREADABLE:
             return False
         return True
 
-    def _get_path(self, step: int) -> Path:
+    def get_path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
     def save(
@@ -225,7 +225,7 @@ class CheckpointStore:
         self, step: int, tensors: dict[str, Tensor], facts: dict, history: list[Metrics]
     ) -> None:
         """Write one checkpoint beside its place, and rename it. Raises UserError."""
-        path = self._get_path(step)
+        path = self.get_path(step)
         aside = self.folder / f"tmp-{path.name}"
         try:
             for left in self.folder.glob("tmp-*"):  # by a launch that was killed
@@ -275,7 +275,7 @@ class CheckpointStore:
         intact = [path for path in older if path not in self.damaged]
         kept = intact[-self.num_kept :]
         if best is not None:
-            kept.append(self._get_path(best))
+            kept.append(self.get_path(best))
         for path in older:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -296,7 +296,7 @@ def name_best_step(
         if best is None:
             raise
         raise DivergedError(
-            f"{error}; step {best}, the best by {store.keep_best}, stays in {store._get_path(best)}, "
+            f"{error}; step {best}, the best by {store.keep_best}, stays in {store.get_path(best)}, "
             "but only a run that ends exports it, and this one diverges at each start: train another"
         ) from None
 
