@@ -143,6 +143,7 @@ class CheckpointStore:
         return True
 
     def get_path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:07d}"
 
     def save(
