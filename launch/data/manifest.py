@@ -37,8 +37,8 @@ def make_once(folder: Path, write: Callable[[], None]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / "lock"):
-        # Another process may have made it meanwhile. NFS may still remember that the file was not
-        # there; it asks the server when a folder is opened (`nfs_lookup_verify_inode` of Linux).
+        # Another process may have made it meanwhile. NFS clients remember for a while that a file
+        # was not there (lookupcache in nfs(5)), so the folder is listed.
         if MANIFEST not in os.listdir(folder):
             write()
 

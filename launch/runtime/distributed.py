@@ -143,8 +143,8 @@ def complete_environment() -> None:
     """Set those of the launcher's variables that this process lacks.
 
     Launchers set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; under srun they follow from Slurm's
-    own. Without any of them this is the only rank. A launcher of one process on each machine, such as
-    Kubeflow's PyTorchJob, need not set LOCAL_RANK. deepspeed sets LOCAL_SIZE, not LOCAL_WORLD_SIZE.
+    own. Without any of them this is the only rank. A launcher of one process on each machine need
+    not set LOCAL_RANK. deepspeed sets LOCAL_SIZE, not LOCAL_WORLD_SIZE.
 
     Raises:
         UserError: mpirun has started this process, and what `read_slurm_ranks` raises.

@@ -91,36 +91,32 @@ def refuse_mixed_lengths(recipe: Recipe, inputs: Inputs, measured: Mapping[str, 
     limit = find_longrope_limit(read_config(inputs.model_path, head=inputs.head))
     if limit is None:
         return
-    for setting, remedy, tokens in _list_batched(recipe, inputs, measured):
+    for setting, off, tokens in _list_batched(recipe, inputs, measured):
         longest = int(tokens.lengths().max())
         if longest > limit:
             raise UserError(
                 f"{setting}: the longest of its rows has {longest} tokens, and above {limit} a row of "
                 "this base (longrope) changes the rotary frequencies of all rows in its batch; set "
-                f"{remedy}, or data.max_length={limit}"
+                f"{setting}={off}, or data.max_length={limit}"
             )
 
 
 def _list_batched(
     recipe: Recipe, inputs: Inputs, measured: Mapping[str, TokenSet]
 ) -> list[tuple[str, str, TokenSet]]:
-    """List what runs several rows in one batch: the setting, what would change that, the rows."""
+    """List what runs several rows in one batch: the setting, its value that does not, the rows."""
     batched = []
     if recipe.train.micro_batch > 1:
-        batched.append(("train.micro_batch", "train.micro_batch=1", inputs.tokens))
+        batched.append(("train.micro_batch", "1", inputs.tokens))
     if recipe.data.packing:
-        batched.append(("data.packing", "data.packing=false", inputs.tokens))
+        batched.append(("data.packing", "false", inputs.tokens))
     if recipe.calibration.batch_size > 1 and recipe.statistic not in (None, "weight"):
-        rows = inputs.calibration.tokens
-        batched.append(("calibration.batch_size", "calibration.batch_size=1", rows))
-    settings = {
-        "held_out": ("data.held_out", "data.held_out=0"),
-        "other_text": ("eval.other_text", "eval.other_text=null"),
-    }
+        batched.append(("calibration.batch_size", "1", inputs.calibration.tokens))
+    settings = {"held_out": ("data.held_out", "0"), "other_text": ("eval.other_text", "null")}
     for name, tokens in measured.items():
         batched.append((*settings[name], tokens))
     for tokens in inputs.dev.values():
-        batched.append(("task.dev", "task.dev=null", tokens))
+        batched.append(("task.dev", "null", tokens))
     return batched
 
 
